@@ -1,0 +1,1 @@
+"""Latent diffusion models as pure functions in JAX."""

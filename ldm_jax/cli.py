@@ -1,0 +1,394 @@
+"""Command lines: every field a flag, every mistake one line.
+
+Nothing here imports JAX, so that help and errors come at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import tyro
+
+from ldm_jax.config import Config, flatten, read_config
+from ldm_jax.types import InputError, RunError
+
+T = TypeVar("T")
+
+BAD_INPUT_EXIT_CODE = 2
+FAILED_RUN_EXIT_CODE = 1
+INTERRUPTED_EXIT_CODE = 130
+MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """What `train.py` was asked.
+
+    Attributes:
+      config: The config file with the flags applied.
+      workdir: Folder of the run; None for a dry run, which writes nothing.
+    """
+
+    config: Config
+    workdir: Path | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleArguments:
+    """Make images with a trained run.
+
+    Lists are numbers, ranges, or both: 3, 0-9, 1,4,7, 0-4,9.
+    """
+
+    workdir: Path
+    """Folder of the run, as given to train.py."""
+    out: Path
+    """Folder for 000000.png ... and grid.png; made if it is not there."""
+    labels: str = "all"
+    """Classes to draw, as a list, or `all`."""
+    seeds: str = "0-9"
+    """Seeds to draw each class with, as a list."""
+    steps: int = 50
+    """Denoising steps, 1 to the run's number of timesteps."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """DDIM, or DDPM's ancestral sampling."""
+    eta: float | None = None
+    """DDIM's share of fresh noise, 0 to 1 (default 0); not for ddpm."""
+    guidance_scale: float = 2.0
+    """0 ignores the label, 1 follows it, more exaggerates it."""
+    trajectory: bool = False
+    """Also write trajectory.png: the denoising, a row an image."""
+
+
+def parse_train(args: list[str]) -> TrainArguments:
+    """Read the command line of `train.py`.
+
+    Args:
+      args: Without the program's name.
+
+    Returns:
+      The checked arguments.
+
+    Raises:
+      InputError: If a flag is unknown, a value is wrong, or the config file is.
+      SystemExit: After printing the help.
+    """
+    parser = _OneLineParser(
+        prog="train.py",
+        add_help=False,
+        allow_abbrev=False,
+        description="Train both stages, or what is left of them, and say finished.",
+    )
+    parser.add_argument("--config", metavar="FILE.py", help="file with get_config()")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of the run")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything by shape only and print one line of JSON",
+    )
+    own, rest = parser.parse_known_args(args)
+    wants_help = "-h" in rest or "--help" in rest
+    if own.config is None and not wants_help:
+        raise InputError(
+            "--config: not given, wanted a config file; try --config configs/digits.py"
+        )
+    default = load_config_file(own.config) if own.config else Config()
+    if wants_help:
+        parser.print_help()
+        print("\nand every field of the config:")  # noqa: T201
+    config = parse_flags(Config, rest, default=default, prog="train.py", own=parser)
+    if own.workdir is None and not own.dry_run:
+        raise InputError("--workdir: not given, wanted a folder; try --workdir runs/x")
+    workdir = None if own.dry_run else Path(own.workdir)
+    return TrainArguments(config=config, workdir=workdir)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What `sample.py` was asked, checked against the run it was asked of.
+
+    Attributes:
+      workdir: Folder of the run.
+      out: Folder for the images.
+      labels: Classes, in order.
+      seeds: Seeds for each class, in order.
+      num_steps: Denoising steps, 1 to T.
+      sampler: `ddim` or `ddpm`.
+      eta: In [0, 1]; 1 for ddpm, whose noise is that of DDIM at 1.
+      guidance_scale: At least 0.
+      trajectory: Whether the denoising is drawn.
+    """
+
+    workdir: Path
+    out: Path
+    labels: list[int]
+    seeds: list[int]
+    num_steps: int
+    sampler: Literal["ddim", "ddpm"]
+    eta: float
+    guidance_scale: float
+    trajectory: bool
+
+
+def parse_sample(args: list[str]) -> SampleRequest:
+    """Read the command line of `sample.py`.
+
+    Args:
+      args: Without the program's name.
+
+    Returns:
+      The request, checked against the run's config.
+
+    Raises:
+      InputError: If a flag is unknown, a value is wrong, or the folder is no run.
+      SystemExit: After printing the help.
+    """
+    given = parse_flags(SampleArguments, args, default=None, prog="sample.py")
+    config = read_config(given.workdir)
+    num_timesteps = config.diffusion.num_timesteps
+    if not 1 <= given.steps <= num_timesteps:
+        raise InputError(
+            f"--steps: got {given.steps}, wanted 1 to {num_timesteps}, the run's "
+            "diffusion.num_timesteps"
+        )
+    if given.sampler == "ddpm" and given.eta is not None:
+        raise InputError(
+            f"--eta: got {given.eta} with --sampler ddpm, which has none; try "
+            "--sampler ddim"
+        )
+    eta = 1.0 if given.sampler == "ddpm" else given.eta or 0.0
+    if not 0.0 <= eta <= 1.0:
+        raise InputError(f"--eta: got {eta}, wanted 0 to 1")
+    scale = given.guidance_scale
+    if not 0.0 <= scale < float("inf"):
+        raise InputError(f"--guidance-scale: got {scale}, wanted 0 or more")
+    top = config.data.num_classes - 1
+    labels = f"0-{top}" if given.labels == "all" else given.labels
+    if given.out.exists() and not given.out.is_dir():
+        raise InputError(f"--out: {given.out} is a file, wanted a folder")
+    return SampleRequest(
+        workdir=given.workdir,
+        out=given.out,
+        labels=parse_list(labels, name="--labels", low=0, high=top),
+        seeds=parse_list(given.seeds, name="--seeds", low=0, high=MAX_SEED),
+        num_steps=given.steps,
+        sampler=given.sampler,
+        eta=eta,
+        guidance_scale=scale,
+        trajectory=given.trajectory,
+    )
+
+
+def parse_flags(
+    cls: type[T],
+    args: list[str],
+    *,
+    default: T | None,
+    prog: str,
+    own: argparse.ArgumentParser | None = None,
+) -> T:
+    """Parse flags into a dataclass by `tyro`, its boxed errors folded to one line.
+
+    Args:
+      cls: A dataclass; every leaf is a flag.
+      args: Without the program's name.
+      default: Values of the flags that are not given; None where some are required.
+      prog: Name of the program, for the help.
+      own: A parser that took flags of its own before; its flags are suggested too.
+
+    Returns:
+      The dataclass.
+
+    Raises:
+      InputError: If a flag is unknown or a value is wrong.
+      SystemExit: After printing the help.
+    """
+    known = sorted(_flags(cls, default))
+    if own is not None:
+        known += [flag for action in own._actions for flag in action.option_strings]
+    for arg in args:
+        if arg.startswith("--") and (error := _unknown_flag(arg, known)):
+            raise InputError(error)
+    boxed = io.StringIO()
+    kwargs: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(boxed):
+            parsed, stray = tyro.cli(
+                cls, args=args, prog=prog, return_unknown_args=True, **kwargs
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_unbox(boxed.getvalue())) from None
+    if stray:
+        raise InputError(
+            f"{stray[0]}: not the value of any flag; wanted --name value pairs"
+        )
+    return parsed
+
+
+def parse_list(text: str, *, name: str, low: int, high: int) -> list[int]:
+    """Read numbers and ranges: `3`, `0-9`, `1,4,7`, `0-4,9`.
+
+    Args:
+      text: The list; order and repeats are kept.
+      name: What to call it in an error.
+      low: Smallest number allowed.
+      high: Largest number allowed.
+
+    Returns:
+      The numbers, in order.
+
+    Raises:
+      InputError: If the text is no such list, a range runs backwards, or a number
+        is out of range.
+    """
+    form = "numbers and ranges such as 3, 0-9 or 1,4,7"
+    numbers: list[int] = []
+    for part in text.split(","):
+        ends = part.strip().split("-")
+        if len(ends) > 2 or not all(end.isascii() and end.isdigit() for end in ends):
+            raise InputError(f"{name}: got {text!r}, wanted {form}")
+        first, last = int(ends[0]), int(ends[-1])
+        if first > last:
+            raise InputError(
+                f"{name}: got the range {part.strip()!r}, wanted the smaller number "
+                f"first; try {last}-{first}"
+            )
+        outside = [end for end in (first, last) if not low <= end <= high]
+        if outside:
+            raise InputError(f"{name}: got {outside[0]}, wanted {low} to {high}")
+        numbers.extend(range(first, last + 1))
+    return numbers
+
+
+def load_config_file(path: str) -> Config:
+    """Run a config file and return what its `get_config()` returns.
+
+    Args:
+      path: A Python file.
+
+    Returns:
+      The config.
+
+    Raises:
+      InputError: If the file is not there, does not run, has no `get_config`, or
+        returns something else.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"--config: no file {path!r}; try configs/digits.py")
+    spec = importlib.util.spec_from_file_location("ldm_jax_config", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--config: got {path!r}, wanted a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config: Callable[[], Any] | None = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise InputError(
+                f"--config: {path} has no function get_config(); see configs/digits.py"
+            )
+        config = get_config()
+    except InputError as error:
+        text = str(error)
+        raise InputError(
+            text if text.startswith("--config") else f"--config: {path}: {text}"
+        ) from None
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise InputError(
+            f"--config: {path} line {where} raised {type(error).__name__}: "
+            f"{_one_line(str(error))}"
+        ) from error
+    if not isinstance(config, Config):
+        raise InputError(
+            f"--config: get_config() in {path} returned {type(config).__name__}, "
+            "wanted ldm_jax.config.Config"
+        )
+    return config
+
+
+def run_main(main: Callable[[list[str]], None], prog: str) -> NoReturn:
+    """Run a program; turn what a user can mend into one line and an exit code.
+
+    Args:
+      main: Takes the arguments without the program's name.
+      prog: Name of the program.
+    """
+    code = 0
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        code, message = BAD_INPUT_EXIT_CODE, str(error)
+    except RunError as error:
+        code, message = FAILED_RUN_EXIT_CODE, str(error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        code, message = BAD_INPUT_EXIT_CODE, f"{where}{error.strerror or error}"
+    except KeyboardInterrupt:
+        code, message = INTERRUPTED_EXIT_CODE, "interrupted; the same command resumes"
+    if code:
+        sys.stdout.flush()
+        sys.stderr.write(f"\n{prog}: error: {_one_line(message)}\n")
+    sys.exit(code)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are `InputError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _flags(cls: type[Any], default: Any) -> list[str]:
+    names = (
+        [field.name for field in dataclasses.fields(cls)]
+        if default is None
+        else list(flatten(default))
+    )
+    dashed = [name.replace("_", "-") for name in names]
+    negated = [f"{head}{dot}no-{tail}" for head, dot, tail in map(_split, dashed)]
+    return [f"--{name}" for name in dashed + negated] + ["--help"]
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    head, dot, tail = name.rpartition(".")
+    return head, dot, tail
+
+
+def _unknown_flag(arg: str, known: list[str]) -> str | None:
+    flag = arg.split("=", 1)[0].replace("_", "-")
+    if flag in known:
+        return None
+    near = difflib.get_close_matches(
+        flag, [name for name in known if ".no-" not in name], 1, 0.4
+    )
+    hint = f"did you mean {near[0]}?" if near else "see --help"
+    return f"{arg.split('=', 1)[0]}: no such flag; {hint}"
+
+
+def _unbox(text: str) -> str:
+    """Take the message out of tyro's box, up to its first rule."""
+    lines = []
+    for line in text.splitlines():
+        inner = line.strip().strip("│").strip()
+        if line.startswith("╭"):
+            continue
+        if not inner or set(inner) <= set("─╰╯"):
+            break
+        lines.append(inner)
+    message = " ".join(lines).removeprefix("Error parsing ")
+    return message or _one_line(text)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

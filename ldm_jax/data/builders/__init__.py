@@ -1,0 +1,1 @@
+"""TFDS builders that ship with the project."""

@@ -1,0 +1,234 @@
+"""Images from keys: the sample function, and the recipe of what it made."""
+
+import functools
+import importlib.metadata
+import json
+from typing import NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ldm_jax.diffusion.guidance import classifier_free
+from ldm_jax.diffusion.samplers import (
+    STEP_BY_SAMPLER,
+    SamplerName,
+    Trajectory,
+    make_levels,
+    sample,
+)
+from ldm_jax.diffusion.schedules import Schedule
+from ldm_jax.nn.autoencoder import Autoencoder
+from ldm_jax.nn.unet import UNet
+from ldm_jax.types import PyTree
+
+VERSIONED_PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "numpy")
+
+
+class Networks(NamedTuple):
+    """Everything static that sampling needs.
+
+    Attributes:
+      autoencoder: The first stage.
+      unet: The second.
+      schedule: The noise levels it was trained on.
+      latent_shape: Height, width and channels of a latent.
+      num_classes: Real classes; the null class has this index.
+      chunk: Images the network sees at once.
+    """
+
+    autoencoder: Autoencoder
+    unet: UNet
+    schedule: Schedule
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    chunk: int
+
+
+class SampleParams(NamedTuple):
+    """The arrays that sampling needs.
+
+    Attributes:
+      autoencoder: Averaged parameters of the first stage.
+      unet: Averaged parameters of the second.
+      latent_scale: What latents were multiplied by in training.
+    """
+
+    autoencoder: PyTree
+    unet: PyTree
+    latent_scale: Float[Array, ""]
+
+
+class Samples(NamedTuple):
+    """What a sample function returns.
+
+    Attributes:
+      images: In [-1, 1], clipped.
+      frames: The decoded latents on the way, `f` of them, the starting noise first;
+        empty when none were asked for.
+    """
+
+    images: Float[Array, "b h w c"]
+    frames: Float[Array, "f b h w c"]
+
+
+class SampleFn(Protocol):
+    """A jitted sample function."""
+
+    def __call__(
+        self,
+        params: SampleParams,
+        keys: Key[Array, " b"],
+        labels: Int[Array, " b"],
+        guidance_scale: Float[Array, ""] | float = 1.0,
+        eta: Float[Array, ""] | float = 0.0,
+    ) -> Samples:
+        """Make one image for each key and label."""
+        ...
+
+
+def make_sample_fn(
+    networks: Networks,
+    *,
+    sampler: SamplerName,
+    num_steps: int,
+    guided: bool = True,
+    num_frames: int = 0,
+) -> SampleFn:
+    """Make a jitted `sample_fn(params, keys, labels, guidance_scale, eta)`.
+
+    Image i is a function of the parameters, key i, label i and the settings alone,
+    bit for bit: alone, in any batch, in any order. (Matrix products of different
+    batch sizes differ in their last bits. So the network always sees `chunk` images,
+    the last chunk filled up, whatever the number of keys.)
+
+    Compiled once per number of chunks; keys, labels, scale and eta are inputs.
+
+    Args:
+      networks: What to sample with.
+      sampler: `ddim` or `ddpm`.
+      num_steps: Denoising steps, 1 to T, exactly.
+      guided: Whether `guidance_scale` has effect. False saves half of the work; it is
+        what scale 1 means.
+      num_frames: Latents to keep on the way, 0 or 2 to `num_steps` + 1.
+
+    Returns:
+      The function.
+
+    Raises:
+      ValueError: If `num_steps` or `num_frames` is out of range.
+    """
+    levels = make_levels(networks.schedule, num_steps)
+    if num_frames and not 2 <= num_frames <= num_steps + 1:
+        raise ValueError(
+            f"num_frames: got {num_frames}, wanted 0 or 2 to {num_steps + 1}"
+        )
+
+    def sample_chunk(
+        params: SampleParams,
+        guidance_scale: Float[Array, ""],
+        eta: Float[Array, ""],
+        keys_and_labels: tuple[Key[Array, " b"], Int[Array, " b"]],
+    ) -> Samples:
+        def denoise(
+            x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: Int[Array, " b"]
+        ) -> Float[Array, "b h w c"]:
+            variables = {"params": params.unet}
+            return cast(jax.Array, networks.unet.apply(variables, x_t, t, cond))
+
+        if guided:
+            denoise = classifier_free(
+                denoise, null_cond=networks.num_classes, scale=guidance_scale
+            )
+        keys, labels = keys_and_labels
+        trajectory = sample(
+            denoise,
+            keys,
+            labels,
+            eta=eta,
+            levels=levels,
+            step=STEP_BY_SAMPLER[sampler],
+            shape=networks.latent_shape,
+            num_frames=num_frames,
+        )
+        return decode(networks, params, trajectory)
+
+    def sample_fn(
+        params: SampleParams,
+        keys: Key[Array, " b"],
+        labels: Int[Array, " b"],
+        guidance_scale: Float[Array, ""] | float = 1.0,
+        eta: Float[Array, ""] | float = 0.0,
+    ) -> Samples:
+        num = keys.shape[0]
+        # The indices are padded, not the arrays: keys have a dtype of their own.
+        fill = -num % networks.chunk
+        slots = jnp.minimum(jnp.arange(num + fill), num - 1)
+        slots = slots.reshape(-1, networks.chunk)
+        chunk_fn = functools.partial(
+            sample_chunk,
+            params,
+            jnp.asarray(guidance_scale, jnp.float32),
+            jnp.asarray(eta, jnp.float32),
+        )
+        chunks = jax.lax.map(chunk_fn, (keys[slots], labels[slots]))
+        images = chunks.images.reshape(-1, *chunks.images.shape[2:])[:num]
+        frames = jnp.moveaxis(chunks.frames, 1, 0)
+        frames = frames.reshape(num_frames, fill + num, *images.shape[1:])[:, :num]
+        return Samples(images, frames)
+
+    return jax.jit(sample_fn)
+
+
+def decode(networks: Networks, params: SampleParams, trajectory: Trajectory) -> Samples:
+    """Decode a chunk's clean latents, and its frames one after the other."""
+
+    def one(latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 e"]:
+        images = networks.autoencoder.apply(
+            {"params": params.autoencoder},
+            latents / params.latent_scale,
+            method=Autoencoder.decode,
+        )
+        return jnp.clip(cast(jax.Array, images), -1.0, 1.0)
+
+    images = one(trajectory.x_0)
+    if not trajectory.frames.shape[0]:
+        return Samples(images, jnp.zeros((0, *images.shape), images.dtype))
+    return Samples(images, jax.lax.map(one, trajectory.frames))
+
+
+def recipe(
+    *,
+    seed: int,
+    label: int,
+    sampler: SamplerName,
+    num_steps: int,
+    eta: float,
+    guidance_scale: float,
+    checkpoint: str,
+) -> dict[str, str]:
+    """Say how an image was made, as text chunks of its PNG.
+
+    Args:
+      seed: Of the image.
+      label: Its class.
+      sampler: Which one.
+      num_steps: Denoising steps.
+      eta: Share of fresh noise.
+      guidance_scale: 1 is unguided.
+      checkpoint: Digest of the run's state.
+
+    Returns:
+      Text by keyword.
+    """
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
+    return {
+        "seed": str(seed),
+        "label": str(label),
+        "sampler": sampler,
+        "steps": str(num_steps),
+        "eta": repr(eta),
+        "guidance_scale": repr(guidance_scale),
+        "checkpoint": checkpoint,
+        "versions": json.dumps(versions),
+    }

@@ -1,0 +1,1 @@
+"""Networks: pure linen modules that know nothing of noise schedules or samplers."""

@@ -1,0 +1,195 @@
+"""The blocks that the autoencoder and the UNet are built of.
+
+Two numbers differ between the two networks in the original code, and both are
+fields here, never assumptions: the epsilon of the group norm (1e-6 in the
+autoencoder, 1e-5 in the UNet) and the padding of the stride-2 convolution.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from ldm_jax.types import Dtype
+
+UNET_EPSILON = 1e-5
+AUTOENCODER_EPSILON = 1e-6
+SYMMETRIC_PADDING = ((1, 1), (1, 1))
+TRAILING_PADDING = ((0, 1), (0, 1))
+
+
+def timestep_embedding(
+    t: Shaped[Array, " b"], *, width: int, max_period: float = 10_000.0
+) -> Float[Array, "b d"]:
+    """Embed a discrete time as cosines and sines of falling frequency.
+
+    Args:
+      t: Discrete timestep, in [0, T); integer or float.
+      width: Length of the embedding; even.
+      max_period: Longest period, in timesteps.
+
+    Returns:
+      `[cos, sin]` halves in that order, float32.
+
+    Raises:
+      ValueError: If `width` is odd.
+
+    Source:
+      Vaswani et al., arXiv:1706.03762, sec. 3.5, in the order and with the divisor
+      (half the width) of latent-diffusion's `timestep_embedding`.
+    """
+    if width % 2:
+        raise ValueError(f"timestep embedding: width must be even, got {width}")
+    half = width // 2
+    frequencies = jnp.exp(
+        -math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half
+    )
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation in float32: one statistics pass, one scale-shift pass.
+
+    The large tensor is never reshaped to groups: per-channel sums are taken over the
+    pixels, joined into groups on a `(b, groups)` array, and applied as one `x * a + d`.
+
+    Source:
+      Wu & He, arXiv:1803.08494, eq. 1 and 6.
+    """
+
+    num_groups: int
+    epsilon: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalise each example over the pixels and channels of each group."""
+        channels = x.shape[-1]
+        if channels % self.num_groups:
+            raise ValueError(
+                f"group norm: {channels} channels do not divide into "
+                f"{self.num_groups} groups"
+            )
+        gamma = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        beta = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        x32 = x.astype(jnp.float32)
+
+        def over_group(per_channel: Float[Array, "b c"]) -> Float[Array, "b c"]:
+            groups = per_channel.reshape(x.shape[0], self.num_groups, -1)
+            mean = groups.mean(axis=-1, keepdims=True)
+            return jnp.broadcast_to(mean, groups.shape).reshape(per_channel.shape)
+
+        mean = over_group(x32.mean(axis=(1, 2)))
+        mean_square = over_group(jnp.square(x32).mean(axis=(1, 2)))
+        variance = jnp.maximum(mean_square - jnp.square(mean), 0.0)
+        a = gamma[None, :] * jax.lax.rsqrt(variance + self.epsilon)
+        d = beta[None, :] - mean * a
+        y = x32 * a[:, None, None, :] + d[:, None, None, :]
+        return y.astype(self.dtype)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, around a skip; an embedding joins in between.
+
+    Fields:
+      channels: Channels out.
+      num_groups: Groups of both norms.
+      epsilon: Of both norms.
+      zero_init: Start as the identity (UNet) or not (autoencoder).
+      dtype: Compute dtype; parameters stay float32.
+
+    Source:
+      latent-diffusion `ResBlock` (UNet) and `ResnetBlock` (autoencoder).
+    """
+
+    channels: int
+    num_groups: int
+    epsilon: float
+    zero_init: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        embedding: Float[Array, "b d"] | None = None,
+    ) -> Float[Array, "b h w e"]:
+        """Transform `x`."""
+        h = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x)
+        h = conv(self.channels, 3, self.dtype, "conv1")(nn.silu(h))
+        if embedding is not None:
+            project = nn.Dense(self.channels, dtype=self.dtype, name="embedding")
+            h = h + project(nn.silu(embedding))[:, None, None, :]
+        h = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm2")(h)
+        h = conv(self.channels, 3, self.dtype, "conv2", zero_init=self.zero_init)(
+            nn.silu(h)
+        )
+        if x.shape[-1] != self.channels:
+            x = conv(self.channels, 1, self.dtype, "skip")(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided 3x3 convolution.
+
+    Fields:
+      padding: `SYMMETRIC_PADDING` in the UNet, `TRAILING_PADDING` in the autoencoder;
+        weights trained with one give a half-pixel shift with the other.
+      dtype: Compute dtype.
+    """
+
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Return the map at half the resolution."""
+        return nn.Conv(
+            x.shape[-1],
+            (3, 3),
+            strides=2,
+            padding=self.padding,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width by repeating pixels, then a 3x3 convolution."""
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Return the map at twice the resolution."""
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        return conv(x.shape[-1], 3, self.dtype, "conv")(x)
+
+
+def conv(
+    channels: int, size: int, dtype: Dtype, name: str, *, zero_init: bool = False
+) -> nn.Conv:
+    """Make a stride-1 convolution that keeps height and width.
+
+    Args:
+      channels: Channels out.
+      size: Side of the kernel; odd.
+      dtype: Compute dtype.
+      name: Name of the submodule, a part of the checkpoint format.
+      zero_init: Start with a zero kernel.
+
+    Returns:
+      The unbound linen module.
+    """
+    kernel_init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
+    return nn.Conv(
+        channels,
+        (size, size),
+        padding=size // 2,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        name=name,
+    )

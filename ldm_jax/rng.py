@@ -1,0 +1,116 @@
+"""Randomness: derived from (root key, purpose, step, example), never carried.
+
+A draw that is a function of these four is the same on 1 or 8 devices, on 1 or 2
+hosts, before and after a restart. A key that is split and carried in a loop is none
+of that. The numbers of `Stream` are part of every result: append, never renumber.
+"""
+
+import enum
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from ldm_jax.types import InputError
+
+MAX_SEED = 2**32 - 1
+
+
+class Stream(enum.IntEnum):
+    """What a draw is for; two purposes never share a key."""
+
+    INIT_AUTOENCODER = 0
+    INIT_UNET = 1
+    AUTOENCODER_POSTERIOR = 2
+    DIFFUSION_POSTERIOR = 3
+    TIMESTEP = 4
+    NOISE = 5
+    CONDITION_DROPOUT = 6
+    LATENT_SCALE = 7
+    SAMPLE_START = 8
+    SAMPLE_STEP = 9
+
+
+def root_key(seed: int) -> Key[Array, ""]:
+    """Make the root key of a run, or the key of one image.
+
+    Args:
+      seed: In [0, 2**32).
+
+    Returns:
+      A typed threefry key.
+
+    Raises:
+      InputError: If `seed` is out of range.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed: got {seed}, wanted 0 to {MAX_SEED}")
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def image_keys(seeds: list[int]) -> Key[Array, " b"]:
+    """Make one key per image; key i depends on seed i alone.
+
+    Args:
+      seeds: Each in [0, 2**32).
+
+    Returns:
+      The keys, in the order of the seeds.
+
+    Raises:
+      InputError: If a seed is out of range.
+    """
+    return jnp.stack([root_key(seed) for seed in seeds])
+
+
+def stream_key(
+    root: Key[Array, ""], stream: Stream, step: Int[Array, ""] | int = 0
+) -> Key[Array, ""]:
+    """Derive the key of one purpose at one step."""
+    return jax.random.fold_in(jax.random.fold_in(root, int(stream)), step)
+
+
+def example_keys(
+    root: Key[Array, ""],
+    stream: Stream,
+    step: Int[Array, ""] | int,
+    index: UInt32[Array, " b"],
+) -> Key[Array, " b"]:
+    """Derive a key for each example of a batch.
+
+    Args:
+      root: The run's key.
+      stream: What the draw is for.
+      step: Training step, at least 0.
+      index: Global example index of each example, from the batch.
+
+    Returns:
+      A key per example, the same wherever the example is computed.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        stream_key(root, stream, step), index
+    )
+
+
+def image_step_keys(
+    keys: Key[Array, " b"], stream: Stream, step: Int[Array, ""] | int = 0
+) -> Key[Array, " b"]:
+    """Derive, from one key per image, one key per image for a sampler's step."""
+    return jax.vmap(stream_key, in_axes=(0, None, None))(keys, stream, step)
+
+
+def normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *shape"]:
+    """Draw unit-variance noise of `shape` for each key, float32."""
+    flat = jax.vmap(lambda key: jax.random.normal(key, (math.prod(shape),)))(keys)
+    return flat.reshape(-1, *shape)
+
+
+def uniform(keys: Key[Array, " b"]) -> Float[Array, " b"]:
+    """Draw one number in [0, 1) for each key, float32."""
+    return jax.vmap(jax.random.uniform)(keys)
+
+
+def integers(keys: Key[Array, " b"], *, below: int) -> Int[Array, " b"]:
+    """Draw one integer in [0, below) for each key, int32."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, below))(keys)

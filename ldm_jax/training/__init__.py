@@ -1,0 +1,1 @@
+"""Training: one pure step a stage, and the loop that repeats it."""

@@ -1,0 +1,131 @@
+"""What a run tells: a line of JSON a log step, a plot, and a progress bar."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}"
+
+
+class MetricsLog:
+    """`metrics.jsonl`, and TensorBoard where `tensorboardX` is installed."""
+
+    def __init__(self, workdir: Path) -> None:
+        """Open the log of a run for appending."""
+        self.path = workdir / "metrics.jsonl"
+        self._board = _open_board(workdir / "tensorboard")
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what a killed run logged of `stage` after `step`, and torn lines."""
+        if not self.path.exists():
+            return
+        kept = [
+            record
+            for record in read_metrics(self.path)
+            if record["stage"] != stage or record["step"] <= step
+        ]
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(part, self.path)
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Append one record."""
+        record = {"stage": stage, "step": step, **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a log; a line torn by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def plot_losses(log: Path, path: Path) -> None:
+    """Draw the loss of each stage against its steps, on a logarithmic axis.
+
+    Args:
+      log: `metrics.jsonl`.
+      path: The PNG to write, whole or not at all.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_metrics(log)
+    stages = list(dict.fromkeys(record["stage"] for record in records))
+    if not stages:
+        return
+    figure, all_axes = pyplot.subplots(
+        1, len(stages), figsize=(5.5 * len(stages), 3.6), squeeze=False, dpi=120
+    )
+    for axes, stage in zip(all_axes[0], stages, strict=True):
+        rows = [record for record in records if record["stage"] == stage]
+        steps = [row["step"] for row in rows]
+        for name, colour in (("loss", "C0"), ("reconstruction", "C1")):
+            values = [row[name] for row in rows if name in row]
+            if values:
+                axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+                axes.plot(steps, _smooth(values), color=colour, label=name)
+        axes.set_yscale("log")
+        axes.set_title(stage)
+        axes.set_xlabel("step")
+        axes.grid(visible=True, which="both", alpha=0.2)
+        axes.legend()
+    figure.tight_layout()
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png")
+    pyplot.close(figure)
+    os.replace(part, path)
+
+
+def progress_bar(stage: str, *, num_steps: int, done: int) -> tqdm:
+    """Make a bar that shows step, loss, images/s and the time left.
+
+    Away from a terminal it prints a line now and then instead of thousands.
+    """
+    quiet = not sys.stderr.isatty()
+    return tqdm(
+        total=num_steps,
+        initial=done,
+        desc=stage,
+        bar_format=BAR_FORMAT,
+        mininterval=10.0 if quiet else 0.2,
+        maxinterval=20.0 if quiet else 1.0,
+        file=sys.stderr,
+    )
+
+
+def _smooth(values: list[float]) -> list[float]:
+    smoothed, mean = [], values[0]
+    for value in values:
+        mean = 0.9 * mean + 0.1 * value
+        smoothed.append(mean)
+    return smoothed
+
+
+def _open_board(directory: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory))

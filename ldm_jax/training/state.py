@@ -1,0 +1,116 @@
+"""What training changes, and the optimiser that changes it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from ldm_jax.config import OptimConfig
+from ldm_jax.types import PyTree
+
+
+class TrainState(NamedTuple):
+    """The state of one stage: arrays only.
+
+    Attributes:
+      step: Updates made, int32.
+      params: Live parameters, float32.
+      ema: Exponential moving average of `params`.
+      opt_state: The optimiser's.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+
+
+def learning_rate_schedule(config: OptimConfig, *, num_steps: int) -> optax.Schedule:
+    """Make the learning rate a function of the step.
+
+    Args:
+      config: Peak, warm-up and decay.
+      num_steps: Steps of the whole stage.
+
+    Returns:
+      Linear up over the warm-up, flat, linear down to 0 over the decay.
+    """
+
+    def schedule(count: Int[Array, ""]) -> Float[Array, ""]:
+        step = jnp.asarray(count, jnp.float32)
+        rising = (step + 1.0) / (config.warmup_steps + 1.0)
+        falling = (num_steps - step) / (config.decay_steps + 1.0)
+        return config.lr * jnp.minimum(jnp.minimum(rising, falling), 1.0)
+
+    return schedule
+
+
+def make_optimizer(
+    config: OptimConfig, *, num_steps: int
+) -> optax.GradientTransformation:
+    """Make AdamW behind clipping by the global norm.
+
+    Args:
+      config: Its numbers.
+      num_steps: Steps of the whole stage, for the decay of the learning rate.
+
+    Returns:
+      The optimiser.
+
+    Source:
+      Loshchilov & Hutter, arXiv:1711.05101; Pascanu et al., arXiv:1211.5063 (clipping).
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, num_steps=num_steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+
+def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """Make the state before the first step; the average starts at the parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def apply_gradients(
+    state: TrainState,
+    gradients: PyTree,
+    *,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+) -> TrainState:
+    """Make one update.
+
+    The decay of the average is `min(ema_decay, (1 + n) / (10 + n))` after n updates,
+    so that a short run is not averaged with its initialisation.
+
+    Args:
+      state: Before the update.
+      gradients: Of the loss, already reduced over devices.
+      optimizer: The one that made `state.opt_state`.
+      ema_decay: Largest decay of the average, in [0, 1).
+
+    Returns:
+      The state after the update.
+
+    Source:
+      latent-diffusion `LitEma`.
+    """
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    n = step.astype(jnp.float32)
+    decay = jnp.minimum(ema_decay, (1.0 + n) / (10.0 + n))
+    ema = optax.incremental_update(params, state.ema, 1.0 - decay)
+    return TrainState(step=step, params=params, ema=ema, opt_state=opt_state)
