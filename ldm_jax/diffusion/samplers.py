@@ -82,7 +82,7 @@ def spaced_timesteps(num_steps: int, *, num_timesteps: int) -> np.ndarray:
 
 
 def make_levels(schedule: Schedule, num_steps: int) -> Levels:
-    """Tabulate the levels of a sampler in float64, cast to float32.
+    """Tabulate the levels of a sampler in float64, cast once to JAX's default float.
 
     Args:
       schedule: The schedule the network was trained on.
@@ -101,15 +101,11 @@ def make_levels(schedule: Schedule, num_steps: int) -> Levels:
     variance = (1.0 - abar_s) / (1.0 - abar_t) * (1.0 - alpha)
     return Levels(
         t=jnp.asarray(t),
-        abar_t=jnp.asarray(abar_t, jnp.float32),
-        abar_s=jnp.asarray(abar_s, jnp.float32),
-        sigma=jnp.asarray(np.sqrt(variance), jnp.float32),
-        x_0_weight=jnp.asarray(
-            np.sqrt(abar_s) * (1.0 - alpha) / (1.0 - abar_t), jnp.float32
-        ),
-        x_t_weight=jnp.asarray(
-            np.sqrt(alpha) * (1.0 - abar_s) / (1.0 - abar_t), jnp.float32
-        ),
+        abar_t=jnp.asarray(abar_t),
+        abar_s=jnp.asarray(abar_s),
+        sigma=jnp.asarray(np.sqrt(variance)),
+        x_0_weight=jnp.asarray(np.sqrt(abar_s) * (1.0 - alpha) / (1.0 - abar_t)),
+        x_t_weight=jnp.asarray(np.sqrt(alpha) * (1.0 - abar_s) / (1.0 - abar_t)),
     )
 
 

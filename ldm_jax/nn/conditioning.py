@@ -32,7 +32,7 @@ class ClassEmbedding(nn.Module):
             self.num_classes + 1,
             self.width,
             dtype=self.dtype,
-            embedding_init=nn.initializers.normal(0.02),
+            embedding_init=nn.initializers.normal(1.0),
             name="table",
         )
         return table(labels)

@@ -311,6 +311,6 @@ class PendingMetrics:
         self._logged, self._clock = step, now
         left = (self._stage.num_steps - step) / max(steps_per_second, 1e-9)
         return (
-            f" loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
+            f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
             f"{int(left) // 60}:{int(left) % 60:02d} left"
         )

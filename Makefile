@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both install first.
+PYTHON ?= python3
+RUN := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.PHONY: setup demo quality test lint types
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     train on handwritten digits and sample"
+	@echo "make quality  measure what the demo made"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff; make types: the type checker"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: error: $(PYTHON) is too old, wanted 3.11 or later; try make PYTHON=python3.12"; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: setup
+	$(RUN) train.py --config configs/digits.py --workdir runs/digits
+	$(RUN) sample.py --workdir runs/digits --labels 0-9 --seeds 0-9 --steps 50 --sampler ddim --guidance-scale 2 --out runs/digits/samples
+	$(RUN) sample.py --workdir runs/digits --labels 0-9 --seeds 0 --steps 50 --out runs/digits/trajectory --trajectory
+	@echo
+	@echo "Look at:"
+	@ls runs/digits/samples/grid.png runs/digits/trajectory/trajectory.png \
+	  runs/digits/loss.png runs/digits/*/reconstructions_*.png runs/digits/*/samples_*.png
+
+quality: setup
+	$(RUN) benchmarks/digits_quality.py --workdir runs/digits --check
+
+test: setup
+	$(RUN) -m pytest
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: setup
+	$(RUN) -m basedpyright

@@ -1,0 +1,16 @@
+"""Eight emulated CPU devices, strict promotion, and caches that stay warm."""
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parent.parent / ".cache"
+# Before JAX is imported, and inherited by the commands that the tests run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TFDS_DATA_DIR", str(CACHE / "tfds"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,0 +1,81 @@
+import dataclasses
+import json
+
+import pytest
+
+from configs.digits import get_config
+from ldm_jax import config as config_lib
+from ldm_jax.config import (
+    AutoencoderConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    OptimConfig,
+)
+from ldm_jax.types import InputError
+
+
+def test_json_reads_back_equal_and_with_the_same_digest():
+    config = get_config()
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert again == config
+    assert config_lib.digest(again) == config_lib.digest(config)
+
+
+def test_the_digest_does_not_depend_on_how_a_number_is_written():
+    whole, real = (Config(diffusion=DiffusionConfig(condition_dropout=x)) for x in (1, 1.0))
+    assert config_lib.digest(whole) == config_lib.digest(real)
+
+
+def test_the_digest_changes_with_any_field():
+    config = get_config()
+    seen = {config_lib.digest(config)}
+    seen.add(config_lib.digest(dataclasses.replace(config, seed=1)))
+    optim = dataclasses.replace(config.diffusion.optim, lr=3e-4)
+    diffusion = dataclasses.replace(config.diffusion, optim=optim)
+    seen.add(config_lib.digest(dataclasses.replace(config, diffusion=diffusion)))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: OptimConfig(lr=-1.0), ["lr", "-1.0", "above 0"]),
+        (lambda: OptimConfig(lr=float("nan")), ["lr", "nan", "finite"]),
+        (lambda: OptimConfig(lr="fast"), ["lr", "'fast'", "number"]),
+        (lambda: OptimConfig(ema_decay=1.0), ["ema_decay", "1.0", "below 1"]),
+        (lambda: DataConfig(source="mnist"), ["source", "'mnist'", "tfds:digits"]),
+        (lambda: AutoencoderConfig(steps=0), ["steps", "0", "at least 1"]),
+        (lambda: AutoencoderConfig(steps=1.5), ["steps", "1.5", "whole"]),
+        (lambda: AutoencoderConfig(num_groups=7), ["num_groups", "7", "divisor"]),
+        (lambda: DiffusionConfig(num_heads=3), ["num_heads", "3", "divisor"]),
+        (lambda: DiffusionConfig(channel_multipliers=()), ["channel_multipliers"]),
+        (lambda: DiffusionConfig(beta_end=0.001), ["beta_end", "0.001"]),
+        (lambda: DiffusionConfig(condition_dropout=1.2), ["condition_dropout", "1.2"]),
+        (lambda: Config(seed=-1), ["seed", "-1", "0 to 4294967295"]),
+        (lambda: Config(data=DataConfig(image_size=30)), ["image_size", "30", "4"]),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line_naming_it(make, words):
+    with pytest.raises(InputError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_a_config_of_another_version_is_refused():
+    tree = json.loads(config_lib.to_json(get_config()))
+    tree["diffusion"]["dropout"] = 0.1
+    with pytest.raises(InputError, match="dropout"):
+        config_lib.from_json(json.dumps(tree))
+    del tree["diffusion"]["dropout"], tree["seed"]
+    with pytest.raises(InputError, match="seed"):
+        config_lib.from_json(json.dumps(tree))
+
+
+def test_differences_names_the_fields_and_both_values():
+    ours = get_config()
+    theirs = dataclasses.replace(ours, seed=4)
+    assert config_lib.differences(ours, theirs) == ["seed (0 there, 4 here)"]
+    assert config_lib.differences(ours, ours) == []

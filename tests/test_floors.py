@@ -1,0 +1,82 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ldm_jax"
+FLOOR_BY_ROOM = {
+    "types": 0,
+    "config": 0,
+    "cli": 0,
+    "images": 0,
+    "rng": 0,
+    "diffusion": 1,
+    "nn": 1,
+    "data": 2,
+    "evaluation": 2,
+    "training": 3,
+    "generate": 4,
+    "build": 4,
+    "run": 4,
+    "gallery": 4,
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""} | {
+                f"{node.module}.{alias.name}" for alias in node.names
+            }
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def imported_rooms(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imported(path)]
+    return {part[1] for part in parts if part[0] == "ldm_jax" and len(part) > 1}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_file_imports_from_a_higher_floor(path):
+    if room(path) == "__init__":
+        return
+    floor = FLOOR_BY_ROOM[room(path)]
+    above = {r for r in imported_rooms(path) if FLOOR_BY_ROOM[r] > floor}
+    assert not above
+
+
+def test_the_two_wings_of_the_first_floor_never_meet():
+    for path in FILES:
+        if room(path) == "diffusion":
+            assert "nn" not in imported_rooms(path)
+            assert not any(name.split(".")[0] == "flax" for name in imported(path))
+        if room(path) == "nn":
+            assert "diffusion" not in imported_rooms(path)
+
+
+def test_only_the_config_and_command_line_are_free_of_jax():
+    for name in ("types", "config", "cli"):
+        roots = {n.split(".")[0] for n in imported(PACKAGE / f"{name}.py")}
+        assert not roots & {"jax", "flax", "numpy", "optax", "orbax"}
+
+
+def test_devices_are_named_in_one_file_only():
+    for path in FILES:
+        if path.name != "parallel.py":
+            text = path.read_text()
+            assert "jax.devices(" not in text
+            assert "jax.local_devices(" not in text
+            assert "jax.pmap(" not in text
+
+
+def test_no_file_reaches_into_private_jax():
+    for path in FILES:
+        assert not any(name.startswith("jax._src") for name in imported(path))
