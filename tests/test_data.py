@@ -1,0 +1,134 @@
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from ldm_jax.data.pipeline import load_all, make_iterator, resize, to_batch
+from ldm_jax.data.sources import open_source
+from ldm_jax.types import InputError
+
+
+@pytest.fixture(scope="module")
+def train():
+    return open_source("tfds:digits", "train", directory=None).examples
+
+
+@pytest.fixture(scope="module")
+def test():
+    return open_source("tfds:digits", "test", directory=None).examples
+
+
+def stream(examples, *, batch_size=64, seed=0, process=(0, 1)):
+    return make_iterator(
+        examples,
+        batch_size=batch_size,
+        image_size=8,
+        image_channels=1,
+        seed=seed,
+        process_index=process[0],
+        process_count=process[1],
+    )
+
+
+def take(iterator, num):
+    return [to_batch(element) for element in itertools.islice(iterator, num)]
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def rows(examples):
+    return {examples[i]["image"].tobytes() for i in range(len(examples))}
+
+
+def test_the_splits_are_the_real_digits_and_disjoint(train, test):
+    assert (len(train), len(test)) == (1500, 297)
+    real = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    assert rows(train) | rows(test) == {image.tobytes() for image in real}
+    assert len(rows(train)) + len(rows(test)) == len({i.tobytes() for i in real})
+
+
+def test_labels_are_those_of_their_images(train):
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    label = {i.tobytes(): t for i, t in zip(images, digits.target, strict=True)}
+    assert all(label[train[i]["image"].tobytes()] == train[i]["label"] for i in range(1500))
+
+
+def test_every_class_is_in_both_splits(train, test):
+    for examples in (train, test):
+        labels = [examples[i]["label"] for i in range(len(examples))]
+        assert np.bincount(labels, minlength=10).min() >= 20
+
+
+def test_an_epoch_holds_every_example_once_and_the_next_has_another_order(train):
+    batches = take(stream(train, batch_size=100), 30)
+    images = [[image.tobytes() for image in batch.image] for batch in batches]
+    first = list(itertools.chain(*images[:15]))
+    second = list(itertools.chain(*images[15:]))
+    assert sorted(first) == sorted(second)
+    assert set(first) == rows(train)
+    assert first != second
+
+
+def test_the_order_is_a_function_of_the_seed(train):
+    assert equal(take(stream(train), 1)[0], take(stream(train), 1)[0])
+    other = take(stream(train, seed=1), 1)[0]
+    assert not np.array_equal(take(stream(train), 1)[0].label, other.label)
+
+
+def test_the_index_counts_the_examples_of_the_stream(train):
+    index = np.concatenate([batch.index for batch in take(stream(train), 40)])
+    assert np.array_equal(index, np.arange(40 * 64))
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 23, 24, 47])
+def test_a_restored_stream_goes_on_as_if_never_stopped(train, consumed):
+    unbroken = take(stream(train), consumed + 3)[consumed:]
+    first = stream(train)
+    take(first, consumed)
+    again = stream(train)
+    again.set_state(first.get_state())
+    assert all(equal(a, b) for a, b in zip(unbroken, take(again, 3), strict=True))
+
+
+def test_two_processes_read_together_what_one_reads(train):
+    whole = take(stream(train), 3)
+    halves = [take(stream(train, process=(i, 2)), 3) for i in range(2)]
+    for step in range(3):
+        for i in range(2):
+            part = [column[i::2] for column in whole[step]]
+            assert equal(part, halves[i][step])
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(train):
+    with pytest.raises(ValueError, match="3 processes"):
+        stream(train, process=(0, 3))
+
+
+def test_resizing_keeps_a_flat_image_flat_and_makes_grey_colour():
+    flat = np.full((8, 8, 1), 77, np.uint8)
+    assert (resize(flat, 32, channels=3) == 77).all()
+    assert resize(flat, 32, channels=3).shape == (32, 32, 3)
+    assert resize(flat, 16, channels=1).shape == (16, 16, 1)
+
+
+def test_load_all_reads_in_the_order_of_the_split(test):
+    batch = load_all(test, image_size=8, image_channels=1, limit=5)
+    assert np.array_equal(batch.index, np.arange(5))
+    assert all(np.array_equal(batch.image[i], test[i]["image"]) for i in range(5))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(InputError, match=r"data\.directory"):
+        open_source("tfds:digits", "train", directory=str(blocked))
+
+
+def test_tensorflow_is_never_imported(train):
+    import sys
+
+    assert "tensorflow" not in sys.modules

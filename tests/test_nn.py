@@ -1,0 +1,195 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.build import build_networks, init_autoencoder, init_unet
+from ldm_jax.config import AutoencoderConfig, Config, DataConfig, DiffusionConfig
+from ldm_jax.nn.attention import attend
+from ldm_jax.nn.bottleneck import DiagonalGaussian, gaussian_from_moments
+from ldm_jax.nn.layers import (
+    SYMMETRIC_PADDING,
+    TRAILING_PADDING,
+    Downsample,
+    GroupNorm,
+    Upsample,
+    timestep_embedding,
+)
+from tests.tiny import get_config
+
+RGB256 = DataConfig(image_size=256, image_channels=3)
+
+
+def normal(seed, shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def count(init):
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init)))
+
+
+# Counts of the original classes: KL autoencoders of the latent diffusion paper.
+@pytest.mark.parametrize(
+    ("multipliers", "resolutions", "latent", "parameters"),
+    [
+        ((1, 2, 4), (), 3, 55_312_063),
+        ((1, 2, 4, 4), (), 4, 83_653_863),
+        ((1, 1, 2, 2, 4), (16,), 16, 69_610_963),
+        ((1, 1, 2, 2, 4, 4), (16, 8), 64, 103_880_131),
+    ],
+)
+def test_autoencoders_of_the_paper_have_exactly_their_parameters(
+    multipliers, resolutions, latent, parameters
+):
+    first = AutoencoderConfig(
+        channel_multipliers=multipliers,
+        attention_resolutions=resolutions,
+        latent_channels=latent,
+    )
+    second = DiffusionConfig(channel_multipliers=(1, 2))
+    config = Config(data=RGB256, autoencoder=first, diffusion=second)
+    networks = build_networks(config)
+    assert count(lambda: init_autoencoder(config, networks)) == parameters
+
+
+def test_the_unconditional_unet_of_the_paper_has_exactly_its_parameters():
+    # CelebA-HQ, FFHQ and LSUN-Bedrooms: the default DiffusionConfig, without classes.
+    config = Config(data=RGB256)
+    unet = build_networks(config).unet.clone(num_classes=0)
+    zero = jnp.zeros((1,), jnp.int32)
+    init = lambda: unet.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), zero, zero)
+    assert count(init) == 274_056_163
+
+
+def test_group_norm_equals_its_definition():
+    x = 3.0 + 2.0 * normal(0, (2, 5, 3, 8))
+    module = GroupNorm(4, 1e-5, jnp.float32)
+    params = {"scale": normal(1, (8,)), "bias": normal(2, (8,))}
+    y = module.apply({"params": params}, x)
+    groups = np.asarray(x, np.float64).reshape(2, 5, 3, 4, 2)
+    mean = groups.mean(axis=(1, 2, 4), keepdims=True)
+    variance = groups.var(axis=(1, 2, 4), keepdims=True)
+    wanted = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
+    wanted = wanted * np.asarray(params["scale"]) + np.asarray(params["bias"])
+    assert y == pytest.approx(wanted, abs=2e-5)
+
+
+def test_group_norm_has_the_gradient_of_flax():
+    x = normal(0, (2, 4, 4, 8))
+    target = normal(1, x.shape)
+    ours = GroupNorm(4, 1e-5, jnp.float32)
+    theirs = nn.GroupNorm(4, epsilon=1e-5)
+    params = ours.init(jax.random.key(0), x)
+
+    def gradient(module):
+        return jax.grad(lambda x: jnp.vdot(module.apply(params, x), target))(x)
+
+    assert gradient(ours) == pytest.approx(np.asarray(gradient(theirs)), abs=1e-5)
+
+
+def test_the_timestep_embedding_is_cosines_then_sines():
+    embedding = timestep_embedding(jnp.asarray([0, 10]), width=4, max_period=100.0)
+    angles = [10.0, 10.0 / 10.0]
+    wanted = [[1, 1, 0, 0], [*np.cos(angles), *np.sin(angles)]]
+    assert embedding == pytest.approx(np.asarray(wanted), abs=1e-6)
+    with pytest.raises(ValueError, match="even"):
+        timestep_embedding(jnp.asarray([0]), width=3)
+
+
+def test_the_two_networks_pad_a_strided_convolution_differently():
+    # A kernel that copies its first pixel shows where the window starts.
+    x = jnp.arange(16, dtype=jnp.float32).reshape(1, 4, 4, 1)
+    kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1.0)
+    params = {"params": {"conv": {"kernel": kernel, "bias": jnp.zeros((1,))}}}
+    trailing = Downsample(TRAILING_PADDING, jnp.float32).apply(params, x)
+    symmetric = Downsample(SYMMETRIC_PADDING, jnp.float32).apply(params, x)
+    assert trailing[0, ..., 0].tolist() == [[0, 2], [8, 10]]
+    assert symmetric[0, ..., 0].tolist() == [[0, 0], [0, 5]]
+
+
+def test_upsampling_repeats_pixels():
+    x = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
+    kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    params = {"params": {"conv": {"kernel": kernel, "bias": jnp.zeros((1,))}}}
+    y = Upsample(jnp.float32).apply(params, x)[0, ..., 0]
+    assert y.tolist() == np.kron([[1, 2], [3, 4]], np.ones((2, 2))).tolist()
+
+
+def test_attention_equals_the_library():
+    q, k, v = (normal(i, (2, n, 3, 8)) for i, n in enumerate((5, 7, 7)))
+    wanted = jax.nn.dot_product_attention(q, k, v)
+    assert attend(q, k, v) == pytest.approx(np.asarray(wanted), abs=1e-5)
+
+
+def test_the_kl_of_the_bottleneck_is_that_of_one_dimension_summed():
+    mean, log_variance = normal(0, (2, 2, 2, 1)), normal(1, (2, 2, 2, 1))
+    kl = DiagonalGaussian(mean, log_variance).kl()
+    # Monte Carlo of E[log q - log p], 200,000 draws.
+    std = np.exp(0.5 * np.asarray(log_variance, np.float64))
+    z = np.random.RandomState(0).randn(200_000, 2, 2, 2, 1)
+    x = np.asarray(mean) + std * z
+    ratio = 0.5 * (x**2 - z**2) - np.log(std)
+    assert kl == pytest.approx(ratio.mean(axis=0).sum(axis=(1, 2, 3)), rel=2e-2)
+    zero = DiagonalGaussian(jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, 2, 2, 1)))
+    assert zero.kl() == 0.0
+
+
+def test_the_log_variance_is_clamped():
+    moments = jnp.asarray([0.0, 0.0, -99.0, 99.0]).reshape(1, 1, 1, 4)
+    log_variance = gaussian_from_moments(moments).log_variance
+    assert log_variance.ravel().tolist() == [-30.0, 20.0]
+
+
+def tiny(**data):
+    config = get_config()
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_autoencoder_returns_images_of_the_size_it_was_given(channels):
+    config = tiny(image_channels=channels)
+    networks = build_networks(config)
+    params = init_autoencoder(config, networks)
+    images = normal(0, (2, 8, 8, channels))
+    noise = normal(1, (2, *networks.latent_shape))
+    output, posterior = networks.autoencoder.apply({"params": params}, images, noise)
+    assert output.shape == images.shape
+    assert posterior.mean.shape == noise.shape
+
+
+def test_an_untrained_unet_predicts_zero_and_a_trained_one_sees_time_and_class():
+    config = tiny()
+    networks = build_networks(config)
+    params = init_unet(config, networks)
+    x = normal(0, (2, *networks.latent_shape))
+
+    def predict(params, t, label):
+        t, label = jnp.full((2,), t), jnp.full((2,), label)
+        return networks.unet.apply({"params": params}, x, t, label)
+
+    assert not predict(params, 3, 1).any()
+    moved = jax.tree.map(lambda leaf: leaf + 0.1 * normal(2, leaf.shape), params)
+    base = predict(moved, 3, 1)
+    assert np.abs(predict(moved, 900, 1) - base).max() > 1e-4
+    assert np.abs(predict(moved, 3, 2) - base).max() > 1e-4
+    assert np.abs(predict(moved, 3, config.data.num_classes) - base).max() > 1e-4
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
+    config = tiny()
+    half = dataclasses.replace(
+        config, diffusion=dataclasses.replace(config.diffusion, dtype="bfloat16")
+    )
+    networks, networks_half = build_networks(config), build_networks(half)
+    params = init_unet(half, networks_half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * normal(2, leaf.shape), params)
+    x, t = normal(0, (2, *networks.latent_shape)), jnp.asarray([3, 700])
+    full = networks.unet.apply({"params": params}, x, t, t % 10)
+    less = networks_half.unet.apply({"params": params}, x, t, t % 10)
+    assert less.dtype == jnp.float32
+    error = np.linalg.norm(less - full) / np.linalg.norm(full)
+    assert 0 < error < 0.03  # bfloat16 has 8 bits: 0.4 % a rounding
