@@ -83,18 +83,22 @@ def measure(run: Run, per_class: int, steps: int, scale: float) -> list[Row]:
         return frechet_distance(moments(pca.transform(features)), reference)
 
     reconstruct = make_reconstruct(run.networks)
-    error = reconstruct(run.params.autoencoder, test.image).astype(np.float64)
-    mse = np.square(error - test.image).mean()
+    output = reconstruct(run.params.autoencoder, test.image).astype(np.float64)
+    psnr = 10 * np.log10(255**2 / np.square(output - test.image).mean())
     guided, plain = draw(run, per_class, steps, scale), draw(run, per_class, steps, 1.0)
     guided_x, plain_x = shrink(guided.image), shrink(plain.image)
     closest_real = nearest(test_x, train_x).min()
     floor = distance(test_x)
     num = len(guided.label)
     return [
-        ("held-out real digits the SVM reads right", svm.score(test_x, test.label), "%"),
+        (
+            "held-out real digits the SVM reads right",
+            svm.score(test_x, test.label),
+            "%",
+        ),
         (f"{num} guided samples read right", svm.score(guided_x, guided.label), "%"),
         (f"{num} unguided samples read right", svm.score(plain_x, plain.label), "%"),
-        ("reconstruction of the held-out digits, PSNR", 10 * np.log10(255**2 / mse), "dB"),
+        ("reconstruction of the held-out digits, PSNR", psnr, "dB"),
         ("Fréchet distance, held-out real digits (floor)", floor, ""),
         ("Fréchet distance, unguided samples", distance(plain_x), ""),
         ("Fréchet distance, guided samples", distance(guided_x), ""),

@@ -3,7 +3,7 @@
 import functools
 import importlib.metadata
 import json
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,7 @@ class Samples(NamedTuple):
     frames: Float[Array, "f b h w c"]
 
 
+@runtime_checkable
 class SampleFn(Protocol):
     """A jitted sample function."""
 

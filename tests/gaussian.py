@@ -31,3 +31,25 @@ def denoiser(abar_table: np.ndarray):
 def flow_end(x_start: np.ndarray, abar_start: float) -> np.ndarray:
     residual = x_start - abar_start**0.5 * MEAN
     return MEAN + STD * residual / total(abar_start)
+
+
+def sample_moments(abar: np.ndarray, eta: float) -> tuple[float, float]:
+    """Carry mean and variance through DDIM: with this denoiser every step is affine.
+
+    Args:
+      abar: Signal power of each level visited, rising; the end, 1, is added.
+      eta: Share of renewed noise.
+
+    Returns:
+      Mean and standard deviation of a pixel of the samples.
+    """
+    mean, variance = 0.0, 1.0
+    for here, there in zip(abar, [*abar[1:], 1.0], strict=True):
+        slope = (1 - here) ** 0.5 / total(here) ** 2  # eps = slope (x - root MEAN)
+        sigma2 = eta**2 * (1 - there) / (1 - here) * (1 - here / there)
+        to_x0 = (there / here) ** 0.5
+        direction = (1 - there - sigma2) ** 0.5 - to_x0 * (1 - here) ** 0.5
+        gain = to_x0 + direction * slope
+        mean = gain * mean - direction * slope * here**0.5 * MEAN
+        variance = gain**2 * variance + sigma2
+    return mean, variance**0.5

@@ -64,7 +64,10 @@ def test_every_field_is_a_flag():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--diffusion.optim.lrr", "1"], ["--diffusion.optim.lrr", "--diffusion.optim.lr"]),
+        (
+            ["--diffusion.optim.lrr", "1"],
+            ["--diffusion.optim.lrr", "--diffusion.optim.lr"],
+        ),
         (["--diffusion.stepz=3"], ["--diffusion.stepz", "--diffusion.steps"]),
         (["--sede", "1"], ["--sede", "--seed"]),
         (["--work-dir", "x"], ["--work-dir", "--workdir"]),

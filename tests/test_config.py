@@ -23,7 +23,9 @@ def test_json_reads_back_equal_and_with_the_same_digest():
 
 
 def test_the_digest_does_not_depend_on_how_a_number_is_written():
-    whole, real = (Config(diffusion=DiffusionConfig(condition_dropout=x)) for x in (1, 1.0))
+    whole, real = (
+        Config(diffusion=DiffusionConfig(condition_dropout=x)) for x in (1, 1.0)
+    )
     assert config_lib.digest(whole) == config_lib.digest(real)
 
 

@@ -54,7 +54,9 @@ def test_labels_are_those_of_their_images(train):
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     label = {i.tobytes(): t for i, t in zip(images, digits.target, strict=True)}
-    assert all(label[train[i]["image"].tobytes()] == train[i]["label"] for i in range(1500))
+    assert all(
+        label[train[i]["image"].tobytes()] == train[i]["label"] for i in range(1500)
+    )
 
 
 def test_every_class_is_in_both_splits(train, test):

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -6,7 +7,7 @@ from ldm_jax import images
 
 def test_uint8_survives_the_way_to_float_and_back():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    as_float = np.asarray(images.to_float(levels))
+    as_float = np.asarray(images.to_float(jnp.asarray(levels)))
     assert as_float.min() == -1.0 and as_float.max() == 1.0
     assert np.array_equal(images.to_uint8(as_float), levels)
 

@@ -60,7 +60,10 @@ def test_the_unconditional_unet_of_the_paper_has_exactly_its_parameters():
     config = Config(data=RGB256)
     unet = build_networks(config).unet.clone(num_classes=0)
     zero = jnp.zeros((1,), jnp.int32)
-    init = lambda: unet.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), zero, zero)
+
+    def init():
+        return unet.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), zero, zero)
+
     assert count(init) == 274_056_163
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     index: UInt32[np.ndarray, " b"]
 
 
+@runtime_checkable
 class BatchIterator(Protocol):
     """An endless iterator whose position can be saved and restored."""
 

@@ -5,7 +5,7 @@ import io
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ldm_jax.types import InputError
 
@@ -15,6 +15,7 @@ MAX_BYTES_IN_MEMORY = 64 * 2**20
 """Smaller data sets are decoded once and kept: decoding is most of the reading."""
 
 
+@runtime_checkable
 class Examples(Protocol):
     """Random access to examples: `image` (uint8, h w c) and `label` (an integer)."""
 

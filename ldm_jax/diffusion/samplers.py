@@ -1,6 +1,6 @@
 """Reverse diffusion: pure steps, and the one scan that drives them."""
 
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class Levels(NamedTuple):
     x_t_weight: Float[Array, "*k"]
 
 
+@runtime_checkable
 class SamplerStep(Protocol):
     """Move latents from level t to the cleaner level s."""
 

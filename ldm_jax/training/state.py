@@ -38,7 +38,7 @@ def learning_rate_schedule(config: OptimConfig, *, num_steps: int) -> optax.Sche
       Linear up over the warm-up, flat, linear down to 0 over the decay.
     """
 
-    def schedule(count: Int[Array, ""]) -> Float[Array, ""]:
+    def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
         step = jnp.asarray(count, jnp.float32)
         rising = (step + 1.0) / (config.warmup_steps + 1.0)
         falling = (num_steps - step) / (config.decay_steps + 1.0)
@@ -107,7 +107,9 @@ def apply_gradients(
     Source:
       latent-diffusion `LitEma`.
     """
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    # Optax raises a float to an integer count, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     n = step.astype(jnp.float32)

@@ -1,0 +1,237 @@
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ldm_jax.build import (
+    autoencoder_stage,
+    build_networks,
+    diffusion_stage,
+    init_autoencoder,
+    make_reconstruct,
+    measure_latent_scale,
+    open_iterator,
+)
+from ldm_jax.config import OptimConfig
+from ldm_jax.data.pipeline import to_batch
+from ldm_jax.images import to_float
+from ldm_jax.rng import root_key
+from ldm_jax.training.diffusion_step import FirstStage
+from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.training.state import (
+    apply_gradients,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from ldm_jax.types import InputError
+from tests.tiny import get_config
+
+CONFIG = get_config()
+NETWORKS = build_networks(CONFIG)
+
+
+@functools.cache
+def first_stage():
+    params = init_autoencoder(CONFIG, NETWORKS)
+    return FirstStage(params, jnp.asarray(0.5, jnp.float32))
+
+
+def stage(name, config=CONFIG):
+    if name == "autoencoder":
+        return autoencoder_stage(config, NETWORKS, Path())
+    return diffusion_stage(config, NETWORKS, first_stage(), Path())
+
+
+def batches(num, layout):
+    iterator = open_iterator(CONFIG, batch_size=8, layout=layout)
+    found = [to_batch(next(iterator)) for _ in range(num)]
+    iterator.close()
+    return found
+
+
+def run(name, devices, steps, config=CONFIG):
+    """Train for a few steps; return the state and the metrics of every step."""
+    layout = PmapLayout(jax.devices()[:devices])
+    built = stage(name, config)
+    state = layout.replicate(built.init())
+    key = layout.replicate(root_key(config.seed))
+    frozen = layout.replicate(built.frozen)
+    mapped = layout.map_step(built.step)
+    rows = []
+    for batch in batches(steps, layout):
+        state, metrics = mapped(state, frozen, layout.split(batch), key)
+        rows.append(jax.device_get(layout.local(metrics)))
+    return jax.device_get(layout.local(state)), rows
+
+
+def relative(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(np.abs(x - y).max() / (np.abs(y).max() + 1e-12) for x, y in leaves)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
+def test_losses_are_the_same_on_one_two_and_eight_devices(name):
+    _, one = run(name, 1, 5)
+    for devices in (2, 8):
+        _, many = run(name, devices, 5)
+        for a, b in zip(one, many, strict=True):
+            assert a.loss == pytest.approx(b.loss, rel=1e-5)
+            assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
+def test_every_device_holds_the_same_state(name):
+    layout = PmapLayout(jax.devices()[:4])
+    built = stage(name)
+    mapped = layout.map_step(built.step)
+    state, _ = mapped(
+        layout.replicate(built.init()),
+        layout.replicate(built.frozen),
+        layout.split(batches(1, layout)[0]),
+        layout.replicate(root_key(0)),
+    )
+    for leaf in jax.tree.leaves(state):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert all(np.array_equal(shard, shards[0]) for shard in shards)
+
+
+def test_the_state_is_donated():
+    layout = PmapLayout(jax.devices()[:2])
+    built = stage("diffusion")
+    state = layout.replicate(built.init())
+    mapped = layout.map_step(built.step)
+    batch, key = layout.split(batches(1, layout)[0]), layout.replicate(root_key(0))
+    after, _ = mapped(state, layout.replicate(built.frozen), batch, key)
+    jax.block_until_ready(after)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_step_under_pmap_is_the_step_without_it():
+    built = stage("diffusion")
+    layout = PmapLayout(jax.devices()[:1])
+    batch = jax.tree.map(jnp.asarray, batches(1, layout)[0])
+    plain, metrics = jax.jit(functools.partial(built.step, axis_name=None))(
+        built.init(), built.frozen, batch, root_key(0)
+    )
+    mapped, rows = run("diffusion", 1, 1)
+    assert metrics.loss == pytest.approx(rows[0].loss, rel=1e-6)
+    assert relative(plain.params, mapped.params) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
+def test_the_same_training_twice_is_bitwise_the_same(name):
+    (a, _), (b, _) = run(name, 2, 3), run(name, 2, 3)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def test_the_first_stage_is_not_changed_by_the_second():
+    before = jax.device_get(first_stage().params)
+    run("diffusion", 1, 3)
+    after = jax.device_get(first_stage().params)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, after)))
+
+
+def with_dropout(probability):
+    diffusion = dataclasses.replace(CONFIG.diffusion, condition_dropout=probability)
+    return dataclasses.replace(CONFIG, diffusion=diffusion)
+
+
+def test_condition_dropout_trains_the_null_class_and_only_as_often_as_asked():
+    def used(probability):
+        state, _ = run("diffusion", 1, 2, with_dropout(probability))
+        start = stage("diffusion").init().params
+        moved = state.params["class_embedding"]["table"]["embedding"]
+        moved = moved != start["class_embedding"]["table"]["embedding"]
+        return np.asarray(moved.any(axis=-1))
+
+    null = CONFIG.data.num_classes
+    assert not used(0.0)[null] and used(0.0)[:null].any()
+    assert used(1.0)[null] and not used(1.0)[:null].any()
+
+
+def test_training_learns_to_reconstruct():
+    optim = OptimConfig(lr=3e-3, ema_decay=0.9)
+    first = dataclasses.replace(CONFIG.autoencoder, steps=60, optim=optim)
+    config = dataclasses.replace(CONFIG, autoencoder=first)
+    state, rows = run("autoencoder", 1, 60, config)
+    assert rows[-1].reconstruction < 0.35 * rows[0].reconstruction
+    image = batches(1, PmapLayout())[0].image
+    output = make_reconstruct(NETWORKS)(state.params, image)
+    assert (
+        np.abs(output.astype(int) - image).mean()
+        < np.abs(128 - image.astype(int)).mean()
+    )
+
+
+def test_the_latent_scale_makes_latents_of_unit_deviation():
+    params = init_autoencoder(CONFIG, NETWORKS)
+    one, four = (PmapLayout(jax.devices()[:num]) for num in (1, 4))
+    scale = measure_latent_scale(CONFIG, NETWORKS, params, one)
+    again = measure_latent_scale(CONFIG, NETWORKS, params, four)
+    assert scale == pytest.approx(float(again), rel=1e-6)
+    taken = batches(CONFIG.autoencoder.scale_batches, one)
+    images = np.concatenate([batch.image for batch in taken])
+
+    def encode(module, x):
+        return module.encode(x)
+
+    variables, x = {"params": params}, to_float(jnp.asarray(images))
+    posterior = NETWORKS.autoencoder.apply(variables, x, method=encode)
+    # Law of total variance: of the means, plus the mean of the posterior's.
+    variance = np.var(posterior.mean) + np.exp(posterior.log_variance).mean()
+    assert scale == pytest.approx(variance**-0.5, rel=0.05)
+
+
+def test_the_learning_rate_warms_up_holds_and_decays():
+    config = OptimConfig(lr=2.0, warmup_steps=4, decay_steps=5)
+    schedule = learning_rate_schedule(config, num_steps=20)
+    rates = [float(schedule(step)) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[5:15] == pytest.approx([2.0] * 10)
+    assert rates[15:] == pytest.approx([2 * k / 6 for k in (5, 4, 3, 2, 1)])
+
+
+def test_the_average_of_the_weights_follows_its_formula():
+    optimizer = optax.sgd(1.0)
+    state = init_state({"w": jnp.asarray(0.0)}, optimizer)
+    average, weight = 0.0, 0.0
+    for n in range(1, 40):
+        gradients = {"w": jnp.asarray(-1.0)}
+        state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.75)
+        weight += 1.0
+        decay = min(0.75, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * weight
+        assert state.ema["w"] == pytest.approx(average, rel=1e-5)
+        assert state.step == n
+
+
+def test_the_gradient_is_clipped_by_its_global_norm():
+    config = OptimConfig(lr=1.0, clip_norm=0.5, b1=0.0, b2=0.0)
+    optimizer = make_optimizer(config, num_steps=10)
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
+    # With b2 = 0, Adam's second moment is the square of what the clip let through.
+    state = optimizer.init(params)
+    large, _ = optimizer.update(
+        {"a": jnp.full(3, 1e8), "b": jnp.zeros(4)}, state, params
+    )
+    small, _ = optimizer.update(
+        {"a": jnp.full(3, 0.2), "b": jnp.zeros(4)}, state, params
+    )
+    assert large["a"] == pytest.approx(np.asarray(small["a"]), rel=1e-4)
+
+
+def test_a_batch_that_does_not_divide_by_the_devices_is_refused():
+    layout = PmapLayout(jax.devices()[:3])
+    layout.check_batch_size(9, "diffusion.batch_size")
+    with pytest.raises(InputError) as caught:
+        layout.check_batch_size(8, "diffusion.batch_size")
+    message = str(caught.value)
+    assert all(
+        w in message for w in ("diffusion.batch_size", "8", "3 devices", "6 or 9")
+    )
