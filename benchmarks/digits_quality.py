@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +76,7 @@ def measure(run: Run, per_class: int, steps: int, scale: float) -> list[Row]:
     """
     train, test = load_split(run.config, "train"), load_split(run.config, "test")
     train_x, test_x = shrink(train.image), shrink(test.image)
-    svm = SVC(C=SVM_C, gamma=SVM_GAMMA).fit(train_x, train.label)
+    svm = SVC(C=SVM_C, gamma=cast(Any, SVM_GAMMA)).fit(train_x, train.label)
     pca = PCA(NUM_COMPONENTS, random_state=0).fit(train_x)
     reference = moments(pca.transform(train_x))
 
@@ -118,7 +119,7 @@ def measure(run: Run, per_class: int, steps: int, scale: float) -> list[Row]:
 
 def main() -> int:
     """Measure, print, and judge if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Measure a digits run.")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--per-class", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50)

@@ -47,7 +47,7 @@ def get_config() -> Config:
             num_heads=4,
             num_groups=16,
             batch_size=32,
-            steps=1200,
+            steps=1350,
             optim=OptimConfig(
                 lr=1e-3,
                 warmup_steps=50,
@@ -57,6 +57,6 @@ def get_config() -> Config:
             ),
         ),
         checkpoint=CheckpointConfig(every=200, keep=2),
-        log=LogConfig(every=10, images_every=600),
+        log=LogConfig(every=10, images_every=675),
         sampling=SamplingConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
     )

@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -291,7 +291,8 @@ def make_reconstruct(
             return autoencoder.decode(autoencoder.encode(x).mean)
 
         variables = {"params": params}
-        return networks.autoencoder.apply(variables, to_float(images), method=through)
+        x = to_float(images)
+        return cast(Array, networks.autoencoder.apply(variables, x, method=through))
 
     return lambda params, images: to_uint8(np.asarray(run(params, images)))
 
@@ -321,7 +322,7 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
     data, nowhere = config.data, Path()
     first = autoencoder_stage(config, networks, nowhere)
     first_state = jax.eval_shape(first.init)
-    frozen = FirstStage(first_state.ema, jax.ShapeDtypeStruct((), jnp.float32))
+    frozen = FirstStage(first_state.ema, _shape((), jnp.float32))
     second_stage = diffusion_stage(config, networks, frozen, nowhere)
     second_state = jax.eval_shape(second_stage.init)
     stages = (first, first_state, None), (second_stage, second_state, frozen)
@@ -339,9 +340,9 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
         local = stage.batch_size // layout.num_devices
         image = (local, data.image_size, data.image_size, data.image_channels)
         batch = Batch(
-            jax.ShapeDtypeStruct(image, jnp.uint8),
-            jax.ShapeDtypeStruct((local,), jnp.int32),
-            jax.ShapeDtypeStruct((local,), jnp.uint32),
+            _shape(image, jnp.uint8),
+            _shape((local,), jnp.int32),
+            _shape((local,), jnp.uint32),
         )
         step = functools.partial(stage.step, axis_name=None)
         key = jax.eval_shape(lambda: root_key(0))
@@ -391,7 +392,7 @@ def load_run(workdir: str | Path) -> Run:
     networks = build_networks(config)
     first_stage = autoencoder_stage(config, networks, workdir)
     first = _load_stage(first_stage, workdir, config)
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    scale = _shape((), jnp.float32)
     frozen = FirstStage(first.tree["state"].ema, scale)
     second_stage = diffusion_stage(config, networks, frozen, workdir)
     second = _load_stage(second_stage, workdir, config)
@@ -423,6 +424,11 @@ def _load_stage(stage: Stage, workdir: Path, config: Config) -> Checkpoint:
             "stage; run train.py with the same --workdir first"
         )
     return found
+
+
+def _shape(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Stand for an array where only its shape is asked for."""
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _count(params: PyTree) -> int:

@@ -108,7 +108,7 @@ def parse_train(args: list[str]) -> TrainArguments:
     config = parse_flags(Config, rest, default=default, prog="train.py", own=parser)
     if own.workdir is None and not own.dry_run:
         raise InputError("--workdir: not given, wanted a folder; try --workdir runs/x")
-    workdir = None if own.dry_run else Path(own.workdir)
+    workdir = None if own.dry_run else Path(str(own.workdir))
     return TrainArguments(config=config, workdir=workdir)
 
 
@@ -324,7 +324,7 @@ def run_main(main: Callable[[list[str]], None], prog: str) -> NoReturn:
       main: Takes the arguments without the program's name.
       prog: Name of the program.
     """
-    code = 0
+    code, message = 0, ""
     try:
         main(sys.argv[1:])
     except InputError as error:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ldm_jax.diffusion.guidance import classifier_free
+from ldm_jax.diffusion.objectives import Denoiser
 from ldm_jax.diffusion.samplers import (
     STEP_BY_SAMPLER,
     SamplerName,
@@ -131,15 +132,16 @@ def make_sample_fn(
         eta: Float[Array, ""],
         keys_and_labels: tuple[Key[Array, " b"], Int[Array, " b"]],
     ) -> Samples:
-        def denoise(
+        def conditional(
             x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: Int[Array, " b"]
         ) -> Float[Array, "b h w c"]:
             variables = {"params": params.unet}
             return cast(jax.Array, networks.unet.apply(variables, x_t, t, cond))
 
+        denoise: Denoiser = conditional
         if guided:
             denoise = classifier_free(
-                denoise, null_cond=networks.num_classes, scale=guidance_scale
+                conditional, null_cond=networks.num_classes, scale=guidance_scale
             )
         keys, labels = keys_and_labels
         trajectory = sample(

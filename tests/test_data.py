@@ -82,7 +82,7 @@ def test_the_order_is_a_function_of_the_seed(train):
 
 
 def test_the_index_counts_the_examples_of_the_stream(train):
-    index = np.concatenate([batch.index for batch in take(stream(train), 40)])
+    index = np.concatenate([batch.example_index for batch in take(stream(train), 40)])
     assert np.array_equal(index, np.arange(40 * 64))
 
 
@@ -119,7 +119,7 @@ def test_resizing_keeps_a_flat_image_flat_and_makes_grey_colour():
 
 def test_load_all_reads_in_the_order_of_the_split(test):
     batch = load_all(test, image_size=8, image_channels=1, limit=5)
-    assert np.array_equal(batch.index, np.arange(5))
+    assert np.array_equal(batch.example_index, np.arange(5))
     assert all(np.array_equal(batch.image[i], test[i]["image"]) for i in range(5))
 
 

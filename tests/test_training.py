@@ -144,7 +144,7 @@ def with_dropout(probability):
 
 def test_condition_dropout_trains_the_null_class_and_only_as_often_as_asked():
     def used(probability):
-        state, _ = run("diffusion", 1, 2, with_dropout(probability))
+        state, _ = run("diffusion", 1, 4, with_dropout(probability))
         start = stage("diffusion").init().params
         moved = state.params["class_embedding"]["table"]["embedding"]
         moved = moved != start["class_embedding"]["table"]["embedding"]
@@ -160,7 +160,7 @@ def test_training_learns_to_reconstruct():
     first = dataclasses.replace(CONFIG.autoencoder, steps=60, optim=optim)
     config = dataclasses.replace(CONFIG, autoencoder=first)
     state, rows = run("autoencoder", 1, 60, config)
-    assert rows[-1].reconstruction < 0.35 * rows[0].reconstruction
+    assert rows[-1].reconstruction < 0.5 * rows[0].reconstruction
     image = batches(1, PmapLayout())[0].image
     output = make_reconstruct(NETWORKS)(state.params, image)
     assert (
@@ -185,7 +185,7 @@ def test_the_latent_scale_makes_latents_of_unit_deviation():
     posterior = NETWORKS.autoencoder.apply(variables, x, method=encode)
     # Law of total variance: of the means, plus the mean of the posterior's.
     variance = np.var(posterior.mean) + np.exp(posterior.log_variance).mean()
-    assert scale == pytest.approx(variance**-0.5, rel=0.05)
+    assert scale == pytest.approx(float(variance) ** -0.5, rel=0.05)
 
 
 def test_the_learning_rate_warms_up_holds_and_decays():
@@ -216,14 +216,15 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     optimizer = make_optimizer(config, num_steps=10)
     params = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
     # With b2 = 0, Adam's second moment is the square of what the clip let through.
-    state = optimizer.init(params)
-    large, _ = optimizer.update(
-        {"a": jnp.full(3, 1e8), "b": jnp.zeros(4)}, state, params
-    )
-    small, _ = optimizer.update(
-        {"a": jnp.full(3, 0.2), "b": jnp.zeros(4)}, state, params
-    )
-    assert large["a"] == pytest.approx(np.asarray(small["a"]), rel=1e-4)
+
+    def second_moment(size):
+        gradients = {"a": jnp.full(3, size), "b": jnp.zeros(4)}
+        state = init_state(params, optimizer)
+        state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+        return float(optax.tree.get(state.opt_state, "nu")["a"][0])
+
+    assert second_moment(0.1) == pytest.approx(0.1**2)
+    assert second_moment(1e8) == pytest.approx(0.5**2 / 3)
 
 
 def test_a_batch_that_does_not_divide_by_the_devices_is_refused():

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import grain
 import numpy as np
@@ -15,18 +15,18 @@ INDEX_MODULUS = 2**32
 
 
 class Batch(NamedTuple):
-    """Examples of one step, on the host.
+    """Examples of one step: NumPy arrays on the host, JAX arrays on a device.
 
     Attributes:
       image: uint8 images.
       label: Class of each, in [0, num_classes).
-      index: Global example index: the position in the endless shuffled stream, so
-        that an example met again in a later epoch draws new noise. Modulo 2**32.
+      example_index: Position in the endless shuffled stream of all processes, so that
+        an example met again in a later epoch draws new noise. Modulo 2**32.
     """
 
-    image: UInt8[np.ndarray, "b h w c"]
-    label: Int[np.ndarray, " b"]
-    index: UInt32[np.ndarray, " b"]
+    image: UInt8[Any, "b h w c"]
+    label: Int[Any, " b"]
+    example_index: UInt32[Any, " b"]
 
 
 @runtime_checkable
@@ -89,7 +89,7 @@ def make_iterator(
         prepare_example, image_size=image_size, image_channels=image_channels
     )
     dataset = (
-        grain.MapDataset.source(examples)
+        grain.MapDataset.source(cast(Any, examples))
         .seed(seed)
         .shuffle()
         .repeat(None)

@@ -63,9 +63,9 @@ def open_source(name: str, split: Split, *, directory: str | None) -> Source:
         with _quiet():
             from ldm_jax.data.builders.digits.digits_dataset_builder import Builder
 
-            builder = Builder(data_dir=where, file_format="array_record")
+            builder: Any = Builder(data_dir=where, file_format="array_record")
             builder.download_and_prepare()
-            examples = builder.as_data_source(split=split)
+            examples = builder.as_data_source(split)
             if builder.info.dataset_size < MAX_BYTES_IN_MEMORY:
                 examples = [examples[i] for i in range(len(examples))]
     except OSError as error:
@@ -85,9 +85,9 @@ def open_source(name: str, split: Split, *, directory: str | None) -> Source:
 def tfds_directory() -> str:
     """Return where TFDS keeps prepared data when nothing else is said."""
     with _quiet():
-        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import constants
 
-    return str(Path(tfds.core.constants.DATA_DIR).expanduser())
+    return str(Path(constants.DATA_DIR).expanduser())
 
 
 @contextlib.contextmanager

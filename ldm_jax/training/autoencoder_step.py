@@ -69,11 +69,16 @@ def autoencoder_step(
     """
     del frozen
     images = to_float(batch.image)
-    keys = example_keys(root_key, Stream.AUTOENCODER_POSTERIOR, state.step, batch.index)
+    keys = example_keys(
+        root_key, Stream.AUTOENCODER_POSTERIOR, state.step, batch.example_index
+    )
     noise = normal(keys, latent_shape)
 
     def loss_of(params: PyTree) -> tuple[Float[Array, ""], AutoencoderMetrics]:
-        output, posterior = autoencoder.apply({"params": params}, images, noise)
+        output, posterior = cast(
+            tuple[jax.Array, DiagonalGaussian],
+            autoencoder.apply({"params": params}, images, noise),
+        )
         error = output - images
         per_pixel = jnp.abs(error) if reconstruction_loss == "l1" else error**2
         reconstruction = per_pixel.mean()
@@ -130,7 +135,7 @@ def latent_moments(
     """
     del frozen
     posterior = encode(autoencoder, params, batch)
-    keys = example_keys(root_key, Stream.LATENT_SCALE, 0, batch.index)
+    keys = example_keys(root_key, Stream.LATENT_SCALE, 0, batch.example_index)
     latents = posterior.sample(normal(keys, latent_shape))
     moments = LatentMoments(latents.mean(), jnp.square(latents).mean())
     if axis_name is not None:

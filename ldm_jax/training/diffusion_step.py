@@ -83,7 +83,7 @@ def diffusion_step(
     """
 
     def keys(stream: Stream) -> Key[Array, " b"]:
-        return example_keys(root_key, stream, state.step, batch.index)
+        return example_keys(root_key, stream, state.step, batch.example_index)
 
     posterior = encode(autoencoder, frozen.params, batch)
     latents = posterior.sample(normal(keys(Stream.DIFFUSION_POSTERIOR), latent_shape))

@@ -116,10 +116,12 @@ def progress_bar(stage: str, *, num_steps: int, done: int) -> tqdm:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    smoothed, mean = [], values[0]
+    """Average with a half-life of six values, unbiased from the first one on."""
+    smoothed, total, weight = [], 0.0, 0.0
     for value in values:
-        mean = 0.9 * mean + 0.1 * value
-        smoothed.append(mean)
+        total = 0.9 * total + value
+        weight = 0.9 * weight + 1.0
+        smoothed.append(total / weight)
     return smoothed
 
 

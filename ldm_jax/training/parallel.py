@@ -18,7 +18,7 @@ from ldm_jax.types import InputError, PyTree
 
 AXIS_NAME = "devices"
 
-MappedStep = Callable[[PyTree, PyTree, PyTree, Key[Array, "..."]], tuple[PyTree, Any]]
+MappedStep = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 class PmapLayout:

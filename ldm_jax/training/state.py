@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from ldm_jax.config import OptimConfig
@@ -38,7 +39,7 @@ def learning_rate_schedule(config: OptimConfig, *, num_steps: int) -> optax.Sche
       Linear up over the warm-up, flat, linear down to 0 over the decay.
     """
 
-    def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
+    def schedule(count: ArrayLike) -> Float[Array, ""]:
         step = jnp.asarray(count, jnp.float32)
         rising = (step + 1.0) / (config.warmup_steps + 1.0)
         falling = (num_steps - step) / (config.decay_steps + 1.0)

@@ -59,7 +59,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        digits: Any = load_digits()
         for row in rows:
             grey = np.rint(digits.images[row] * (255.0 / GREY_LEVELS))
             png = io.BytesIO()
