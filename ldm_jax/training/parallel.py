@@ -6,7 +6,7 @@ it, and nobody outside this file sees that axis.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from ldm_jax.types import InputError, PyTree
 
 AXIS_NAME = "devices"
 
-MappedStep = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+MappedStep: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 class PmapLayout:
