@@ -6,7 +6,7 @@ it, and nobody outside this file sees that axis.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from ldm_jax.types import InputError, PyTree
 
 AXIS_NAME = "devices"
 
-MappedStep: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+MappedStep = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 class PmapLayout:
@@ -28,7 +28,7 @@ class PmapLayout:
       devices: The local devices, in order.
     """
 
-    def __init__(self, devices: list[jax.Device] | None = None) -> None:
+    def __init__(self, devices: list[Any] | None = None) -> None:
         """Use `devices`, or all local ones."""
         self.devices = devices or jax.local_devices()
         mesh = Mesh(np.asarray(self.devices), (AXIS_NAME,))
