@@ -17,12 +17,13 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from ldm_jax.build import Run, load_run, load_split, make_reconstruct
+from ldm_jax.build import load_split, make_reconstruct
 from ldm_jax.data.pipeline import Batch
 from ldm_jax.evaluation.frechet import frechet_distance, moments
 from ldm_jax.generate import make_sample_fn
 from ldm_jax.images import to_uint8
 from ldm_jax.rng import image_keys
+from ldm_jax.run import Run, load_run
 
 NUM_COMPONENTS = 32
 SVM_C, SVM_GAMMA = 1.0, 0.002

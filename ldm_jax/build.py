@@ -1,10 +1,9 @@
 """From a config to everything it names; the only file that chooses by name."""
 
 import functools
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +27,8 @@ from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.nn.unet import UNet
 from ldm_jax.rng import Stream, image_keys, root_key, stream_key
 from ldm_jax.training.autoencoder_step import autoencoder_step, latent_moments
-from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
 from ldm_jax.training.diffusion_step import FirstStage, diffusion_step
-from ldm_jax.training.loop import CHECKPOINTS, Stage, stage_target
+from ldm_jax.training.loop import Stage
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.training.state import (
     TrainState,
@@ -40,7 +38,6 @@ from ldm_jax.training.state import (
 )
 from ldm_jax.types import InputError, PyTree
 
-STAGE_NAMES = ("autoencoder", "diffusion")
 GRID_SEEDS = 4
 GRID_CLASSES = 10
 NUM_RECONSTRUCTIONS = 16
@@ -322,7 +319,7 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
     data, nowhere = config.data, Path()
     first = autoencoder_stage(config, networks, nowhere)
     first_state = jax.eval_shape(first.init)
-    frozen = FirstStage(first_state.ema, _shape((), jnp.float32))
+    frozen = FirstStage(first_state.ema, shape_of((), jnp.float32))
     second_stage = diffusion_stage(config, networks, frozen, nowhere)
     second_state = jax.eval_shape(second_stage.init)
     stages = (first, first_state, None), (second_stage, second_state, frozen)
@@ -340,9 +337,9 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
         local = stage.batch_size // layout.num_devices
         image = (local, data.image_size, data.image_size, data.image_channels)
         batch = Batch(
-            _shape(image, jnp.uint8),
-            _shape((local,), jnp.int32),
-            _shape((local,), jnp.uint32),
+            shape_of(image, jnp.uint8),
+            shape_of((local,), jnp.int32),
+            shape_of((local,), jnp.uint32),
         )
         step = functools.partial(stage.step, axis_name=None)
         key = jax.eval_shape(lambda: root_key(0))
@@ -355,78 +352,7 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
     return report
 
 
-class Run(NamedTuple):
-    """A trained run, ready to sample.
-
-    Attributes:
-      config: The config that made it.
-      networks: Built from it.
-      params: Averaged parameters of both stages, and the latent scale.
-      digest: Of the state the parameters were taken from; that of `final.json` once
-        the run is finished.
-      step: Diffusion step they were taken at.
-    """
-
-    config: Config
-    networks: Networks
-    params: SampleParams
-    digest: str
-    step: int
-
-
-def load_run(workdir: str | Path) -> Run:
-    """Load the newest checkpoint of a run for sampling.
-
-    Args:
-      workdir: The folder that was given to `train.py`.
-
-    Returns:
-      The run.
-
-    Raises:
-      InputError: If the folder is not a run or has no finished checkpoint.
-      RunError: If no checkpoint is intact.
-    """
-    workdir = Path(workdir)
-    config = config_lib.read_config(workdir)
-    networks = build_networks(config)
-    first_stage = autoencoder_stage(config, networks, workdir)
-    first = _load_stage(first_stage, workdir, config)
-    scale = _shape((), jnp.float32)
-    frozen = FirstStage(first.tree["state"].ema, scale)
-    second_stage = diffusion_stage(config, networks, frozen, workdir)
-    second = _load_stage(second_stage, workdir, config)
-    params = SampleParams(
-        autoencoder=frozen.params,
-        unet=second.tree["state"].ema,
-        latent_scale=second.tree["extra"]["latent_scale"],
-    )
-    digest = run_digest({"autoencoder": first.digest, "diffusion": second.digest})
-    return Run(config, networks, jax.device_put(params), digest, second.step)
-
-
-def run_digest(digest_by_stage: dict[str, str]) -> str:
-    """Join the digests of both stages into one sha256."""
-    text = "".join(f"{name} {digest_by_stage[name]}\n" for name in STAGE_NAMES)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _load_stage(stage: Stage, workdir: Path, config: Config) -> Checkpoint:
-    directory = workdir / stage.name / CHECKPOINTS
-    found = None
-    if directory.is_dir():
-        store = CheckpointStore(directory, keep=config.checkpoint.keep, read_only=True)
-        found = store.restore(stage_target(stage, root_key(config.seed)))
-        store.close()
-    if found is None:
-        raise InputError(
-            f"--workdir: {workdir} has no finished checkpoint of the {stage.name} "
-            "stage; run train.py with the same --workdir first"
-        )
-    return found
-
-
-def _shape(shape: tuple[int, ...], dtype: Any) -> Any:
+def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
     """Stand for an array where only its shape is asked for."""
     return jax.ShapeDtypeStruct(shape, dtype)
 

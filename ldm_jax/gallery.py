@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ldm_jax.build import Run, load_run
 from ldm_jax.cli import SampleRequest
 from ldm_jax.generate import make_sample_fn, recipe
 from ldm_jax.images import grid, to_uint8, write_png
 from ldm_jax.rng import image_keys
+from ldm_jax.run import Run, load_run
 
 MAX_GRID_SIDE = 20
 NUM_FRAMES = 10

@@ -1,8 +1,9 @@
-"""A run and its folder: open it, train what is not finished, seal it."""
+"""A run and its folder: train what is not finished, seal it, load it again."""
 
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +21,25 @@ from ldm_jax.build import (
     diffusion_stage,
     measure_latent_scale,
     open_iterator,
-    run_digest,
+    shape_of,
 )
 from ldm_jax.config import CONFIG_FILE, Config
-from ldm_jax.generate import Networks
+from ldm_jax.generate import Networks, SampleParams
 from ldm_jax.rng import root_key
-from ldm_jax.training.checkpoint import write_json
+from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore, write_json
 from ldm_jax.training.diffusion_step import FirstStage
-from ldm_jax.training.loop import Finished, Stage, Watch, run_stage
+from ldm_jax.training.loop import (
+    CHECKPOINTS,
+    Finished,
+    Stage,
+    Watch,
+    run_stage,
+    stage_target,
+)
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import InputError, PyTree
 
+STAGE_NAMES = ("autoencoder", "diffusion")
 FINAL_FILE = "final.json"
 SCALE_FILE = "latent_scale.json"
 LOCK_FILE = ".lock"
@@ -87,6 +96,77 @@ def train(config: Config, workdir: Path) -> Outcome:
         }
         write_json(final_path, final)
         return Outcome(final, trained=True)
+
+
+class Run(NamedTuple):
+    """A trained run, ready to sample.
+
+    Attributes:
+      config: The config that made it.
+      networks: Built from it.
+      params: Averaged parameters of both stages, and the latent scale.
+      digest: Of the state the parameters were taken from; that of `final.json` once
+        the run is finished.
+      step: Diffusion step they were taken at.
+    """
+
+    config: Config
+    networks: Networks
+    params: SampleParams
+    digest: str
+    step: int
+
+
+def load_run(workdir: str | Path) -> Run:
+    """Load the newest checkpoint of a run for sampling.
+
+    Args:
+      workdir: The folder that was given to `train.py`.
+
+    Returns:
+      The run.
+
+    Raises:
+      InputError: If the folder is not a run or has no finished checkpoint.
+      RunError: If no checkpoint is intact.
+    """
+    workdir = Path(workdir)
+    config = config_lib.read_config(workdir)
+    networks = build_networks(config)
+    first_stage = autoencoder_stage(config, networks, workdir)
+    first = _load_stage(first_stage, workdir, config)
+    scale = shape_of((), jnp.float32)
+    frozen = FirstStage(first.tree["state"].ema, scale)
+    second_stage = diffusion_stage(config, networks, frozen, workdir)
+    second = _load_stage(second_stage, workdir, config)
+    params = SampleParams(
+        autoencoder=frozen.params,
+        unet=second.tree["state"].ema,
+        latent_scale=second.tree["extra"]["latent_scale"],
+    )
+    digest = run_digest({"autoencoder": first.digest, "diffusion": second.digest})
+    return Run(config, networks, jax.device_put(params), digest, second.step)
+
+
+def run_digest(digest_by_stage: dict[str, str]) -> str:
+    """Join the digests of both stages into one sha256."""
+    text = "".join(f"{name} {digest_by_stage[name]}\n" for name in STAGE_NAMES)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _load_stage(stage: Stage, workdir: Path, config: Config) -> Checkpoint:
+    directory = workdir / stage.name / CHECKPOINTS
+    found = None
+    if directory.is_dir():
+        store = CheckpointStore(directory, keep=config.checkpoint.keep, read_only=True)
+        found = store.restore(stage_target(stage, root_key(config.seed)))
+        store.close()
+    if found is None:
+        raise InputError(
+            f"--workdir: {workdir} has no finished checkpoint of the {stage.name} "
+            "stage; run train.py with the same --workdir first"
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -124,3 +124,13 @@ def test_notes_are_json(store):
     store.save(1, tree(), {"config": {"seed": 0}})
     found = reopened(store).restore(TARGET)
     assert json.loads(json.dumps(found.notes))["config"] == {"seed": 0}
+
+
+def test_reading_only_moves_nothing(store):
+    store.save(1, tree(0.37), {})
+    store.save(2, tree(0.73), {})
+    store.close()
+    flip_a_bit(store.directory / "2")
+    reader = CheckpointStore(store.directory, keep=2, read_only=True)
+    assert reader.restore(TARGET).step == 1
+    assert (store.directory / "2").is_dir()

@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from ldm_jax.images import read_png, read_texts
-from tests.commands import error_line, run, sample, start, succeeded, train
+from ldm_jax.images import read_png, read_texts, to_uint8
+from tests.commands import ROOT, error_line, run, sample, start, succeeded, train
 
 KILLS = 6
 
@@ -252,3 +252,18 @@ def test_two_trainings_in_one_workdir_are_refused(tmp_path):
     finally:
         first.kill()
         first.communicate()
+
+
+def test_the_python_of_the_readme_runs_and_gives_the_bytes_of_the_command(
+    finished, tmp_path
+):
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    code = code.replace("runs/digits", str(finished)).replace("50", "3")
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    images = to_uint8(np.asarray(names["images"]))
+    for label, seed, image in zip((3, 1, 4), (0, 1, 2), images, strict=True):
+        args = ["--labels", label, "--seeds", seed, "--steps", 3]
+        succeeded(sample(finished, tmp_path / str(label), *args))
+        assert np.array_equal(read_png(tmp_path / str(label) / "000000.png"), image)

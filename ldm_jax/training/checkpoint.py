@@ -60,6 +60,7 @@ class CheckpointStore:
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = directory.absolute()
+        self._read_only = read_only
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
@@ -107,7 +108,8 @@ class CheckpointStore:
     def restore(self, target: PyTree) -> Checkpoint | None:
         """Restore the newest intact checkpoint.
 
-        A damaged one is moved into `damaged/`, and the one before it is tried.
+        A damaged one is moved into `damaged/` (unless read-only), and the one before
+        it is tried.
 
         Args:
           target: Shapes and dtypes, as `jax.eval_shape` gives them.
@@ -159,7 +161,7 @@ class CheckpointStore:
         return Checkpoint(step, tree, notes, digest)
 
     def _set_aside(self, steps: list[int]) -> None:
-        if not steps:
+        if not steps or self._read_only:
             return
         damaged = self.directory / "damaged"
         damaged.mkdir(exist_ok=True)
