@@ -193,7 +193,7 @@ def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
     elif workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir: {workdir} is a file, wanted a folder")
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK_FILE).open("w") as lock:
+    with (workdir / LOCK_FILE).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
