@@ -1,6 +1,7 @@
 """What a run tells: a line of JSON a log step, a plot, and a progress bar."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+MIN_PLOTTED = 1e-12
 BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}"
 
 
@@ -116,12 +118,12 @@ def progress_bar(stage: str, *, num_steps: int, done: int) -> tqdm:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Average with a half-life of six values, unbiased from the first one on."""
+    """Average the logarithms, half-life six values, unbiased from the first on."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
-        total = 0.9 * total + value
+        total = 0.9 * total + math.log(max(value, MIN_PLOTTED))
         weight = 0.9 * weight + 1.0
-        smoothed.append(total / weight)
+        smoothed.append(math.exp(total / weight))
     return smoothed
 
 
