@@ -218,6 +218,11 @@ def parse_flags(
     for arg in args:
         if arg.startswith("--") and (error := _unknown_flag(arg, known)):
             raise InputError(error)
+    for flag in (
+        _required(cls) if default is None and not {"-h", "--help"} & {*args} else []
+    ):
+        if not any(arg.split("=", 1)[0] == flag for arg in args):
+            raise InputError(f"{flag}: not given, and it has no default; see --help")
     boxed = io.StringIO()
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -358,6 +363,14 @@ def _flags(cls: type[Any], default: Any) -> list[str]:
     dashed = [name.replace("_", "-") for name in names]
     negated = [f"{head}{dot}no-{tail}" for head, dot, tail in map(_split, dashed)]
     return [f"--{name}" for name in dashed + negated] + ["--help"]
+
+
+def _required(cls: type[Any]) -> list[str]:
+    return [
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING
+    ]
 
 
 def _split(name: str) -> tuple[str, str, str]:

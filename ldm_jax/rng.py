@@ -6,6 +6,7 @@ of that. The numbers of `Stream` are part of every result: append, never renumbe
 """
 
 import enum
+import functools
 import math
 
 import jax
@@ -44,9 +45,14 @@ def root_key(seed: int) -> Key[Array, ""]:
     Raises:
       InputError: If `seed` is out of range.
     """
+    check_seed(seed)
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def check_seed(seed: int) -> None:
+    """Raise `InputError` if a seed is outside [0, 2**32)."""
     if not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed: got {seed}, wanted 0 to {MAX_SEED}")
-    return jax.random.key(seed, impl="threefry2x32")
 
 
 def image_keys(seeds: list[int]) -> Key[Array, " b"]:
@@ -61,7 +67,10 @@ def image_keys(seeds: list[int]) -> Key[Array, " b"]:
     Raises:
       InputError: If a seed is out of range.
     """
-    return jnp.stack([root_key(seed) for seed in seeds])
+    for seed in (min(seeds, default=0), max(seeds, default=0)):
+        check_seed(seed)
+    make = functools.partial(jax.random.key, impl="threefry2x32")
+    return jax.vmap(make)(jnp.asarray(seeds, jnp.uint32))
 
 
 def stream_key(

@@ -154,6 +154,11 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
     assert "not a run" in error(parse_sample, args)
 
 
+def test_a_missing_folder_is_named(workdir):
+    assert error(parse_sample, ["--workdir", str(workdir)]).startswith("--out: not")
+    assert error(parse_sample, []).startswith("--workdir: not given")
+
+
 def test_labels_default_to_every_class_of_the_run(workdir):
     request = parse_sample(["--workdir", str(workdir), "--out", "o", "--seeds", "3"])
     assert request.labels == list(range(10))

@@ -67,7 +67,16 @@ def test_the_key_of_an_image_depends_on_its_seed_alone():
     assert not np.array_equal(among[0], alone)
 
 
+def test_image_keys_are_those_of_the_seeds_one_by_one():
+    seeds = [0, 1, 2**31, 2**32 - 1]
+    keys = jax.random.key_data(rng.image_keys(seeds))
+    for key, seed in zip(keys, seeds, strict=True):
+        assert np.array_equal(key, jax.random.key_data(rng.root_key(seed)))
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_out_of_range_is_refused(seed):
     with pytest.raises(InputError, match="4294967295"):
         rng.root_key(seed)
+    with pytest.raises(InputError, match="4294967295"):
+        rng.image_keys([0, seed, 1])
