@@ -96,7 +96,7 @@ def parse_train(args: list[str]) -> TrainArguments:
         help="build everything by shape only and print one line of JSON",
     )
     own, rest = parser.parse_known_args(args)
-    wants_help = "-h" in rest or "--help" in rest
+    wants_help = not {"-h", "--help"}.isdisjoint(rest)
     if own.config is None and not wants_help:
         raise InputError(
             "--config: not given, wanted a config file; try --config configs/digits.py"
@@ -218,11 +218,11 @@ def parse_flags(
     for arg in args:
         if arg.startswith("--") and (error := _unknown_flag(arg, known)):
             raise InputError(error)
-    for flag in (
-        _required(cls) if default is None and not {"-h", "--help"} & {*args} else []
-    ):
-        if not any(arg.split("=", 1)[0] == flag for arg in args):
-            raise InputError(f"{flag}: not given, and it has no default; see --help")
+    wants_help = not {"-h", "--help"}.isdisjoint(args)
+    required = _required(cls) if default is None and not wants_help else []
+    given = {arg.split("=", 1)[0] for arg in args}
+    if missing := [flag for flag in required if flag not in given]:
+        raise InputError(f"{missing[0]}: not given, and it has no default; see --help")
     boxed = io.StringIO()
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
     try:
