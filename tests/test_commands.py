@@ -78,7 +78,7 @@ def test_another_seed_gives_another_digest(finished, tmp_path):
 
 def test_killed_at_any_moment_it_ends_as_if_never_stopped(finished, tmp_path):
     workdir = tmp_path / "killed"
-    chance = random.Random(0)
+    chance, killed = random.Random(0), 0
     args = ["--config", "tests/tiny.py", "--workdir", workdir]
     for _ in range(KILLS):
         process = start("train.py", *args)
@@ -92,6 +92,8 @@ def test_killed_at_any_moment_it_ends_as_if_never_stopped(finished, tmp_path):
         time.sleep(chance.uniform(0.0, 0.6))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+    assert killed >= KILLS // 2
     assert "finished" in succeeded(train(workdir))
     assert final(workdir)["digest"] == final(finished)["digest"]
     strip = [(row["stage"], row["step"], row["loss"]) for row in records(workdir)]
@@ -216,9 +218,7 @@ def test_no_write_permission_is_named(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     workdir = tmp_path / "run"
-    flags = ["--diffusion.optim.lr", 1e18, "--diffusion.optim.warmup-steps", 1000000]
-    flags = ["--diffusion.optim.lr", 1e38, *flags[2:]]
-    line = error_line(train(workdir, *flags))
+    line = error_line(train(workdir, "--diffusion.optim.lr", 1e38))
     assert "diffusion step" in line and "not finite" in line, line
     assert not (workdir / "final.json").exists()
     assert (workdir / "autoencoder/checkpoints/6").exists()

@@ -8,21 +8,31 @@ from ldm_jax.rng import Stream
 from ldm_jax.types import InputError
 
 
-def draws(devices: int) -> np.ndarray:
-    """Noise of 8 examples at step 3, computed on so many devices."""
+def draws(devices: int) -> list[np.ndarray]:
+    """Every kind of draw for 8 examples at step 3, computed on so many devices."""
     root = rng.root_key(5)
     index = jnp.arange(100, 108, dtype=jnp.uint32)
 
-    def noise(index):
-        return rng.normal(rng.example_keys(root, Stream.NOISE, 3, index), (2, 2, 1))
+    def draw(index):
+        def keys(stream):
+            return rng.example_keys(root, stream, 3, index)
 
-    mapped = jax.pmap(noise, devices=jax.devices()[:devices])
-    return np.asarray(mapped(index.reshape(devices, -1))).reshape(8, 2, 2, 1)
+        return (
+            rng.normal(keys(Stream.NOISE), (2, 2, 1)),
+            rng.normal(keys(Stream.DIFFUSION_POSTERIOR), (2, 2, 1)),
+            rng.integers(keys(Stream.TIMESTEP), below=1000),
+            rng.uniform(keys(Stream.CONDITION_DROPOUT)),
+        )
+
+    mapped = jax.pmap(draw, devices=jax.devices()[:devices])
+    return [np.asarray(x).reshape(-1) for x in mapped(index.reshape(devices, -1))]
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
-def test_noise_is_bitwise_the_same_on_any_number_of_devices(devices):
-    assert np.array_equal(draws(devices), draws(1))
+def test_every_draw_is_bitwise_the_same_on_any_number_of_devices(devices):
+    for many, one in zip(draws(devices), draws(1), strict=True):
+        assert len(np.unique(one)) > 1
+        assert np.array_equal(many, one)
 
 
 def test_purpose_step_and_example_each_change_the_draw():

@@ -8,20 +8,24 @@ import numpy as np
 import optax
 import pytest
 
+from ldm_jax import generate
 from ldm_jax.build import (
     autoencoder_stage,
     build_networks,
     diffusion_stage,
     init_autoencoder,
+    init_unet,
     make_reconstruct,
     measure_latent_scale,
     open_iterator,
 )
-from ldm_jax.config import OptimConfig
+from ldm_jax.config import LogConfig, OptimConfig
 from ldm_jax.data.pipeline import to_batch
 from ldm_jax.images import to_float
-from ldm_jax.rng import root_key
+from ldm_jax.rng import image_keys, root_key
+from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.diffusion_step import FirstStage
+from ldm_jax.training.loop import Watch, run_stage, stage_target
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.training.state import (
     apply_gradients,
@@ -29,7 +33,7 @@ from ldm_jax.training.state import (
     learning_rate_schedule,
     make_optimizer,
 )
-from ldm_jax.types import InputError
+from ldm_jax.types import InputError, RunError
 from tests.tiny import get_config
 
 CONFIG = get_config()
@@ -225,6 +229,49 @@ def test_the_gradient_is_clipped_by_its_global_norm():
 
     assert second_moment(0.1) == pytest.approx(0.1**2)
     assert second_moment(1e8) == pytest.approx(0.5**2 / 3)
+
+
+def test_turning_a_knob_of_the_sampler_compiles_nothing(monkeypatch):
+    traces = []
+    decode = generate.decode
+
+    def counted(*args):
+        traces.append(1)
+        return decode(*args)
+
+    monkeypatch.setattr(generate, "decode", counted)
+    sample_fn = generate.make_sample_fn(NETWORKS, sampler="ddim", num_steps=2)
+    params = generate.SampleParams(
+        first_stage().params, init_unet(CONFIG, NETWORKS), jnp.asarray(0.5)
+    )
+    for i in range(5):
+        labels = jnp.asarray([i, 9 - i], jnp.int32)
+        sample_fn(params, image_keys([i, i + 7]), labels, 1.5 * i, 0.2 * i)
+    assert len(traces) == 1
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_path):
+    built = stage("autoencoder")
+
+    def poisoned(state, *args, **kwargs):
+        after, metrics = built.step(state, *args, **kwargs)
+        loss = jnp.where(state.step == 4, jnp.nan, metrics.loss)
+        return after, metrics._replace(loss=loss)
+
+    layout = PmapLayout(jax.devices()[:1])
+    watch = Watch(tmp_path, CONFIG.checkpoint, LogConfig(every=100, images_every=100))
+    with pytest.raises(RunError, match="autoencoder step 5: loss = nan"):
+        run_stage(
+            built._replace(step=poisoned),
+            watch=watch,
+            layout=layout,
+            iterator=open_iterator(CONFIG, batch_size=8, layout=layout),
+            root_key=root_key(0),
+            notes={},
+        )
+    store = CheckpointStore(tmp_path / "autoencoder" / "checkpoints", keep=2)
+    assert store.restore(stage_target(built, root_key(0))).step == 4
+    store.close()
 
 
 def test_a_batch_that_does_not_divide_by_the_devices_is_refused():
