@@ -12,7 +12,7 @@ def main(args: list[str]) -> None:
     """Parse, train, say finished."""
     arguments = parse_train(args)
     # Only now: help and misspelt flags need not wait for JAX.
-    from ldm_jax.build import describe
+    from ldm_jax.describe import describe
     from ldm_jax.run import train
     from ldm_jax.training.parallel import PmapLayout
 

@@ -17,11 +17,13 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from ldm_jax.build import load_split, make_reconstruct
+from ldm_jax.build import load_split
 from ldm_jax.data.pipeline import Batch
 from ldm_jax.evaluation.frechet import frechet_distance, moments
+from ldm_jax.first_stage import make_reconstruct
 from ldm_jax.generate import make_sample_fn
 from ldm_jax.images import to_uint8
+from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
 from ldm_jax.run import Run, load_run
 
@@ -48,7 +50,8 @@ def draw(run: Run, per_class: int, steps: int, scale: float) -> Batch:
     )
     seeds = list(range(per_class)) * 10
     labels = np.repeat(np.arange(10), per_class).astype(np.int32)
-    samples = sample_fn(run.params, image_keys(seeds), jnp.asarray(labels), scale, 0.0)
+    cond = ConditionInputs(label=jnp.asarray(labels))
+    samples = sample_fn(run.params, image_keys(seeds), cond, scale, 0.0)
     images = to_uint8(np.asarray(samples.images))
     return Batch(images, labels, np.arange(len(labels), dtype=np.uint32))
 

@@ -8,6 +8,7 @@ The figures this config reaches stand in the README, with the commands.
 from ldm_jax.config import (
     AutoencoderConfig,
     CheckpointConfig,
+    ConditionConfig,
     Config,
     DataConfig,
     DiffusionConfig,
@@ -46,6 +47,7 @@ def get_config() -> Config:
             attention_downsampling=(2,),
             num_heads=4,
             num_groups=16,
+            condition=ConditionConfig(label=True),
             batch_size=32,
             steps=1350,
             optim=OptimConfig(

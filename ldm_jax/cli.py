@@ -44,19 +44,25 @@ class TrainArguments:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleArguments:
-    """Make images with a trained run.
+    """Make images with a trained run, or with weights from elsewhere.
 
     Lists are numbers, ranges, or both: 3, 0-9, 1,4,7, 0-4,9.
     """
 
-    workdir: Path
+    workdir: Path | None = None
     """Folder of the run, as given to train.py."""
-    out: Path
+    weights: Path | None = None
+    """Instead of a run: a diffusers folder, or a file in CompVis naming."""
+    out: Path = Path("samples")
     """Folder for 000000.png ... and grid.png; made if it is not there."""
-    labels: str = "all"
-    """Classes to draw, as a list, or `all`."""
+    labels: str | None = None
+    """Classes to draw, as a list; all of them by default."""
+    prompt: tuple[str, ...] = ()
+    """Texts to draw, each with every seed."""
+    negative_prompt: str = ""
+    """Text to be guided away from."""
     seeds: str = "0-9"
-    """Seeds to draw each class with, as a list."""
+    """Seeds to draw each class or text with, as a list."""
     steps: int = 50
     """Denoising steps, 1 to the run's number of timesteps."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
@@ -64,9 +70,13 @@ class SampleArguments:
     eta: float | None = None
     """DDIM's share of fresh noise, 0 to 1 (default 0); not for ddpm."""
     guidance_scale: float = 2.0
-    """0 ignores the label, 1 follows it, more exaggerates it."""
+    """0 ignores the label or text, 1 follows it, more exaggerates it."""
     trajectory: bool = False
     """Also write trajectory.png: the denoising, a row an image."""
+    config: Path | None = None
+    """Config of weights whose file does not hold it."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer's files, where the weights do not hold them."""
 
 
 def parse_train(args: list[str]) -> TrainArguments:
@@ -82,7 +92,7 @@ def parse_train(args: list[str]) -> TrainArguments:
       InputError: If a flag is unknown, a value is wrong, or the config file is.
       SystemExit: After printing the help.
     """
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="train.py",
         add_help=False,
         allow_abbrev=False,
@@ -114,29 +124,39 @@ def parse_train(args: list[str]) -> TrainArguments:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """What `sample.py` was asked, checked against the run it was asked of.
+    """What `sample.py` was asked.
 
     Attributes:
-      workdir: Folder of the run.
+      workdir: Folder of the run, or None.
+      weights: Weights from elsewhere, or None.
       out: Folder for the images.
-      labels: Classes, in order.
-      seeds: Seeds for each class, in order.
-      num_steps: Denoising steps, 1 to T.
+      labels: Classes as they were given, or None.
+      prompts: Texts, in order.
+      negative_prompt: What they are guided away from.
+      seeds: Seeds for each class or text, in order.
+      num_steps: Denoising steps, at least 1.
       sampler: `ddim` or `ddpm`.
       eta: In [0, 1]; 1 for ddpm, whose noise is that of DDIM at 1.
       guidance_scale: At least 0.
       trajectory: Whether the denoising is drawn.
+      config_file: Config of the weights, or None.
+      tokenizer: Folder of the tokenizer, or None.
     """
 
-    workdir: Path
+    workdir: Path | None
+    weights: Path | None
     out: Path
-    labels: list[int]
+    labels: str | None
+    prompts: tuple[str, ...]
+    negative_prompt: str
     seeds: list[int]
     num_steps: int
     sampler: Literal["ddim", "ddpm"]
     eta: float
     guidance_scale: float
     trajectory: bool
+    config_file: Path | None
+    tokenizer: Path | None
 
 
 def parse_sample(args: list[str]) -> SampleRequest:
@@ -146,20 +166,23 @@ def parse_sample(args: list[str]) -> SampleRequest:
       args: Without the program's name.
 
     Returns:
-      The request, checked against the run's config.
+      The request; for a run, checked against its config.
 
     Raises:
       InputError: If a flag is unknown, a value is wrong, or the folder is no run.
       SystemExit: After printing the help.
     """
     given = parse_flags(SampleArguments, args, default=None, prog="sample.py")
-    config = read_config(given.workdir)
-    num_timesteps = config.diffusion.num_timesteps
-    if not 1 <= given.steps <= num_timesteps:
+    if (given.workdir is None) == (given.weights is None):
         raise InputError(
-            f"--steps: got {given.steps}, wanted 1 to {num_timesteps}, the run's "
-            "diffusion.num_timesteps"
+            "--workdir: not given, wanted either the folder of a run or --weights"
+            if given.workdir is None
+            else "--weights: got it beside --workdir, wanted one of the two"
         )
+    if given.workdir is not None:
+        _check_against(read_config(given.workdir), given)
+    if given.steps < 1:
+        raise InputError(f"--steps: got {given.steps}, wanted at least 1")
     if given.sampler == "ddpm" and given.eta is not None:
         raise InputError(
             f"--eta: got {given.eta} with --sampler ddpm, which has none; try "
@@ -171,21 +194,36 @@ def parse_sample(args: list[str]) -> SampleRequest:
     scale = given.guidance_scale
     if not 0.0 <= scale < float("inf"):
         raise InputError(f"--guidance-scale: got {scale}, wanted 0 or more")
-    top = config.data.num_classes - 1
-    labels = f"0-{top}" if given.labels == "all" else given.labels
     if given.out.exists() and not given.out.is_dir():
         raise InputError(f"--out: {given.out} is a file, wanted a folder")
     return SampleRequest(
         workdir=given.workdir,
+        weights=given.weights,
         out=given.out,
-        labels=parse_list(labels, name="--labels", low=0, high=top),
+        labels=None if given.labels == "all" else given.labels,
+        prompts=given.prompt,
+        negative_prompt=given.negative_prompt,
         seeds=parse_list(given.seeds, name="--seeds", low=0, high=MAX_SEED),
         num_steps=given.steps,
         sampler=given.sampler,
         eta=eta,
         guidance_scale=scale,
         trajectory=given.trajectory,
+        config_file=given.config,
+        tokenizer=given.tokenizer,
     )
+
+
+def _check_against(config: Config, given: SampleArguments) -> None:
+    num_timesteps = config.diffusion.num_timesteps
+    if not 1 <= given.steps <= num_timesteps:
+        raise InputError(
+            f"--steps: got {given.steps}, wanted 1 to {num_timesteps}, the run's "
+            "diffusion.num_timesteps"
+        )
+    if given.labels not in (None, "all") and config.diffusion.condition.uses_classes:
+        top = config.data.num_classes - 1
+        parse_list(given.labels, name="--labels", low=0, high=top)
 
 
 def parse_flags(
@@ -347,10 +385,11 @@ def run_main(main: Callable[[list[str]], None], prog: str) -> NoReturn:
     sys.exit(code)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are `InputError`s."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
         raise InputError(message)
 
 

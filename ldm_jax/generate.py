@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ldm_jax.diffusion.guidance import classifier_free
-from ldm_jax.diffusion.objectives import Denoiser
+from ldm_jax.diffusion.objectives import Denoiser, predicting_eps
+from ldm_jax.diffusion.parameterize import PredictionName
 from ldm_jax.diffusion.samplers import (
     STEP_BY_SAMPLER,
     SamplerName,
@@ -20,6 +21,12 @@ from ldm_jax.diffusion.samplers import (
 )
 from ldm_jax.diffusion.schedules import Schedule
 from ldm_jax.nn.autoencoder import Autoencoder
+from ldm_jax.nn.conditioning import (
+    Condition,
+    Conditioner,
+    ConditionInputs,
+    null_inputs,
+)
 from ldm_jax.nn.unet import UNet
 from ldm_jax.types import PyTree
 
@@ -32,17 +39,23 @@ class Networks(NamedTuple):
     Attributes:
       autoencoder: The first stage.
       unet: The second.
+      conditioner: Prepares what the second is conditioned on.
       schedule: The noise levels it was trained on.
+      prediction: What it predicts.
       latent_shape: Height, width and channels of a latent.
       num_classes: Real classes; the null class has this index.
+      null_tokens: Tokens of the empty prompt.
       chunk: Images the network sees at once.
     """
 
     autoencoder: Autoencoder
     unet: UNet
+    conditioner: Conditioner
     schedule: Schedule
+    prediction: PredictionName
     latent_shape: tuple[int, int, int]
     num_classes: int
+    null_tokens: tuple[int, ...]
     chunk: int
 
 
@@ -52,11 +65,13 @@ class SampleParams(NamedTuple):
     Attributes:
       autoencoder: Averaged parameters of the first stage.
       unet: Averaged parameters of the second.
+      conditioner: Parameters of the conditioner; averaged if it was trained.
       latent_scale: What latents were multiplied by in training.
     """
 
     autoencoder: PyTree
     unet: PyTree
+    conditioner: PyTree
     latent_scale: Float[Array, ""]
 
 
@@ -81,11 +96,12 @@ class SampleFn(Protocol):
         self,
         params: SampleParams,
         keys: Key[Array, " b"],
-        labels: Int[Array, " b"],
+        cond: ConditionInputs,
         guidance_scale: Float[Array, ""] | float = 1.0,
         eta: Float[Array, ""] | float = 0.0,
+        uncond: ConditionInputs | None = None,
     ) -> Samples:
-        """Make one image for each key and label."""
+        """Make one image for each key and condition."""
         ...
 
 
@@ -97,14 +113,14 @@ def make_sample_fn(
     guided: bool = True,
     num_frames: int = 0,
 ) -> SampleFn:
-    """Make a jitted `sample_fn(params, keys, labels, guidance_scale, eta)`.
+    """Make a jitted `sample_fn(params, keys, cond, guidance_scale, eta, uncond)`.
 
-    Image i is a function of the parameters, key i, label i and the settings alone,
+    Image i is a function of the parameters, key i, condition i and the settings alone,
     bit for bit: alone, in any batch, in any order. (Matrix products of different
     batch sizes differ in their last bits. So the network always sees `chunk` images,
     the last chunk filled up, whatever the number of keys.)
 
-    Compiled once per number of chunks; keys, labels, scale and eta are inputs.
+    Compiled once per number of chunks; keys, conditions, scale and eta are inputs.
 
     Args:
       networks: What to sample with.
@@ -115,7 +131,8 @@ def make_sample_fn(
       num_frames: Latents to keep on the way, 0 or 2 to `num_steps` + 1.
 
     Returns:
-      The function.
+      The function. Its `cond` holds what the model reads, by image; `uncond` what it
+      is guided away from, by default the null condition.
 
     Raises:
       ValueError: If `num_steps` or `num_frames` is out of range.
@@ -130,24 +147,13 @@ def make_sample_fn(
         params: SampleParams,
         guidance_scale: Float[Array, ""],
         eta: Float[Array, ""],
-        keys_and_labels: tuple[Key[Array, " b"], Int[Array, " b"]],
+        inputs: tuple[Key[Array, " b"], ConditionInputs, ConditionInputs],
     ) -> Samples:
-        def conditional(
-            x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: Int[Array, " b"]
-        ) -> Float[Array, "b h w c"]:
-            variables = {"params": params.unet}
-            return cast(jax.Array, networks.unet.apply(variables, x_t, t, cond))
-
-        denoise: Denoiser = conditional
-        if guided:
-            denoise = classifier_free(
-                conditional, null_cond=networks.num_classes, scale=guidance_scale
-            )
-        keys, labels = keys_and_labels
+        keys, cond, uncond = inputs
         trajectory = sample(
-            denoise,
+            _denoiser(networks, params, uncond if guided else None, guidance_scale),
             keys,
-            labels,
+            prepare(networks, params, cond),
             eta=eta,
             levels=levels,
             step=STEP_BY_SAMPLER[sampler],
@@ -159,11 +165,18 @@ def make_sample_fn(
     def sample_fn(
         params: SampleParams,
         keys: Key[Array, " b"],
-        labels: Int[Array, " b"],
+        cond: ConditionInputs,
         guidance_scale: Float[Array, ""] | float = 1.0,
         eta: Float[Array, ""] | float = 0.0,
+        uncond: ConditionInputs | None = None,
     ) -> Samples:
         num = keys.shape[0]
+        if uncond is None:
+            uncond = null_inputs(
+                cond,
+                num_classes=networks.num_classes,
+                null_tokens=networks.null_tokens,
+            )
         # The indices are padded, not the arrays: keys have a dtype of their own.
         fill = -num % networks.chunk
         slots = jnp.minimum(jnp.arange(num + fill), num - 1)
@@ -174,13 +187,45 @@ def make_sample_fn(
             jnp.asarray(guidance_scale, jnp.float32),
             jnp.asarray(eta, jnp.float32),
         )
-        chunks = jax.lax.map(chunk_fn, (keys[slots], labels[slots]))
+        chunks = jax.lax.map(
+            chunk_fn, jax.tree.map(lambda x: x[slots], (keys, cond, uncond))
+        )
         images = chunks.images.reshape(-1, *chunks.images.shape[2:])[:num]
         frames = jnp.moveaxis(chunks.frames, 1, 0)
         frames = frames.reshape(num_frames, fill + num, *images.shape[1:])[:, :num]
         return Samples(images, frames)
 
     return jax.jit(sample_fn)
+
+
+def prepare(
+    networks: Networks, params: SampleParams, inputs: ConditionInputs
+) -> Condition:
+    """Turn what the user gives into what the UNet reads, once for all steps."""
+    variables = {"params": params.conditioner}
+    return cast(Condition, networks.conditioner.apply(variables, inputs))
+
+
+def _denoiser(
+    networks: Networks,
+    params: SampleParams,
+    uncond: ConditionInputs | None,
+    guidance_scale: Float[Array, ""],
+) -> Denoiser:
+    """Make the network that a sampler sees: it predicts eps, guided if it is to be."""
+
+    def plain(
+        x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: PyTree
+    ) -> Float[Array, "b h w c"]:
+        variables = {"params": params.unet}
+        return cast(jax.Array, networks.unet.apply(variables, x_t, t, cond))
+
+    abar = jnp.asarray(networks.schedule.abar, jnp.float32)
+    denoise = predicting_eps(plain, abar=abar, prediction=networks.prediction)
+    if uncond is None:
+        return denoise
+    null_cond = prepare(networks, params, uncond)
+    return classifier_free(denoise, null_cond=null_cond, scale=guidance_scale)
 
 
 def decode(networks: Networks, params: SampleParams, trajectory: Trajectory) -> Samples:
@@ -203,7 +248,7 @@ def decode(networks: Networks, params: SampleParams, trajectory: Trajectory) -> 
 def recipe(
     *,
     seed: int,
-    label: int,
+    condition: dict[str, str],
     sampler: SamplerName,
     num_steps: int,
     eta: float,
@@ -214,7 +259,7 @@ def recipe(
 
     Args:
       seed: Of the image.
-      label: Its class.
+      condition: What it shows, by kind: `label`, or `prompt`.
       sampler: Which one.
       num_steps: Denoising steps.
       eta: Share of fresh noise.
@@ -227,7 +272,7 @@ def recipe(
     versions = {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
     return {
         "seed": str(seed),
-        "label": str(label),
+        **condition,
         "sampler": sampler,
         "steps": str(num_steps),
         "eta": repr(eta),

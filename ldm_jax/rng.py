@@ -31,6 +31,9 @@ class Stream(enum.IntEnum):
     LATENT_SCALE = 7
     SAMPLE_START = 8
     SAMPLE_STEP = 9
+    INIT_CONDITIONER = 10
+    HOLE = 11
+    INIT_CRITIC = 12
 
 
 def root_key(seed: int) -> Key[Array, ""]:

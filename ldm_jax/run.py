@@ -14,34 +14,39 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ldm_jax import config as config_lib
-from ldm_jax.build import (
-    autoencoder_stage,
-    build_networks,
-    check_batches,
-    diffusion_stage,
-    measure_latent_scale,
-    open_iterator,
-    shape_of,
-)
+from ldm_jax.build import build_networks, open_iterator, shape_of
 from ldm_jax.config import CONFIG_FILE, Config
+from ldm_jax.describe import check_batches
+from ldm_jax.exchange import open_weights, to_sample_params
+from ldm_jax.first_stage import autoencoder_stage, measure_latent_scale
 from ldm_jax.generate import Networks, SampleParams
+from ldm_jax.interop.native import WEIGHTS_FILE
+from ldm_jax.interop.read import Model
+from ldm_jax.pretrained import (
+    SCALE_FILE,
+    frozen_conditioner,
+    load_first_stage,
+    load_stage,
+    take_first_stage,
+)
 from ldm_jax.rng import root_key
-from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore, write_json
-from ldm_jax.training.diffusion_step import FirstStage
+from ldm_jax.second_stage import diffusion_stage, sample_params
+from ldm_jax.training.checkpoint import (
+    tree_digest,
+    write_json,
+)
+from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.loop import (
-    CHECKPOINTS,
     Finished,
     Stage,
     Watch,
     run_stage,
-    stage_target,
 )
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import InputError, PyTree
 
 STAGE_NAMES = ("autoencoder", "diffusion")
 FINAL_FILE = "final.json"
-SCALE_FILE = "latent_scale.json"
 LOCK_FILE = ".lock"
 
 
@@ -81,21 +86,40 @@ def train(config: Config, workdir: Path) -> Outcome:
             return Outcome(json.loads(final_path.read_text()), trained=False)
         networks = build_networks(config)
         run = functools.partial(_run, config=config, workdir=workdir, layout=layout)
-        first = run(autoencoder_stage(config, networks, workdir))
-        params = first.state.ema
-        scale = _latent_scale(config, networks, params, layout, workdir)
-        first_stage = FirstStage(params, scale)
-        second = run(diffusion_stage(config, networks, first_stage, workdir))
-        finished = {"autoencoder": first, "diffusion": second}
+        done: dict[str, StageOutcome] = {}
+        if config.first_stage is None:
+            finished = run(autoencoder_stage(config, networks, workdir))
+            done["autoencoder"] = StageOutcome(finished.digest, finished.seconds)
+            params = finished.state.ema
+            scale = _latent_scale(config, networks, params, layout, workdir)
+        else:
+            params, scale = take_first_stage(config)
+            done["autoencoder"] = StageOutcome(tree_digest(params), 0.0)
+        if "diffusion" in config.stages:
+            frozen = Frozen(params, scale, frozen_conditioner(config, networks))
+            finished = run(diffusion_stage(config, networks, frozen, workdir))
+            done["diffusion"] = StageOutcome(finished.digest, finished.seconds)
         final = {
-            "digest": run_digest({k: v.digest for k, v in finished.items()}),
-            "digest_by_stage": {k: v.digest for k, v in finished.items()},
-            "seconds_by_stage": {k: round(v.seconds, 1) for k, v in finished.items()},
+            "digest": run_digest({k: v.digest for k, v in done.items()}),
+            "digest_by_stage": {k: v.digest for k, v in done.items()},
+            "seconds_by_stage": {k: round(v.seconds, 1) for k, v in done.items()},
             "latent_scale": float(scale),
             "config_digest": config_lib.digest(config),
         }
         write_json(final_path, final)
         return Outcome(final, trained=True)
+
+
+class StageOutcome(NamedTuple):
+    """How a stage ended.
+
+    Attributes:
+      digest: sha256 over its state.
+      seconds: It took; 0 if it was taken from elsewhere.
+    """
+
+    digest: str
+    seconds: float
 
 
 class Run(NamedTuple):
@@ -131,42 +155,88 @@ def load_run(workdir: str | Path) -> Run:
       RunError: If no checkpoint is intact.
     """
     workdir = Path(workdir)
+    if (workdir / WEIGHTS_FILE).exists():
+        return load_weights(workdir)
     config = config_lib.read_config(workdir)
+    if "diffusion" not in config.stages:
+        raise InputError(
+            f"--workdir: {workdir} is a run of an autoencoder alone, wanted one with a "
+            "diffusion stage; try --first-stage with it in a run of a diffusion model"
+        )
     networks = build_networks(config)
-    first_stage = autoencoder_stage(config, networks, workdir)
-    first = _load_stage(first_stage, workdir, config)
-    scale = shape_of((), jnp.float32)
-    frozen = FirstStage(first.tree["state"].ema, scale)
-    second_stage = diffusion_stage(config, networks, frozen, workdir)
-    second = _load_stage(second_stage, workdir, config)
-    params = SampleParams(
-        autoencoder=frozen.params,
-        unet=second.tree["state"].ema,
-        latent_scale=second.tree["extra"]["latent_scale"],
+    if config.first_stage is None:
+        params, scale, digest = load_first_stage(config, workdir)
+    else:
+        params, scale = take_first_stage(config)
+        digest = tree_digest(params)
+    shapes = Frozen(jax.eval_shape(lambda: params), shape_of((), jnp.float32), {})
+    stage = diffusion_stage(config, networks, shapes, workdir)
+    second = load_stage(stage, workdir, config)
+    scale = second.tree["extra"]["latent_scale"]
+    frozen = Frozen(params, scale, frozen_conditioner(config, networks))
+    return Run(
+        config,
+        networks,
+        jax.device_put(sample_params(frozen, second.tree["state"].ema)),
+        run_digest({"autoencoder": digest, "diffusion": second.digest}),
+        second.step,
     )
-    digest = run_digest({"autoencoder": first.digest, "diffusion": second.digest})
-    return Run(config, networks, jax.device_put(params), digest, second.step)
+
+
+def load_weights(
+    path: str | Path,
+    *,
+    config_file: Path | None = None,
+    tokenizer: Path | None = None,
+) -> Run:
+    """Load weights from elsewhere for sampling.
+
+    Args:
+      path: A diffusers folder, or a file in CompVis naming.
+      config_file: Config of a file that does not carry one.
+      tokenizer: Folder of the tokenizer, where the weights have none.
+
+    Returns:
+      The run; its step is 0.
+
+    Raises:
+      InputError: If the weights are not exactly those of their config.
+    """
+    opened = open_weights(Path(path), config_file=config_file, tokenizer=tokenizer)
+    params = to_sample_params(opened.read())
+    return Run(opened.config, opened.networks, params, tree_digest(params), 0)
+
+
+def run_model(workdir: Path) -> Model:
+    """Take the averaged parameters of a run, for writing them elsewhere.
+
+    Args:
+      workdir: Folder of a run of one stage or both, or of imported weights.
+
+    Returns:
+      The model.
+
+    Raises:
+      InputError: If the folder is no run or has no finished checkpoint.
+    """
+    config = config_lib.read_config(workdir)
+    if "diffusion" not in config.stages and not (workdir / WEIGHTS_FILE).exists():
+        params, scale, _ = load_first_stage(config, workdir)
+        return Model(config, params, None, {}, None if scale is None else float(scale))
+    run = load_run(workdir)
+    params = run.params
+    scale = float(params.latent_scale)
+    return Model(config, params.autoencoder, params.unet, params.conditioner, scale)
 
 
 def run_digest(digest_by_stage: dict[str, str]) -> str:
-    """Join the digests of both stages into one sha256."""
-    text = "".join(f"{name} {digest_by_stage[name]}\n" for name in STAGE_NAMES)
+    """Join the digests of the stages into one sha256."""
+    text = "".join(
+        f"{name} {digest_by_stage[name]}\n"
+        for name in STAGE_NAMES
+        if name in digest_by_stage
+    )
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _load_stage(stage: Stage, workdir: Path, config: Config) -> Checkpoint:
-    directory = workdir / stage.name / CHECKPOINTS
-    found = None
-    if directory.is_dir():
-        store = CheckpointStore(directory, keep=config.checkpoint.keep, read_only=True)
-        found = store.restore(stage_target(stage, root_key(config.seed)))
-        store.close()
-    if found is None:
-        raise InputError(
-            f"--workdir: {workdir} has no finished checkpoint of the {stage.name} "
-            "stage; run train.py with the same --workdir first"
-        )
-    return found
 
 
 @contextlib.contextmanager

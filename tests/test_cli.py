@@ -3,6 +3,7 @@ import pytest
 from configs.digits import get_config
 from ldm_jax import config as config_lib
 from ldm_jax.cli import load_config_file, parse_list, parse_sample, parse_train
+from ldm_jax.gallery import describe_conditions
 from ldm_jax.types import InputError
 
 DIGITS = ["--config", "configs/digits.py", "--workdir", "x"]
@@ -75,7 +76,8 @@ def test_every_field_is_a_flag():
         (["--seed", "-1"], ["seed", "-1", "0 to 4294967295"]),
         (["--seed"], ["--seed"]),
         (["--diffusion.optim.lr", "-3"], ["diffusion.optim", "-3", "above 0"]),
-        (["--data.source", "mnist"], ["--data.source", "mnist", "tfds:digits"]),
+        (["--data.source", "mnist"], ["source", "mnist", "tfds:digits"]),
+        (["--diffusion.loss", "l3"], ["--diffusion.loss", "l3", "l1"]),
         (["--autoencoder.steps", "1.5"], ["--autoencoder.steps", "1.5"]),
         (["stray"], ["stray"]),
     ],
@@ -154,13 +156,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
     assert "not a run" in error(parse_sample, args)
 
 
-def test_a_missing_folder_is_named(workdir):
-    assert error(parse_sample, ["--workdir", str(workdir)]).startswith("--out: not")
+def test_a_missing_or_doubled_source_is_named(workdir):
     assert error(parse_sample, []).startswith("--workdir: not given")
+    both = ["--workdir", str(workdir), "--weights", "x"]
+    assert error(parse_sample, both).startswith("--weights: got it beside --workdir")
 
 
 def test_labels_default_to_every_class_of_the_run(workdir):
     request = parse_sample(["--workdir", str(workdir), "--out", "o", "--seeds", "3"])
-    assert request.labels == list(range(10))
+    rows = describe_conditions(get_config(), request)
+    assert [row["label"] for row in rows] == [str(label) for label in range(10)]
     assert request.seeds == [3]
     assert request.eta == 0.0

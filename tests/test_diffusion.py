@@ -1,11 +1,18 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ldm_jax.diffusion.guidance import classifier_free
-from ldm_jax.diffusion.objectives import eps_loss
-from ldm_jax.diffusion.parameterize import add_noise, clean_from_eps
+from ldm_jax.diffusion.objectives import denoising_loss, predicting_eps
+from ldm_jax.diffusion.parameterize import (
+    add_noise,
+    clean_from_eps,
+    eps_from_prediction,
+    target_of,
+)
 from ldm_jax.diffusion.samplers import (
     Levels,
     ddim_step,
@@ -104,9 +111,51 @@ def test_eps_loss_is_zero_for_the_truth_and_the_mean_square_for_silence():
     t, cond = jnp.asarray([0, 10, 999]), jnp.zeros((3,), jnp.int32)
     abar = jnp.asarray(LDM.abar, jnp.float32)
     args = (x_0, t, eps, cond)
-    assert np.asarray(eps_loss(lambda *_: eps, *args, abar=abar)) == pytest.approx(0)
-    silent = eps_loss(lambda x, *_: jnp.zeros_like(x), *args, abar=abar)
+    score = functools.partial(denoising_loss, abar=abar, prediction="eps", loss="l2")
+    assert np.asarray(score(lambda *_: eps, *args)) == pytest.approx(0)
+    silent = score(lambda x, *_: jnp.zeros_like(x), *args)
     assert silent == pytest.approx(np.square(eps).mean(axis=(1, 2, 3)), rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_the_noise_is_read_back_out_of_every_prediction(x64, prediction):
+    x_0, eps = random(0, 2, (3, 4, 4, 2))
+    abar_t = jnp.asarray([0.999, 0.5, 0.002])
+    x_t = add_noise(x_0, eps, abar_t=abar_t)
+    target = target_of(x_0, eps, abar_t=abar_t, prediction=prediction)
+    found = eps_from_prediction(x_t, target, abar_t=abar_t, prediction=prediction)
+    assert found == pytest.approx(np.asarray(eps), abs=1e-9)
+
+
+def test_the_velocity_is_the_turn_of_signal_and_noise(x64):
+    # Salimans & Ho: with the angle phi, x_t = cos x_0 + sin eps and v = d x_t / d phi.
+    x_0, eps = random(0, 2, (1, 4, 4, 2))
+    phi, step = 0.7, 1e-5
+
+    def noisy(angle):
+        return np.cos(angle) * x_0 + np.sin(angle) * eps
+
+    v = target_of(x_0, eps, abar_t=jnp.asarray([np.cos(phi) ** 2]), prediction="v")
+    wanted = (noisy(phi + step) - noisy(phi - step)) / (2 * step)
+    assert v == pytest.approx(np.asarray(wanted), abs=1e-8)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_a_network_samples_the_same_whatever_it_predicts(x64, prediction):
+    plain = gaussian.denoiser(LDM.abar)
+    table = jnp.asarray(LDM.abar)
+
+    def predict(x_t, t, cond):
+        abar = table[t][:, None, None, None]
+        eps = plain(x_t, t, cond)
+        x_0 = (x_t - jnp.sqrt(1 - abar) * eps) / jnp.sqrt(abar)
+        return target_of(x_0, eps, abar_t=table[t], prediction=prediction)
+
+    x = random(3, 1, (4, 4, 4, 2))[0]
+    t, cond = jnp.asarray([0, 10, 500, 999]), jnp.zeros((4,), jnp.int32)
+    as_eps = predicting_eps(predict, abar=table, prediction=prediction)
+    wanted = np.asarray(plain(x, t, cond))
+    assert as_eps(x, t, cond) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_every_number_of_steps_gives_exactly_that_many():
@@ -292,5 +341,7 @@ def test_guidance_interpolates_between_the_two_predictions():
     x, t = jnp.ones((2, 1, 1, 1)), jnp.zeros((2,), jnp.int32)
     cond = jnp.asarray([2, 5])
     for scale, wanted in ((0.0, [10, 10]), (1.0, [3, 6]), (2.0, [-4, 2])):
-        guided = classifier_free(denoise, null_cond=9, scale=jnp.asarray(scale))
+        guided = classifier_free(
+            denoise, null_cond=jnp.full((2,), 9), scale=jnp.asarray(scale)
+        )
         assert guided(x, t, cond).ravel() == pytest.approx(wanted)

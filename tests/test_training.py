@@ -10,21 +10,24 @@ import pytest
 
 from ldm_jax import generate
 from ldm_jax.build import (
-    autoencoder_stage,
     build_networks,
-    diffusion_stage,
     init_autoencoder,
     init_unet,
-    make_reconstruct,
-    measure_latent_scale,
     open_iterator,
 )
 from ldm_jax.config import LogConfig, OptimConfig
 from ldm_jax.data.pipeline import to_batch
+from ldm_jax.first_stage import (
+    autoencoder_stage,
+    make_reconstruct,
+    measure_latent_scale,
+)
 from ldm_jax.images import to_float
+from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys, root_key
+from ldm_jax.second_stage import diffusion_stage
 from ldm_jax.training.checkpoint import CheckpointStore
-from ldm_jax.training.diffusion_step import FirstStage
+from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.loop import Watch, run_stage, stage_target
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.training.state import (
@@ -43,7 +46,7 @@ NETWORKS = build_networks(CONFIG)
 @functools.cache
 def first_stage():
     params = init_autoencoder(CONFIG, NETWORKS)
-    return FirstStage(params, jnp.asarray(0.5, jnp.float32))
+    return Frozen(params, jnp.asarray(0.5, jnp.float32), {})
 
 
 def stage(name, config=CONFIG):
@@ -135,9 +138,9 @@ def test_the_same_training_twice_is_bitwise_the_same(name):
 
 
 def test_the_first_stage_is_not_changed_by_the_second():
-    before = jax.device_get(first_stage().params)
+    before = jax.device_get(first_stage().autoencoder)
     run("diffusion", 1, 3)
-    after = jax.device_get(first_stage().params)
+    after = jax.device_get(first_stage().autoencoder)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, after)))
 
 
@@ -149,8 +152,8 @@ def with_dropout(probability):
 def test_condition_dropout_trains_the_null_class_and_only_as_often_as_asked():
     def used(probability):
         state, _ = run("diffusion", 1, 4, with_dropout(probability))
-        start = stage("diffusion").init().params
-        moved = state.params["class_embedding"]["table"]["embedding"]
+        start = stage("diffusion").init().params.unet
+        moved = state.params.unet["class_embedding"]["table"]["embedding"]
         moved = moved != start["class_embedding"]["table"]["embedding"]
         return np.asarray(moved.any(axis=-1))
 
@@ -242,11 +245,11 @@ def test_turning_a_knob_of_the_sampler_compiles_nothing(monkeypatch):
     monkeypatch.setattr(generate, "decode", counted)
     sample_fn = generate.make_sample_fn(NETWORKS, sampler="ddim", num_steps=2)
     params = generate.SampleParams(
-        first_stage().params, init_unet(CONFIG, NETWORKS), jnp.asarray(0.5)
+        first_stage().autoencoder, init_unet(CONFIG, NETWORKS), {}, jnp.asarray(0.5)
     )
     for i in range(5):
-        labels = jnp.asarray([i, 9 - i], jnp.int32)
-        sample_fn(params, image_keys([i, i + 7]), labels, 1.5 * i, 0.2 * i)
+        cond = ConditionInputs(label=jnp.asarray([i, 9 - i], jnp.int32))
+        sample_fn(params, image_keys([i, i + 7]), cond, 1.5 * i, 0.2 * i)
     assert len(traces) == 1
 
 

@@ -3,6 +3,7 @@
 from ldm_jax.config import (
     AutoencoderConfig,
     CheckpointConfig,
+    ConditionConfig,
     Config,
     DataConfig,
     DiffusionConfig,
@@ -33,6 +34,7 @@ def get_config() -> Config:
             attention_downsampling=(2,),
             num_heads=2,
             num_groups=4,
+            condition=ConditionConfig(label=True),
             batch_size=8,
             steps=8,
             optim=OptimConfig(lr=1e-3, ema_decay=0.9),

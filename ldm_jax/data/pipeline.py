@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Int, UInt8, UInt32
+from jaxtyping import Float, Int, UInt8, UInt32
 from PIL import Image
 
 from ldm_jax.data.sources import Examples
@@ -22,11 +22,17 @@ class Batch(NamedTuple):
       label: Class of each, in [0, num_classes).
       example_index: Position in the endless shuffled stream of all processes, so that
         an example met again in a later epoch draws new noise. Modulo 2**32.
+      tokens: Token ids, where the data set has any.
+      embedding: Vectors of another network, where the data set has any.
+      segmentation: Class of each pixel, where the data set has any.
     """
 
     image: UInt8[Any, "b h w c"]
     label: Int[Any, " b"]
     example_index: UInt32[Any, " b"]
+    tokens: Int[Any, "b n"] | None = None
+    embedding: Float[Any, "b n d"] | None = None
+    segmentation: Int[Any, "b h w"] | None = None
 
 
 @runtime_checkable
@@ -104,19 +110,36 @@ def make_iterator(
 def prepare_example(
     example: Mapping[str, Any], *, image_size: int, image_channels: int
 ) -> dict[str, np.ndarray]:
-    """Resize one example's image; keep its label and index."""
+    """Resize one example's image and map; keep its label, tokens, vectors and index."""
     image = resize(example["image"], image_size, channels=image_channels)
-    return {
+    prepared = {
         "image": image,
-        "label": np.asarray(example["label"], np.int32),
+        "label": np.asarray(example.get("label", 0), np.int32),
         "index": np.asarray(example["index"] % INDEX_MODULUS, np.uint32),
     }
+    for name, dtype in (("tokens", np.int32), ("embedding", np.float32)):
+        if name in example:
+            prepared[name] = np.asarray(example[name], dtype)
+    if "segmentation" in example:
+        segments = np.asarray(example["segmentation"], np.int32)
+        prepared["segmentation"] = resize_segments(segments, image_size)
+    return prepared
+
+
+def resize_segments(
+    segments: Int[np.ndarray, "h w"], size: int
+) -> Int[np.ndarray, "s s"]:
+    """Cut and resize a map of classes as its image, by its nearest pixels."""
+    left, top, right, bottom = _middle(*segments.shape)
+    square = segments[top:bottom, left:right]
+    places = np.arange(size) * len(square) // size
+    return square[places][:, places]
 
 
 def resize(
     image: UInt8[np.ndarray, "h w c"], size: int, *, channels: int
 ) -> UInt8[np.ndarray, "s s d"]:
-    """Resize an image to a square by bicubic interpolation, and grey to colour.
+    """Cut the largest square from the middle and resize it; grey to colour or back.
 
     Args:
       image: Grey or RGB.
@@ -124,18 +147,34 @@ def resize(
       channels: 1 or 3.
 
     Returns:
-      The resized image, rounded to uint8.
+      The resized image (bicubic), rounded to uint8.
     """
     mode = "L" if channels == 1 else "RGB"
     grey = image.shape[-1] == 1
     picture = Image.fromarray(image[..., 0] if grey else image).convert(mode)
-    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    picture = picture.resize(
+        (size, size), Image.Resampling.BICUBIC, box=_middle(*image.shape[:2])
+    )
     return np.asarray(picture, np.uint8).reshape(size, size, channels)
+
+
+def _middle(height: int, width: int) -> tuple[int, int, int, int]:
+    """Return the largest square in the middle: left, top, right, bottom."""
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    return (left, top, left + side, top + side)
 
 
 def to_batch(element: Mapping[str, np.ndarray]) -> Batch:
     """Name the arrays of one element of the stream."""
-    return Batch(element["image"], element["label"], element["index"])
+    return Batch(
+        image=element["image"],
+        label=element["label"],
+        example_index=element["index"],
+        tokens=element.get("tokens"),
+        embedding=element.get("embedding"),
+        segmentation=element.get("segmentation"),
+    )
 
 
 def load_all(

@@ -5,11 +5,9 @@ import io
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ldm_jax.types import InputError
-
-Split = Literal["train", "test"]
 
 MAX_BYTES_IN_MEMORY = 64 * 2**20
 """Smaller data sets are decoded once and kept: decoding is most of the reading."""
@@ -17,7 +15,7 @@ MAX_BYTES_IN_MEMORY = 64 * 2**20
 
 @runtime_checkable
 class Examples(Protocol):
-    """Random access to examples: `image` (uint8, h w c) and `label` (an integer)."""
+    """Random access to examples: `image` (uint8, h w c), and what else there is."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -42,30 +40,27 @@ class Source(NamedTuple):
     channels: int
 
 
-def open_source(name: str, split: Split, *, directory: str | None) -> Source:
-    """Open a split of a data set, preparing it first where that needs no network.
+def open_source(name: str, split: str, *, directory: str | None) -> Source:
+    """Open a split of a TFDS data set; the digits are prepared first.
 
     Args:
-      name: `tfds:digits`.
-      split: Which part.
+      name: `tfds:NAME`; `tfds:digits` is this package's own.
+      split: Which part, in TFDS' notation.
       directory: Where TFDS keeps prepared data; None for TFDS' own default.
 
     Returns:
-      The split, decoded image by image on access.
+      The split, decoded image by image on access. Its examples have an `image` and,
+      where the data set has them, `label`, `tokens`, `embedding`, `segmentation`.
 
     Raises:
-      InputError: If the data cannot be prepared or read there.
+      InputError: If the data set is not prepared there, cannot be read, or has no
+        images or no such split.
     """
-    if name != "tfds:digits":
-        raise InputError(f"data.source: got {name!r}, wanted tfds:digits")
     where = str(Path(directory).expanduser()) if directory else tfds_directory()
     try:
         with _quiet():
-            from ldm_jax.data.builders.digits.digits_dataset_builder import Builder
-
-            builder: Any = Builder(data_dir=where, file_format="array_record")
-            builder.download_and_prepare()
-            examples = builder.as_data_source(split)
+            builder = _builder(name, where)
+            examples = _open_split(builder, name, split)
             if builder.info.dataset_size < MAX_BYTES_IN_MEMORY:
                 examples = [examples[i] for i in range(len(examples))]
     except OSError as error:
@@ -75,11 +70,51 @@ def open_source(name: str, split: Split, *, directory: str | None) -> Source:
             "write to"
         ) from error
     features: Any = builder.info.features
+    if "image" not in features:
+        raise InputError(
+            f"data.source: {name} has no feature 'image' but {', '.join(features)}"
+        )
     return Source(
         examples=examples,
-        num_classes=features["label"].num_classes,
+        num_classes=features["label"].num_classes if "label" in features else 0,
         channels=features["image"].shape[-1],
     )
+
+
+def _open_split(builder: Any, name: str, split: str) -> Any:
+    try:
+        return builder.as_data_source(split)
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"data: {name} has no split {split!r}, wanted one of "
+            f"{', '.join(builder.info.splits)}, or a slice such as train[:90%]"
+        ) from error
+
+
+def _builder(name: str, where: str) -> Any:
+    """Find the builder of a prepared data set; prepare the digits."""
+    import tensorflow_datasets as tfds
+
+    if name == "tfds:digits":
+        from ldm_jax.data.builders.digits.digits_dataset_builder import Builder
+
+        builder: Any = Builder(data_dir=where, file_format="array_record")
+        builder.download_and_prepare()
+        return builder
+    plain = name.removeprefix("tfds:")
+    try:
+        builder = tfds.builder(plain, data_dir=where, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
+        raise InputError(
+            f"data.source: got {name}, which TFDS does not find in {where} "
+            f"({' '.join(str(error).split())[:160]}); see its catalogue for the names"
+        ) from error
+    if not builder.is_prepared():
+        raise InputError(
+            f"data.source: {name} is not prepared in {where}; try: tfds build {plain} "
+            f"--data_dir {where} --file_format array_record"
+        )
+    return builder
 
 
 def tfds_directory() -> str:

@@ -1,13 +1,15 @@
 """Steering a sample towards its condition."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ldm_jax.diffusion.objectives import Denoiser
+from ldm_jax.types import PyTree
 
 
 def classifier_free(
-    denoise: Denoiser, *, null_cond: int, scale: Float[Array, ""]
+    denoise: Denoiser, *, null_cond: PyTree, scale: Float[Array, ""]
 ) -> Denoiser:
     """Guide a network by its own unconditional prediction, in one batch of two.
 
@@ -16,7 +18,8 @@ def classifier_free(
 
     Args:
       denoise: The network.
-      null_cond: The condition that means "none".
+      null_cond: The condition that means "none", or is to be avoided; of the shape of
+        the condition.
       scale: Guidance scale; traced.
 
     Returns:
@@ -27,12 +30,12 @@ def classifier_free(
     """
 
     def guided(
-        x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: Int[Array, " b"]
+        x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: PyTree
     ) -> Float[Array, "b h w c"]:
         both = denoise(
             jnp.concatenate([x_t, x_t]),
             jnp.concatenate([t, t]),
-            jnp.concatenate([jnp.full_like(cond, null_cond), cond]),
+            jax.tree.map(lambda *both: jnp.concatenate(both), null_cond, cond),
         )
         uncond, conditional = jnp.split(both, 2)
         return uncond + scale * (conditional - uncond)

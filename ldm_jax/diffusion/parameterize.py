@@ -1,7 +1,11 @@
 """From clean and noise to noisy, and from a prediction back to clean."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+PredictionName = Literal["eps", "v", "x0"]
 
 
 def add_noise(
@@ -48,3 +52,62 @@ def clean_from_eps(
       clipped).
     """
     return (x_t - jnp.sqrt(1.0 - abar_t) * eps) / jnp.sqrt(abar_t)
+
+
+def target_of(
+    x_0: Float[Array, "b h w c"],
+    eps: Float[Array, "b h w c"],
+    *,
+    abar_t: Float[Array, " b"],
+    prediction: PredictionName,
+) -> Float[Array, "b h w c"]:
+    """Return what a network should predict.
+
+    Args:
+      x_0: Clean latents.
+      eps: The noise that was added to them.
+      abar_t: Signal power of each example, in (0, 1).
+      prediction: The noise, the velocity `sqrt(abar) eps - sqrt(1 - abar) x_0`, or
+        the clean latents.
+
+    Returns:
+      The target.
+
+    Source:
+      Salimans & Ho, arXiv:2202.00512, app. D (v).
+    """
+    if prediction == "eps":
+        return eps
+    if prediction == "x0":
+        return x_0
+    abar = abar_t[:, None, None, None]
+    return jnp.sqrt(abar) * eps - jnp.sqrt(1.0 - abar) * x_0
+
+
+def eps_from_prediction(
+    x_t: Float[Array, "b h w c"],
+    output: Float[Array, "b h w c"],
+    *,
+    abar_t: Float[Array, " b"],
+    prediction: PredictionName,
+) -> Float[Array, "b h w c"]:
+    """Read the noise out of what a network predicted.
+
+    Args:
+      x_t: The noisy latents it was given.
+      output: What it predicted.
+      abar_t: Signal power of each example, in (0, 1).
+      prediction: What that is.
+
+    Returns:
+      The noise in `x_t`.
+
+    Source:
+      Salimans & Ho, arXiv:2202.00512, app. D, solved for eps.
+    """
+    if prediction == "eps":
+        return output
+    abar = abar_t[:, None, None, None]
+    if prediction == "v":
+        return jnp.sqrt(abar) * output + jnp.sqrt(1.0 - abar) * x_t
+    return (x_t - jnp.sqrt(abar) * output) / jnp.sqrt(1.0 - abar)

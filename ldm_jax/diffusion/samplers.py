@@ -11,6 +11,7 @@ from ldm_jax.diffusion.objectives import Denoiser
 from ldm_jax.diffusion.parameterize import clean_from_eps
 from ldm_jax.diffusion.schedules import Schedule
 from ldm_jax.rng import Stream, image_step_keys, normal
+from ldm_jax.types import PyTree
 
 SamplerName = Literal["ddim", "ddpm"]
 SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
@@ -206,7 +207,7 @@ def frame_slots(num_steps: int, num_frames: int) -> np.ndarray:
 def sample(
     denoise: Denoiser,
     keys: Key[Array, " b"],
-    cond: Int[Array, " b"],
+    cond: PyTree,
     *,
     eta: Float[Array, ""],
     levels: Levels,
@@ -219,7 +220,7 @@ def sample(
     Image i depends on key i, condition i and the network alone.
 
     Args:
-      denoise: The network, guided or not.
+      denoise: The network, guided or not; it predicts eps.
       keys: One key per image.
       cond: Condition of each image.
       eta: Share of renewed noise, in [0, 1].
@@ -241,7 +242,7 @@ def sample(
         carry: Trajectory, row: tuple[Int[Array, ""], Int[Array, ""], Levels]
     ) -> tuple[Trajectory, None]:
         step_idx, slot, level = row
-        t = jnp.broadcast_to(level.t, cond.shape)
+        t = jnp.broadcast_to(level.t, keys.shape)
         eps = denoise(carry.x_0, t, cond)
         noise = normal(image_step_keys(keys, Stream.SAMPLE_STEP, step_idx), shape)
         x_s = step(carry.x_0, eps, noise, level=level, eta=eta)

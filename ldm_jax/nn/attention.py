@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ldm_jax.nn.layers import GroupNorm
 from ldm_jax.types import Dtype
@@ -13,6 +13,8 @@ def attend(
     q: Float[Array, "b n k d"],
     k: Float[Array, "b m k d"],
     v: Float[Array, "b m k d"],
+    *,
+    mask: Bool[Array, "n m"] | None = None,
 ) -> Float[Array, "b n k d"]:
     """Softmax attention of `k` heads, the softmax in float32.
 
@@ -20,6 +22,8 @@ def attend(
       q: Queries, n tokens.
       k: Keys, m tokens.
       v: Values, m tokens.
+      mask: Whether a query may read a key; each must be allowed one at least. None:
+        every query reads every key.
 
     Returns:
       The mixed values, in the dtype of `v`.
@@ -29,7 +33,10 @@ def attend(
     """
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bnkd,bmkd->bknm", q * scale, k)
-    weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    logits = logits.astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[None, None], logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1)
     return jnp.einsum("bknm,bmkd->bnkd", weights.astype(v.dtype), v)
 
 

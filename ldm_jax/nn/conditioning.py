@@ -1,9 +1,74 @@
-"""What the UNet may be conditioned on."""
+"""What the UNet may be conditioned on, and the networks that prepare it."""
+
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ldm_jax.nn.layers import area_downsample
 from ldm_jax.types import Dtype
+
+
+class ConditionInputs(NamedTuple):
+    """What the data or the user gives; what a model does not read is None.
+
+    Attributes:
+      label: Class of each image, in [0, num_classes]; the last means "none".
+      tokens: Token ids of a text or a layout, in [0, vocab_size).
+      embedding: Vectors that some other network made.
+      image: What is stacked on the latent, before the rescaler if there is one: a
+        low-resolution image in [-1, 1]; the latent of an image with a hole, and the
+        hole's mask in {-1, 1}; or a one-hot segmentation map.
+    """
+
+    label: Int[Any, " b"] | None = None
+    tokens: Int[Any, "b n"] | None = None
+    embedding: Float[Any, "b n d"] | None = None
+    image: Float[Any, "b h w c"] | None = None
+
+
+class Condition(NamedTuple):
+    """What the UNet reads; None where it reads nothing.
+
+    Attributes:
+      label: Class, whose vector is added to the time embedding.
+      context: Tokens that cross-attention reads.
+      concat: Channels stacked on the noisy latent.
+    """
+
+    label: Int[Any, " b"] | None = None
+    context: Float[Any, "b n d"] | None = None
+    concat: Float[Any, "b h w c"] | None = None
+
+
+def null_inputs(
+    like: ConditionInputs, *, num_classes: int, null_tokens: tuple[int, ...]
+) -> ConditionInputs:
+    """Make the inputs that mean "no condition".
+
+    Args:
+      like: Inputs whose shapes are taken.
+      num_classes: Real classes; the null class has this index.
+      null_tokens: Tokens of the empty prompt.
+
+    Returns:
+      The null class, the empty prompt, and zeros for vectors and images.
+
+    Source:
+      Ho & Salimans, arXiv:2207.12598, sec. 3.2.
+    """
+
+    def zeros(array: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
+        return None if array is None else jnp.zeros_like(array)
+
+    label, tokens = like.label, like.tokens
+    if label is not None:
+        label = jnp.full_like(label, num_classes)
+    if tokens is not None:
+        empty = jnp.asarray(null_tokens, tokens.dtype)
+        tokens = jnp.broadcast_to(empty, tokens.shape)
+    return ConditionInputs(label, tokens, zeros(like.embedding), zeros(like.image))
 
 
 class ClassEmbedding(nn.Module):
@@ -18,7 +83,7 @@ class ClassEmbedding(nn.Module):
       dtype: Compute dtype.
 
     Source:
-      Ho & Salimans, arXiv:2207.12598, sec. 3.2.
+      Ho & Salimans, arXiv:2207.12598, sec. 3.2; latent-diffusion `ClassEmbedder`.
     """
 
     num_classes: int
@@ -36,3 +101,68 @@ class ClassEmbedding(nn.Module):
             name="table",
         )
         return table(labels)
+
+
+class SpatialRescaler(nn.Module):
+    """Halve a map a few times, then mix its channels: for segmentation maps.
+
+    A bilinear halving without antialiasing takes each pixel half-way between two, in
+    both directions: it is the mean of blocks of 2x2.
+
+    Fields:
+      num_stages: Halvings.
+      channels: Channels out.
+      dtype: Compute dtype.
+
+    Source:
+      latent-diffusion `SpatialRescaler`.
+    """
+
+    num_stages: int
+    channels: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 e"]:
+        """Rescale a map whose sides are multiples of two to the power of stages."""
+        x = area_downsample(x.astype(self.dtype), factor=2**self.num_stages)
+        mix = nn.Conv(
+            self.channels, (1, 1), use_bias=False, dtype=self.dtype, name="mix"
+        )
+        return mix(x)
+
+
+class Conditioner(nn.Module):
+    """Turn what the data gives into what the UNet reads.
+
+    Fields:
+      reads: Which input becomes the context: a class, tokens, vectors as they are, or
+        none.
+      encoder: Network from labels or tokens to the context; None for vectors.
+      rescaler: Network of the stacked image; None leaves it as it is.
+      adds_label: Whether the label goes to the UNet as it is.
+
+    Source:
+      Rombach et al., arXiv:2112.10752, sec. 3.3 (their tau_theta is `encoder`).
+    """
+
+    reads: Literal["none", "label", "tokens", "embedding"]
+    encoder: nn.Module | None
+    rescaler: nn.Module | None
+    adds_label: bool
+
+    def __call__(self, inputs: ConditionInputs) -> Condition:
+        """Prepare the condition of a batch."""
+        context: Any = None
+        if self.reads == "embedding":
+            context = inputs.embedding
+        elif self.encoder is not None:
+            value = inputs.label if self.reads == "label" else inputs.tokens
+            context = self.encoder(value)
+            if context.ndim == 2:
+                context = context[:, None, :]
+        concat = inputs.image
+        if self.rescaler is not None:
+            concat = self.rescaler(concat)
+        label = inputs.label if self.adds_label else None
+        return Condition(label, context, concat)

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Shaped
 
 from ldm_jax.types import Dtype
 
-UNET_EPSILON = 1e-5
 AUTOENCODER_EPSILON = 1e-6
 SYMMETRIC_PADDING = ((1, 1), (1, 1))
 TRAILING_PADDING = ((0, 1), (0, 1))
@@ -92,41 +91,32 @@ class GroupNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a skip; an embedding joins in between.
+    """Norm, SiLU, convolution, twice, around a skip: the autoencoder's block.
+
+    The UNet's own, which reads the time, is `TimeResBlock`.
 
     Fields:
       channels: Channels out.
       num_groups: Groups of both norms.
       epsilon: Of both norms.
-      zero_init: Start as the identity (UNet) or not (autoencoder).
       dtype: Compute dtype; parameters stay float32.
 
     Source:
-      latent-diffusion `ResBlock` (UNet) and `ResnetBlock` (autoencoder).
+      latent-diffusion `ResnetBlock` of the autoencoder.
     """
 
     channels: int
     num_groups: int
     epsilon: float
-    zero_init: bool
     dtype: Dtype
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        embedding: Float[Array, "b d"] | None = None,
-    ) -> Float[Array, "b h w e"]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
         """Transform `x`."""
         h = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x)
         h = conv(self.channels, 3, self.dtype, "conv1")(nn.silu(h))
-        if embedding is not None:
-            project = nn.Dense(self.channels, dtype=self.dtype, name="embedding")
-            h = h + project(nn.silu(embedding))[:, None, None, :]
         h = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm2")(h)
-        h = conv(self.channels, 3, self.dtype, "conv2", zero_init=self.zero_init)(
-            nn.silu(h)
-        )
+        h = conv(self.channels, 3, self.dtype, "conv2")(nn.silu(h))
         if x.shape[-1] != self.channels:
             x = conv(self.channels, 1, self.dtype, "skip")(x)
         return x + h
@@ -167,6 +157,23 @@ class Upsample(nn.Module):
         """Return the map at twice the resolution."""
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         return conv(x.shape[-1], 3, self.dtype, "conv")(x)
+
+
+def area_downsample(
+    x: Float[Array, "b h w c"], *, factor: int
+) -> Float[Array, "b h2 w2 c"]:
+    """Average blocks of `factor` x `factor` pixels.
+
+    Args:
+      x: A map whose sides are multiples of `factor`.
+      factor: At least 1.
+
+    Returns:
+      The smaller map.
+    """
+    b, h, w, c = x.shape
+    blocks = x.reshape(b, h // factor, factor, w // factor, factor, c)
+    return blocks.mean(axis=(2, 4))
 
 
 def conv(

@@ -1,28 +1,31 @@
 """The second stage: a UNet that predicts what was added to a latent."""
 
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ldm_jax.nn.attention import SelfAttention
-from ldm_jax.nn.conditioning import ClassEmbedding
+from ldm_jax.nn.conditioning import ClassEmbedding, Condition
 from ldm_jax.nn.layers import (
     SYMMETRIC_PADDING,
-    UNET_EPSILON,
     Downsample,
     GroupNorm,
-    ResBlock,
     Upsample,
+    area_downsample,
     conv,
     timestep_embedding,
 )
+from ldm_jax.nn.transformer import SpatialTransformer
 from ldm_jax.types import Dtype
+
+Resample = Literal["none", "up", "down"]
 
 
 class UNet(nn.Module):
-    """Predict from a noisy latent, its time and its class.
+    """Predict from a noisy latent, its time and its condition.
 
     Fields:
       out_channels: Channels of the prediction, as many as the latent has.
@@ -30,16 +33,23 @@ class UNet(nn.Module):
       channel_multipliers: Width of each level, in units of `channels`; every level
         but the last halves the resolution.
       num_res_blocks: ResBlocks a level on the way down; one more on the way up.
-      attention_downsampling: Levels with self-attention, by their down-sampling
-        factor (1, 2, 4 ...), not by their resolution in pixels.
-      num_heads: Heads of every attention.
-      num_classes: Real classes; the null class has this index. 0: unconditional.
+      attention_downsampling: Levels with attention, by their down-sampling factor
+        (1, 2, 4 ...), not by their resolution in pixels.
+      num_heads: Heads of every attention, where `head_channels` is 0.
+      head_channels: Channels of a head, or 0.
+      transformer_depth: Blocks of each spatial transformer; 0: plain self-attention.
+      num_classes: Real classes whose vector is added to the time embedding; the null
+        class has this index. 0: none is added.
+      scale_shift_norm: See `TimeResBlock`.
+      resblock_updown: Resample inside ResBlocks instead of by convolutions.
       num_groups: Groups of every norm.
+      epsilon: Of the norms outside spatial transformers.
+      remat: Recompute the activations of every level block in the backward pass.
       dtype: Compute dtype; parameters stay float32, and so does the prediction.
 
     Source:
-      Rombach et al., arXiv:2112.10752, sec. 3.2; Dhariwal & Nichol, arXiv:2105.05233;
-      latent-diffusion `UNetModel` with class embedding.
+      Rombach et al., arXiv:2112.10752, sec. 3.2 and 3.3; Dhariwal & Nichol,
+      arXiv:2105.05233; latent-diffusion `UNetModel`.
     """
 
     out_channels: int
@@ -48,8 +58,14 @@ class UNet(nn.Module):
     num_res_blocks: int
     attention_downsampling: tuple[int, ...]
     num_heads: int
+    head_channels: int
+    transformer_depth: int
     num_classes: int
+    scale_shift_norm: bool
+    resblock_updown: bool
     num_groups: int
+    epsilon: float
+    remat: bool
     dtype: Dtype
 
     @nn.compact
@@ -57,127 +73,206 @@ class UNet(nn.Module):
         self,
         x_t: Float[Array, "b h w c"],
         t: Int[Array, " b"],
-        labels: Int[Array, " b"],
+        cond: Condition,
     ) -> Float[Array, "b h w e"]:
         """Predict, in float32.
 
         Args:
           x_t: Noisy latents, in scaled-latent units.
           t: Discrete timestep, in [0, T).
-          labels: Class, in [0, num_classes]; ignored when `num_classes` is 0.
+          cond: What the UNet is conditioned on.
         """
-        blocks = self._block_settings()
-        embedding = self._embed(t, labels)
+        if cond.concat is not None:
+            x_t = jnp.concatenate([x_t, cond.concat.astype(x_t.dtype)], axis=-1)
+        embedding = self._embed(t, cond)
         x = conv(self.channels, 3, self.dtype, "conv_in")(x_t.astype(self.dtype))
         skips = [x]
-        last = len(self.channel_multipliers) - 1
-        for level, multiplier in enumerate(self.channel_multipliers):
+        levels = list(enumerate(self.channel_multipliers))
+        last = len(levels) - 1
+        for level, multiplier in levels:
             for i in range(self.num_res_blocks):
-                x = LevelBlock(
-                    self.channels * multiplier,
-                    2**level in self.attention_downsampling,
-                    **blocks,
-                    name=f"down_{level}_{i}",
-                )(x, embedding)
+                block = self._block(level, multiplier, f"down_{level}_{i}")
+                x = block(x, embedding, cond.context)
                 skips.append(x)
             if level != last:
-                x = Downsample(
-                    SYMMETRIC_PADDING, self.dtype, name=f"downsample_{level}"
-                )(x)
+                x = self._resample("down", level, x, embedding)
                 skips.append(x)
 
-        width = self.channels * self.channel_multipliers[-1]
-        x = LevelBlock(width, True, **blocks, name="mid_0")(x, embedding)
-        x = LevelBlock(width, False, **blocks, name="mid_1")(x, embedding)
+        x = self._block(last, levels[-1][1], "mid_0", attention=True)(
+            x, embedding, cond.context
+        )
+        x = self._block(last, levels[-1][1], "mid_1", attention=False)(
+            x, embedding, cond.context
+        )
 
-        for level, multiplier in reversed(list(enumerate(self.channel_multipliers))):
+        for level, multiplier in reversed(levels):
             for i in range(self.num_res_blocks + 1):
-                x = LevelBlock(
-                    self.channels * multiplier,
-                    2**level in self.attention_downsampling,
-                    **blocks,
-                    name=f"up_{level}_{i}",
-                )(
-                    jnp.concatenate([x, skips.pop()], axis=-1),
-                    embedding,
-                )
+                block = self._block(level, multiplier, f"up_{level}_{i}")
+                joined = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = block(joined, embedding, cond.context)
             if level != 0:
-                x = Upsample(self.dtype, name=f"upsample_{level}")(x)
+                x = self._resample("up", level, x, embedding)
 
-        x = GroupNorm(self.num_groups, UNET_EPSILON, self.dtype, name="norm_out")(x)
+        x = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm_out")(x)
         x = conv(self.out_channels, 3, self.dtype, "conv_out", zero_init=True)(
             nn.silu(x)
         )
         return x.astype(jnp.float32)
 
-    def _block_settings(self) -> "BlockSettings":
+    def _block(
+        self, level: int, multiplier: int, name: str, attention: bool | None = None
+    ) -> "LevelBlock":
+        if attention is None:
+            attention = 2**level in self.attention_downsampling
+        cls: Any = nn.remat(LevelBlock) if self.remat else LevelBlock
+        channels = self.channels * multiplier
+        return cls(
+            res=self._res_settings(channels),
+            attention=attention,
+            num_heads=(
+                channels // self.head_channels if self.head_channels else self.num_heads
+            ),
+            transformer_depth=self.transformer_depth,
+            name=name,
+        )
+
+    def _res_settings(self, channels: int) -> dict[str, Any]:
         return {
-            "num_heads": self.num_heads,
+            "channels": channels,
             "num_groups": self.num_groups,
+            "epsilon": self.epsilon,
+            "scale_shift_norm": self.scale_shift_norm,
             "dtype": self.dtype,
         }
 
-    def _embed(
-        self, t: Int[Array, " b"], labels: Int[Array, " b"]
-    ) -> Float[Array, "b d"]:
+    def _resample(
+        self,
+        direction: Literal["up", "down"],
+        level: int,
+        x: Float[Array, "b h w c"],
+        embedding: Float[Array, "b d"],
+    ) -> Float[Array, "b h2 w2 c"]:
+        name = f"{direction}sample_{level}"
+        if self.resblock_updown:
+            settings = self._res_settings(x.shape[-1])
+            return TimeResBlock(**settings, resample=direction, name=name)(x, embedding)
+        if direction == "up":
+            return Upsample(self.dtype, name=name)(x)
+        return Downsample(SYMMETRIC_PADDING, self.dtype, name=name)(x)
+
+    def _embed(self, t: Int[Array, " b"], cond: Condition) -> Float[Array, "b d"]:
         width = 4 * self.channels
         h = timestep_embedding(t, width=self.channels).astype(self.dtype)
         h = nn.Dense(width, dtype=self.dtype, name="time_0")(h)
         h = nn.Dense(width, dtype=self.dtype, name="time_1")(nn.silu(h))
         if self.num_classes:
-            h = h + ClassEmbedding(
+            table = ClassEmbedding(
                 self.num_classes, width, self.dtype, name="class_embedding"
-            )(labels)
+            )
+            h = h + table(jnp.asarray(cond.label))
         return h
 
 
-class BlockSettings(TypedDict):
-    """What every `LevelBlock` of one UNet has in common."""
-
-    num_heads: int
-    num_groups: int
-    dtype: Dtype
-
-
 class LevelBlock(nn.Module):
-    """A ResBlock, and self-attention after it where the level has any.
+    """A ResBlock, and attention after it where the level has any.
 
     Fields:
-      channels: Channels out.
-      attention: Whether self-attention follows.
+      res: Fields of the ResBlock.
+      attention: Whether attention follows.
       num_heads: Heads of the attention.
-      num_groups: Groups of every norm.
-      dtype: Compute dtype.
+      transformer_depth: Blocks of the spatial transformer; 0: plain self-attention.
     """
 
-    channels: int
+    res: Mapping[str, Any]
     attention: bool
     num_heads: int
-    num_groups: int
-    dtype: Dtype
+    transformer_depth: int
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b h w c"],
         embedding: Float[Array, "b d"],
+        context: Float[Array, "b m f"] | None,
     ) -> Float[Array, "b h w e"]:
-        """Transform `x` under the time and class embedding."""
-        x = ResBlock(
-            self.channels,
-            self.num_groups,
-            UNET_EPSILON,
-            zero_init=True,
-            dtype=self.dtype,
-            name="res",
-        )(x, embedding)
-        if self.attention:
-            x = SelfAttention(
+        """Transform `x` under the embedding, reading the context."""
+        x = TimeResBlock(**self.res, resample="none", name="res")(x, embedding)
+        if not self.attention:
+            return x
+        num_groups, dtype = self.res["num_groups"], self.res["dtype"]
+        if self.transformer_depth:
+            transformer = SpatialTransformer(
+                self.transformer_depth,
                 self.num_heads,
-                self.num_groups,
-                UNET_EPSILON,
-                zero_init=True,
-                dtype=self.dtype,
-                name="attention",
-            )(x)
-        return x
+                num_groups,
+                dtype,
+                name="transformer",
+            )
+            return transformer(x, context)
+        attention = SelfAttention(
+            self.num_heads,
+            num_groups,
+            self.res["epsilon"],
+            zero_init=True,
+            dtype=dtype,
+            name="attention",
+        )
+        return attention(x)
+
+
+class TimeResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, around a skip; the embedding joins in between.
+
+    Fields:
+      channels: Channels out.
+      num_groups: Groups of both norms.
+      epsilon: Of both norms.
+      scale_shift_norm: The embedding scales and shifts the second norm instead of
+        being added before it.
+      resample: Whether both branches double or halve the resolution first, without a
+        convolution: by repeating pixels, or by averages of 2x2.
+      dtype: Compute dtype; parameters stay float32.
+
+    Source:
+      Dhariwal & Nichol, arXiv:2105.05233, sec. 3 (adaptive group norm) and app. A;
+      latent-diffusion `ResBlock` of the UNet.
+    """
+
+    channels: int
+    num_groups: int
+    epsilon: float
+    scale_shift_norm: bool
+    resample: Resample
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], embedding: Float[Array, "b d"]
+    ) -> Float[Array, "b h2 w2 e"]:
+        """Transform `x`."""
+        h = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x)
+        h = resample(nn.silu(h), self.resample)
+        x = resample(x, self.resample)
+        h = conv(self.channels, 3, self.dtype, "conv1")(h)
+        width = self.channels * (2 if self.scale_shift_norm else 1)
+        project = nn.Dense(width, dtype=self.dtype, name="embedding")
+        e = project(nn.silu(embedding))[:, None, None, :]
+        norm2 = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm2")
+        if self.scale_shift_norm:
+            scale, shift = jnp.split(e, 2, axis=-1)
+            h = norm2(h) * (1.0 + scale) + shift
+        else:
+            h = norm2(h + e)
+        h = conv(self.channels, 3, self.dtype, "conv2", zero_init=True)(nn.silu(h))
+        if x.shape[-1] != self.channels:
+            x = conv(self.channels, 1, self.dtype, "skip")(x)
+        return x + h
+
+
+def resample(x: Float[Array, "b h w c"], how: Resample) -> Float[Array, "b h2 w2 c"]:
+    """Double a map by repeating pixels, halve it by averages of 2x2, or neither."""
+    if how == "up":
+        return x.repeat(2, axis=1).repeat(2, axis=2)
+    if how == "down":
+        return area_downsample(x, factor=2)
+    return x

@@ -1,6 +1,7 @@
-"""Stage 1: one update of the autoencoder, and the scale of its latents."""
+"""Stage 1: one update of the autoencoder and its adversary; the scale of latents."""
 
-from typing import Literal, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,32 +10,68 @@ from jaxtyping import Array, Float, Key
 
 from ldm_jax.data.pipeline import Batch
 from ldm_jax.images import to_float
-from ldm_jax.nn.autoencoder import Autoencoder
-from ldm_jax.nn.bottleneck import DiagonalGaussian
+from ldm_jax.nn.autoencoder import Autoencoder, Reconstruction, image_layer
+from ldm_jax.nn.bottleneck import (
+    DiagonalGaussian,
+    Quantized,
+    Unquantized,
+    code_usage,
+    perplexity,
+)
 from ldm_jax.rng import Stream, example_keys, normal
-from ldm_jax.training.state import TrainState, apply_gradients
+from ldm_jax.training.adversary import Adversary, contend, mean_over
+from ldm_jax.training.autoencoder_loss import (
+    Objective,
+    likeness_loss,
+    regularization_loss,
+)
+from ldm_jax.training.state import AdversarialState, AnyState, apply_gradients
 from ldm_jax.types import PyTree
 
 
 class AutoencoderMetrics(NamedTuple):
-    """Numbers of one step, each a mean over the global batch.
+    """Numbers of one step over the global batch; None where one has no meaning.
 
     Attributes:
-      loss: What is minimised.
-      reconstruction: Its first term, a mean over pixels.
-      kl: Its second term before weighting, in nats a latent.
-      gradient_norm: Global norm of the gradient, before clipping.
+      loss: What the autoencoder minimises.
+      reconstruction: Mean error of a value.
+      latent_mean: Mean of the unscaled latents.
+      latent_std: Their standard deviation.
+      gradient_norm: Global norm of the autoencoder's gradient, before clipping.
+      perceptual: Mean LPIPS of an image.
+      kl: KL divergence, in nats a latent.
+      codebook: The codebook's term before weighting.
+      perplexity: Codes used, effectively.
+      dead_codes: Codes that no latent fell on.
+      adaptive_weight: Of the adversary's term, before its other weights.
+      adversary_factor: How much it is listened to.
+      critic_loss: What the adversary minimises, before that factor.
+      logits_real: Its mean logit for the images.
+      logits_fake: Its mean logit for the reconstructions.
+      critic_gradient_norm: Global norm of its gradient, before clipping.
     """
 
     loss: Float[Array, ""]
     reconstruction: Float[Array, ""]
-    kl: Float[Array, ""]
+    latent_mean: Float[Array, ""]
+    latent_std: Float[Array, ""]
     gradient_norm: Float[Array, ""]
+    perceptual: Float[Array, ""] | None = None
+    kl: Float[Array, ""] | None = None
+    codebook: Float[Array, ""] | None = None
+    perplexity: Float[Array, ""] | None = None
+    dead_codes: Float[Array, ""] | None = None
+    adaptive_weight: Float[Array, ""] | None = None
+    adversary_factor: Float[Array, ""] | None = None
+    critic_loss: Float[Array, ""] | None = None
+    logits_real: Float[Array, ""] | None = None
+    logits_fake: Float[Array, ""] | None = None
+    critic_gradient_norm: Float[Array, ""] | None = None
 
 
 def autoencoder_step(
-    state: TrainState,
-    frozen: None,
+    state: AnyState,
+    frozen: PyTree,
     batch: Batch,
     root_key: Key[Array, ""],
     *,
@@ -42,56 +79,129 @@ def autoencoder_step(
     autoencoder: Autoencoder,
     optimizer: optax.GradientTransformation,
     latent_shape: tuple[int, int, int],
-    reconstruction_loss: Literal["l1", "l2"],
-    kl_weight: float,
+    objective: Objective,
+    adversary: Adversary | None,
     ema_decay: float,
-) -> tuple[TrainState, AutoencoderMetrics]:
-    """Minimise reconstruction + weighted KL on one batch.
+) -> tuple[AnyState, AutoencoderMetrics]:
+    """Make one update of the autoencoder and, if it has one, of its adversary.
+
+    Forward once, backward once: the losses are differentiated down to the
+    reconstructions, where the adversary's share is weighed by a look at the last
+    layer alone, and their sum is sent back through the autoencoder.
 
     Args:
-      state: The stage's state.
-      frozen: Nothing; stage 1 depends on no other.
+      state: The stage's state; with an adversary, one that holds it.
+      frozen: Parameters of LPIPS; None without it.
       batch: This device's part of the batch.
       root_key: The run's.
       axis_name: Name of the device axis to average over; None for one device.
       autoencoder: The network.
       optimizer: The one that made the state.
       latent_shape: Height, width and channels of a latent.
-      reconstruction_loss: Absolute or squared error.
-      kl_weight: Weight of the KL term.
+      objective: The numbers of the losses.
+      adversary: The rules of the game; None without one.
       ema_decay: Of the average of the weights.
 
     Returns:
       The next state, and the numbers of this step.
 
     Source:
-      Rombach et al., arXiv:2112.10752, sec. 3.1 and app. G, without the adversary.
+      Rombach et al., arXiv:2112.10752, sec. 3.1 and eq. 25.
     """
-    del frozen
     images = to_float(batch.image)
     keys = example_keys(
         root_key, Stream.AUTOENCODER_POSTERIOR, state.step, batch.example_index
     )
     noise = normal(keys, latent_shape)
 
-    def loss_of(params: PyTree) -> tuple[Float[Array, ""], AutoencoderMetrics]:
-        output, posterior = cast(
-            tuple[jax.Array, DiagonalGaussian],
-            autoencoder.apply({"params": params}, images, noise),
-        )
-        error = output - images
-        per_pixel = jnp.abs(error) if reconstruction_loss == "l1" else error**2
-        reconstruction = per_pixel.mean()
-        kl = posterior.kl().mean()
-        loss = reconstruction + kl_weight * kl
-        return loss, AutoencoderMetrics(loss, reconstruction, kl, jnp.zeros(()))
+    def forward(params: PyTree) -> tuple[tuple[Array, Array], Reconstruction]:
+        made = cast(Any, autoencoder.apply({"params": params}, images, noise))
+        penalty = regularization_loss(made.bottleneck, objective=objective)
+        return (made.images, penalty), made
 
-    gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params)
-    if axis_name is not None:
-        gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
-    metrics = metrics._replace(gradient_norm=optax.tree.norm(gradients))
+    (_, penalty), backward, made = jax.vjp(forward, state.params, has_aux=True)
+    (loss, likeness), pull = jax.value_and_grad(likeness_loss, has_aux=True)(
+        made.images, images, frozen, objective=objective
+    )
+    is_kl = autoencoder.regularizer == "kl"
+    penalty_weight = objective.kl_weight if is_kl else objective.codebook_weight
+    loss = loss + penalty_weight * penalty
+    told = {}
+    if adversary is not None and isinstance(state, AdversarialState):
+        contest = contend(
+            adversary,
+            state.critic,
+            state.step,
+            images,
+            made.images,
+            pull,
+            to_kernel=last_kernel_gradient(autoencoder, state.params, made.features),
+            axis_name=axis_name,
+        )
+        loss, pull = loss + contest.loss, pull + contest.pull
+        state = state._replace(critic=contest.critic)
+        told = contest.metrics._asdict()
+    (gradients,) = backward((pull, jnp.full_like(penalty, penalty_weight)))
+    loss, likeness, gradients = mean_over((loss, likeness, gradients), axis_name)
+    metrics = AutoencoderMetrics(
+        loss=loss,
+        gradient_norm=optax.tree.norm(gradients),
+        **likeness._asdict(),
+        **_latent_metrics(made, penalty, autoencoder.codebook_size, axis_name),
+        **told,
+    )
     state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=ema_decay)
     return state, metrics
+
+
+def last_kernel_gradient(
+    autoencoder: Autoencoder, params: PyTree, features: Float[Array, "b h w d"]
+) -> Callable[[Float[Array, "b h w c"]], Float[Array, "s s d c"]]:
+    """Make a function from gradients in the images to those in the last kernel.
+
+    Args:
+      autoencoder: The network.
+      params: Its parameters.
+      features: What its last convolution was given.
+
+    Returns:
+      The linear function: the transpose of the decoder's last convolution.
+    """
+    layer = image_layer(autoencoder.image_channels, autoencoder.dtype)
+    last = params["decoder"]["conv_out"]
+
+    def render(kernel: Float[Array, "s s d c"]) -> Float[Array, "b h w c"]:
+        images = layer.apply({"params": {**last, "kernel": kernel}}, features)
+        return cast(jax.Array, images).astype(jnp.float32)
+
+    _, backward = jax.vjp(render, last["kernel"])
+    return lambda pull: backward(pull)[0]
+
+
+def _latent_metrics(
+    made: Reconstruction,
+    penalty: Float[Array, ""],
+    codebook_size: int,
+    axis_name: str | None,
+) -> dict[str, Float[Array, ""]]:
+    """Return the fields of `AutoencoderMetrics` that tell of latents and codes."""
+    moments = _moments(made.latents)
+    penalty, moments = mean_over((penalty, moments), axis_name)
+    variance = moments.mean_square - jnp.square(moments.mean)
+    told = {
+        "latent_mean": moments.mean,
+        "latent_std": jnp.sqrt(jnp.maximum(variance, 0.0)),
+    }
+    if not isinstance(made.bottleneck, Quantized):
+        return {**told, "kl": penalty}
+    usage = code_usage(made.bottleneck.indices, size=codebook_size)
+    usage = mean_over(usage, axis_name)
+    return {
+        **told,
+        "codebook": penalty,
+        "perplexity": perplexity(usage),
+        "dead_codes": (usage == 0.0).sum().astype(jnp.float32),
+    }
 
 
 class LatentMoments(NamedTuple):
@@ -137,15 +247,18 @@ def latent_moments(
     posterior = encode(autoencoder, params, batch)
     keys = example_keys(root_key, Stream.LATENT_SCALE, 0, batch.example_index)
     latents = posterior.sample(normal(keys, latent_shape))
-    moments = LatentMoments(latents.mean(), jnp.square(latents).mean())
-    if axis_name is not None:
-        moments = jax.lax.pmean(moments, axis_name)
-    return params, moments
+    return params, mean_over(_moments(latents), axis_name)
 
 
-def encode(autoencoder: Autoencoder, params: PyTree, batch: Batch) -> DiagonalGaussian:
-    """Encode the images of a batch to Gaussians over unscaled latents."""
+def encode(
+    autoencoder: Autoencoder, params: PyTree, batch: Batch
+) -> DiagonalGaussian | Unquantized:
+    """Encode the images of a batch to what unscaled latents are drawn of."""
     images = to_float(batch.image)
     variables = {"params": params}
-    posterior = autoencoder.apply(variables, images, method=Autoencoder.encode)
-    return cast(DiagonalGaussian, posterior)
+    encoded = autoencoder.apply(variables, images, method=Autoencoder.encode)
+    return cast(Any, encoded)
+
+
+def _moments(latents: Float[Array, "b h w c"]) -> LatentMoments:
+    return LatentMoments(latents.mean(), jnp.square(latents).mean())

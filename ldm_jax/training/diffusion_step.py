@@ -1,39 +1,68 @@
 """Stage 2: one update of the UNet on the latents of a frozen autoencoder."""
 
-from typing import NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from ldm_jax.config import ConditionConfig
 from ldm_jax.data.pipeline import Batch
-from ldm_jax.diffusion.objectives import eps_loss
+from ldm_jax.diffusion.objectives import denoising_loss
+from ldm_jax.diffusion.parameterize import PredictionName
+from ldm_jax.images import to_float
 from ldm_jax.nn.autoencoder import Autoencoder
+from ldm_jax.nn.conditioning import (
+    Condition,
+    Conditioner,
+    ConditionInputs,
+    null_inputs,
+)
 from ldm_jax.nn.unet import UNet
 from ldm_jax.rng import Stream, example_keys, integers, normal, uniform
-from ldm_jax.training.autoencoder_step import encode
+from ldm_jax.training.conditions import (
+    cut_holes,
+    drop_conditions,
+    join_masked,
+    low_resolution,
+    random_holes,
+)
 from ldm_jax.training.state import TrainState, apply_gradients
 from ldm_jax.types import PyTree
 
 
-class FirstStage(NamedTuple):
-    """What stage 2 takes from stage 1 and never changes.
+class Denoising(NamedTuple):
+    """What stage 2 trains: the tree of its parameters, or of anything like them.
 
     Attributes:
-      params: The autoencoder's averaged parameters.
-      latent_scale: One over the measured standard deviation of its latents.
+      unet: The UNet's.
+      conditioner: The conditioner's; empty if it has none or is frozen.
     """
 
-    params: PyTree
+    unet: PyTree
+    conditioner: PyTree
+
+
+class Frozen(NamedTuple):
+    """What stage 2 reads and never changes.
+
+    Attributes:
+      autoencoder: The first stage's averaged parameters.
+      latent_scale: What its latents are multiplied by.
+      conditioner: Parameters of a frozen conditioner; empty if it is trained.
+    """
+
+    autoencoder: PyTree
     latent_scale: Float[Array, ""]
+    conditioner: PyTree
 
 
 class DiffusionMetrics(NamedTuple):
     """Numbers of one step, each a mean over the global batch.
 
     Attributes:
-      loss: Mean squared error of the predicted noise.
+      loss: Mean error of the prediction.
       gradient_norm: Global norm of the gradient, before clipping.
     """
 
@@ -43,67 +72,146 @@ class DiffusionMetrics(NamedTuple):
 
 def diffusion_step(
     state: TrainState,
-    frozen: FirstStage,
+    frozen: Frozen,
     batch: Batch,
     root_key: Key[Array, ""],
     *,
     axis_name: str | None,
     autoencoder: Autoencoder,
     unet: UNet,
+    conditioner: Conditioner,
     optimizer: optax.GradientTransformation,
     abar: Float[Array, " t"],
     latent_shape: tuple[int, int, int],
-    null_cond: int,
+    condition: ConditionConfig,
+    num_classes: int,
+    null_tokens: tuple[int, ...],
     condition_dropout: float,
+    prediction: PredictionName,
+    loss: Literal["l1", "l2"],
     ema_decay: float,
 ) -> tuple[TrainState, DiffusionMetrics]:
-    """Minimise the error of the predicted noise on one batch.
+    """Minimise the error of the prediction on one batch.
 
     Args:
-      state: The stage's state.
-      frozen: The first stage.
+      state: The stage's state; its parameters are a `Denoising`.
+      frozen: The first stage and what else is not trained.
       batch: This device's part of the batch.
       root_key: The run's.
       axis_name: Name of the device axis to average over; None for one device.
       autoencoder: The first stage's network.
       unet: The network in training.
+      conditioner: Prepares what it is conditioned on; trained jointly, or frozen.
       optimizer: The one that made the state.
       abar: The schedule's table, float32.
       latent_shape: Height, width and channels of a latent.
-      null_cond: The label that means "none".
-      condition_dropout: Probability of training an example with `null_cond`.
+      condition: What the UNet is conditioned on.
+      num_classes: Real classes; the null class has this index.
+      null_tokens: Tokens of the empty prompt.
+      condition_dropout: Probability of training an example without its condition.
+      prediction: What the UNet predicts.
+      loss: Absolute or squared error.
       ema_decay: Of the average of the weights.
 
     Returns:
       The next state, and the numbers of this step.
 
     Source:
-      Rombach et al., arXiv:2112.10752, eq. 2; Ho & Salimans, arXiv:2207.12598,
+      Rombach et al., arXiv:2112.10752, eq. 2 and 3; Ho & Salimans, arXiv:2207.12598,
       algorithm 1.
     """
 
     def keys(stream: Stream) -> Key[Array, " b"]:
         return example_keys(root_key, stream, state.step, batch.example_index)
 
-    posterior = encode(autoencoder, frozen.params, batch)
+    images = to_float(batch.image)
+    posterior = _encode(autoencoder, frozen.autoencoder, images)
     latents = posterior.sample(normal(keys(Stream.DIFFUSION_POSTERIOR), latent_shape))
     x_0 = jax.lax.stop_gradient(latents * frozen.latent_scale)
     t = integers(keys(Stream.TIMESTEP), below=abar.shape[0])
     eps = normal(keys(Stream.NOISE), latent_shape)
+    inputs = inputs_of(
+        batch,
+        images,
+        frozen,
+        keys(Stream.HOLE),
+        autoencoder=autoencoder,
+        condition=condition,
+    )
     dropped = uniform(keys(Stream.CONDITION_DROPOUT)) < condition_dropout
-    cond = jnp.where(dropped, jnp.asarray(null_cond, batch.label.dtype), batch.label)
+    null = null_inputs(inputs, num_classes=num_classes, null_tokens=null_tokens)
+    inputs = drop_conditions(inputs, null, dropped)
 
-    def loss_of(params: PyTree) -> Float[Array, ""]:
+    def loss_of(params: Denoising) -> Float[Array, ""]:
+        variables = {"params": {**frozen.conditioner, **params.conditioner}}
+        cond = cast(Condition, conditioner.apply(variables, inputs))
+
         def denoise(
-            x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: Int[Array, " b"]
+            x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: PyTree
         ) -> Float[Array, "b h w c"]:
-            return cast(jax.Array, unet.apply({"params": params}, x_t, t, cond))
+            return cast(jax.Array, unet.apply({"params": params.unet}, x_t, t, cond))
 
-        return eps_loss(denoise, x_0, t, eps, cond, abar=abar).mean()
+        losses = denoising_loss(
+            denoise, x_0, t, eps, cond, abar=abar, prediction=prediction, loss=loss
+        )
+        return losses.mean()
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    value, gradients = jax.value_and_grad(loss_of)(state.params)
     if axis_name is not None:
-        loss, gradients = jax.lax.pmean((loss, gradients), axis_name)
-    metrics = DiffusionMetrics(loss, optax.tree.norm(gradients))
+        value, gradients = jax.lax.pmean((value, gradients), axis_name)
+    metrics = DiffusionMetrics(value, optax.tree.norm(gradients))
     state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=ema_decay)
     return state, metrics
+
+
+def inputs_of(
+    batch: Batch,
+    images: Float[Array, "b h w c"],
+    frozen: Frozen,
+    hole_keys: Key[Array, " b"],
+    *,
+    autoencoder: Autoencoder,
+    condition: ConditionConfig,
+) -> ConditionInputs:
+    """Collect what the examples of a batch are conditioned on.
+
+    Args:
+      batch: With labels, tokens, vectors or maps, as the condition needs them.
+      images: Of the batch, in [-1, 1].
+      frozen: The first stage, which encodes images with holes.
+      hole_keys: One per example.
+      autoencoder: The first stage's network.
+      condition: What the UNet is conditioned on.
+
+    Returns:
+      The inputs of the conditioner.
+    """
+    image = None
+    match condition.concat:
+        case "low_resolution":
+            image = low_resolution(images, factor=condition.low_resolution_factor)
+        case "masked_image":
+            holes = random_holes(
+                hole_keys, height=images.shape[1], width=images.shape[2]
+            )
+            masked = cut_holes(images, holes)
+            latents = _encode(autoencoder, frozen.autoencoder, masked).mode()
+            image = join_masked(latents * frozen.latent_scale, holes)
+        case "segmentation":
+            image = jax.nn.one_hot(
+                batch.segmentation, condition.num_segments, dtype=jnp.float32
+            )
+        case "none":
+            pass
+    return ConditionInputs(
+        label=batch.label if condition.uses_classes else None,
+        tokens=batch.tokens if condition.uses_tokens else None,
+        embedding=batch.embedding if condition.context == "embedding" else None,
+        image=image,
+    )
+
+
+def _encode(
+    autoencoder: Autoencoder, params: PyTree, images: Float[Array, "b h w c"]
+) -> Any:
+    return autoencoder.apply({"params": params}, images, method=Autoencoder.encode)

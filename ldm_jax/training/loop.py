@@ -15,7 +15,7 @@ from ldm_jax.data.pipeline import BatchIterator, to_batch
 from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
 from ldm_jax.training.log import MetricsLog, plot_losses, progress_bar
 from ldm_jax.training.parallel import PmapLayout
-from ldm_jax.training.state import TrainState
+from ldm_jax.training.state import AnyState
 from ldm_jax.types import PyTree, RunError
 
 CHECKPOINTS = "checkpoints"
@@ -39,12 +39,12 @@ class Stage(NamedTuple):
     name: str
     num_steps: int
     batch_size: int
-    step: Callable[..., tuple[TrainState, Any]]
-    init: Callable[[], TrainState]
+    step: Callable[..., tuple[AnyState, Any]]
+    init: Callable[[], AnyState]
     frozen: PyTree
     extra: dict[str, Any]
     learning_rate: Callable[[int], Any]
-    draw: Callable[[TrainState, int], None]
+    draw: Callable[[Any, int], None]
 
 
 class Watch(NamedTuple):
@@ -71,7 +71,7 @@ class Finished(NamedTuple):
       seconds: Wall time, interruptions left out.
     """
 
-    state: TrainState
+    state: AnyState
     extra: dict[str, Any]
     digest: str
     seconds: float
@@ -103,7 +103,7 @@ class Prefetch:
 
 
 def checkpoint_tree(
-    state: TrainState, root_key: Key[Array, ""], extra: dict[str, Any]
+    state: AnyState, root_key: Key[Array, ""], extra: dict[str, Any]
 ) -> dict[str, Any]:
     """Collect what a checkpoint of a stage holds."""
     return {"state": state, "root_key": jax.random.key_data(root_key), "extra": extra}
@@ -278,7 +278,7 @@ class PendingMetrics:
         for step, metrics in rows:
             bad = [
                 f"{name} = {value}"
-                for name, value in metrics._asdict().items()
+                for name, value in _told(metrics).items()
                 if not np.isfinite(value)
             ]
             if bad:
@@ -304,7 +304,7 @@ class PendingMetrics:
         step, metrics = self._last
         now = time.perf_counter()
         steps_per_second = (step - self._logged) / max(now - self._clock, 1e-9)
-        values = {name: float(value) for name, value in metrics._asdict().items()}
+        values = {name: float(value) for name, value in _told(metrics).items()}
         values["learning_rate"] = float(self._stage.learning_rate(step - 1))
         values["images_per_second"] = steps_per_second * self._stage.batch_size
         self._log.write(self._stage.name, step, values)
@@ -314,3 +314,8 @@ class PendingMetrics:
             f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
             f"{int(left) // 60}:{int(left) % 60:02d} left"
         )
+
+
+def _told(metrics: Any) -> dict[str, Any]:
+    """Name the metrics of a step; None marks one that this run does not have."""
+    return {k: value for k, value in metrics._asdict().items() if value is not None}

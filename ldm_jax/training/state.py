@@ -1,6 +1,6 @@
 """What training changes, and the optimiser that changes it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,40 @@ class TrainState(NamedTuple):
     params: PyTree
     ema: PyTree
     opt_state: PyTree
+
+
+class CriticState(NamedTuple):
+    """The state of an adversary.
+
+    Attributes:
+      params: Its parameters, float32.
+      opt_state: Its optimiser's.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+
+
+class AdversarialState(NamedTuple):
+    """The state of a stage with an adversary: that of a stage without, and one more.
+
+    Attributes:
+      step: Updates made, int32.
+      params: Live parameters, float32.
+      ema: Exponential moving average of `params`; of the adversary there is none.
+      opt_state: The optimiser's.
+      critic: The adversary's.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+    critic: CriticState
+
+
+AnyState = TrainState | AdversarialState
+State = TypeVar("State", bound=AnyState)
 
 
 def learning_rate_schedule(config: OptimConfig, *, num_steps: int) -> optax.Schedule:
@@ -54,7 +88,7 @@ def make_optimizer(
     """Make AdamW behind clipping by the global norm.
 
     Args:
-      config: Its numbers.
+      config: Its numbers; a `clip_norm` of 0 clips nothing.
       num_steps: Steps of the whole stage, for the decay of the learning rate.
 
     Returns:
@@ -63,8 +97,9 @@ def make_optimizer(
     Source:
       Loshchilov & Hutter, arXiv:1711.05101; Pascanu et al., arXiv:1211.5063 (clipping).
     """
+    clip = optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip if config.clip_norm else optax.identity(),
         optax.adamw(
             learning_rate_schedule(config, num_steps=num_steps),
             b1=config.b1,
@@ -84,13 +119,24 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
     )
 
 
+def init_adversarial_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    critic_params: PyTree,
+    critic_optimizer: optax.GradientTransformation,
+) -> AdversarialState:
+    """Make the state before the first step, with the adversary's."""
+    critic = CriticState(critic_params, critic_optimizer.init(critic_params))
+    return AdversarialState(*init_state(params, optimizer), critic=critic)
+
+
 def apply_gradients(
-    state: TrainState,
+    state: State,
     gradients: PyTree,
     *,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
-) -> TrainState:
+) -> State:
     """Make one update.
 
     The decay of the average is `min(ema_decay, (1 + n) / (10 + n))` after n updates,
@@ -108,12 +154,40 @@ def apply_gradients(
     Source:
       latent-diffusion `LitEma`.
     """
-    # Optax raises a float to an integer count, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = _update(state.params, state.opt_state, gradients, optimizer)
     step = state.step + 1
     n = step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1.0 + n) / (10.0 + n))
     ema = optax.incremental_update(params, state.ema, 1.0 - decay)
-    return TrainState(step=step, params=params, ema=ema, opt_state=opt_state)
+    return state._replace(step=step, params=params, ema=ema, opt_state=opt_state)
+
+
+def apply_critic_gradients(
+    critic: CriticState,
+    gradients: PyTree,
+    *,
+    optimizer: optax.GradientTransformation,
+) -> CriticState:
+    """Make one update of an adversary.
+
+    Args:
+      critic: Before the update.
+      gradients: Of its loss, already reduced over devices.
+      optimizer: The one that made `critic.opt_state`.
+
+    Returns:
+      The state after the update.
+    """
+    return CriticState(*_update(critic.params, critic.opt_state, gradients, optimizer))
+
+
+def _update(
+    params: PyTree,
+    opt_state: PyTree,
+    gradients: PyTree,
+    optimizer: optax.GradientTransformation,
+) -> tuple[PyTree, PyTree]:
+    # Optax raises a float to an integer count, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state

@@ -1,0 +1,54 @@
+"""Every number of a run, in frozen dataclasses that check themselves.
+
+A default lives here and nowhere else. Nothing here imports JAX or NumPy, so that
+`--help` and a misspelt flag answer at once.
+"""
+
+from ldm_jax.config.autoencoder import AdversaryConfig, AutoencoderConfig
+from ldm_jax.config.checked import DtypeName
+from ldm_jax.config.diffusion import (
+    ClipConfig,
+    ConditionConfig,
+    DiffusionConfig,
+    TextConfig,
+)
+from ldm_jax.config.run import Config
+from ldm_jax.config.storage import (
+    CONFIG_FILE,
+    differences,
+    digest,
+    flatten,
+    from_json,
+    read_config,
+    to_json,
+)
+from ldm_jax.config.training import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    SamplingConfig,
+)
+
+__all__ = [
+    "CONFIG_FILE",
+    "AdversaryConfig",
+    "AutoencoderConfig",
+    "CheckpointConfig",
+    "ClipConfig",
+    "ConditionConfig",
+    "Config",
+    "DataConfig",
+    "DiffusionConfig",
+    "DtypeName",
+    "LogConfig",
+    "OptimConfig",
+    "SamplingConfig",
+    "TextConfig",
+    "differences",
+    "digest",
+    "flatten",
+    "from_json",
+    "read_config",
+    "to_json",
+]

@@ -1,0 +1,232 @@
+"""Stage 2: the UNet, what it is conditioned on, the noise and the training."""
+
+import dataclasses
+from typing import Literal
+
+from ldm_jax.config.checked import Checked, DtypeName
+from ldm_jax.config.training import OptimConfig
+from ldm_jax.types import InputError
+
+ContextName = Literal["none", "class", "text", "clip", "embedding"]
+ConcatName = Literal["none", "low_resolution", "masked_image", "segmentation"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(Checked):
+    """LDM's own text transformer (also for the box tokens of a layout)."""
+
+    vocab_size: int = 30_522
+    """Tokens it knows."""
+    length: int = 77
+    """Tokens of a prompt, padded."""
+    width: int = 640
+    """Width of a token, and of the context."""
+    depth: int = 32
+    """Layers."""
+    num_heads: int = 8
+    """Heads of every layer."""
+    head_width: int = 64
+    """Width of a head, whatever the width of a token."""
+
+    def _check(self) -> None:
+        self._want_at_least(1, *(field.name for field in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipConfig(Checked):
+    """CLIP's text encoder; the defaults are those of ViT-L/14."""
+
+    vocab_size: int = 49_408
+    """Tokens it knows."""
+    length: int = 77
+    """Tokens of a prompt, padded."""
+    width: int = 768
+    """Width of a token."""
+    depth: int = 12
+    """Layers."""
+    num_heads: int = 12
+    """Heads of every layer."""
+    mlp_width: int = 3072
+    """Width inside each layer's MLP."""
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Of the MLP: OpenAI's CLIP has `quick_gelu`, OpenCLIP-H has `gelu`."""
+    epsilon: float = 1e-5
+    """Of the norms."""
+    output: Literal["last", "penultimate", "pooled"] = "last"
+    """Tokens after the last layer or the one before it, or one projected vector."""
+    projection_width: int = 768
+    """Width of the projected vector (`pooled`)."""
+    eos_token_id: int = 49_407
+    """Token that ends a prompt; 2: the largest token of the prompt ends it."""
+
+    def _check(self) -> None:
+        counts = "vocab_size length width depth num_heads mlp_width projection_width"
+        self._want_at_least(1, *counts.split())
+        divides = self.width % self.num_heads == 0
+        self._want("num_heads", divides, f"a divisor of the width, {self.width}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionConfig(Checked):
+    """What an image is conditioned on; the three ways may be combined."""
+
+    label: bool = False
+    """Add a vector of the class to the time embedding."""
+    context: ContextName = "none"
+    """What cross-attention reads: nothing, the class as one token, LDM's own text
+    transformer, CLIP's, or vectors that come with the data."""
+    concat: ConcatName = "none"
+    """What is stacked on the latent: nothing, the image at low resolution, the image
+    with a hole and its mask, or a rescaled segmentation map."""
+    class_width: int = 512
+    """Width of the class token (`context class`)."""
+    embedding_width: int = 768
+    """Width of the data's vectors (`context embedding`)."""
+    embedding_length: int = 1
+    """Number of the data's vectors (`context embedding`)."""
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
+    """LDM's text transformer (`context text`)."""
+    clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
+    """CLIP's text encoder (`context clip`)."""
+    trained: bool = True
+    """Train the conditioner jointly; otherwise it is frozen, as `weights` has it."""
+    weights: str | None = None
+    """File or folder of a frozen conditioner's weights."""
+    tokenizer: str | None = None
+    """Folder with the tokenizer's files, for prompts as words."""
+    low_resolution_factor: int = 4
+    """How much smaller the low-resolution image is (`concat low_resolution`)."""
+    num_segments: int = 182
+    """Classes of the segmentation map (`concat segmentation`)."""
+    rescale_stages: int = 2
+    """Halvings of the segmentation map."""
+    rescale_channels: int = 3
+    """Channels the segmentation map is projected to."""
+
+    @property
+    def uses_classes(self) -> bool:
+        """Whether a class label is read."""
+        return self.label or self.context == "class"
+
+    @property
+    def uses_tokens(self) -> bool:
+        """Whether tokens are read."""
+        return self.context in ("text", "clip")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a prompt; 0 if none are read."""
+        lengths = {"text": self.text.length, "clip": self.clip.length}
+        return lengths.get(self.context, 0)
+
+    @property
+    def context_width(self) -> int:
+        """Width of what cross-attention reads; 0 without it."""
+        pooled = self.clip.output == "pooled"
+        widths: dict[ContextName, int] = {
+            "none": 0,
+            "class": self.class_width,
+            "text": self.text.width,
+            "clip": self.clip.projection_width if pooled else self.clip.width,
+            "embedding": self.embedding_width,
+        }
+        return widths[self.context]
+
+    def concat_channels(self, *, image_channels: int, latent_channels: int) -> int:
+        """Return the channels stacked on the latent."""
+        channels: dict[ConcatName, int] = {
+            "none": 0,
+            "low_resolution": image_channels,
+            "masked_image": latent_channels + 1,
+            "segmentation": self.rescale_channels,
+        }
+        return channels[self.concat]
+
+    def _check(self) -> None:
+        counts = "class_width embedding_width embedding_length low_resolution_factor"
+        self._want_at_least(1, *counts.split(), "num_segments", "rescale_channels")
+        self._want_at_least(0, "rescale_stages")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(Checked):
+    """Stage 2: the UNet, the noise schedule and the training."""
+
+    channels: int = 224
+    """Channels at full latent resolution."""
+    channel_multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    """Width of each level; every level but the last halves the resolution."""
+    num_res_blocks: int = 2
+    """Residual blocks a level (one more on the way up)."""
+    attention_downsampling: tuple[int, ...] = (2, 4, 8)
+    """Levels with attention, by down-sampling factor (1, 2, 4 ...)."""
+    num_heads: int = 8
+    """Heads of every attention, where `head_channels` is 0."""
+    head_channels: int = 0
+    """Channels of a head, so that wider levels have more heads; 0: `num_heads`."""
+    transformer_depth: int = 0
+    """Blocks of each spatial transformer; 0: plain self-attention. Needed to read a
+    context."""
+    linear_projection: bool = False
+    """Linear instead of 1x1-convolutional projections around a spatial transformer:
+    the same function, kept as the weights' files have it."""
+    scale_shift_norm: bool = False
+    """The time embedding scales and shifts the second norm instead of being added."""
+    resblock_updown: bool = False
+    """Resample inside ResBlocks instead of by strided convolutions."""
+    num_groups: int = 32
+    """Groups of every group norm; must divide every width."""
+    norm_epsilon: float = 1e-5
+    """Of the group norms outside spatial transformers (those have 1e-6)."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    dtype: DtypeName = "float32"
+    """Compute dtype; parameters, softmax, statistics and losses stay float32."""
+    condition: ConditionConfig = dataclasses.field(default_factory=ConditionConfig)
+    """What it is conditioned on."""
+    condition_dropout: float = 0.1
+    """Probability of training an example without its condition, in [0, 1]."""
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    """What the network predicts: the noise, the velocity, or the clean latent."""
+    loss: Literal["l1", "l2"] = "l2"
+    """Absolute or squared error of the prediction."""
+    num_timesteps: int = 1000
+    """T, the number of noise levels in training."""
+    schedule: Literal["ldm_linear", "linear"] = "ldm_linear"
+    """`ldm_linear` is linear in the square root of beta."""
+    beta_start: float = 0.0015
+    """First beta of the schedule, in (0, 1)."""
+    beta_end: float = 0.0195
+    """Last beta of the schedule, in [beta_start, 1)."""
+    batch_size: int = 64
+    """Latents a step, over all devices."""
+    steps: int = 400_000
+    """Training steps."""
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    """Optimiser."""
+
+    def _check(self) -> None:
+        self._check_widths()
+        self._want("channels", self.channels % 2 == 0, "an even number")
+        self._want_at_least(1, "num_heads", "num_timesteps")
+        self._want_at_least(0, "head_channels", "transformer_depth")
+        field = "head_channels" if self.head_channels else "num_heads"
+        parts = getattr(self, field)
+        heads_fit = all(
+            self.channels * multiplier % parts == 0
+            for level, multiplier in enumerate(self.channel_multipliers)
+            if 2**level in self.attention_downsampling
+            or level == len(self.channel_multipliers) - 1
+        )
+        self._want(field, heads_fit, "a divisor of every width with attention")
+        self._want("norm_epsilon", self.norm_epsilon > 0.0, "above 0")
+        self._want("beta_start", 0.0 < self.beta_start < 1.0, "above 0, below 1")
+        self._want(
+            "beta_end", self.beta_start <= self.beta_end < 1.0, "beta_start to below 1"
+        )
+        self._want("condition_dropout", 0.0 <= self.condition_dropout <= 1.0, "0 to 1")
+        if self.condition.context != "none" and not self.transformer_depth:
+            raise InputError(
+                f"transformer_depth: got 0 with condition.context "
+                f"{self.condition.context}, wanted at least 1 to read it"
+            )

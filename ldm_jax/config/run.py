@@ -1,0 +1,111 @@
+"""A whole run: data, two stages, and how it is watched."""
+
+import dataclasses
+
+from ldm_jax.config.autoencoder import AutoencoderConfig
+from ldm_jax.config.checked import Checked
+from ldm_jax.config.diffusion import DiffusionConfig
+from ldm_jax.config.training import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    SamplingConfig,
+    StageName,
+)
+from ldm_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Checked):
+    """A whole run: data, two stages, and how it is watched."""
+
+    seed: int = 0
+    """Root of every random draw, 0 to 4294967295."""
+    stages: tuple[StageName, ...] = ("autoencoder", "diffusion")
+    """Stages to train, in order; `autoencoder` alone ends after stage 1."""
+    first_stage: str | None = None
+    """Run folder or weights whose autoencoder is taken as it is; unset: trained."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Where the images come from."""
+    autoencoder: AutoencoderConfig = dataclasses.field(
+        default_factory=AutoencoderConfig
+    )
+    """Stage 1."""
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    """Stage 2."""
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """When the state is written."""
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    """When numbers and pictures are written."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    """How images are made."""
+
+    @property
+    def latent_side(self) -> int:
+        """Height and width of a latent."""
+        return self.data.image_size // self.autoencoder.downsampling
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a latent."""
+        return (self.latent_side, self.latent_side, self.autoencoder.latent_channels)
+
+    @property
+    def concat_channels(self) -> int:
+        """Channels of the condition that is stacked on the latent."""
+        return self.diffusion.condition.concat_channels(
+            image_channels=self.data.image_channels,
+            latent_channels=self.autoencoder.latent_channels,
+        )
+
+    def _check(self) -> None:
+        self._want("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
+        allowed = (("autoencoder",), ("autoencoder", "diffusion"))
+        self._want("stages", self.stages in allowed, "autoencoder, or both in order")
+        size, factor = self.data.image_size, self.autoencoder.downsampling
+        if size % factor:
+            raise InputError(
+                f"data.image_size: got {size}, wanted a multiple of {factor}, the "
+                "autoencoder's down-sampling"
+            )
+        wanted = self.autoencoder.attention_resolutions
+        if len(self.autoencoder.attention_levels(size)) != len(wanted):
+            heights = [
+                size // 2**i for i in range(len(self.autoencoder.channel_multipliers))
+            ]
+            raise InputError(
+                f"autoencoder.attention_resolutions: got {wanted}, wanted heights of "
+                f"its feature maps: {heights}"
+            )
+        if "diffusion" in self.stages:
+            self._check_diffusion()
+
+    def _check_diffusion(self) -> None:
+        deepest = 2 ** (len(self.diffusion.channel_multipliers) - 1)
+        if self.latent_side % deepest:
+            raise InputError(
+                f"diffusion.channel_multipliers: got {deepest} as down-sampling, "
+                f"wanted a divisor of the latent's side, {self.latent_side}; try fewer "
+                "levels"
+            )
+        if self.sampling.grid_steps > self.diffusion.num_timesteps:
+            raise InputError(
+                f"sampling.grid_steps: got {self.sampling.grid_steps}, wanted 1 to "
+                f"diffusion.num_timesteps = {self.diffusion.num_timesteps}"
+            )
+        condition = self.diffusion.condition
+        if condition.uses_classes and not self.data.num_classes:
+            raise InputError(
+                "data.num_classes: got 0, wanted at least 1 for a class condition"
+            )
+        factor_by_concat = {
+            "low_resolution": condition.low_resolution_factor,
+            "segmentation": 2**condition.rescale_stages,
+        }
+        factor = factor_by_concat.get(condition.concat, self.autoencoder.downsampling)
+        if factor != self.autoencoder.downsampling:
+            raise InputError(
+                f"diffusion.condition.concat: {condition.concat} is {factor} times "
+                f"smaller than the image, wanted {self.autoencoder.downsampling} as "
+                "the latent"
+            )

@@ -1,0 +1,101 @@
+"""Configs as strict JSON, as digests, and side by side."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ldm_jax.config.run import Config
+from ldm_jax.types import InputError
+
+T = TypeVar("T")
+
+CONFIG_FILE = "config.json"
+
+
+def to_json(config: Config) -> str:
+    """Write a config as strict JSON that `from_json` reads back equal."""
+    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Read a config that `to_json` wrote.
+
+    Args:
+      text: JSON with every field of `Config` and no other.
+
+    Returns:
+      The config, equal to the one that was written and with the same digest.
+
+    Raises:
+      InputError: If the text is not JSON, a field is missing or unknown, or a value
+        is of the wrong type or out of range.
+    """
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"config: not JSON ({error})") from None
+    return _from_tree(Config, tree, "config")
+
+
+def _from_tree(cls: type[T], tree: Any, where: str) -> T:
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    if not isinstance(tree, dict):
+        raise InputError(f"{where}: got {tree!r}, wanted an object")
+    if wrong := sorted(tree.keys() ^ fields.keys()):
+        raise InputError(
+            f"{where}: fields missing or unknown: {', '.join(wrong)}; it was written "
+            "by another version of ldm_jax"
+        )
+    values = {
+        name: _from_tree(field.type, tree[name], name)
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
+        else tree[name]
+        for name, field in fields.items()
+    }
+    return cls(**values)
+
+
+def digest(config: Config) -> str:
+    """Return the sha256 of a config, the same for equal configs."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Return every leaf of a config under its dotted name."""
+    leaves: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = flatten(value)
+            leaves |= {f"{field.name}.{name}": leaf for name, leaf in inner.items()}
+        else:
+            leaves[field.name] = value
+    return leaves
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """Name the fields in which two configs differ, with both values."""
+    left, right = flatten(ours), flatten(theirs)
+    return [
+        f"{name} ({left[name]!r} there, {right[name]!r} here)"
+        for name in left
+        if left[name] != right[name]
+    ]
+
+
+def read_config(workdir: Path) -> Config:
+    """Read the config that made a run.
+
+    Raises:
+      InputError: If the folder is not a run.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(
+            f"--workdir: {workdir} is not a run (no {CONFIG_FILE}); try the folder "
+            "that was given to train.py"
+        )
+    return from_json(path.read_text())

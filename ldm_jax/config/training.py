@@ -1,0 +1,111 @@
+"""What both stages share: the optimiser, and when things are written."""
+
+import dataclasses
+from typing import Literal
+
+from ldm_jax.config.checked import Checked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Checked):
+    """Where the images come from and what they are made into."""
+
+    source: str = "tfds:digits"
+    """Data set: `tfds:NAME`; `tfds:digits` is scikit-learn's handwritten digits."""
+    directory: str | None = None
+    """Where TFDS keeps data; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    train_split: str = "train"
+    """Split to train on, in TFDS' own notation."""
+    test_split: str = "test"
+    """Split held out."""
+    image_size: int = 32
+    """Height and width that images are resized to, in pixels."""
+    image_channels: int = 1
+    """Channels of an image: 1 is grey, 3 is RGB."""
+    num_classes: int = 10
+    """Classes of the data set; 0 if it has none."""
+    num_train_examples: int = 1500
+    """Examples of its training split; 0 if it is not known."""
+
+    def _check(self) -> None:
+        named = self.source.startswith("tfds:") and len(self.source) > len("tfds:")
+        self._want("source", named, "tfds:NAME; try tfds:digits")
+        self._want_at_least(1, "image_size")
+        self._want("image_channels", self.image_channels in (1, 3), "1 or 3")
+        self._want_at_least(0, "num_classes", "num_train_examples")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig(Checked):
+    """AdamW with linear warm-up, clipping, and an average of the weights."""
+
+    lr: float = 1e-4
+    """Learning rate after warm-up; absolute, for the global batch."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    decay_steps: int = 0
+    """Last steps over which the learning rate falls linearly to 0."""
+    b1: float = 0.9
+    """Adam's decay of the gradient average, in [0, 1)."""
+    b2: float = 0.999
+    """Adam's decay of the squared-gradient average, in [0, 1)."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, at least 0."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient, longer ones are scaled down; 0: no limit."""
+    ema_decay: float = 0.9999
+    """Decay of the average of the weights, in [0, 1); shorter at first."""
+
+    def _check(self) -> None:
+        self._want("lr", self.lr > 0.0, "above 0")
+        self._want_at_least(
+            0, "warmup_steps", "decay_steps", "weight_decay", "clip_norm"
+        )
+        self._want("b1", 0.0 <= self.b1 < 1.0, "0 to below 1")
+        self._want("b2", 0.0 <= self.b2 < 1.0, "0 to below 1")
+        self._want("ema_decay", 0.0 <= self.ema_decay < 1.0, "0 to below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Checked):
+    """When the state is written, and how much of it is kept."""
+
+    every: int = 1000
+    """Steps between two checkpoints; the last step always writes one."""
+    keep: int = 2
+    """Checkpoints kept of each stage."""
+
+    def _check(self) -> None:
+        self._want_at_least(1, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig(Checked):
+    """When numbers and pictures are written."""
+
+    every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    images_every: int = 1000
+    """Steps between two grids of pictures; the last step always draws one."""
+
+    def _check(self) -> None:
+        self._want_at_least(1, "every", "images_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Checked):
+    """How images are made, in training's grids and in `sample.py`."""
+
+    chunk: int = 16
+    """Images the network sees at once; part of what fixes the bits of an image."""
+    grid_steps: int = 50
+    """DDIM steps of training's grids."""
+    grid_guidance_scale: float = 2.0
+    """Guidance scale of training's grids."""
+
+    def _check(self) -> None:
+        self._want_at_least(1, "chunk", "grid_steps")
+        self._want_at_least(0, "grid_guidance_scale")
+
+
+StageName = Literal["autoencoder", "diffusion"]

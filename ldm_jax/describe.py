@@ -1,0 +1,109 @@
+"""A run by shapes only: what it would take."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax import config as config_lib
+from ldm_jax.build import (
+    blank_inputs,
+    build_networks,
+    init_autoencoder,
+    init_conditioner,
+    shape_of,
+)
+from ldm_jax.config import Config
+from ldm_jax.data.pipeline import Batch
+from ldm_jax.first_stage import autoencoder_stage
+from ldm_jax.rng import root_key
+from ldm_jax.second_stage import diffusion_stage
+from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.loop import Stage
+from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.types import PyTree
+
+
+def check_batches(config: Config, layout: PmapLayout) -> None:
+    """Raise `InputError` if a batch does not divide by the devices."""
+    if config.first_stage is None:
+        layout.check_batch_size(config.autoencoder.batch_size, "autoencoder.batch_size")
+    if "diffusion" in config.stages:
+        layout.check_batch_size(config.diffusion.batch_size, "diffusion.batch_size")
+
+
+def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
+    """Build everything by shape only and say how large it is.
+
+    Args:
+      config: Of the run.
+      layout: The devices it would run on.
+
+    Returns:
+      JSON-compatible: digest of the config, parameters by network, bytes of state by
+      stage, batch per device and steps per epoch by stage. Only stages that would be
+      trained are told; the autoencoder's parameters always.
+
+    Raises:
+      InputError: If a batch does not divide by the devices.
+    """
+    check_batches(config, layout)
+    networks = build_networks(config)
+    nowhere = Path()
+    first = jax.eval_shape(lambda: init_autoencoder(config, networks))
+    report: dict[str, Any] = {
+        "digest": config_lib.digest(config),
+        "parameters": {"autoencoder": _count(first)},
+        "state_bytes": {},
+        "batch_per_device": {},
+        "steps_per_epoch": {},
+    }
+    stages: list[Stage] = []
+    if config.first_stage is None:
+        stages.append(autoencoder_stage(config, networks, nowhere))
+    if "diffusion" in config.stages:
+        conditioner = jax.eval_shape(lambda: init_conditioner(config, networks))
+        trained = config.diffusion.condition.trained
+        scale = shape_of((), jnp.float32)
+        frozen = Frozen(first, scale, {} if trained else conditioner)
+        stages.append(diffusion_stage(config, networks, frozen, nowhere))
+        report["parameters"]["conditioner"] = _count(conditioner)
+    for stage in stages:
+        state = jax.eval_shape(stage.init)
+        if stage.name == "diffusion":
+            report["parameters"]["unet"] = _count(state.params.unet)
+        local = stage.batch_size // layout.num_devices
+        step = functools.partial(stage.step, axis_name=None)
+        key = jax.eval_shape(lambda: root_key(0))
+        jax.eval_shape(step, state, stage.frozen, _batch_shapes(config, local), key)
+        report["state_bytes"][stage.name] = _bytes(state)
+        report["batch_per_device"][stage.name] = local
+        report["steps_per_epoch"][stage.name] = (
+            config.data.num_train_examples // stage.batch_size
+        )
+    return report
+
+
+def _batch_shapes(config: Config, size: int) -> Batch:
+    data = config.data
+    inputs = jax.eval_shape(lambda: blank_inputs(config, batch_size=size))
+    image = (size, data.image_size, data.image_size)
+    segmented = config.diffusion.condition.concat == "segmentation"
+    return Batch(
+        image=shape_of((*image, data.image_channels), jnp.uint8),
+        label=shape_of((size,), jnp.int32),
+        example_index=shape_of((size,), jnp.uint32),
+        tokens=inputs.tokens,
+        embedding=inputs.embedding,
+        segmentation=shape_of(image, jnp.int32) if segmented else None,
+    )
+
+
+def _count(params: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

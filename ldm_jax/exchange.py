@@ -1,0 +1,265 @@
+"""Models in and out: from weights of any format to our networks, and back."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.build import (
+    build_networks,
+    init_autoencoder,
+    init_conditioner,
+    init_unet,
+)
+from ldm_jax.cli import load_config_file
+from ldm_jax.config import CONFIG_FILE, Config, read_config
+from ldm_jax.generate import Networks, SampleParams
+from ldm_jax.interop.folders import Folder, component_tensors
+from ldm_jax.interop.native import WEIGHTS_FILE, read_native
+from ldm_jax.interop.read import (
+    AUTOENCODERS,
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    UNETS,
+    Model,
+    Shapes,
+    file_config,
+    file_scale,
+    folder_config,
+    one_of,
+    open_any_folder,
+    read_autoencoder_component,
+    read_clip_tensors,
+    read_compvis,
+    read_folder,
+    with_tokenizer,
+)
+from ldm_jax.interop.weights import Tensors, open_tensors
+from ldm_jax.types import InputError, PyTree
+
+
+class Opened(NamedTuple):
+    """Weights whose config is known and whose parameters are not read yet.
+
+    Attributes:
+      config: Of the model.
+      networks: Built from it.
+      read: Reads every parameter, or raises.
+    """
+
+    config: Config
+    networks: Networks
+    read: Callable[[], Model]
+
+
+def open_weights(
+    path: Path, *, config_file: Path | None = None, tokenizer: Path | None = None
+) -> Opened:
+    """Open a diffusers folder, a file in CompVis naming, or our own folder.
+
+    Args:
+      path: The folder or file.
+      config_file: Config of a file that does not carry one.
+      tokenizer: Folder of the tokenizer, where the weights have none.
+
+    Returns:
+      The model, not read yet.
+
+    Raises:
+      InputError: If it is none of these, or its config is not known.
+    """
+    if not path.exists():
+        raise InputError(f"--weights: {path} is not there, wanted a folder or a file")
+    beside = path / "tokenizer"
+    if tokenizer is None and beside.is_dir():
+        tokenizer = beside
+    if path.is_dir() and (path / WEIGHTS_FILE).exists():
+        config = with_tokenizer(read_config(path), tokenizer)
+        return _opened(config, functools.partial(read_native, path))
+    if path.is_dir():
+        folder = open_any_folder(path)
+        config = with_tokenizer(folder_config(folder), tokenizer)
+        return _opened(config, functools.partial(read_folder, folder))
+    tensors = open_tensors(path)
+    config = file_config(tensors)
+    if config_file is not None:
+        config = load_config_file(str(config_file))
+    if config is None:
+        raise InputError(
+            f"--weights: {path} does not say what model it holds; try --config with "
+            "its recipe, such as configs/ldm/sd15.py"
+        )
+    config = with_tokenizer(config, tokenizer)
+
+    def read(config: Config, shapes: Shapes) -> Model:
+        model = read_compvis(tensors, config, shapes, what=str(path))
+        scale = model.latent_scale or file_scale(tensors)
+        return model._replace(latent_scale=scale or config.autoencoder.latent_scale)
+
+    return _opened(config, read)
+
+
+def _opened(config: Config, read: Callable[[Config, Shapes], Model]) -> Opened:
+    networks = build_networks(config)
+    shapes = network_shapes(config, networks)
+    return Opened(config, networks, lambda: read(config, shapes))
+
+
+def network_shapes(config: Config, networks: Networks) -> Shapes:
+    """Return the shapes of every parameter that a config asks for."""
+    has_unet = "diffusion" in config.stages
+    return Shapes(
+        jax.eval_shape(lambda: init_autoencoder(config, networks)),
+        jax.eval_shape(lambda: init_unet(config, networks)) if has_unet else {},
+        jax.eval_shape(lambda: init_conditioner(config, networks)) if has_unet else {},
+    )
+
+
+def to_sample_params(model: Model) -> SampleParams:
+    """Put a model's parameters where sampling wants them.
+
+    Raises:
+      InputError: If it has no UNet, or its latent scale is not known.
+    """
+    if model.unet is None:
+        raise InputError(
+            "--weights: an autoencoder alone cannot sample, wanted a UNet beside it"
+        )
+    if model.latent_scale is None:
+        raise InputError(
+            "--weights: the latent scale is not known, wanted it in the config; set "
+            "autoencoder.latent_scale there"
+        )
+    scale = jnp.asarray(model.latent_scale, jnp.float32)
+    params = SampleParams(model.autoencoder, model.unet, model.conditioner, scale)
+    return jax.device_put(params)
+
+
+def import_first_stage(path: Path, config: Config) -> tuple[PyTree, float | None]:
+    """Read an autoencoder of the config's shape out of any weights.
+
+    Args:
+      path: A diffusers folder or one model of it, a file in CompVis naming, or our own
+        folder.
+      config: Of the run that uses it.
+
+    Returns:
+      Its parameters, and its latent scale if the weights say it.
+
+    Raises:
+      InputError: If there is none, or it is another network.
+    """
+    networks = build_networks(config)
+    shapes = jax.eval_shape(lambda: init_autoencoder(config, networks))
+    if path.is_dir() and not (path / WEIGHTS_FILE).exists():
+        component = one_of(open_any_folder(path), AUTOENCODERS)
+        tree = read_autoencoder_component(component, config, shapes)
+        scale = component.config.get("scaling_factor")
+        return tree, None if scale is None else float(scale)
+    if path.is_dir():
+        model = open_weights(path).read()
+        return model.autoencoder, model.latent_scale
+    tensors = open_tensors(path)
+    if "encoder.conv_in.weight" not in tensors:
+        tensors = tensors.under("first_stage_model.")
+    empty = Shapes(shapes, {}, {})
+    model = read_compvis(tensors, config, empty, what=str(path))
+    return model.autoencoder, model.latent_scale
+
+
+def import_conditioner(path: Path, config: Config) -> PyTree:
+    """Read a frozen text encoder.
+
+    Args:
+      path: A folder with `config.json`, or a file in transformers' naming.
+      config: Of the run that uses it.
+
+    Returns:
+      The conditioner's parameters.
+
+    Raises:
+      InputError: If it does not fit the config.
+    """
+    networks = build_networks(config)
+    shapes = jax.eval_shape(lambda: init_conditioner(config, networks))
+    if config.diffusion.condition.context != "clip":
+        raise InputError(
+            "diffusion.condition.weights: got context "
+            f"{config.diffusion.condition.context}, wanted clip, the one that is read "
+            "from files; try --diffusion.condition.trained True"
+        )
+    tensors: Tensors
+    if path.is_dir():
+        tensors = component_tensors(one_of(open_any_folder(path), TEXT_ENCODERS))
+    else:
+        tensors = open_tensors(path)
+    encoder = read_clip_tensors(tensors, config, shapes["encoder"], what=str(path))
+    return {"encoder": encoder}
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Say what weights hold, reading no tensor.
+
+    Args:
+      path: A folder or a file.
+
+    Returns:
+      JSON-compatible: format, parts, tensors, parameters and dtypes.
+
+    Raises:
+      InputError: If it is none that is known.
+    """
+    if path.is_dir() and (path / WEIGHTS_FILE).exists():
+        return {"format": "ldm_jax", **_summary(open_tensors(path / WEIGHTS_FILE))}
+    if (
+        path.is_dir()
+        and (path / CONFIG_FILE).exists()
+        and (path / "diffusion").is_dir()
+    ):
+        return {"format": "ldm_jax run", "try": f"export {path} --out FOLDER"}
+    if path.is_dir():
+        return _inspect_folder(open_any_folder(path))
+    tensors = open_tensors(path)
+    groups: dict[str, int] = {}
+    for key in tensors:
+        head = key.split(".")[0]
+        groups[head] = groups.get(head, 0) + 1
+    return {
+        "format": "file",
+        "carries_config": file_config(tensors) is not None,
+        "tensors_by_group": groups,
+        **_summary(tensors),
+    }
+
+
+def _inspect_folder(folder: Folder) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for name, component in folder.components.items():
+        parts[name] = {"class": component.class_name}
+        if component.class_name in (*AUTOENCODERS, *UNETS, *TEXT_ENCODERS):
+            parts[name] |= _summary(component_tensors(component))
+        elif component.class_name not in TOKENIZERS:
+            kept = ("beta_schedule", "prediction_type")
+            parts[name] |= {key: component.config.get(key) for key in kept}
+    return {"format": "diffusers", "pipeline": folder.pipeline, "parts": parts}
+
+
+def _summary(tensors: Tensors) -> dict[str, Any]:
+    count = 0
+    dtypes: dict[str, int] = {}
+    for key in tensors:
+        size = 1
+        for side in tensors.shape(key):
+            size *= side
+        count += size
+        dtypes[tensors.dtype(key)] = dtypes.get(tensors.dtype(key), 0) + 1
+    return {"tensors": len(tensors), "parameters": count, "tensors_by_dtype": dtypes}
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """Write a report as indented JSON."""
+    return json.dumps(report, indent=2)

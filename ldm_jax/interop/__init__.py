@@ -1,0 +1,1 @@
+"""Weights in and out: files of other libraries, read as data and never run."""

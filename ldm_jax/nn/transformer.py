@@ -1,0 +1,124 @@
+"""Transformers over the pixels of a feature map that may read a context."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ldm_jax.nn.attention import attend
+from ldm_jax.nn.layers import GroupNorm
+from ldm_jax.types import Dtype
+
+SPATIAL_TRANSFORMER_EPSILON = 1e-6
+LAYER_NORM_EPSILON = 1e-5
+MLP_EXPANSION = 4
+
+
+class Attention(nn.Module):
+    """Let tokens read a context, or each other: no biases but the output's.
+
+    Fields:
+      num_heads: Heads; must divide the width of the tokens.
+      dtype: Compute dtype; parameters and softmax stay float32.
+
+    Source:
+      latent-diffusion `CrossAttention`.
+    """
+
+    num_heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None
+    ) -> Float[Array, "b n d"]:
+        """Read `context`, or `x` itself where there is none."""
+        b, n, width = x.shape
+        read = x if context is None else context.astype(self.dtype)
+
+        def heads(name: str, tokens: Float[Array, "b m e"]) -> Float[Array, "b m k d"]:
+            y = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(tokens)
+            return y.reshape(b, tokens.shape[1], self.num_heads, -1)
+
+        mixed = attend(heads("q", x), heads("k", read), heads("v", read))
+        out = nn.Dense(width, dtype=self.dtype, name="out")
+        return out(mixed.reshape(b, n, width))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, gated MLP; each around a skip.
+
+    Fields: as `Attention`.
+
+    Source:
+      latent-diffusion `BasicTransformerBlock`; Shazeer, arXiv:2002.05202 (GEGLU, the
+      value first, with the exact GELU).
+    """
+
+    num_heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None
+    ) -> Float[Array, "b n d"]:
+        """Transform the tokens `x`."""
+
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
+
+        x = x + Attention(self.num_heads, self.dtype, name="attn1")(
+            norm("norm1")(x), None
+        )
+        x = x + Attention(self.num_heads, self.dtype, name="attn2")(
+            norm("norm2")(x), context
+        )
+        width = x.shape[-1]
+        h = nn.Dense(2 * MLP_EXPANSION * width, dtype=self.dtype, name="mlp_in")(
+            norm("norm3")(x)
+        )
+        value, gate = jnp.split(h, 2, axis=-1)
+        h = value * nn.gelu(gate, approximate=False)
+        return x + nn.Dense(width, dtype=self.dtype, name="mlp_out")(h)
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over the pixels of a feature map, around a skip.
+
+    The projections around it are 1x1 convolutions in some weights' files and linear
+    layers in others; on pixels as tokens they are the same function.
+
+    Fields:
+      depth: Blocks.
+      num_heads: Heads of every attention.
+      num_groups: Groups of the norm.
+      dtype: Compute dtype.
+
+    Source:
+      Rombach et al., arXiv:2112.10752, app. E.2.1; latent-diffusion
+      `SpatialTransformer`.
+    """
+
+    depth: int
+    num_heads: int
+    num_groups: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"] | None
+    ) -> Float[Array, "b h w c"]:
+        """Add what the pixels read of each other and of the context."""
+        b, h, w, c = x.shape
+        norm = GroupNorm(
+            self.num_groups, SPATIAL_TRANSFORMER_EPSILON, self.dtype, name="norm"
+        )
+        y = norm(x).reshape(b, h * w, c)
+        y = nn.Dense(c, dtype=self.dtype, name="proj_in")(y)
+        for i in range(self.depth):
+            y = TransformerBlock(self.num_heads, self.dtype, name=f"block_{i}")(
+                y, context
+            )
+        out = nn.Dense(
+            c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="proj_out"
+        )
+        return x + out(y).reshape(b, h, w, c)

@@ -1,0 +1,108 @@
+"""What the autoencoder minimises, its adversary left out."""
+
+from typing import Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ldm_jax.nn.bottleneck import DiagonalGaussian, Quantized
+from ldm_jax.nn.critics import Lpips
+from ldm_jax.types import PyTree
+
+
+class Objective(NamedTuple):
+    """The numbers of the losses, all static.
+
+    Attributes:
+      reconstruction_loss: Absolute or squared error.
+      reduction: Of an image's values, in the reconstruction term.
+      perceptual_weight: Of LPIPS; 0: without.
+      kl_weight: Of the KL divergence.
+      codebook_weight: Of the codebook's term.
+      commitment: Which of the codebook's parts `commitment_beta` weights.
+      commitment_beta: Its weight.
+    """
+
+    reconstruction_loss: Literal["l1", "l2"]
+    reduction: Literal["mean", "sum"]
+    perceptual_weight: float
+    kl_weight: float
+    codebook_weight: float
+    commitment: Literal["corrected", "legacy"]
+    commitment_beta: float
+
+
+class Likeness(NamedTuple):
+    """The parts of the reconstruction term.
+
+    Attributes:
+      reconstruction: Mean error of a value.
+      perceptual: Mean LPIPS of an image; None without it.
+    """
+
+    reconstruction: Float[Array, ""]
+    perceptual: Float[Array, ""] | None
+
+
+def likeness_loss(
+    reconstructions: Float[Array, "b h w c"],
+    images: Float[Array, "b h w c"],
+    perceptual: PyTree,
+    *,
+    objective: Objective,
+) -> tuple[Float[Array, ""], Likeness]:
+    """Measure how unlike their images reconstructions are, the paper's L_rec.
+
+    LPIPS is added to the error of every value, so that under `sum` it weighs as much
+    more as an image has values.
+
+    Args:
+      reconstructions: Near [-1, 1].
+      images: In [-1, 1].
+      perceptual: Parameters of LPIPS; None without it.
+      objective: Which error, how reduced, and the weight of LPIPS.
+
+    Returns:
+      The term, a mean over the batch, and its parts.
+
+    Raises:
+      ValueError: If LPIPS has a weight and no parameters.
+
+    Source:
+      Rombach et al., arXiv:2112.10752, eq. 25; latent-diffusion
+      `LPIPSWithDiscriminator` (`sum`) and `VQLPIPSWithDiscriminator` (`mean`).
+    """
+    error = reconstructions - images
+    is_l1 = objective.reconstruction_loss == "l1"
+    reconstruction = (jnp.abs(error) if is_l1 else jnp.square(error)).mean()
+    total, distance = reconstruction, None
+    if objective.perceptual_weight:
+        if perceptual is None:
+            raise ValueError("perceptual_weight: above 0, but LPIPS has no parameters")
+        variables = {"params": perceptual}
+        distances = Lpips().apply(variables, images, reconstructions)
+        distance = cast(jax.Array, distances).mean()
+        total = total + objective.perceptual_weight * distance
+    if objective.reduction == "sum":
+        total = total * float(images[0].size)
+    return total, Likeness(reconstruction, distance)
+
+
+def regularization_loss(
+    bottleneck: DiagonalGaussian | Quantized, *, objective: Objective
+) -> Float[Array, ""]:
+    """Return the unweighted loss of the bottleneck, a mean over the batch.
+
+    Args:
+      bottleneck: Of a pass through the autoencoder.
+      objective: How a codebook's term is put together.
+
+    Returns:
+      Nats a latent for a Gaussian, a mean over values for a codebook.
+    """
+    if isinstance(bottleneck, DiagonalGaussian):
+        return bottleneck.kl().mean()
+    return bottleneck.loss(
+        beta=objective.commitment_beta, commitment=objective.commitment
+    )

@@ -1,0 +1,117 @@
+"""Both critics against a plain torch statement of the same networks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.interop.perceptual import load_lpips
+from ldm_jax.interop.weights import write_safetensors
+from ldm_jax.nn.critics import Lpips, PatchDiscriminator
+from tests.lpips_files import CONV_INDICES, heads, torchvision
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
+
+
+def to_torch(array):
+    """NHWC to NCHW; a leaf that gradients reach."""
+    return torch.tensor(np.array(array).transpose(0, 3, 1, 2), requires_grad=True)
+
+
+def to_numpy(tensor):
+    return tensor.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def images(seed, side, batch=3):
+    return jax.random.uniform(jax.random.key(seed), (batch, side, side, 3), minval=-1.0)
+
+
+def torch_judge(params, x, num_layers):
+    def convolve(x, name, stride):
+        leaves = params[name]
+        kernel = torch.tensor(np.array(leaves["kernel"]).transpose(3, 2, 0, 1))
+        bias = torch.tensor(np.array(leaves["bias"])) if "bias" in leaves else None
+        return functional.conv2d(x, kernel, bias, stride=stride, padding=1)
+
+    x = functional.leaky_relu(convolve(x, "conv_0", 2), 0.2)
+    for i in range(1, num_layers + 1):
+        x = convolve(x, f"conv_{i}", 2 if i < num_layers else 1)
+        norm = params[f"norm_{i}"]
+        scale, bias = (torch.tensor(np.array(norm[k])) for k in ("scale", "bias"))
+        x = functional.batch_norm(x, None, None, scale, bias, training=True, eps=1e-5)
+        x = functional.leaky_relu(x, 0.2)
+    return convolve(x, "conv_out", 1)
+
+
+@pytest.mark.parametrize(("num_layers", "side"), [(2, 32), (3, 40)])
+def test_the_discriminator_equals_torch(num_layers, side):
+    critic = PatchDiscriminator(8, num_layers, jnp.float32)
+    x = images(0, side)
+    init = jax.jit(functools.partial(critic.init, axis_name=None))
+    params = init(jax.random.key(1), x)["params"]
+    # Away from the initial biases, which are all zero, and with visible kernels.
+    noise = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape),
+        params,
+    )
+
+    def judge(params, x):
+        return critic.apply({"params": params}, x, axis_name=None)
+
+    logits, backward = jax.vjp(jax.jit(judge), noise, x)
+    pull = jax.random.normal(jax.random.key(3), logits.shape)
+    _, slope = backward(pull)
+    x_torch = to_torch(x)
+    wanted = torch_judge(noise, x_torch, num_layers)
+    assert logits == pytest.approx(to_numpy(wanted)[..., 0], abs=1e-4)
+    wanted.backward(torch.tensor(np.array(pull))[:, None])
+    assert slope == pytest.approx(to_numpy(x_torch.grad), abs=1e-3)
+
+
+def torch_lpips(x, y):
+    arrays = {k: torch.tensor(v) for k, v in {**torchvision(), **heads()}.items()}
+    shift = torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None]
+    scale = torch.tensor([0.458, 0.448, 0.450])[None, :, None, None]
+    x, y, total, block = (x - shift) / scale, (y - shift) / scale, 0.0, 0
+    for index in CONV_INDICES:
+        weight, bias = (arrays[f"features.{index}.{k}"] for k in ("weight", "bias"))
+        x, y = (functional.conv2d(z, weight, bias, padding=1).relu() for z in (x, y))
+        if index not in (2, 7, 14, 21, 28):
+            continue
+        unit = [z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (x, y)]
+        difference = (unit[0] - unit[1]).square()
+        weighted = functional.conv2d(difference, arrays[f"lin{block}.model.1.weight"])
+        total = total + weighted.mean(dim=(1, 2, 3))
+        x, y, block = (
+            functional.max_pool2d(x, 2),
+            functional.max_pool2d(y, 2),
+            block + 1,
+        )
+    return total
+
+
+def test_lpips_equals_torch(tmp_path):
+    path = tmp_path / "lpips.safetensors"
+    write_safetensors(path, {**torchvision(), **heads()})
+    params = load_lpips((str(path),))
+    path.unlink()
+    # An odd side: poolings drop the last row and column, as torch does.
+    x, y = images(0, 37, 2), images(1, 37, 2)
+
+    @jax.jit
+    def distance_and_slope(y):
+        distances, backward = jax.vjp(
+            lambda y: Lpips().apply({"params": params}, x, y), y
+        )
+        return distances, backward(jnp.ones(2))[0]
+
+    distances, slope = distance_and_slope(y)
+    x_torch, y_torch = to_torch(x), to_torch(y)
+    wanted = torch_lpips(x_torch, y_torch)
+    assert distances == pytest.approx(wanted.detach().numpy(), rel=1e-4)
+    wanted.sum().backward()
+    wanted_slope = to_numpy(y_torch.grad)
+    assert slope == pytest.approx(wanted_slope, abs=1e-3 * np.abs(wanted_slope).max())

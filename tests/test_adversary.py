@@ -1,0 +1,342 @@
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ldm_jax.build import build_networks
+from ldm_jax.config import OptimConfig
+from ldm_jax.data.pipeline import Batch
+from ldm_jax.first_stage import autoencoder_stage, build_adversary
+from ldm_jax.images import to_float
+from ldm_jax.rng import Stream, example_keys, normal, root_key
+from ldm_jax.training.adversary import (
+    adaptive_weight,
+    adversary_factor,
+    hinge_loss,
+    play,
+    vanilla_loss,
+)
+from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.training.state import apply_gradients, init_state, make_optimizer
+from ldm_jax.types import InputError
+from tests.tiny import get_config
+
+START = 2
+RATE = 0.01
+
+
+def make_config(regularizer="kl", *, enabled=True, start_step=START, **fields):
+    """The tiny run with both players; a coarse rate makes the switch felt."""
+    config = get_config()
+    optim = OptimConfig(lr=2e-3, b1=0.5, b2=0.9, clip_norm=0.0, ema_decay=0.9)
+    rules = {
+        "enabled": enabled,
+        "start_step": start_step,
+        "channels": 4,
+        "num_layers": 1,
+        "optim": optim,
+    }
+    own = {name: fields.pop(name) for name in ("loss", "weight") if name in fields}
+    first = dataclasses.replace(
+        config.autoencoder,
+        regularizer=regularizer,
+        codebook_size=16,
+        optim=optim,
+        adversary=dataclasses.replace(config.autoencoder.adversary, **rules, **own),
+        **fields,
+    )
+    return dataclasses.replace(config, autoencoder=first)
+
+
+def build(config):
+    return autoencoder_stage(config, build_networks(config), Path())
+
+
+@functools.cache
+def batches(num):
+    """Images with something to learn: a bright square somewhere on grey noise."""
+    random = np.random.RandomState(0)
+    found = []
+    for i in range(num):
+        image = random.randint(40, 90, (8, 8, 8, 1))
+        for picture, (y, x) in zip(image, random.randint(0, 5, (8, 2)), strict=True):
+            picture[y : y + 3, x : x + 3] += 120
+        index = np.arange(8 * i, 8 * i + 8, dtype=np.uint32)
+        found.append(Batch(image.astype(np.uint8), np.zeros(8, np.int32), index))
+    return found
+
+
+def descend(config, rate):
+    """The first state and the step under plain descent: at rate 1, by the gradient."""
+    optimizer, stage = optax.sgd(rate), build(config)
+    state, own = stage.init(), {"optimizer": optimizer}
+    state = state._replace(opt_state=optimizer.init(state.params))
+    if config.autoencoder.adversary.enabled:
+        start = optimizer.init(state.critic.params)
+        state = state._replace(critic=state.critic._replace(opt_state=start))
+        own["adversary"] = build_adversary(config)._replace(optimizer=optimizer)
+    return state, functools.partial(stage.step, **own)
+
+
+@functools.cache
+def run(config, devices, steps, rate=None):
+    """Train a few steps; return the state before and after each, and the metrics.
+
+    Adam, or plain descent at a rate: Adam makes of a gradient of nothing but rounding
+    errors, such as a bias before a norm has, a full step in either direction.
+    """
+    layout, stage = PmapLayout(jax.devices()[:devices]), build(config)
+    start, step = descend(config, rate) if rate else (stage.init(), stage.step)
+    state, mapped = layout.replicate(start), layout.map_step(step)
+    key = layout.replicate(root_key(config.seed))
+    states, rows = [jax.device_get(layout.local(state))], []
+    for batch in batches(steps):
+        state, metrics = mapped(state, None, layout.split(batch), key)
+        rows.append(jax.device_get(layout.local(metrics)))
+        states.append(jax.device_get(layout.local(state)))
+    return states, rows
+
+
+def leaves_equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def distance(a, b):
+    return float(optax.tree.norm(jax.tree.map(lambda x, y: x - y, a, b)))
+
+
+def told(metrics):
+    return {k: float(v) for k, v in metrics._asdict().items() if v is not None}
+
+
+def plain_update(config):
+    """The same update said plainly: whole losses, whole gradients, jax.grad."""
+    networks, settings = build_networks(config), config.autoencoder
+    adversary = build_adversary(config)
+
+    def judge(critic, x):
+        return adversary.critic.apply({"params": critic}, x, axis_name=None)
+
+    def update(state, batch):
+        images = to_float(batch.image)
+        keys = example_keys(
+            root_key(0), Stream.AUTOENCODER_POSTERIOR, state.step, batch.example_index
+        )
+        noise = normal(keys, networks.latent_shape)
+
+        def losses(params):
+            made = networks.autoencoder.apply({"params": params}, images, noise)
+            error = jnp.abs(made.images - images)
+            is_sum = settings.reduction == "sum"
+            likeness = error.sum() / len(images) if is_sum else error.mean()
+            generator = -judge(state.critic.params, made.images).mean()
+            if settings.regularizer == "kl":
+                penalty = settings.kl_weight * made.bottleneck.kl().mean()
+            else:
+                penalty = settings.codebook_weight * made.bottleneck.loss(
+                    beta=settings.commitment_beta, commitment=settings.commitment
+                )
+            return likeness, generator, penalty, made.images
+
+        def length(which):
+            gradients = jax.grad(lambda params: losses(params)[which])(state.params)
+            return jnp.linalg.norm(gradients["decoder"]["conv_out"]["kernel"].ravel())
+
+        weight = jnp.clip(length(0) / (length(1) + 1e-4), 0.0, 1e4)
+        factor = jnp.where(state.step >= START, 1.0, 0.0)
+
+        def loss(params):
+            likeness, generator, penalty, _ = losses(params)
+            scale = factor * jax.lax.stop_gradient(weight) * settings.adversary.weight
+            return likeness + penalty + scale * generator
+
+        def critic_loss(critic):
+            fake = jax.lax.stop_gradient(losses(state.params)[3])
+            of = hinge_loss if settings.adversary.loss == "hinge" else vanilla_loss
+            return factor * of(judge(critic, images), judge(critic, fake))
+
+        value, gradients = jax.value_and_grad(loss)(state.params)
+        return value, gradients, jax.grad(critic_loss)(state.critic.params), weight
+
+    return jax.jit(update)
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "fields"),
+    [
+        ("kl", {"reduction": "sum"}),
+        ("vq", {"commitment": "legacy", "loss": "vanilla", "weight": 2.0}),
+    ],
+)
+def test_one_pass_back_is_the_gradient_of_the_whole_loss(regularizer, fields):
+    config = make_config(regularizer, **fields)
+    state, step = descend(config, 1.0)
+    step, plain = jax.jit(functools.partial(step, axis_name=None)), plain_update(config)
+    for done in (START - 1, START):
+        before = state._replace(step=jnp.asarray(done, jnp.int32))
+        after, metrics = step(before, None, batches(1)[0], root_key(0))
+        loss, gradients, critic_gradients, weight = plain(before, batches(1)[0])
+        assert metrics.loss == pytest.approx(float(loss), rel=1e-5)
+        assert metrics.adaptive_weight == pytest.approx(float(weight), rel=1e-5)
+        for new, old, wanted in (
+            (after.params, before.params, gradients),
+            (after.critic.params, before.critic.params, critic_gradients),
+        ):
+            moved = jax.tree.map(lambda x, y: x - y, old, new)
+            assert distance(moved, wanted) <= 1e-5 * float(optax.tree.norm(wanted))
+
+
+@pytest.mark.parametrize("regularizer", ["kl", "vq"])
+def test_before_the_start_the_adversary_neither_learns_nor_speaks(regularizer):
+    states, _ = run(make_config(regularizer), 1, 4, RATE)
+    alone, _ = run(make_config(regularizer, enabled=False), 1, 4, RATE)
+    assert not hasattr(alone[0], "critic")
+    for i in range(1, START + 1):
+        assert leaves_equal(states[i].critic, states[0].critic)
+        length = distance(alone[i].params, alone[i - 1].params)
+        assert length > 0.0
+        assert distance(states[i].params, alone[i].params) < 1e-5 * length
+        assert distance(states[i].ema, alone[i].ema) < 1e-5 * length
+    assert not leaves_equal(states[START + 1].critic, states[0].critic)
+    length = distance(alone[START + 1].params, alone[START].params)
+    assert distance(states[START + 1].params, alone[START + 1].params) > 0.01 * length
+
+
+@pytest.mark.parametrize("regularizer", ["kl", "vq"])
+def test_both_players_learn_the_same_on_one_two_and_eight_devices(regularizer):
+    config = make_config(regularizer)
+    states, one = run(config, 1, 4, RATE)
+    for devices in (2, 8):
+        others, many = run(config, devices, 4, RATE)
+        for a, b in zip(one, many, strict=True):
+            assert told(a) == pytest.approx(told(b), rel=1e-4, abs=1e-6)
+            assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        for i in range(4):
+            for player in (lambda s: s.params, lambda s: s.critic.params):
+                before, after = player(states[i]), player(states[i + 1])
+                error = distance(after, player(others[i + 1]))
+                assert error <= 1e-4 * distance(after, before)
+
+
+def test_without_synchronised_statistics_each_device_judges_its_own_part():
+    config = make_config()
+    adversary = dataclasses.replace(config.autoencoder.adversary, sync_batch_norm=False)
+    first = dataclasses.replace(config.autoencoder, adversary=adversary)
+    config = dataclasses.replace(config, autoencoder=first)
+    (_, together), (_, apart) = run(make_config(), 1, 4, RATE), run(config, 2, 1, RATE)
+    a, b = together[0], apart[0]
+    assert a.reconstruction == pytest.approx(b.reconstruction, rel=1e-5)
+    assert a.logits_fake != pytest.approx(b.logits_fake, rel=1e-3)
+
+
+@pytest.mark.parametrize("regularizer", ["kl", "vq"])
+def test_every_number_stays_finite_through_the_switch(regularizer):
+    config = make_config(regularizer, loss="vanilla")
+    states, rows = run(config, 1, 10)
+    assert all(np.isfinite(value) for row in rows for value in told(row).values())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[-1]))
+    assert [row.adversary_factor for row in rows] == [0.0] * START + [1.0] * 8
+    # Not even Adam's counts had moved before.
+    assert leaves_equal(states[START].critic, states[0].critic)
+    counts = optax.tree.get_all_with_path(states[-1].critic.opt_state, "count")
+    assert {int(count) for _, count in counts} == {8}
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "enabled", "present", "absent"),
+    [
+        ("kl", False, {"kl"}, {"codebook", "perplexity", "critic_loss"}),
+        ("kl", True, {"kl", "critic_loss", "adaptive_weight"}, {"dead_codes"}),
+        ("vq", False, {"codebook", "perplexity", "dead_codes"}, {"kl", "logits_real"}),
+        ("vq", True, {"codebook", "logits_real", "logits_fake"}, {"kl"}),
+    ],
+)
+def test_a_run_tells_what_it_has_and_no_more(regularizer, enabled, present, absent):
+    config = make_config(regularizer, enabled=enabled)
+    stage = build(config)
+    step = functools.partial(stage.step, axis_name=None)
+    state = jax.eval_shape(stage.init)
+    _, metrics = jax.eval_shape(step, state, None, batches(1)[0], root_key(0))
+    names = [name for name, value in metrics._asdict().items() if value is not None]
+    assert names[0] == "loss"
+    assert present <= set(names) and not absent & set(names)
+
+
+def test_the_factor_is_zero_then_rises_to_one():
+    def factors(ramp_steps):
+        return [
+            float(adversary_factor(jnp.asarray(i), start_step=3, ramp_steps=ramp_steps))
+            for i in range(9)
+        ]
+
+    assert factors(0) == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert factors(3) == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_the_adaptive_weight_is_a_ratio_of_lengths_within_bounds():
+    ones = jnp.ones((3, 3, 2, 1))
+    assert adaptive_weight(6.0 * ones, 2.0 * ones) == pytest.approx(3.0, rel=1e-4)
+    assert adaptive_weight(ones, 0.0 * ones) == 1e4
+    assert adaptive_weight(0.0 * ones, ones) == 0.0
+    slope = jax.grad(lambda scale: adaptive_weight(scale * ones, ones))(1.0)
+    assert slope == 0.0
+
+
+def test_the_losses_of_the_adversary_equal_their_formulas():
+    real = jnp.asarray([0.5, 2.0]).reshape(2, 1, 1)
+    fake = jnp.asarray([-0.5, -3.0]).reshape(2, 1, 1)
+    assert hinge_loss(real, fake) == pytest.approx(0.5 * (0.25 + 0.25))
+    sigmoid = [1 / (1 + np.exp(-x)) for x in (0.5, 2.0, 0.5, 3.0)]
+    wanted = 0.5 * -np.mean(np.log(sigmoid)) * 2
+    assert vanilla_loss(real, fake) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_adversary_learns_to_tell_real_from_made():
+    config = make_config()
+    adversary, optimizer = build_adversary(config), optax.adam(2e-3)
+    images = to_float(jnp.asarray(batches(1)[0].image))
+    blurred = 0.5 * (images + jnp.roll(images, 1, axis=2))
+    state = init_state(build(config).init().critic.params, optimizer)
+
+    @jax.jit
+    def learn(state):
+        game = play(adversary, state.params, images, blurred, axis_name=None)
+        gradients = game.critic_gradients
+        state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+        return state, game
+
+    losses = []
+    for _ in range(60):
+        state, game = learn(state)
+        losses.append(float(game.critic_loss))
+    assert losses[-1] < 0.5 * losses[0]
+    assert game.logits_real > 0.5 > -0.5 > game.logits_fake
+
+
+def test_a_clip_norm_of_zero_clips_nothing_and_keeps_the_shape_of_the_state():
+    params, gradients = {"w": jnp.zeros(3)}, {"w": jnp.full(3, 100.0)}
+
+    def moment(clip_norm):
+        config = OptimConfig(lr=1.0, clip_norm=clip_norm, b1=0.0, b2=0.0)
+        optimizer = make_optimizer(config, num_steps=10)
+        state = init_state(params, optimizer)
+        state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+        return state, float(optax.tree.get(state.opt_state, "nu")["w"][0])
+
+    (free, unclipped), (bound, clipped) = moment(0.0), moment(1.0)
+    assert unclipped == 1e4
+    assert clipped == pytest.approx(1 / 3)
+    assert jax.tree.structure(free) == jax.tree.structure(bound)
+
+
+def test_an_adversary_that_needs_larger_images_is_refused():
+    config = make_config()
+    adversary = dataclasses.replace(config.autoencoder.adversary, num_layers=3)
+    first = dataclasses.replace(config.autoencoder, adversary=adversary)
+    with pytest.raises(InputError, match=r"num_layers: got 3, wanted at most 1.*8x8"):
+        build(dataclasses.replace(config, autoencoder=first))

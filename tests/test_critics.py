@@ -1,0 +1,213 @@
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.interop.perceptual import load_lpips
+from ldm_jax.interop.weights import write_safetensors
+from ldm_jax.nn.critics import BatchNorm, Lpips, PatchDiscriminator
+from ldm_jax.types import InputError
+from tests.lpips_files import CONV_INDICES, heads, torchvision, under_slices
+
+
+def uniform(seed, shape):
+    return jax.random.uniform(jax.random.key(seed), shape, minval=-1.0)
+
+
+def make_critic(num_layers, channels=8):
+    return PatchDiscriminator(channels, num_layers, jnp.float32)
+
+
+def shapes_of(critic, side):
+    image = jnp.zeros((1, side, side, 3))
+    init = functools.partial(critic.init, jax.random.key(0), axis_name=None)
+    return jax.eval_shape(init, image)["params"]
+
+
+def test_the_discriminator_of_the_paper_has_exactly_its_parameters():
+    # 64 channels, three strided layers, RGB.
+    params = shapes_of(make_critic(3, 64), 256)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 2_765_633
+    assert {name for name, leaves in params.items() if "bias" in leaves} == {
+        "conv_0", "conv_out", "norm_1", "norm_2", "norm_3",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "side", "logits"), [(3, 256, 30), (2, 32, 6), (1, 8, 2), (3, 24, 1)]
+)
+def test_padding_is_one_on_every_side(num_layers, side, logits):
+    critic = make_critic(num_layers)
+    params = shapes_of(critic, side)
+    judge = functools.partial(critic.apply, axis_name=None)
+    shape = jax.eval_shape(judge, {"params": params}, jnp.zeros((2, side, side, 3)))
+    assert shape.shape == (2, logits, logits)
+    assert shape.dtype == jnp.float32
+
+
+def test_images_too_small_for_a_logit_are_refused():
+    with pytest.raises(ValueError, match="16x16 pixels are too few for 3 strided"):
+        shapes_of(make_critic(3), 16)
+
+
+def test_kernels_and_scales_start_as_the_papers():
+    critic = make_critic(2, 32)
+    image = jnp.zeros((1, 32, 32, 3))
+    params = jax.jit(functools.partial(critic.init, axis_name=None))(
+        jax.random.key(0), image
+    )["params"]
+    assert np.std(params["conv_2"]["kernel"]) == pytest.approx(0.02, rel=0.02)
+    scale = params["norm_2"]["scale"]
+    assert np.mean(scale) == pytest.approx(1.0, abs=0.01)
+    assert np.std(scale) == pytest.approx(0.02, rel=0.3)
+
+
+def test_batch_norm_equals_its_definition():
+    x = 3.0 + 2.0 * uniform(0, (4, 5, 6, 7))
+    params = {"scale": uniform(1, (7,)), "bias": uniform(2, (7,))}
+    y = BatchNorm(jnp.float32).apply({"params": params}, x, None)
+    rows = np.asarray(x, np.float64).reshape(-1, 7)
+    wanted = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+    wanted = wanted * np.asarray(params["scale"]) + np.asarray(params["bias"])
+    assert y.reshape(-1, 7) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_batch_norm_over_devices_is_batch_norm_of_the_whole_batch():
+    x, pull = uniform(0, (8, 3, 3, 4)), uniform(1, (8, 3, 3, 4))
+    params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
+
+    def loss(x, pull, axis_name):
+        y = BatchNorm(jnp.float32).apply({"params": params}, x, axis_name)
+        return jnp.vdot(y, pull), y
+
+    slope = jax.grad(loss, has_aux=True)
+    whole = slope(x, pull, None)
+    for devices in (2, 8):
+        parts = (devices, 8 // devices, 3, 3, 4)
+        mapped = jax.pmap(
+            functools.partial(slope, axis_name="d"),
+            axis_name="d",
+            devices=jax.devices()[:devices],
+        )(x.reshape(parts), pull.reshape(parts))
+        for ours, wanted in zip(mapped, whole, strict=True):
+            assert ours.reshape(wanted.shape) == pytest.approx(
+                np.asarray(wanted), abs=1e-5
+            )
+
+
+@functools.cache
+def lpips():
+    """A distance with random weights, on images of the smallest size."""
+    image = jnp.zeros((1, 16, 16, 3))
+    params = jax.jit(Lpips().init)(jax.random.key(0), image, image)["params"]
+    apply = jax.jit(lambda params, x, y: Lpips().apply({"params": params}, x, y))
+    return params, apply
+
+
+def test_the_distance_of_equal_images_is_zero_and_of_others_is_not():
+    params, distance = lpips()
+    x, y = uniform(0, (2, 16, 16, 3)), uniform(1, (2, 16, 16, 3))
+    assert (jnp.abs(distance(params, x, x)) < 1e-12).all()
+    there, back = distance(params, x, y), distance(params, y, x)
+    assert there.shape == (2,) and (there > 1e-3).all()
+    assert there == pytest.approx(np.asarray(back), rel=1e-5)
+    # Each pair is measured alone.
+    assert distance(params, x[:1], y[:1]) == pytest.approx(float(there[0]), rel=1e-5)
+
+
+def test_grey_images_are_measured_as_their_three_equal_channels():
+    params, distance = lpips()
+    x, y = uniform(0, (2, 16, 16, 1)), uniform(1, (2, 16, 16, 1))
+    colour = [jnp.repeat(images, 3, axis=-1) for images in (x, y)]
+    wanted = distance(params, *colour)
+    assert distance(params, x, y) == pytest.approx(np.asarray(wanted), rel=1e-5)
+
+
+def test_the_slope_of_the_distance_is_finite_where_all_features_are_zero():
+    params, _ = lpips()
+    # Biases far below zero put out every unit of the first maps.
+    dark = jax.tree.map(jnp.copy, params)
+    dark["vgg"]["conv1_2"]["bias"] = jnp.full((64,), -1e3)
+    x, y = uniform(0, (1, 16, 16, 3)), uniform(1, (1, 16, 16, 3))
+
+    def total(y):
+        return Lpips().apply({"params": dark}, x, y).sum()
+
+    assert jnp.isfinite(jax.jit(jax.grad(total))(y)).all()
+
+
+def test_images_too_small_for_vgg_are_refused():
+    x = jnp.zeros((1, 15, 32, 3))
+    with pytest.raises(ValueError, match="got 15x32 pixels, wanted sides of at least"):
+        jax.eval_shape(lambda: Lpips().init(jax.random.key(0), x, x))
+
+
+def save(path, arrays):
+    write_safetensors(path, arrays)
+    return str(path)
+
+
+def prefixed(prefix, arrays):
+    return {prefix + key: value for key, value in arrays.items()}
+
+
+def test_every_kind_of_file_gives_the_same_weights(tmp_path):
+    vgg, lin = torchvision(), heads()
+    whole = {**under_slices(vgg), **lin}
+    inside = {"encoder.conv_in.weight": np.zeros(3, np.float32)}
+    unused = {"classifier.0.weight": np.zeros((2, 2), np.float32)}
+
+    def load(*contents):
+        paths = [tmp_path / f"{i}.safetensors" for i in range(len(contents))]
+        files = tuple(map(save, paths, contents))
+        tree = load_lpips(files)
+        for path in paths:
+            path.unlink()  # 60 MB each, and pytest keeps folders
+        return tree
+
+    trees = [
+        load({**vgg, **unused}, lin),
+        load(whole),
+        load(inside | prefixed("loss.perceptual_loss.", whole)),
+        load(inside | prefixed("first_stage_model.loss.perceptual_loss.", whole)),
+    ]
+    params, _ = lpips()
+    assert jax.tree.map(np.shape, trees[0]) == jax.tree.map(np.shape, params)
+    for tree in trees[1:]:
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, tree, trees[0])))
+    first = vgg["features.0.weight"].transpose(2, 3, 1, 0)
+    assert np.array_equal(trees[0]["vgg"]["conv1_1"]["kernel"], first)
+    last = vgg[f"features.{CONV_INDICES[-1]}.bias"]
+    assert np.array_equal(trees[0]["vgg"]["conv5_3"]["bias"], last)
+    assert np.array_equal(
+        trees[0]["head_2"]["kernel"][:, 0], lin["lin2.model.1.weight"].ravel()
+    )
+
+
+def test_a_missing_part_is_named_with_the_file_that_has_it(tmp_path):
+    vgg = save(tmp_path / "vgg16", torchvision())
+    with pytest.raises(InputError, match=r"vgg16 together lack LPIPS.*vgg\.pth"):
+        load_lpips((vgg,))
+    lin = save(tmp_path / "heads", heads())
+    with pytest.raises(InputError, match=r"lack VGG16.*torchvision's vgg16"):
+        load_lpips((lin,))
+    with pytest.raises(InputError, match="nowhere"):
+        load_lpips((str(Path("nowhere")),))
+
+
+def test_weights_that_cannot_be_those_of_lpips_are_refused(tmp_path):
+    vgg, lin = torchvision(), heads()
+    wrong = save(tmp_path / "wrong", {**vgg, "features.2.bias": np.zeros(3, "f4")})
+    right = save(tmp_path / "right", lin)
+    with pytest.raises(InputError, match=r"conv1_2.bias has the shape \(3,\)"):
+        load_lpips((wrong, right))
+    negative = {**lin, "lin1.model.1.weight": -lin["lin1.model.1.weight"]}
+    negative = save(tmp_path / "negative", negative)
+    good = save(tmp_path / "vgg16", vgg)
+    with pytest.raises(InputError, match=r"head_1\.weight has negative"):
+        load_lpips((good, negative))
+    with pytest.raises(InputError, match=r"differ in lin1\.model\.1\.weight"):
+        load_lpips((right, negative))
