@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -6,11 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.build import build_networks
+from ldm_jax.data.pipeline import Batch
+from ldm_jax.first_stage import autoencoder_stage, load_perceptual
 from ldm_jax.interop.perceptual import load_lpips
 from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.nn.critics import BatchNorm, Lpips, PatchDiscriminator
+from ldm_jax.rng import root_key
+from ldm_jax.training.autoencoder_loss import Objective, likeness_loss
 from ldm_jax.types import InputError
 from tests.lpips_files import CONV_INDICES, heads, torchvision, under_slices
+from tests.tiny import get_config
 
 
 def uniform(seed, shape):
@@ -211,3 +218,60 @@ def test_weights_that_cannot_be_those_of_lpips_are_refused(tmp_path):
         load_lpips((good, negative))
     with pytest.raises(InputError, match=r"differ in lin1\.model\.1\.weight"):
         load_lpips((right, negative))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_lpips_is_added_to_the_error_of_every_value(reduction):
+    params, distance = lpips()
+    x, y = uniform(0, (2, 16, 16, 3)), uniform(1, (2, 16, 16, 3))
+    objective = Objective("l1", reduction, 0.5, 0.0, 0.0, "corrected", 0.25)
+    loss = jax.jit(functools.partial(likeness_loss, objective=objective))
+    total, parts = loss(y, x, params)
+    distances = distance(params, x, y)
+    per_value = jnp.abs(x - y) + 0.5 * distances[:, None, None, None]
+    wanted = per_value.sum() / 2 if reduction == "sum" else per_value.mean()
+    assert total == pytest.approx(float(wanted), rel=1e-5)
+    assert parts.perceptual == pytest.approx(float(distances.mean()), rel=1e-5)
+    assert parts.reconstruction == pytest.approx(float(jnp.abs(x - y).mean()), rel=1e-5)
+
+
+def with_lpips(side, *files):
+    config = get_config()
+    first = dataclasses.replace(
+        config.autoencoder, perceptual_weight=1.0, perceptual_files=files
+    )
+    data = dataclasses.replace(config.data, image_size=side)
+    return dataclasses.replace(config, data=data, autoencoder=first)
+
+
+def test_lpips_without_files_is_refused_when_it_would_be_read():
+    config = with_lpips(16)
+    with pytest.raises(
+        InputError, match=r"^perceptual_files: got none, wanted .*; try"
+    ):
+        load_perceptual(config)
+    assert load_perceptual(get_config()) is None
+
+
+def test_a_dry_run_knows_lpips_by_its_shapes():
+    config = with_lpips(16)
+    stage = autoencoder_stage(config, build_networks(config), Path())
+    shapes = jax.tree.map(lambda leaf: leaf.shape, stage.frozen)
+    assert shapes == jax.tree.map(jnp.shape, lpips()[0])
+    batch = Batch(
+        jnp.zeros((2, 16, 16, 1), jnp.uint8),
+        jnp.zeros((2,), jnp.int32),
+        jnp.zeros((2,), jnp.uint32),
+    )
+    step = functools.partial(stage.step, axis_name=None)
+    state = jax.eval_shape(stage.init)
+    _, metrics = jax.eval_shape(step, state, stage.frozen, batch, root_key(0))
+    assert metrics.perceptual.shape == ()
+    with pytest.raises(ValueError, match="LPIPS has no parameters"):
+        jax.eval_shape(step, state, None, batch, root_key(0))
+
+
+def test_images_too_small_for_lpips_are_refused_before_anything_is_read():
+    config = with_lpips(8)
+    with pytest.raises(InputError, match=r"image_size: got 8, wanted at least 16"):
+        autoencoder_stage(config, build_networks(config), Path())

@@ -22,7 +22,7 @@ class Fields:
         self._what = what
         self._read: set[str] = set()
 
-    def number(self, name: str, default: float | None = None) -> Any:
+    def number(self, name: str, default: int | float | None = None) -> Any:
         """Read a number.
 
         Raises:
@@ -94,6 +94,6 @@ class Fields:
             if not known and value not in (None, False):
                 raise self.wrong(name, value, "null: this field is not known here")
 
-    def wrong(self, name: str, value: object, wanted: str) -> InputError:
+    def wrong(self, name: str, value: object, wanted: object) -> InputError:
         """Make the error of a field."""
         return InputError(f"{self._what}: {name}: got {value!r}, wanted {wanted}")

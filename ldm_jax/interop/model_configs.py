@@ -66,7 +66,7 @@ def read_unet(class_name: str, values: Mapping[str, Any]) -> Settings:
     if crossed:
         settings |= _crossed(fields, settings)
     else:
-        settings |= _plain(fields)
+        settings |= _plain(fields, settings)
     fields.expect(
         act_fn="silu",
         flip_sin_to_cos=True,
@@ -146,15 +146,18 @@ def _crossed(fields: Fields, settings: Settings) -> Settings:
     }
 
 
-def _plain(fields: Fields) -> Settings:
+def _plain(fields: Fields, settings: Settings) -> Settings:
     kinds = {"conv": False, "resnet": True}
     resnet = fields.choice("downsample_type", kinds, "conv")
     fields.expect(
         upsample_type="resnet" if resnet else "conv",
         mid_block_type="UNetMidBlock2D",
         add_attention=True,
-        attn_norm_num_groups=None,
     )
+    # With scale-shift norms diffusers leaves the middle's own norm out, unless told.
+    groups = fields.value("attn_norm_num_groups")
+    if groups != settings["num_groups"] and (groups or settings["scale_shift_norm"]):
+        raise fields.wrong("attn_norm_num_groups", groups, settings["num_groups"])
     fields.ignore("num_train_timesteps")
     return {
         "num_heads": 1,
@@ -235,6 +238,7 @@ def write_unet(config: Config) -> tuple[str, Settings]:
     return "UNet2DModel", {
         **common,
         "attention_head_dim": sizes.pop(),
+        "attn_norm_num_groups": ours.num_groups,
         "downsample_type": resample,
         "upsample_type": resample,
     }

@@ -130,6 +130,11 @@ def _write_tokenizer(config: Config, out: Path) -> None:
     (out / "tokenizer").mkdir()
     for path in tokenizer_files(Path(tokenizer)):
         shutil.copyfile(path, out / "tokenizer" / path.name)
+    settings = out / "tokenizer" / "tokenizer_config.json"
+    if not settings.exists():
+        length = config.diffusion.condition.num_tokens
+        kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
+        _write_json(settings, kind)
 
 
 def _clip_tensors(model: Model) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import sys
 import types
 import warnings
@@ -17,9 +18,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ldm_jax.config import Config
-from tests.golden_cases import Inputs, projections
-from tests.parity.diffusers_models import from_torch, to_torch
+from ldm_jax.config import ClipConfig, Config
+from tests.golden_cases import Inputs, Table
+from tests.parity.diffusers_models import from_torch, to_torch, with_gradient
 from tests.weights import random_tensors
 
 ORIGINALS = os.environ.get("LDM_ORIGINALS")
@@ -181,6 +182,10 @@ def _conditioner(config: Config):
         return holder
     clip = condition.clip
     holder = theirs.torch.nn.Module()
+    if clip.activation == "quick_gelu":
+        holder.transformer = theirs.torch.nn.Module()
+        holder.transformer.text_model = _openai_clip(clip)
+        return holder
     holder.model = theirs.open_clip.TextTransformer(
         context_length=clip.length,
         vocab_size=clip.vocab_size,
@@ -191,6 +196,36 @@ def _conditioner(config: Config):
         output_dim=clip.projection_width,
     )
     return holder
+
+
+def _openai_clip(clip: ClipConfig):
+    import transformers
+
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=clip.vocab_size,
+            max_position_embeddings=clip.length,
+            hidden_size=clip.width,
+            intermediate_size=clip.mlp_width,
+            num_hidden_layers=clip.depth,
+            num_attention_heads=clip.num_heads,
+            hidden_act="quick_gelu",
+            bos_token_id=0,
+            eos_token_id=clip.eos_token_id,
+        )
+    )
+
+
+def table(config: Config, kind: str) -> Table:
+    """List the names and shapes of an original, made without its numbers."""
+    with originals().torch.device("meta"):
+        state = build(config, kind).state_dict()
+    found = {k: tuple(v.shape) for k, v in state.items() if not k.startswith(UNUSED)}
+    if kind == "unet" and config.diffusion.linear_projection:
+        # Stable Diffusion 2 has another `SpatialTransformer`, of the same names.
+        projection = re.compile(r".*\.1\.proj_(in|out)\.weight")
+        found |= {k: v[:2] for k, v in found.items() if projection.fullmatch(k)}
+    return found
 
 
 def draw(module, seed: int) -> dict[str, np.ndarray]:
@@ -220,7 +255,7 @@ def run(
                 x, given["t"], context=given.get("context"), y=given.get("label")
             )
 
-        return _with_gradient("output", unet, inputs["x"], gradient)
+        return with_gradient("output", unet, inputs["x"], gradient)
 
     def encode(images):
         encoded = module.encode(images)
@@ -229,20 +264,9 @@ def run(
         return torch.cat([encoded.mean, encoded.logvar], dim=1)
 
     return {
-        **_with_gradient("moments", encode, inputs["images"], gradient),
-        **_with_gradient("images", module.decode, inputs["latents"], gradient),
+        **with_gradient("moments", encode, inputs["images"], gradient),
+        **with_gradient("images", module.decode, inputs["latents"], gradient),
     }
-
-
-def _with_gradient(name, function, x, gradient: bool) -> dict[str, np.ndarray]:
-    x = to_torch(x).requires_grad_(gradient)
-    output = function(x)
-    found = {name: from_torch(output)}
-    if gradient:
-        weight = projections(output.numel())[0].reshape(found[name].shape)
-        (output * to_torch(weight)).sum().backward()
-        found[f"{name}_gradient"] = from_torch(x.grad)
-    return found
 
 
 def _condition(config: Config, module, given) -> np.ndarray:
@@ -254,6 +278,9 @@ def _condition(config: Config, module, given) -> np.ndarray:
         return module({"class": given["label"]}).numpy()
     if condition.context == "text":
         return module.transformer(given["tokens"], return_embeddings=True).numpy()
+    if condition.clip.activation == "quick_gelu":
+        output = module.transformer.text_model(given["tokens"])
+        return output.last_hidden_state.numpy()
     text = module.model
     x = text.token_embedding(given["tokens"]) + text.positional_embedding
     for block in text.transformer.resblocks[:-1]:  # as Stable Diffusion 2 does

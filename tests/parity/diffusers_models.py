@@ -12,6 +12,7 @@ from ldm_jax.interop.assemble import assemble_config
 from ldm_jax.interop.model_configs import read_autoencoder, read_unet
 from ldm_jax.interop.names import read_tree
 from ldm_jax.interop.weights import Tensors
+from tests.golden_cases import Inputs, projections
 from tests.weights import random_tensors
 
 KL = {
@@ -56,6 +57,7 @@ def random_unet(seed: int) -> tuple[str, dict]:
             "downsample_type": resample,
             "upsample_type": resample,
             "norm_eps": chance.choice([1e-5, 1e-6]),
+            "attn_norm_num_groups": config["norm_num_groups"],
         }
     by_size = chance.random() < 0.5
     heads = [width // 8 for width in widths] if by_size else chance.choice([1, 2, 4])
@@ -124,6 +126,13 @@ def autoencoder_config(class_name: str, config: dict):
     return assemble_config(autoencoder=read_autoencoder(class_name, config))
 
 
+def config_and_kind(class_name: str, config: dict):
+    """Return our config of a model of theirs, and which of our networks it is."""
+    if class_name.startswith("UNet"):
+        return unet_config(class_name, config), "unet"
+    return autoencoder_config(class_name, config), "autoencoder"
+
+
 def our_unet(config, tensors: dict[str, np.ndarray]):
     """Build our UNet and read its parameters from their tensors."""
     networks = build_networks(config)
@@ -179,3 +188,52 @@ def relative(ours, theirs) -> float:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def with_gradient(
+    name: str, function, x: np.ndarray, gradient: bool
+) -> dict[str, np.ndarray]:
+    """Run a function of torch as `tests.golden_cases.run_ours` runs ours."""
+    x = to_torch(x).requires_grad_(gradient)
+    output = function(x)
+    found = {name: from_torch(output)}
+    if gradient:
+        weight = projections(output.numel())[0].reshape(found[name].shape)
+        (output * to_torch(weight)).sum().backward()
+        found[f"{name}_gradient"] = from_torch(x.grad)
+    return found
+
+
+def run_theirs(
+    class_name: str, model, inputs: Inputs, *, gradient: bool
+) -> dict[str, np.ndarray]:
+    """Compute what `tests.golden_cases.run_ours` computes."""
+    import torch
+
+    if class_name.startswith("UNet"):
+        theirs = {"label": "class_labels", "context": "encoder_hidden_states"}
+        kwargs = {
+            name: torch.from_numpy(inputs[ours])
+            for ours, name in theirs.items()
+            if ours in inputs
+        }
+        t = torch.from_numpy(inputs["t"])
+        x = inputs["x"]
+        return with_gradient(
+            "output", lambda x: model(x, t, **kwargs).sample, x, gradient
+        )
+
+    def encode(images):
+        encoded = model.encode(images)
+        if class_name == "VQModel":
+            return encoded.latents
+        latents = encoded.latent_dist
+        return torch.cat([latents.mean, latents.logvar], dim=1)
+
+    def decode(latents):
+        return model.decode(latents).sample
+
+    return {
+        **with_gradient("moments", encode, inputs["images"], gradient),
+        **with_gradient("images", decode, inputs["latents"], gradient),
+    }

@@ -4,26 +4,30 @@
 latent-diffusion's where `LDM_ORIGINALS` names its packages (see `compvis_models`).
 """
 
-import jax
-import numpy as np
+import json
+
 import pytest
 
-from ldm_jax.interop.names import read_tree
-from ldm_jax.interop.weights import Tensors
+from ldm_jax.cli import load_config_file
+from tests.commands import ROOT
 from tests.golden_cases import (
-    FORMATS,
     digest,
     make_config,
     make_inputs,
     read_golden,
-    run_ours,
     summary,
     summary_error,
-    tree_shapes,
     write_golden,
 )
-from tests.parity import compvis_models
+from tests.parity import compvis_models, diffusers_models
 
+torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
+pytest.importorskip("diffusers", reason="parity needs the extra `parity`")
+
+RECIPES = sorted((ROOT / "configs").glob("*/*.py"))
+needs_originals = pytest.mark.skipif(
+    compvis_models.ORIGINALS is None, reason="LDM_ORIGINALS names the originals"
+)
 UNET = {
     "channels": 16,
     "channel_multipliers": [1, 2],
@@ -56,7 +60,8 @@ def unet(*, data: dict | None = None, **fields) -> dict:
 
 
 def first_stage(**fields) -> dict:
-    return {"data": {"image_size": 16}, "autoencoder": {**FIRST, **fields}}
+    alone = {"stages": ["autoencoder"], "data": {"image_size": 16}}
+    return {**alone, "autoencoder": {**FIRST, **fields}}
 
 
 def conditioner(*, data: dict | None = None, **fields) -> dict:
@@ -132,5 +137,171 @@ COMPVIS = {
             clip={**TEXT, "mlp_width": 48, "activation": "gelu", **PENULTIMATE},
         ),
     ),
+    "a text for Stable Diffusion 1": (
+        "conditioner",
+        conditioner(
+            context="clip", clip={**TEXT, "mlp_width": 48, "eos_token_id": 29}
+        ),
+    ),
     "a map": ("conditioner", conditioner(concat="segmentation", num_segments=9)),
 }
+WITH_GRADIENT = {
+    "resampling in blocks, scale and shift",
+    "transformers everywhere, heads by width",
+    "vq, no attention",
+    "Stable Diffusion 2",
+}
+
+SMALL = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8}
+CROSSED = {
+    **SMALL,
+    "sample_size": 8,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 2,
+    "cross_attention_dim": 12,
+}
+PLAIN = {
+    **SMALL,
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 8,
+    "attn_norm_num_groups": 8,
+}
+KL = {
+    **SMALL,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "latent_channels": 4,
+}
+
+# name: the class, what it is made of
+DIFFUSERS = {
+    "Stable Diffusion 1": ("UNet2DConditionModel", CROSSED),
+    "Stable Diffusion 2": (
+        "UNet2DConditionModel",
+        {
+            **CROSSED,
+            "attention_head_dim": [2, 4],
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+    ),
+    "resampling by convolutions": ("UNet2DModel", PLAIN),
+    "resampling in blocks, a class": (
+        "UNet2DModel",
+        {
+            **PLAIN,
+            "down_block_types": ["AttnDownBlock2D", "ResnetDownsampleBlock2D"],
+            "up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D"],
+            "downsample_type": "resnet",
+            "upsample_type": "resnet",
+            "resnet_time_scale_shift": "scale_shift",
+            "num_class_embeds": 7,
+        },
+    ),
+    "kl": ("AutoencoderKL", KL),
+    "vq": (
+        "VQModel",
+        {
+            **KL,
+            "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+            "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+            "num_vq_embeddings": 24,
+            "vq_embed_dim": 3,
+        },
+    ),
+}
+
+
+def golden(name: str, seed: int, table: dict, outputs: dict, **made_of) -> dict:
+    keys, sha256 = digest(table)
+    summaries = {key: summary(value) for key, value in outputs.items()}
+    case = {"name": name, "seed": seed, **made_of}
+    return {**case, "keys": keys, "sha256": sha256, "outputs": summaries}
+
+
+def golden_diffusers(name: str) -> dict:
+    class_name, settings = DIFFUSERS[name]
+    seed = list(DIFFUSERS).index(name)
+    model, tensors = diffusers_models.make_torch(class_name, settings, seed)
+    config, kind = diffusers_models.config_and_kind(class_name, settings)
+    outputs = diffusers_models.run_theirs(
+        class_name,
+        model,
+        make_inputs(config, kind, seed),
+        gradient=name in WITH_GRADIENT,
+    )
+    table = {key: tensor.shape for key, tensor in tensors.items()}
+    made_of = {"class_name": class_name, "settings": settings}
+    return golden(name, seed, table, outputs, **made_of)
+
+
+def golden_compvis(name: str) -> dict:
+    kind, fields = COMPVIS[name]
+    seed = list(COMPVIS).index(name)
+    config = make_config(fields)
+    module = compvis_models.build(config, kind)
+    tensors = compvis_models.draw(module, seed)
+    inputs = make_inputs(config, kind, seed)
+    outputs = compvis_models.run(
+        config, kind, module, inputs, gradient=name in WITH_GRADIENT
+    )
+    table = {key: tensor.shape for key, tensor in tensors.items()}
+    return golden(name, seed, table, outputs, kind=kind, config=fields)
+
+
+def golden_tables(path) -> dict:
+    config = load_config_file(str(path))
+    kinds = ["autoencoder"]
+    if "diffusion" in config.stages:
+        kinds = ["unet", "conditioner"]
+    tables = {kind: compvis_models.table(config, kind) for kind in kinds}
+    digests = {kind: digest(table) for kind, table in tables.items() if table}
+    return {"name": path.stem, **digests}
+
+
+def assert_same(here: dict, there: dict) -> None:
+    ours, theirs = here.pop("outputs"), there.pop("outputs")
+    assert here == there
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        # Six digits are stored, and float32 sums differ with the machine.
+        assert summary_error(ours[name], theirs[name]) < 2e-5
+
+
+def stored(file: str) -> dict[str, dict]:
+    return {case["name"]: case for case in read_golden(file)}
+
+
+def test_the_golden_files_have_every_case():
+    assert list(stored("diffusers.json")) == list(DIFFUSERS)
+    assert list(stored("compvis.json")) == list(COMPVIS)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_the_golden_file_holds_what_diffusers_says(name):
+    assert_same(golden_diffusers(name), stored("diffusers.json")[name])
+
+
+@needs_originals
+@pytest.mark.parametrize("name", COMPVIS)
+def test_the_golden_file_holds_what_latent_diffusion_says(name):
+    assert_same(golden_compvis(name), stored("compvis.json")[name])
+
+
+@needs_originals
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_golden_file_holds_the_tables_of_latent_diffusion(path):
+    here, there = golden_tables(path), stored("compvis_tables.json")[path.stem]
+    assert json.loads(json.dumps(here)) == there
+
+
+if __name__ == "__main__":
+    write_golden("diffusers.json", [golden_diffusers(name) for name in DIFFUSERS])
+    if compvis_models.ORIGINALS:
+        write_golden("compvis.json", [golden_compvis(name) for name in COMPVIS])
+        write_golden("compvis_tables.json", [golden_tables(path) for path in RECIPES])

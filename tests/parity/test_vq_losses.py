@@ -1,5 +1,7 @@
 """Stage 1's losses against torch statements of their formulas."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,11 @@ from ldm_jax.training.autoencoder_loss import Objective, likeness_loss
 from ldm_jax.training.autoencoder_step import last_kernel_gradient
 from tests.test_adversary import build_networks, make_config
 
-torch = pytest.importorskip("torch")
+REASON = "compares with torch, which needs the extra `parity`"
+with warnings.catch_warnings():
+    # What torch deprecates of Python or NumPy when imported is none of our business.
+    warnings.simplefilter("ignore")
+    torch = pytest.importorskip("torch", reason=REASON)
 functional = torch.nn.functional
 
 

@@ -1,0 +1,178 @@
+"""A model exported here is a pipeline there: the same text gives the same picture."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import exchange
+from ldm_jax.config import Config
+from ldm_jax.diffusion.samplers import make_levels
+from ldm_jax.gallery import condition_inputs
+from ldm_jax.generate import make_sample_fn
+from ldm_jax.interop.names import key_shapes, read_tree
+from ldm_jax.interop.read import Model
+from ldm_jax.interop.weights import Tensors
+from ldm_jax.interop.write import write_folder
+from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
+from tests import models
+from tests.parity.diffusers_models import from_torch, relative, to_torch
+from tests.test_tokenizer import write_clip
+from tests.weights import random_tensors
+
+torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
+pytest.importorskip("diffusers", reason="parity needs the extra `parity`")
+pytest.importorskip("transformers", reason="parity needs the extra `parity`")
+
+# diffusers and transformers warn of their own deprecations; none of them is ours.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STEPS = 10
+SCALE = 3.0
+TEXTS = ["hello cat", "at's HELLO"]
+
+
+def load_pipeline(name: str, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+
+        pipeline = getattr(diffusers, name).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def diffusers_model(config: Config, seed: int = 0) -> Model:
+    """Draw parameters by diffusers' names, as a network of reasonable gain."""
+    from ldm_jax.build import build_networks
+    from ldm_jax.interop import diffusers as names
+
+    shapes = exchange.network_shapes(config, build_networks(config))
+
+    def draw(tree, format_, what):
+        tensors = random_tensors(key_shapes(tree, format_), seed)
+        return read_tree(tree, format_, Tensors.from_arrays(tensors), what=what)
+
+    conditioner = {}
+    if shapes.conditioner:
+        encoder = shapes.conditioner["encoder"]
+        conditioner = {"encoder": draw(encoder, names.clip_format(), "text encoder")}
+    return Model(
+        config,
+        draw(shapes.autoencoder, names.autoencoder_format(config), "vae"),
+        draw(shapes.unet, names.unet_format(config), "unet"),
+        conditioner,
+        0.5,
+    )
+
+
+def with_tokenizer(config: Config, folder) -> Config:
+    condition = dataclasses.replace(config.diffusion.condition, tokenizer=str(folder))
+    diffusion = dataclasses.replace(config.diffusion, condition=condition)
+    return dataclasses.replace(config, diffusion=diffusion)
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_a_whole_text_to_image_pipeline_is_the_same(kind, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    write_clip(tokenizer, "sd2" if kind == "open_clip" else "sd1")
+    config = with_tokenizer(models.config_of(kind), tokenizer)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_folder(diffusers_model(config), folder)
+
+    opened = exchange.open_weights(folder)
+    networks = opened.networks
+    params = exchange.to_sample_params(opened.read())
+    keys = image_keys([3, 4])
+    sample_fn = make_sample_fn(networks, sampler="ddim", num_steps=STEPS)
+    rows = [{"prompt": text, "negative_prompt": "at"} for text in TEXTS]
+    cond, uncond = condition_inputs(opened.config, rows)
+    ours = sample_fn(params, keys, cond, SCALE, 0.0, uncond).images
+
+    pipeline = load_pipeline("StableDiffusionPipeline", folder)
+    noise = normal(image_step_keys(keys, Stream.SAMPLE_START), networks.latent_shape)
+    theirs = pipeline(
+        TEXTS,
+        negative_prompt=["at", "at"],
+        num_inference_steps=STEPS,
+        guidance_scale=SCALE,
+        latents=to_torch(np.asarray(noise)),
+        height=config.data.image_size,
+        width=config.data.image_size,
+        output_type="pt",
+    ).images
+    levels = make_levels(networks.schedule, STEPS)
+    assert pipeline.scheduler.timesteps.tolist() == levels.t.tolist()
+    pixels = (np.asarray(ours) + 1) / 2
+    assert relative(pixels, from_torch(theirs)) < 1e-3
+    assert np.abs(pixels[0] - pixels[1]).max() > 0.05  # the texts and seeds differ
+
+
+def test_an_unconditional_pipeline_is_the_same(tmp_path):
+    config = models.config_of("none")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_folder(diffusers_model(config), folder)
+    pipeline = load_pipeline("LDMPipeline", folder)
+    opened = exchange.open_weights(folder)
+    params = exchange.to_sample_params(opened.read())
+    keys = image_keys([3, 4])
+    from ldm_jax.nn.conditioning import ConditionInputs
+
+    sample_fn = make_sample_fn(
+        opened.networks, sampler="ddim", num_steps=STEPS, guided=False
+    )
+    ours = np.asarray(sample_fn(params, keys, ConditionInputs()).images)
+
+    shape = opened.networks.latent_shape
+    noise = normal(image_step_keys(keys, Stream.SAMPLE_START), shape)
+    latents = to_torch(np.asarray(noise))
+    pipeline.scheduler.set_timesteps(STEPS)
+    with torch.no_grad():
+        for t in pipeline.scheduler.timesteps:
+            predicted = pipeline.unet(latents, t).sample
+            latents = pipeline.scheduler.step(predicted, t, latents).prev_sample
+        decoded = pipeline.vqvae.decode(latents / 0.5).sample
+    # One latent next to two codes may go either way: nearly all are the same.
+    error = np.abs(ours - np.clip(from_torch(decoded), -1, 1))
+    assert np.median(error) < 1e-4
+    assert (error > 1e-2).mean() < 0.02
+
+
+@pytest.mark.parametrize("kind", ["label", "class", "text", "embedding"])
+def test_every_exported_unet_is_opened_by_diffusers(kind, tmp_path):
+    config = models.config_of(kind)
+    model = models.model_of(config)
+    write_folder(model, tmp_path)
+    import diffusers
+
+    crossed = kind != "label"
+    name = "UNet2DConditionModel" if crossed else "UNet2DModel"
+    unet = getattr(diffusers, name).from_pretrained(tmp_path, subfolder="unet")
+    draw = np.random.RandomState(0)
+    x = draw.normal(size=(2, *config.latent_shape)).astype(np.float32)
+    from ldm_jax.build import build_networks
+    from ldm_jax.nn.conditioning import Condition
+
+    t, label = np.asarray([7, 900], np.int32), np.asarray([0, 10], np.int32)
+    width = config.diffusion.condition.context_width
+    context = draw.normal(size=(2, 3, width)).astype(np.float32)
+    cond = Condition(
+        label=None if crossed else jnp.asarray(label),
+        context=jnp.asarray(context) if crossed else None,
+    )
+    kwargs = (
+        {"encoder_hidden_states": torch.from_numpy(context)}
+        if crossed
+        else {"class_labels": torch.from_numpy(label)}
+    )
+    theirs = unet(to_torch(x), torch.from_numpy(t), **kwargs).sample
+    apply = jax.jit(build_networks(config).unet.apply)
+    params = jax.device_put(model.unet)
+    ours = apply({"params": params}, jnp.asarray(x), jnp.asarray(t), cond)
+    assert relative(ours, from_torch(theirs)) < 1e-4
