@@ -3,13 +3,16 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo quality test lint types
+.PHONY: setup demo quality adversary test parity recipes lint types
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train on handwritten digits and sample"
 	@echo "make quality  measure what the demo made"
+	@echo "make adversary  train through the switch of the discriminator, and measure"
 	@echo "make test     run the tests"
+	@echo "make parity   compare with diffusers, transformers and PyTorch (installs them)"
+	@echo "make recipes  dry-run every recipe"
 	@echo "make lint     ruff; make types: the type checker"
 
 setup: $(INSTALLED)
@@ -33,8 +36,18 @@ demo: setup
 quality: setup
 	$(RUN) benchmarks/digits_quality.py --workdir runs/digits --check
 
+adversary: setup
+	$(RUN) benchmarks/adversarial_switch.py --workdir runs/adversary --check
+
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest --ignore=tests/parity
+
+parity: setup
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
+	$(RUN) -m pytest tests/parity
+
+recipes: setup
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k the_dry_run_of_every
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -19,24 +19,26 @@ from ldm_jax.cli import load_config_file
 from ldm_jax.config import CONFIG_FILE, Config, read_config
 from ldm_jax.generate import Networks, SampleParams
 from ldm_jax.interop.folders import Folder, component_tensors
-from ldm_jax.interop.native import WEIGHTS_FILE, read_native
-from ldm_jax.interop.read import (
-    AUTOENCODERS,
-    TEXT_ENCODERS,
-    TOKENIZERS,
-    UNETS,
+from ldm_jax.interop.model import (
     Model,
     Shapes,
     file_config,
     file_scale,
+    with_tokenizer,
+)
+from ldm_jax.interop.native import WEIGHTS_FILE, read_native
+from ldm_jax.interop.read_compvis import read_compvis
+from ldm_jax.interop.read_folder import (
+    AUTOENCODERS,
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    UNETS,
     folder_config,
     one_of,
     open_any_folder,
     read_autoencoder_component,
     read_clip_tensors,
-    read_compvis,
     read_folder,
-    with_tokenizer,
 )
 from ldm_jax.interop.weights import Tensors, open_tensors
 from ldm_jax.types import InputError, PyTree

@@ -20,8 +20,8 @@ from ldm_jax.describe import check_batches
 from ldm_jax.exchange import open_weights, to_sample_params
 from ldm_jax.first_stage import autoencoder_stage, measure_latent_scale
 from ldm_jax.generate import Networks, SampleParams
+from ldm_jax.interop.model import Model
 from ldm_jax.interop.native import WEIGHTS_FILE
-from ldm_jax.interop.read import Model
 from ldm_jax.pretrained import (
     SCALE_FILE,
     frozen_conditioner,

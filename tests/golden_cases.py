@@ -29,6 +29,7 @@ from ldm_jax.interop.names import Format, key_shapes
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.nn.conditioning import Condition, ConditionInputs
 from ldm_jax.types import PyTree
+from tests.weights import random_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 NUM_VALUES = 16
@@ -100,6 +101,25 @@ def stored_table(config: Config, kind: str, format_: Format) -> Table:
     # One byte a number: only the shapes are of interest, and the joined are new.
     arrays = {k: np.broadcast_to(np.int8(0), shape) for k, shape in table.items()}
     return {k: array.shape for k, array in compvis.join_in_proj(arrays).items()}
+
+
+def draw_tensors(table: Table, seed: int, gain: float) -> dict[str, np.ndarray]:
+    """Draw a network's weights from their names.
+
+    Args:
+      table: Names and shapes.
+      seed: Of the draw.
+      gain: Of every matrix and convolution. Under a small one the norms see so little
+        variance that their epsilon shows.
+
+    Returns:
+      Tensors by name.
+    """
+    tensors = random_tensors(table, seed)
+    return {
+        key: np.float32(gain) * tensor if tensor.ndim > 1 else tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def make_inputs(config: Config, kind: str, seed: int) -> Inputs:

@@ -17,8 +17,8 @@ from ldm_jax.config import (
     TextConfig,
 )
 from ldm_jax.exchange import network_shapes
+from ldm_jax.interop.model import Model
 from ldm_jax.interop.names import flatten, unflatten
-from ldm_jax.interop.read import Model
 from tests.weights import random_tensors
 
 KL = AutoencoderConfig(

@@ -200,8 +200,9 @@ def test_latent_diffusions_own_blocks_are_named():
             "input_blocks.1.1.qkv.weight": (576, 192, 1),
             "input_blocks.3.0.in_layers.2.weight": (192, 192, 3, 3),
             "middle_block.1.proj_out.weight": (768, 768, 1),
-            "output_blocks.2.2.emb_layers.1.weight": (1536, 768),
-            "output_blocks.2.2.out_layers.3.weight": (768, 768, 3, 3),
+            "output_blocks.2.1.in_layers.2.weight": (768, 768, 3, 3),
+            "output_blocks.5.2.emb_layers.1.weight": (1536, 768),
+            "output_blocks.5.2.out_layers.3.weight": (768, 768, 3, 3),
         },
     )
     assert_contains(

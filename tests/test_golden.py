@@ -18,6 +18,7 @@ from ldm_jax.types import PyTree
 from tests.golden_cases import (
     FORMATS,
     digest,
+    draw_tensors,
     make_config,
     make_inputs,
     read_golden,
@@ -57,7 +58,8 @@ def test_the_names_and_shapes_are_the_originals(family, case):
 def test_outputs_and_gradients_are_the_originals(family, case):
     config, kind = config_and_kind(case)
     format_ = FORMATS[family, kind](config)
-    tensors = random_tensors(stored_table(config, kind, format_), case["seed"])
+    table = stored_table(config, kind, format_)
+    tensors = draw_tensors(table, case["seed"], case["gain"])
     stored = Tensors.from_arrays(compvis.split_in_proj(tensors))
     params = read_tree(tree_shapes(config, kind), format_, stored, what=kind)
     ours = run_ours(

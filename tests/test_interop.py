@@ -9,8 +9,8 @@ import pytest
 from ldm_jax import exchange
 from ldm_jax.config import to_json
 from ldm_jax.interop import compvis
+from ldm_jax.interop.model import Model
 from ldm_jax.interop.native import WEIGHTS_FILE, write_native
-from ldm_jax.interop.read import Model
 from ldm_jax.interop.weights import Tensors, open_tensors, write_safetensors
 from ldm_jax.interop.write import write_compvis, write_folder
 from ldm_jax.types import InputError
@@ -154,7 +154,7 @@ def compvis_arrays(kind="label"):
 
 def read_arrays(model, tensors):
     from ldm_jax.build import build_networks
-    from ldm_jax.interop.read import read_compvis
+    from ldm_jax.interop.read_compvis import read_compvis
 
     config = model.config
     shapes = exchange.network_shapes(config, build_networks(config))
@@ -326,5 +326,5 @@ def test_a_model_that_diffusers_cannot_hold_says_which_field(tmp_path):
     config = dataclasses.replace(
         config, diffusion=dataclasses.replace(config.diffusion, num_heads=2)
     )
-    with pytest.raises(InputError, match="num_heads.*compvis"):
+    with pytest.raises(InputError, match=r"num_heads.*compvis"):
         write_folder(model_of(config), tmp_path)

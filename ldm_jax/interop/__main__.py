@@ -65,8 +65,8 @@ def import_weights(given: argparse.Namespace) -> None:
     from ldm_jax import config as config_lib
     from ldm_jax.data.tokenizer import tokenizer_files
     from ldm_jax.exchange import open_weights
+    from ldm_jax.interop.model import without_tokenizer
     from ldm_jax.interop.native import with_latent_scale, write_native
-    from ldm_jax.interop.read import without_tokenizer
 
     opened = open_weights(
         given.path, config_file=given.config, tokenizer=given.tokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from ldm_jax.config import Config
+from ldm_jax.interop.model import Model, Shapes
 from ldm_jax.interop.names import flatten, unflatten
-from ldm_jax.interop.read import Model, Shapes
 from ldm_jax.interop.weights import (
     Tensors,
     match_keys,

@@ -11,6 +11,13 @@ import numpy as np
 from ldm_jax.config import Config, to_json
 from ldm_jax.data.tokenizer import tokenizer_files
 from ldm_jax.interop import compvis, diffusers
+from ldm_jax.interop.model import (
+    CONFIG_METADATA,
+    OWN_CONFIG,
+    SCALE_METADATA,
+    Model,
+    without_tokenizer,
+)
 from ldm_jax.interop.model_configs import (
     write_autoencoder,
     write_clip,
@@ -18,13 +25,6 @@ from ldm_jax.interop.model_configs import (
     write_unet,
 )
 from ldm_jax.interop.names import flatten, write_tree
-from ldm_jax.interop.read import (
-    CONFIG_METADATA,
-    OWN_CONFIG,
-    SCALE_METADATA,
-    Model,
-    without_tokenizer,
-)
 from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.types import InputError, PyTree
 

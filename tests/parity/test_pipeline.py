@@ -13,8 +13,8 @@ from ldm_jax.config import Config
 from ldm_jax.diffusion.samplers import make_levels
 from ldm_jax.gallery import condition_inputs
 from ldm_jax.generate import make_sample_fn
+from ldm_jax.interop.model import Model
 from ldm_jax.interop.names import key_shapes, read_tree
-from ldm_jax.interop.read import Model
 from ldm_jax.interop.weights import Tensors
 from ldm_jax.interop.write import write_folder
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal

@@ -1,0 +1,142 @@
+"""A model read from a file in CompVis naming, or not at all."""
+
+import re
+
+import numpy as np
+
+from ldm_jax.config import Config
+from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.interop import compvis
+from ldm_jax.interop.model import UNUSED_CONDITIONER, Model, Shapes
+from ldm_jax.interop.names import key_shapes, read_tree
+from ldm_jax.interop.weights import Entry, Tensors
+from ldm_jax.types import InputError, PyTree
+
+ABAR_TOLERANCE = 1e-4
+SCHEDULE_BUFFERS = re.compile(
+    r"(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|"
+    r"sqrt_recip(m1)?_alphas_cumprod|posterior_\w+|lvlb_weights|logvar|global_step)"
+)
+"""Top-level tensors of a CompVis checkpoint that follow from its config."""
+
+
+def read_compvis(
+    tensors: Tensors, config: Config, shapes: Shapes, *, what: str
+) -> Model:
+    """Read every parameter of a checkpoint in CompVis naming.
+
+    The average of the UNet is taken where the file has one, as the original samples.
+
+    Args:
+      tensors: Of the file: a whole model, or a first stage alone.
+      config: Ours; a wrong one is noticed by keys, shapes and noise levels.
+      shapes: Of the networks that the config builds.
+      what: What to call it in an error.
+
+    Returns:
+      The model.
+
+    Raises:
+      InputError: If a tensor is missing, unexpected, or of another shape, or the noise
+        levels are others.
+    """
+    if "encoder.conv_in.weight" in tensors:
+        tree = _compvis_autoencoder(tensors, config, shapes.autoencoder, what=what)
+        return Model(config, tree, None, {}, None)
+    _check_rest(tensors, what=what)
+    _check_levels(tensors, config, what=what)
+    unet_format = compvis.unet_format(config)
+    unet_tensors = tensors.under(compvis.UNET_PREFIX)
+    if any(key.startswith(compvis.EMA_PREFIX) for key in tensors):
+        unet_tensors = _averages(tensors, list(key_shapes(shapes.unet, unet_format)))
+    scale: float | None = None
+    if "scale_factor" in tensors:
+        scale = float(tensors["scale_factor"])
+    return Model(
+        config,
+        _compvis_autoencoder(
+            tensors.under(compvis.AUTOENCODER_PREFIX),
+            config,
+            shapes.autoencoder,
+            what=f"{what}: first stage",
+        ),
+        read_tree(shapes.unet, unet_format, unet_tensors, what=f"{what}: UNet"),
+        _compvis_conditioner(tensors, config, shapes.conditioner, what=what),
+        scale,
+    )
+
+
+def _compvis_autoencoder(
+    tensors: Tensors, config: Config, shapes: PyTree, *, what: str
+) -> PyTree:
+    kept = {k: e for k, e in tensors.entries.items() if not k.startswith("loss.")}
+    format_ = compvis.autoencoder_format(config)
+    return read_tree(shapes, format_, Tensors(kept), what=what)
+
+
+def _compvis_conditioner(
+    tensors: Tensors, config: Config, shapes: PyTree, *, what: str
+) -> PyTree:
+    tensors = tensors.under(compvis.CONDITIONER_PREFIX)
+    pooled = config.diffusion.condition.clip.output == "pooled"
+    kept = {
+        key: entry
+        for key, entry in tensors.entries.items()
+        if not UNUSED_CONDITIONER.fullmatch(key)
+        and (pooled or key != "model.text_projection")
+    }
+    found = Tensors(kept)
+    if any("in_proj_" in key for key in found):
+        found = Tensors.from_arrays(compvis.split_in_proj(found))
+    format_ = compvis.conditioner_format(config)
+    return read_tree(shapes, format_, found, what=f"{what}: conditioner")
+
+
+def _averages(tensors: Tensors, keys: list[str]) -> Tensors:
+    """Rename the averages of a UNet to its parameters; a missing one is noticed."""
+    entries: dict[str, Entry] = {}
+    for key in keys:
+        name = compvis.EMA_PREFIX + compvis.ema_key(key)
+        if name in tensors:
+            entries[key] = tensors.entries[name]
+    return Tensors(entries)
+
+
+def _check_rest(tensors: Tensors, *, what: str) -> None:
+    prefixes = (
+        compvis.UNET_PREFIX,
+        compvis.AUTOENCODER_PREFIX,
+        compvis.CONDITIONER_PREFIX,
+        compvis.EMA_PREFIX,
+    )
+    strange = [
+        key
+        for key in tensors
+        if not key.startswith(prefixes)
+        and not SCHEDULE_BUFFERS.fullmatch(key)
+        and key != "scale_factor"
+    ]
+    if strange:
+        raise InputError(
+            f"{what}: {len(strange)} keys are none of a latent diffusion checkpoint: "
+            f"{', '.join(strange[:10])}; try the folder or file of another format"
+        )
+
+
+def _check_levels(tensors: Tensors, config: Config, *, what: str) -> None:
+    if "alphas_cumprod" not in tensors:
+        return
+    settings = config.diffusion
+    schedule = make_schedule(
+        settings.schedule,
+        num_timesteps=settings.num_timesteps,
+        beta_start=settings.beta_start,
+        beta_end=settings.beta_end,
+    )
+    theirs = tensors["alphas_cumprod"]
+    ours = schedule.abar
+    if theirs.shape != ours.shape or np.abs(theirs - ours).max() > ABAR_TOLERANCE:
+        raise InputError(
+            f"{what}: its noise levels (alphas_cumprod, last {theirs[-1]:.5g}) are "
+            f"not the config's (last {ours[-1]:.5g}); try another --config"
+        )
