@@ -82,6 +82,8 @@ def open_weights(
     if path.is_dir() and (path / WEIGHTS_FILE).exists():
         config = with_tokenizer(read_config(path), tokenizer)
         return _opened(config, functools.partial(read_native, path))
+    if (path / CONFIG_FILE).exists() and (path / "autoencoder").is_dir():
+        raise InputError(f"--weights: {path} is a run; try --workdir {path}")
     if path.is_dir():
         folder = open_any_folder(path)
         config = with_tokenizer(folder_config(folder), tokenizer)

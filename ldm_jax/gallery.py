@@ -66,6 +66,11 @@ def write_gallery(request: SampleRequest) -> list[Path]:
     """
     run = open_run(request)
     conditions = describe_conditions(run.config, request)
+    if request.num_steps > run.config.diffusion.num_timesteps:
+        raise InputError(
+            f"--steps: got {request.num_steps}, wanted 1 to "
+            f"{run.config.diffusion.num_timesteps}, the model's noise levels"
+        )
     request.out.mkdir(parents=True, exist_ok=True)
     rows = range(len(conditions))
     items = [Item(row, seed) for row in rows for seed in request.seeds]

@@ -226,7 +226,8 @@ def run_model(workdir: Path) -> Model:
     run = load_run(workdir)
     params = run.params
     scale = float(params.latent_scale)
-    return Model(config, params.autoencoder, params.unet, params.conditioner, scale)
+    parts = (params.autoencoder, params.unet, params.conditioner)
+    return Model(run.config, *parts, scale)
 
 
 def run_digest(digest_by_stage: dict[str, str]) -> str:

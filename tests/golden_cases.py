@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,11 @@ NUM_PROJECTIONS = 4
 CONTEXT_LENGTH = 5
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 BATCH = 2
+
+INSIDE_A_BRANCH = re.compile(
+    r"\.(qkv|(to_)?[qkv](_proj)?|net\.0\.(proj|0)|c_fc|fc1)\.|in_proj_"
+)
+"""Layers that read a norm and are read by another layer."""
 
 INIT = {
     "unet": init_unet,
@@ -109,17 +115,18 @@ def draw_tensors(table: Table, seed: int, gain: float) -> dict[str, np.ndarray]:
     Args:
       table: Names and shapes.
       seed: Of the draw.
-      gain: Of every matrix and convolution. Under a small one the norms see so little
-        variance that their epsilon shows.
+      gain: Of all that is added to what a norm reads. Where it is small the norms see
+        so little variance that a wrong epsilon shows; where it is 1 none does.
 
     Returns:
       Tensors by name.
     """
     tensors = random_tensors(table, seed)
-    return {
-        key: np.float32(gain) * tensor if tensor.ndim > 1 else tensor
-        for key, tensor in tensors.items()
-    }
+    for key, tensor in tensors.items():
+        scales_norm = tensor.ndim == 1 and not key.endswith("bias")
+        if not scales_norm and not INSIDE_A_BRANCH.search(key):
+            tensors[key] = np.float32(gain) * tensor
+    return tensors
 
 
 def make_inputs(config: Config, kind: str, seed: int) -> Inputs:

@@ -179,4 +179,4 @@ def test_a_first_stage_is_taken_from_elsewhere(tmp_path):
     assert final["seconds_by_stage"]["autoencoder"] == 0
     assert not (tmp_path / "run" / "autoencoder").exists()
     wider = [*args[:3], tmp_path / "other", *taken, "--autoencoder.channels", 16]
-    assert "encoder" in error_line(run("train.py", *wider))
+    assert "of another shape" in error_line(run("train.py", *wider))

@@ -328,3 +328,140 @@ def test_a_model_that_diffusers_cannot_hold_says_which_field(tmp_path):
     )
     with pytest.raises(InputError, match=r"num_heads.*compvis"):
         write_folder(model_of(config), tmp_path)
+
+
+def test_inpainting_files_hold_their_first_stage_twice():
+    model, tensors = compvis_arrays("masked_image")
+    twice = {
+        key.replace("first_stage_model.", "cond_stage_model."): value
+        for key, value in tensors.items()
+        if key.startswith("first_stage_model.")
+    }
+    assert same(trees(read_arrays(model, tensors | twice)), trees(model))
+
+
+# What the published folders of Stable Diffusion say of their networks.
+SD_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+}
+SD2_UNET = {
+    **SD_UNET,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+SD_VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SD2_CLIP = {
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+    "vocab_size": 49408,
+}
+SD2_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+
+@pytest.mark.parametrize("recipe", ["sd15", "sd21_v"])
+def test_the_published_folders_of_stable_diffusion_are_our_recipes(recipe):
+    from ldm_jax.cli import load_config_file
+    from ldm_jax.interop.assemble import assemble_config
+    from ldm_jax.interop.model_configs import (
+        read_autoencoder,
+        read_clip,
+        read_scheduler,
+        read_unet,
+    )
+
+    two = recipe == "sd21_v"
+    unet = SD2_UNET if two else SD_UNET
+    clip = (
+        SD2_CLIP
+        if two
+        else {
+            **SD2_CLIP,
+            "hidden_act": "quick_gelu",
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "num_hidden_layers": 12,
+        }
+    )
+    scheduler = dict(SD2_SCHEDULER)
+    if not two:
+        scheduler |= {"_class_name": "PNDMScheduler", "prediction_type": None}
+    found = assemble_config(
+        autoencoder=read_autoencoder("AutoencoderKL", SD_VAE),
+        unet=read_unet("UNet2DConditionModel", unet),
+        clip=read_clip("CLIPTextModel", clip),
+        scheduler=read_scheduler(scheduler["_class_name"], scheduler),
+    )
+    ours = load_config_file(f"configs/ldm/{recipe}.py")
+    assert found.latent_shape == ours.latent_shape
+    assert found.autoencoder.latent_scale == ours.autoencoder.latent_scale
+    assert found.diffusion.prediction == ours.diffusion.prediction
+    assert found.diffusion.beta_end == ours.diffusion.beta_end
+    from ldm_jax.build import build_unet
+
+    # Heads are told as a number there and as a width here where levels differ.
+    assert build_unet(found) == build_unet(ours).clone(
+        num_heads=found.diffusion.num_heads, remat=False
+    )
+    assert found.diffusion.linear_projection == ours.diffusion.linear_projection
+    a, b = found.diffusion.condition.clip, ours.diffusion.condition.clip
+    # The folder of 2.1 leaves out the last layer, which nothing reads.
+    assert (a.width, a.depth) == (b.width, b.depth - two)
+    assert (a.activation, a.num_heads) == (b.activation, b.num_heads)

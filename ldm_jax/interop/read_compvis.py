@@ -77,6 +77,7 @@ def _compvis_autoencoder(
 def _compvis_conditioner(
     tensors: Tensors, config: Config, shapes: PyTree, *, what: str
 ) -> PyTree:
+    first_stage = tensors.under(compvis.AUTOENCODER_PREFIX)
     tensors = tensors.under(compvis.CONDITIONER_PREFIX)
     pooled = config.diffusion.condition.clip.output == "pooled"
     kept = {
@@ -84,6 +85,8 @@ def _compvis_conditioner(
         for key, entry in tensors.entries.items()
         if not UNUSED_CONDITIONER.fullmatch(key)
         and (pooled or key != "model.text_projection")
+        # Inpainting conditions on the first stage, which its file then holds twice.
+        and key not in first_stage
     }
     found = Tensors(kept)
     if any("in_proj_" in key for key in found):

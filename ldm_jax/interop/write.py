@@ -18,14 +18,14 @@ from ldm_jax.interop.model import (
     Model,
     without_tokenizer,
 )
-from ldm_jax.interop.model_configs import (
+from ldm_jax.interop.names import flatten, write_tree
+from ldm_jax.interop.weights import write_safetensors
+from ldm_jax.interop.write_configs import (
     write_autoencoder,
     write_clip,
     write_scheduler,
     write_unet,
 )
-from ldm_jax.interop.names import flatten, write_tree
-from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.types import InputError, PyTree
 
 DtypeName = Literal["float32", "float16", "bfloat16"]

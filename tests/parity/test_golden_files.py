@@ -152,14 +152,15 @@ WITH_GRADIENT = {
     "vq, no attention",
 }
 FAINT = {
-    "one level": 0.03,
-    "transformers of one wide head, 32 groups": 0.03,
-    "kl, 32 groups": 0.03,
-    "a text": 0.03,
-    "a text for Stable Diffusion 1": 0.03,
-    "a text for Stable Diffusion 2": 0.03,
-    "Stable Diffusion 1": 0.03,
-    "AutoencoderKL": 0.03,
+    "one level": 0.01,
+    "transformers of three blocks, not at the top": 0.01,
+    "kl, 32 groups": 0.01,
+    "a text": 0.01,
+    "a text for Stable Diffusion 1": 0.01,
+    "a text for Stable Diffusion 2": 0.01,
+    "Stable Diffusion 1": 0.01,
+    "resampling in blocks, a class": 0.01,
+    "AutoencoderKL": 0.01,
 }
 
 SMALL = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8}

@@ -176,3 +176,44 @@ def test_every_exported_unet_is_opened_by_diffusers(kind, tmp_path):
     params = jax.device_put(model.unet)
     ours = apply({"params": params}, jnp.asarray(x), jnp.asarray(t), cond)
     assert relative(ours, from_torch(theirs)) < 1e-4
+
+
+@pytest.mark.parametrize("shards", ["10GB", "100KB"])
+def test_what_diffusers_saves_is_read_whole_or_in_shards(shards, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    write_clip(tokenizer, "sd1")
+    model = diffusers_model(with_tokenizer(models.config_of("clip"), tokenizer))
+    folder, again = tmp_path / "folder", tmp_path / "again"
+    folder.mkdir()
+    write_folder(model, folder)
+    pipeline = load_pipeline("StableDiffusionPipeline", folder)
+    pipeline.save_pretrained(again, max_shard_size=shards)
+    indices = list(again.rglob("*.index.json"))
+    assert bool(indices) == (shards == "100KB")
+    found = exchange.open_weights(again).read()
+    assert models.same(found.unet, model.unet)
+    assert models.same(found.autoencoder, model.autoencoder)
+    assert models.same(found.conditioner, model.conditioner)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_torch_checkpoint_in_compvis_naming_is_read(zipped, tmp_path):
+    from tests.test_interop import compvis_arrays
+
+    model, arrays = compvis_arrays()
+    state = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
+    path, recipe = tmp_path / "model.ckpt", tmp_path / "recipe.py"
+    torch.save(
+        {"state_dict": state, "epoch": 3, "optimizer_states": [{"lr": 1e-4}]},
+        path,
+        _use_new_zipfile_serialization=zipped,
+    )
+    recipe.write_text(
+        "from tests.models import config_of\n"
+        "def get_config():\n    return config_of('label')\n"
+    )
+    found = exchange.open_weights(path, config_file=recipe).read()
+    assert models.same(found.unet, model.unet)
+    assert models.same(found.autoencoder, model.autoencoder)
+    assert found.latent_scale == model.config.autoencoder.latent_scale
