@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from ldm_jax import config as config_lib
 from ldm_jax.build import build_networks, init_conditioner
 from ldm_jax.config import CONFIG_FILE, Config
 from ldm_jax.exchange import import_conditioner, import_first_stage
-from ldm_jax.first_stage import autoencoder_stage
+from ldm_jax.first_stage import autoencoder_stage, load_perceptual
 from ldm_jax.generate import Networks
 from ldm_jax.rng import root_key
 from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
@@ -19,6 +20,35 @@ from ldm_jax.training.loop import CHECKPOINTS, Stage, stage_target
 from ldm_jax.types import InputError, PyTree
 
 SCALE_FILE = "latent_scale.json"
+
+
+class Taken(NamedTuple):
+    """What a run reads from elsewhere before it starts.
+
+    Attributes:
+      perceptual: Parameters of LPIPS, or None.
+      first_stage: An autoencoder's parameters and latent scale; None if it is trained.
+      conditioner: Parameters of a frozen conditioner, or {}.
+    """
+
+    perceptual: PyTree
+    first_stage: tuple[PyTree, Float[Array, ""]] | None
+    conditioner: PyTree
+
+
+def take_from_elsewhere(config: Config, networks: Networks) -> Taken:
+    """Read all that a run needs and does not train.
+
+    Raises:
+      InputError: If something is not given, not readable, or does not fit.
+    """
+    trains_first = config.first_stage is None
+    has_second = "diffusion" in config.stages
+    return Taken(
+        load_perceptual(config) if trains_first else None,
+        None if trains_first else take_first_stage(config),
+        frozen_conditioner(config, networks) if has_second else {},
+    )
 
 
 def load_stage(stage: Stage, workdir: Path, config: Config) -> Checkpoint:

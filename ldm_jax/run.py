@@ -18,7 +18,10 @@ from ldm_jax.build import build_networks, open_iterator, shape_of
 from ldm_jax.config import CONFIG_FILE, Config
 from ldm_jax.describe import check_batches
 from ldm_jax.exchange import open_weights, to_sample_params
-from ldm_jax.first_stage import autoencoder_stage, measure_latent_scale
+from ldm_jax.first_stage import (
+    autoencoder_stage,
+    measure_latent_scale,
+)
 from ldm_jax.generate import Networks, SampleParams
 from ldm_jax.interop.model import Model
 from ldm_jax.interop.native import WEIGHTS_FILE
@@ -28,6 +31,7 @@ from ldm_jax.pretrained import (
     load_first_stage,
     load_stage,
     take_first_stage,
+    take_from_elsewhere,
 )
 from ldm_jax.rng import root_key
 from ldm_jax.second_stage import diffusion_stage, sample_params
@@ -80,23 +84,28 @@ def train(config: Config, workdir: Path) -> Outcome:
     """
     layout = PmapLayout()
     check_batches(config, layout)
+    final_path = workdir / FINAL_FILE
+    networks = build_networks(config)
+    # Before the folder is taken: what is missing must not leave a run behind.
+    taken = None if final_path.exists() else take_from_elsewhere(config, networks)
     with open_workdir(config, workdir):
-        final_path = workdir / FINAL_FILE
-        if final_path.exists():
+        if taken is None:
             return Outcome(json.loads(final_path.read_text()), trained=False)
-        networks = build_networks(config)
         run = functools.partial(_run, config=config, workdir=workdir, layout=layout)
         done: dict[str, StageOutcome] = {}
-        if config.first_stage is None:
-            finished = run(autoencoder_stage(config, networks, workdir))
+        if taken.first_stage is None:
+            stage = autoencoder_stage(
+                config, networks, workdir, perceptual=taken.perceptual
+            )
+            finished = run(stage)
             done["autoencoder"] = StageOutcome(finished.digest, finished.seconds)
             params = finished.state.ema
             scale = _latent_scale(config, networks, params, layout, workdir)
         else:
-            params, scale = take_first_stage(config)
+            params, scale = taken.first_stage
             done["autoencoder"] = StageOutcome(tree_digest(params), 0.0)
         if "diffusion" in config.stages:
-            frozen = Frozen(params, scale, frozen_conditioner(config, networks))
+            frozen = Frozen(params, scale, taken.conditioner)
             finished = run(diffusion_stage(config, networks, frozen, workdir))
             done["diffusion"] = StageOutcome(finished.digest, finished.seconds)
         final = {

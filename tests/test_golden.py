@@ -71,8 +71,9 @@ def test_outputs_and_gradients_are_the_originals(family, case):
     )
     assert ours.keys() == case["outputs"].keys()
     for name, theirs in case["outputs"].items():
-        # Sums in another order; the differences are a few 1e-6.
-        assert summary_error(summary(ours[name]), theirs) < 1e-4
+        # Sums in another order make 1e-5 at most; the least of what must show, the
+        # epsilon of a transformer's layer norms, 6e-5, and a tanh in its GELU 9e-5.
+        assert summary_error(summary(ours[name]), theirs) < 3e-5
 
 
 def formats(config: Config, kind: str) -> list[Format]:
