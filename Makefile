@@ -37,7 +37,7 @@ quality: setup
 	$(RUN) benchmarks/digits_quality.py --workdir runs/digits --check
 
 adversary: setup
-	$(RUN) benchmarks/adversarial_switch.py --workdir runs/adversary --check
+	$(RUN) benchmarks/adversarial_switch.py --seeds 0 --check
 
 test: setup
 	$(RUN) -m pytest --ignore=tests/parity

@@ -61,6 +61,15 @@ Table = dict[str, tuple[int, ...]]
 Inputs = dict[str, np.ndarray]
 
 
+def formats(config: Config, kind: str) -> list[Format]:
+    """List every naming of a network's parameters."""
+    found = [make(config) for (_, named), make in FORMATS.items() if named == kind]
+    if kind == "conditioner" and config.diffusion.condition.context == "clip":
+        clip = diffusers.clip_format()
+        found.append(lambda path: clip(path[1:]))
+    return found
+
+
 class Digest(NamedTuple):
     """A table of names and shapes, shortened.
 

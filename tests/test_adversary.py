@@ -21,8 +21,15 @@ from ldm_jax.training.adversary import (
     play,
     vanilla_loss,
 )
+from ldm_jax.training.checkpoint import CheckpointStore
+from ldm_jax.training.loop import checkpoint_tree, stage_target
 from ldm_jax.training.parallel import PmapLayout
-from ldm_jax.training.state import apply_gradients, init_state, make_optimizer
+from ldm_jax.training.state import (
+    AdversarialState,
+    apply_gradients,
+    init_state,
+    make_optimizer,
+)
 from ldm_jax.types import InputError
 from tests.tiny import get_config
 
@@ -340,3 +347,26 @@ def test_an_adversary_that_needs_larger_images_is_refused():
     first = dataclasses.replace(config.autoencoder, adversary=adversary)
     with pytest.raises(InputError, match=r"num_layers: got 3, wanted at most 1.*8x8"):
         build(dataclasses.replace(config, autoencoder=first))
+
+
+def test_the_state_of_both_players_survives_a_checkpoint(tmp_path):
+    stage, key = build(make_config()), root_key(0)
+    state = stage.init()
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, checkpoint_tree(state, key, {}), {})
+    found = store.restore(stage_target(stage, key)).tree["state"]
+    store.close()
+    assert isinstance(found, AdversarialState)
+    assert leaves_equal(found, state)
+
+
+@pytest.mark.parametrize("regularizer", ["kl", "vq"])
+def test_bfloat16_keeps_parameters_and_numbers_in_float32(regularizer):
+    stage = build(make_config(regularizer, dtype="bfloat16"))
+    step = functools.partial(stage.step, axis_name=None)
+    state = jax.eval_shape(stage.init)
+    after, metrics = jax.eval_shape(step, state, None, batches(1)[0], root_key(0))
+    assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(
+        lambda leaf: leaf.dtype, state
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(metrics)} == {jnp.dtype("float32")}

@@ -8,6 +8,7 @@ import pytest
 
 from ldm_jax.build import build_networks, init_autoencoder
 from ldm_jax.config import AutoencoderConfig, Config, DataConfig, DiffusionConfig
+from ldm_jax.first_stage import measure_latent_scale
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.nn.bottleneck import (
     Codebook,
@@ -18,6 +19,7 @@ from ldm_jax.nn.bottleneck import (
     nearest,
     perplexity,
 )
+from ldm_jax.training.parallel import PmapLayout
 from tests.tiny import get_config
 
 BASE = {"channel_multipliers": (1, 2, 4), "latent_channels": 3}
@@ -231,3 +233,10 @@ def test_usage_is_a_distribution_and_perplexity_its_effective_size():
     assert usage.tolist() == [0.25, 0.25, 0.0, 0.25, 0.25, 0.0]
     assert perplexity(usage) == pytest.approx(4.0)
     assert perplexity(jnp.asarray([0.0, 1.0])) == 1.0
+
+
+def test_a_latent_scale_that_is_given_is_not_measured():
+    config, networks = make_networks(latent_scale=0.18215)
+    scale = measure_latent_scale(config, networks, {}, PmapLayout(jax.devices()[:1]))
+    assert scale == pytest.approx(0.18215)
+    assert scale.dtype == jnp.float32

@@ -15,14 +15,14 @@ import pytest
 
 from ldm_jax.cli import load_config_file
 from ldm_jax.config import Config
-from ldm_jax.interop import diffusers
 from ldm_jax.interop.compvis import ema_key
-from ldm_jax.interop.names import Format, homes, key_shapes
+from ldm_jax.interop.names import homes, key_shapes
 from tests.commands import ROOT
 from tests.golden_cases import (
     FORMATS,
     Table,
     digest,
+    formats,
     read_golden,
     stored_table,
     tree_shapes,
@@ -53,7 +53,7 @@ def load(name: str) -> Config:
 
 
 def kinds(name: str) -> list[str]:
-    """Name the networks that are a recipe's own; first stages are recipes themselves."""
+    """Name a recipe's own networks; its first stage has a recipe of its own."""
     if RECIPES[name].parent.name == "ldm":
         return ["unet", "conditioner"]
     return ["autoencoder"] if name in TABLES else ["autoencoder", "unet"]
@@ -64,14 +64,6 @@ def table(name: str, kind: str) -> Table:
     return stored_table(config, kind, FORMATS["compvis", kind](config))
 
 
-def formats(config: Config, kind: str) -> list[Format]:
-    found = [FORMATS[key](config) for key in FORMATS if key[1] == kind]
-    if kind == "conditioner" and config.diffusion.condition.context == "clip":
-        clip = diffusers.clip_format()
-        found.append(lambda path: clip(path[1:]))
-    return found
-
-
 @every_recipe
 def test_every_number_has_one_place_in_every_format(name):
     config = load(name)
@@ -80,7 +72,9 @@ def test_every_number_has_one_place_in_every_format(name):
         numbers = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         for format_ in formats(config, kind):
             stored = key_shapes(shapes, format_)
-            keys = [key for home in homes(shapes, format_).values() for key in home.keys]
+            keys = [
+                key for home in homes(shapes, format_).values() for key in home.keys
+            ]
             assert len(keys) == len(set(keys))
             assert set(keys) == set(stored)
             assert sum(map(math.prod, stored.values())) == numbers

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import Config
-from ldm_jax.interop import compvis, diffusers
-from ldm_jax.interop.names import Format, read_tree, write_tree
+from ldm_jax.interop import compvis
+from ldm_jax.interop.names import read_tree, write_tree
 from ldm_jax.interop.weights import Tensors
 from ldm_jax.types import PyTree
 from tests.golden_cases import (
     FORMATS,
     digest,
     draw_tensors,
+    formats,
     make_config,
     make_inputs,
     read_golden,
@@ -37,7 +38,9 @@ CASES = [
     for case in read_golden(f"{family}.json")
 ]
 every_case = pytest.mark.parametrize(
-    ("family", "case"), CASES, ids=[f"{family}: {case['name']}" for family, case in CASES]
+    ("family", "case"),
+    CASES,
+    ids=[f"{family}: {case['name']}" for family, case in CASES],
 )
 
 
@@ -74,14 +77,6 @@ def test_outputs_and_gradients_are_the_originals(family, case):
         # Sums in another order make 1e-5 at most; the least of what must show, the
         # epsilon of a transformer's layer norms, 6e-5, and a tanh in its GELU 9e-5.
         assert summary_error(summary(ours[name]), theirs) < 3e-5
-
-
-def formats(config: Config, kind: str) -> list[Format]:
-    found = [FORMATS[key](config) for key in FORMATS if key[1] == kind]
-    if kind == "conditioner" and config.diffusion.condition.context == "clip":
-        clip = diffusers.clip_format()
-        found.append(lambda path: clip(path[1:]))
-    return found
 
 
 def draw(shapes: PyTree, seed: int) -> PyTree:

@@ -140,9 +140,7 @@ COMPVIS = {
     ),
     "a text for Stable Diffusion 1": (
         "conditioner",
-        conditioner(
-            context="clip", clip={**TEXT, "mlp_width": 48, "eos_token_id": 29}
-        ),
+        conditioner(context="clip", clip={**TEXT, "mlp_width": 48, "eos_token_id": 29}),
     ),
     "a map": ("conditioner", conditioner(concat="segmentation", num_segments=9)),
 }
