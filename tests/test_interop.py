@@ -10,6 +10,7 @@ from ldm_jax import exchange
 from ldm_jax.config import to_json
 from ldm_jax.interop import compvis
 from ldm_jax.interop.model import Model
+from ldm_jax.interop.names import write_tree
 from ldm_jax.interop.native import WEIGHTS_FILE, write_native
 from ldm_jax.interop.weights import Tensors, open_tensors, write_safetensors
 from ldm_jax.interop.write import write_compvis, write_folder
@@ -144,9 +145,8 @@ def compvis_arrays(kind="label"):
     for prefix, tree, module in (
         (compvis.UNET_PREFIX, model.unet, compvis.unet_format),
         (compvis.AUTOENCODER_PREFIX, model.autoencoder, compvis.autoencoder_format),
+        (compvis.CONDITIONER_PREFIX, model.conditioner, compvis.conditioner_format),
     ):
-        from ldm_jax.interop.names import write_tree
-
         written = write_tree(tree, module(model.config))
         tensors |= {prefix + key: value for key, value in written.items()}
     return model, tensors
@@ -338,6 +338,21 @@ def test_inpainting_files_hold_their_first_stage_twice():
         if key.startswith("first_stage_model.")
     }
     assert same(trees(read_arrays(model, tensors | twice)), trees(model))
+
+
+def test_counters_of_an_average_without_one_are_passed_over():
+    model, tensors = compvis_arrays()
+    counters = {"model_ema.decay": np.ones(()), "model_ema.num_updates": np.ones(())}
+    assert same(trees(read_arrays(model, tensors | counters)), trees(model))
+
+
+def test_a_class_model_without_a_null_class_gets_one_of_zeros():
+    model, tensors = compvis_arrays("class")
+    table = np.asarray(model.conditioner["encoder"]["table"]["embedding"])
+    few = {"cond_stage_model.embedding.weight": table[:10]}
+    found = read_arrays(model, tensors | few).conditioner["encoder"]["table"]
+    assert np.array_equal(found["embedding"][:10], table[:10])
+    assert not found["embedding"][10].any()
 
 
 # What the published folders of Stable Diffusion say of their networks.

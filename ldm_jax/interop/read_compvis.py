@@ -47,7 +47,8 @@ def read_compvis(
     _check_levels(tensors, config, what=what)
     unet_format = compvis.unet_format(config)
     unet_tensors = tensors.under(compvis.UNET_PREFIX)
-    if any(key.startswith(compvis.EMA_PREFIX) for key in tensors):
+    # Some files keep only the counters of the average.
+    if any(key.startswith(f"{compvis.EMA_PREFIX}diffusion_model") for key in tensors):
         unet_tensors = _averages(tensors, list(key_shapes(shapes.unet, unet_format)))
     scale: float | None = None
     if "scale_factor" in tensors:
@@ -88,11 +89,22 @@ def _compvis_conditioner(
         # Inpainting conditions on the first stage, which its file then holds twice.
         and key not in first_stage
     }
-    found = Tensors(kept)
+    found = _with_null_class(Tensors(kept), config)
     if any("in_proj_" in key for key in found):
         found = Tensors.from_arrays(compvis.split_in_proj(found))
     format_ = compvis.conditioner_format(config)
     return read_tree(shapes, format_, found, what=f"{what}: conditioner")
+
+
+def _with_null_class(tensors: Tensors, config: Config) -> Tensors:
+    """Append a null class of zeros where a class model was trained without one."""
+    key, num_classes = "embedding.weight", config.data.num_classes
+    is_class = config.diffusion.condition.context == "class"
+    if not is_class or key not in tensors or len(tensors.shape(key)) != 2:
+        return tensors
+    if tensors.shape(key)[0] != num_classes:
+        return tensors
+    return Tensors.from_arrays({key: np.pad(tensors[key], ((0, 1), (0, 0)))})
 
 
 def _averages(tensors: Tensors, keys: list[str]) -> Tensors:

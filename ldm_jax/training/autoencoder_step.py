@@ -105,6 +105,9 @@ def autoencoder_step(
     Returns:
       The next state, and the numbers of this step.
 
+    Raises:
+      ValueError: If the state holds no adversary but there is one.
+
     Source:
       Rombach et al., arXiv:2112.10752, sec. 3.1 and eq. 25.
     """
@@ -127,7 +130,9 @@ def autoencoder_step(
     penalty_weight = objective.kl_weight if is_kl else objective.codebook_weight
     loss = loss + penalty_weight * penalty
     told = {}
-    if adversary is not None and isinstance(state, AdversarialState):
+    if adversary is not None:
+        if not isinstance(state, AdversarialState):
+            raise ValueError("adversary: given, but the state holds none")
         contest = contend(
             adversary,
             state.critic,

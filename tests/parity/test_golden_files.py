@@ -145,8 +145,7 @@ COMPVIS = {
     "a map": ("conditioner", conditioner(concat="segmentation", num_segments=9)),
 }
 WITH_GRADIENT = {
-    "resampling in blocks, scale and shift",
-    "transformers of one wide head, 32 groups",
+    "heads by number, not at the top",
     "vq, no attention",
 }
 FAINT = {
