@@ -3,7 +3,11 @@ r"""Handwritten digits, 32x32 grey, with a discriminator in the second half of s
     python train.py --config configs/digits_adversarial.py \
         --workdir runs/digits_adversarial
 
-Stage 2 is that of `digits.py`. The figures stand below.
+Stage 2 is that of `digits.py`. Measured on two CPU cores that others used too: 151 s
+for stage 1, 298 s for stage 2. `benchmarks/adversarial_switch.py` measures the held-out
+digits at step 250, just before the adversary is heard, and at the end: 36.8 and 39.7 dB
+with seed 0, 36.5 and 39.7 with seed 1, 36.0 and 38.9 with seed 2, never below the first
+in between.
 """
 
 from ldm_jax.config import (

@@ -1,8 +1,12 @@
 """Handwritten digits, 32x32 grey, with a codebook in place of the Gaussian.
 
-python train.py --config configs/digits_vq.py --workdir runs/digits_vq
+    python train.py --config configs/digits_vq.py --workdir runs/digits_vq
 
-Stage 2 is that of `digits.py`.
+Stage 2 is that of `digits.py`. Measured on two CPU cores that others used too: 86 s for
+stage 1, 267 s for stage 2. The held-out digits come back at 35.8 dB, and the latents of
+a batch, 1024 of them, fall on 87 codes, effectively, of 256 (`perplexity`); with seeds
+1 and 2 at 38.2 and 35.5 dB, on 109 and 96. `benchmarks/digits_quality.py` reads 99.7 %
+of the guided samples right and 90.3 % of the unguided.
 """
 
 from ldm_jax.config import (

@@ -1,11 +1,13 @@
 """From a config to everything it names; the only file that chooses by name."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldm_jax.config import ConditionConfig, Config
 from ldm_jax.data.pipeline import (
@@ -144,7 +146,14 @@ def open_tokenizer(condition: ConditionConfig) -> Tokenizer:
             "tokenizer's files to read words; try --tokenizer FOLDER"
         )
     load = load_clip_tokenizer if condition.context == "clip" else load_bert_tokenizer
-    return load(Path(condition.tokenizer), length=condition.num_tokens)
+    tokenizer = load(Path(condition.tokenizer), length=condition.num_tokens)
+    if tokenizer.vocab_size > condition.vocab_size:
+        raise InputError(
+            f"diffusion.condition.tokenizer: {condition.tokenizer} has "
+            f"{tokenizer.vocab_size} tokens, wanted at most the model's "
+            f"{condition.vocab_size}; try the tokenizer it was trained with"
+        )
+    return tokenizer
 
 
 def build_autoencoder(config: Config) -> Autoencoder:
@@ -244,7 +253,47 @@ def open_split(config: Config, split: Split) -> Source:
             raise InputError(
                 f"data.{name}: got {getattr(data, name)}, but {data.source} has {value}"
             )
+    check_example(config, source.examples[0])
     return source
+
+
+def check_example(config: Config, example: Mapping[str, Any]) -> None:
+    """Check that examples have what the model is conditioned on.
+
+    Raises:
+      InputError: If something is missing, or of another shape or range.
+    """
+    if "diffusion" not in config.stages:
+        return
+    condition = config.diffusion.condition
+    wanted: dict[str, tuple[int, ...] | None] = {}
+    if condition.uses_classes:
+        wanted["label"] = ()
+    if condition.uses_tokens:
+        wanted["tokens"] = (condition.num_tokens,)
+    if condition.context == "embedding":
+        wanted["embedding"] = (condition.embedding_length, condition.embedding_width)
+    if condition.concat == "segmentation":
+        wanted["segmentation"] = None
+    for name, shape in wanted.items():
+        if name not in example:
+            raise InputError(
+                f"data.source: {config.data.source} has no {name!r} but "
+                f"{', '.join(example)}; the model is conditioned on it"
+            )
+        got = np.shape(example[name])
+        if shape is not None and got != shape:
+            raise InputError(
+                f"data.source: {name!r} of {config.data.source} has the shape {got}, "
+                f"wanted {shape}"
+            )
+    limits = {"tokens": condition.vocab_size, "segmentation": condition.num_segments}
+    for name in wanted.keys() & limits.keys():
+        if np.max(example[name]) >= limits[name] or np.min(example[name]) < 0:
+            raise InputError(
+                f"data.source: {name!r} of {config.data.source} holds "
+                f"{np.max(example[name])}, wanted 0 to {limits[name] - 1}"
+            )
 
 
 def open_iterator(

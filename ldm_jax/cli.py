@@ -181,6 +181,10 @@ def parse_sample(args: list[str]) -> SampleRequest:
         )
     if given.workdir is not None:
         _check_against(read_config(given.workdir), given)
+        if given.config is not None:
+            raise InputError(
+                "--config: got it beside --workdir, wanted none: a run has its own"
+            )
     if given.steps < 1:
         raise InputError(f"--steps: got {given.steps}, wanted at least 1")
     if given.sampler == "ddpm" and given.eta is not None:

@@ -69,7 +69,8 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
         scale = shape_of((), jnp.float32)
         frozen = Frozen(first, scale, {} if trained else conditioner)
         stages.append(diffusion_stage(config, networks, frozen, nowhere))
-        report["parameters"]["conditioner"] = _count(conditioner)
+        if jax.tree.leaves(conditioner):
+            report["parameters"]["conditioner"] = _count(conditioner)
     for stage in stages:
         state = jax.eval_shape(stage.init)
         if stage.name == "diffusion":

@@ -1,5 +1,6 @@
 """Models in and out: from weights of any format to our networks, and back."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from ldm_jax.build import (
     init_unet,
 )
 from ldm_jax.cli import load_config_file
-from ldm_jax.config import CONFIG_FILE, Config, read_config
+from ldm_jax.config import CONFIG_FILE, ClipConfig, Config, read_config
 from ldm_jax.generate import Networks, SampleParams
-from ldm_jax.interop.folders import Folder, component_tensors
+from ldm_jax.interop.assemble import assemble_config
+from ldm_jax.interop.compvis import AUTOENCODER_PREFIX
+from ldm_jax.interop.folders import Component, Folder, component_tensors
 from ldm_jax.interop.model import (
     Model,
     Shapes,
@@ -26,8 +29,10 @@ from ldm_jax.interop.model import (
     file_scale,
     with_tokenizer,
 )
+from ldm_jax.interop.model_configs import read_autoencoder, read_clip
 from ldm_jax.interop.native import WEIGHTS_FILE, read_native
-from ldm_jax.interop.read_compvis import read_compvis
+from ldm_jax.interop.paths import read_json
+from ldm_jax.interop.read_compvis import is_first_stage, read_compvis
 from ldm_jax.interop.read_folder import (
     AUTOENCODERS,
     TEXT_ENCODERS,
@@ -82,7 +87,7 @@ def open_weights(
     if path.is_dir() and (path / WEIGHTS_FILE).exists():
         config = with_tokenizer(read_config(path), tokenizer)
         return _opened(config, functools.partial(read_native, path))
-    if (path / CONFIG_FILE).exists() and (path / "autoencoder").is_dir():
+    if is_run(path):
         raise InputError(f"--weights: {path} is a run; try --workdir {path}")
     if path.is_dir():
         folder = open_any_folder(path)
@@ -99,10 +104,17 @@ def open_weights(
         )
     config = with_tokenizer(config, tokenizer)
 
+    if is_first_stage(tensors) and "diffusion" in config.stages:
+        raise InputError(
+            f"--weights: {path} holds an autoencoder alone, and its config has a UNet "
+            "too, wanted the stage autoencoder alone; try --config with a recipe of "
+            "configs/autoencoder, such as configs/autoencoder/kl_f8.py"
+        )
+
     def read(config: Config, shapes: Shapes) -> Model:
         model = read_compvis(tensors, config, shapes, what=str(path))
-        scale = model.latent_scale or file_scale(tensors)
-        return model._replace(latent_scale=scale or config.autoencoder.latent_scale)
+        scale = model.latent_scale or config.autoencoder.latent_scale
+        return model._replace(latent_scale=scale)
 
     return _opened(config, read)
 
@@ -161,18 +173,76 @@ def import_first_stage(path: Path, config: Config) -> tuple[PyTree, float | None
     shapes = jax.eval_shape(lambda: init_autoencoder(config, networks))
     if path.is_dir() and not (path / WEIGHTS_FILE).exists():
         component = one_of(open_any_folder(path), AUTOENCODERS)
+        settings = read_autoencoder(component.class_name, component.config)
+        _check_autoencoder(path, assemble_config(autoencoder=settings), config)
         tree = read_autoencoder_component(component, config, shapes)
         scale = component.config.get("scaling_factor")
         return tree, None if scale is None else float(scale)
     if path.is_dir():
+        _check_autoencoder(path, read_config(path), config)
         model = open_weights(path).read()
         return model.autoencoder, model.latent_scale
     tensors = open_tensors(path)
-    if "encoder.conv_in.weight" not in tensors:
-        tensors = tensors.under("first_stage_model.")
+    theirs, scale = file_config(tensors), file_scale(tensors)
+    if theirs is not None:
+        _check_autoencoder(path, theirs, config)
+    if not is_first_stage(tensors):
+        tensors = tensors.under(AUTOENCODER_PREFIX)
     empty = Shapes(shapes, {}, {})
     model = read_compvis(tensors, config, empty, what=str(path))
-    return model.autoencoder, model.latent_scale
+    return model.autoencoder, scale
+
+
+AUTOENCODER_FIELDS = (
+    "regularizer",
+    "channels",
+    "channel_multipliers",
+    "num_res_blocks",
+    "mid_attention",
+    "latent_channels",
+    "encoder_channels",
+    "num_groups",
+    "codebook_size",
+)
+
+
+def different_autoencoder(theirs: Config, ours: Config) -> list[str]:
+    """Compare two autoencoders by all that makes the network, not by its training.
+
+    Args:
+      theirs: Config of one.
+      ours: Of the other.
+
+    Returns:
+      What differs, by field, with both values; empty if the networks are the same.
+    """
+    pairs = [
+        (name, getattr(theirs.autoencoder, name), getattr(ours.autoencoder, name))
+        for name in AUTOENCODER_FIELDS
+        if name != "codebook_size" or ours.autoencoder.regularizer == "vq"
+    ]
+    pairs.append(
+        (
+            "attention levels",
+            theirs.autoencoder.attention_levels(theirs.data.image_size),
+            ours.autoencoder.attention_levels(ours.data.image_size),
+        )
+    )
+    channels = (theirs.data.image_channels, ours.data.image_channels)
+    pairs.append(("image_channels", *channels))
+    return _told(pairs)
+
+
+def _told(pairs: list[tuple[str, object, object]]) -> list[str]:
+    return [f"{name} ({a!r} there, {b!r} here)" for name, a, b in pairs if a != b]
+
+
+def _check_autoencoder(path: Path, theirs: Config, ours: Config) -> None:
+    if different := different_autoencoder(theirs, ours):
+        raise InputError(
+            f"first_stage: the autoencoder of {path} is another network: "
+            f"{', '.join(different)}; try a config with the same values"
+        )
 
 
 def import_conditioner(path: Path, config: Config) -> PyTree:
@@ -198,11 +268,38 @@ def import_conditioner(path: Path, config: Config) -> PyTree:
         )
     tensors: Tensors
     if path.is_dir():
-        tensors = component_tensors(one_of(open_any_folder(path), TEXT_ENCODERS))
+        component = one_of(open_any_folder(path), TEXT_ENCODERS)
+        if different := _different_clip(component, config.diffusion.condition.clip):
+            raise InputError(
+                f"diffusion.condition.weights: the text encoder of {path} is another "
+                f"network: {', '.join(different)}; try a config with the same values"
+            )
+        tensors = component_tensors(component)
     else:
         tensors = open_tensors(path)
     encoder = read_clip_tensors(tensors, config, shapes["encoder"], what=str(path))
     return {"encoder": encoder}
+
+
+CLIP_FIELDS = ("width", "depth", "num_heads", "mlp_width", "activation", "epsilon")
+
+
+def _different_clip(component: Component, ours: ClipConfig) -> list[str]:
+    theirs = ClipConfig(**read_clip(component.class_name, component.config))
+    # Where the layer before the last is read, files may come without the last one.
+    if ours.output == "penultimate" and theirs.depth == ours.depth - 1:
+        theirs = dataclasses.replace(theirs, depth=ours.depth)
+    return _told([(n, getattr(theirs, n), getattr(ours, n)) for n in CLIP_FIELDS])
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether a folder is a run of train.py: its config, and no weights file."""
+    if (path / WEIGHTS_FILE).exists() or not (path / CONFIG_FILE).is_file():
+        return False
+    try:
+        return "stages" in read_json(path / CONFIG_FILE)
+    except InputError:
+        return False
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -219,11 +316,7 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     if path.is_dir() and (path / WEIGHTS_FILE).exists():
         return {"format": "ldm_jax", **_summary(open_tensors(path / WEIGHTS_FILE))}
-    if (
-        path.is_dir()
-        and (path / CONFIG_FILE).exists()
-        and (path / "diffusion").is_dir()
-    ):
+    if is_run(path):
         return {"format": "ldm_jax run", "try": f"export {path} --out FOLDER"}
     if path.is_dir():
         return _inspect_folder(open_any_folder(path))

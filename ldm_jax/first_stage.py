@@ -164,8 +164,8 @@ def load_perceptual(config: Config) -> PyTree:
     if not settings.perceptual_files:
         raise InputError(
             "perceptual_files: got none, wanted the weights of VGG16 and of LPIPS' "
-            "linear heads; try --autoencoder.perceptual-files FILE ..., or "
-            "--autoencoder.perceptual-weight 0"
+            "linear heads; try --autoencoder.perceptual-files FILE ..., "
+            "--autoencoder.perceptual-weight 0, or --first-stage to train none"
         )
     return load_lpips(settings.perceptual_files)
 

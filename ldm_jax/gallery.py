@@ -1,5 +1,6 @@
 """A run's images on disk: every label with every seed, each with its recipe."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from tqdm import tqdm
 
 from ldm_jax.build import open_tokenizer
 from ldm_jax.cli import SampleRequest, parse_list
-from ldm_jax.config import Config
+from ldm_jax.config import ConditionConfig, Config
+from ldm_jax.data.tokenizer import Tokenizer
 from ldm_jax.generate import make_sample_fn, recipe
 from ldm_jax.images import grid, to_uint8, write_png
 from ldm_jax.nn.conditioning import ConditionInputs
@@ -71,6 +73,7 @@ def write_gallery(request: SampleRequest) -> list[Path]:
             f"--steps: got {request.num_steps}, wanted 1 to "
             f"{run.config.diffusion.num_timesteps}, the model's noise levels"
         )
+    condition_inputs(run.config, conditions)  # a missing tokenizer is told first
     request.out.mkdir(parents=True, exist_ok=True)
     rows = range(len(conditions))
     items = [Item(row, seed) for row in rows for seed in request.seeds]
@@ -83,7 +86,7 @@ def write_gallery(request: SampleRequest) -> list[Path]:
             sampler=request.sampler,
             num_steps=request.num_steps,
             eta=request.eta,
-            guidance_scale=request.guidance_scale,
+            guidance_scale=request.guidance_scale if any(conditions) else 1.0,
             checkpoint=run.digest,
         )
         write_png(request.out / f"{i:06d}.png", picture.image, texts)
@@ -104,7 +107,7 @@ def write_gallery(request: SampleRequest) -> list[Path]:
 def open_run(request: SampleRequest) -> Run:
     """Load the run or the weights that a request names."""
     if request.workdir is not None:
-        return load_run(request.workdir)
+        return load_run(request.workdir, tokenizer=request.tokenizer)
     return load_weights(
         Path(str(request.weights)),
         config_file=request.config_file,
@@ -126,6 +129,8 @@ def describe_conditions(config: Config, request: SampleRequest) -> list[dict[str
             f"sample.py: this model needs a {needs} beside each image, which has no "
             "flag; try ldm_jax.generate.make_sample_fn from Python"
         )
+    if request.negative_prompt and not condition.uses_tokens:
+        raise InputError("--negative-prompt: this model reads no text; try without it")
     if request.prompts and not condition.uses_tokens:
         raise InputError("--prompt: this model reads no text; try --labels, or nothing")
     if request.labels and not condition.uses_classes:
@@ -138,7 +143,8 @@ def describe_conditions(config: Config, request: SampleRequest) -> list[dict[str
                 '--prompt: not given, but this model draws texts; try --prompt "a cat"'
             )
         negative = {"negative_prompt": request.negative_prompt}
-        shown = negative if request.negative_prompt else {}
+        guided = request.guidance_scale != UNGUIDED_SCALE
+        shown = negative if request.negative_prompt and guided else {}
         return [{"prompt": prompt, **shown} for prompt in request.prompts]
     if condition.uses_classes:
         top = config.data.num_classes - 1
@@ -147,6 +153,12 @@ def describe_conditions(config: Config, request: SampleRequest) -> list[dict[str
         )
         return [{"label": str(label)} for label in labels]
     return [{}]
+
+
+@functools.cache
+def _tokenizer(condition: ConditionConfig) -> Tokenizer:
+    """Open a tokenizer once, not once for every chunk of images."""
+    return open_tokenizer(condition)
 
 
 def condition_inputs(
@@ -166,7 +178,7 @@ def condition_inputs(
     """
     condition = config.diffusion.condition
     if condition.uses_tokens:
-        tokenizer = open_tokenizer(condition)
+        tokenizer = _tokenizer(condition)
 
         def inputs(keyword: str) -> ConditionInputs:
             texts = [row.get(keyword, "") for row in rows]

@@ -6,20 +6,30 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ldm_jax import config as config_lib
-from ldm_jax.build import build_networks, init_conditioner
-from ldm_jax.config import CONFIG_FILE, Config
-from ldm_jax.exchange import import_conditioner, import_first_stage
+from ldm_jax.build import build_networks, init_autoencoder, init_conditioner
+from ldm_jax.config import Config
+from ldm_jax.exchange import (
+    different_autoencoder,
+    import_conditioner,
+    import_first_stage,
+    is_run,
+)
 from ldm_jax.first_stage import autoencoder_stage, load_perceptual
 from ldm_jax.generate import Networks
+from ldm_jax.interop.names import flatten
+from ldm_jax.interop.native import LATENT_SCALE, read_own
+from ldm_jax.interop.weights import match_keys, open_tensors, write_safetensors
 from ldm_jax.rng import root_key
 from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
 from ldm_jax.training.loop import CHECKPOINTS, Stage, stage_target
 from ldm_jax.types import InputError, PyTree
 
 SCALE_FILE = "latent_scale.json"
+TAKEN_FILE = "taken.safetensors"
 
 
 class Taken(NamedTuple):
@@ -36,19 +46,80 @@ class Taken(NamedTuple):
     conditioner: PyTree
 
 
-def take_from_elsewhere(config: Config, networks: Networks) -> Taken:
+def take_from_elsewhere(config: Config, networks: Networks, workdir: Path) -> Taken:
     """Read all that a run needs and does not train.
+
+    Args:
+      config: Of the run.
+      networks: Of the run.
+      workdir: Its folder; what an earlier start kept there counts, so that the run
+        does not change when its sources do.
+
+    Returns:
+      What was read.
 
     Raises:
       InputError: If something is not given, not readable, or does not fit.
     """
     trains_first = config.first_stage is None
-    has_second = "diffusion" in config.stages
-    return Taken(
-        load_perceptual(config) if trains_first else None,
-        None if trains_first else take_first_stage(config),
-        frozen_conditioner(config, networks) if has_second else {},
-    )
+    perceptual = load_perceptual(config) if trains_first else None
+    if (workdir / TAKEN_FILE).exists():
+        return _read_taken(config, networks, workdir)._replace(perceptual=perceptual)
+    conditioner: PyTree = {}
+    if "diffusion" in config.stages:
+        conditioner = frozen_conditioner(config, networks)
+    first_stage = None if trains_first else take_first_stage(config)
+    return Taken(perceptual, first_stage, conditioner)
+
+
+def keep_taken(taken: Taken, workdir: Path) -> None:
+    """Keep what was taken in the run's own folder, if anything was.
+
+    Raises:
+      InputError: If it cannot be written.
+    """
+    path = workdir / TAKEN_FILE
+    if path.exists() or (taken.first_stage is None and not taken.conditioner):
+        return
+    arrays = {f"conditioner/{k}": v for k, v in flatten(taken.conditioner).items()}
+    if taken.first_stage is not None:
+        params, scale = taken.first_stage
+        arrays |= {f"autoencoder/{k}": v for k, v in flatten(params).items()}
+        arrays[LATENT_SCALE] = scale
+    write_safetensors(path, {k: np.asarray(v) for k, v in arrays.items()})
+
+
+def load_taken(config: Config, networks: Networks, workdir: Path) -> Taken:
+    """Read what a run kept of what it took; nothing if it took nothing.
+
+    Raises:
+      InputError: If the file is missing, or damaged.
+    """
+    shapes = jax.eval_shape(lambda: init_conditioner(config, networks))
+    frozen = not config.diffusion.condition.trained and jax.tree.leaves(shapes)
+    if config.first_stage is None and not frozen:
+        return Taken(None, None, {})
+    return _read_taken(config, networks, workdir)
+
+
+def _read_taken(config: Config, networks: Networks, workdir: Path) -> Taken:
+    path = workdir / TAKEN_FILE
+    tensors = open_tensors(path)
+    wanted: dict[str, tuple[int, ...]] = {}
+    frozen = not config.diffusion.condition.trained
+    if config.first_stage is not None:
+        tree = jax.eval_shape(lambda: init_autoencoder(config, networks))
+        wanted |= {f"autoencoder/{k}": v.shape for k, v in flatten(tree).items()}
+        wanted[LATENT_SCALE] = ()
+    if frozen:
+        tree = jax.eval_shape(lambda: init_conditioner(config, networks))
+        wanted |= {f"conditioner/{k}": v.shape for k, v in flatten(tree).items()}
+    match_keys(wanted, tensors, what=str(path))
+    first_stage = None
+    if config.first_stage is not None:
+        scale = jnp.asarray(tensors[LATENT_SCALE], jnp.float32)
+        first_stage = (read_own(tensors.under("autoencoder/")), scale)
+    return Taken(None, first_stage, read_own(tensors.under("conditioner/")))
 
 
 def load_stage(stage: Stage, workdir: Path, config: Config) -> Checkpoint:
@@ -99,7 +170,7 @@ def load_first_stage(
 
 
 def take_first_stage(config: Config) -> tuple[PyTree, Float[Array, ""]]:
-    """Take the autoencoder that `first_stage` names: of a run, or of weights.
+    """Take the autoencoder that `first_stage` names: of a finished run, or of weights.
 
     Args:
       config: Of the run that uses it.
@@ -108,59 +179,38 @@ def take_first_stage(config: Config) -> tuple[PyTree, Float[Array, ""]]:
       Its parameters and its latent scale.
 
     Raises:
-      InputError: If there is none, or it is another network than the config's.
+      InputError: If there is none, it is another network, or its latent scale is not
+        known or not the config's.
     """
-    path = Path(str(config.first_stage))
-    if (path / CONFIG_FILE).is_file() and (path / "autoencoder").is_dir():
+    path, told = Path(str(config.first_stage)), None
+    if is_run(path):
         theirs = config_lib.read_config(path)
-        if different := _different_autoencoder(theirs, config):
+        if different := different_autoencoder(theirs, config):
             raise InputError(
                 f"first_stage: the autoencoder of {path} is another network: "
                 f"{', '.join(different)}; try a config with the same values"
             )
-        params, scale, _ = load_first_stage(theirs, path)
+        params, told, _ = load_first_stage(theirs, path)
+        if told is None:
+            raise InputError(
+                f"first_stage: stage 1 of {path} is not finished; run train.py there "
+                "to its end first"
+            )
     else:
         params, told = import_first_stage(path, config)
-        scale = None if told is None else jnp.asarray(told, jnp.float32)
-    if config.autoencoder.latent_scale is not None:
-        scale = jnp.asarray(config.autoencoder.latent_scale, jnp.float32)
-    if scale is None:
+    told = None if told is None else float(told)
+    scale = config.autoencoder.latent_scale
+    if scale is None and told is None:
         raise InputError(
-            f"first_stage: the latent scale of {path} is not known; finish that run, "
-            "or set --autoencoder.latent-scale"
+            f"first_stage: the latent scale of {path} is not known, wanted a number; "
+            "try --autoencoder.latent-scale"
         )
-    return params, scale
-
-
-NETWORK_FIELDS = (
-    "regularizer",
-    "channels",
-    "channel_multipliers",
-    "num_res_blocks",
-    "mid_attention",
-    "latent_channels",
-    "encoder_channels",
-    "num_groups",
-    "codebook_size",
-)
-
-
-def _different_autoencoder(theirs: Config, ours: Config) -> list[str]:
-    pairs = [
-        (name, getattr(theirs.autoencoder, name), getattr(ours.autoencoder, name))
-        for name in NETWORK_FIELDS
-        if name != "codebook_size" or ours.autoencoder.regularizer == "vq"
-    ]
-    pairs.append(
-        (
-            "attention levels",
-            theirs.autoencoder.attention_levels(theirs.data.image_size),
-            ours.autoencoder.attention_levels(ours.data.image_size),
+    if scale is not None and told is not None and abs(told / scale - 1.0) > 1e-3:
+        raise InputError(
+            f"first_stage: the latent scale of {path} is {told:.6g}, but the config "
+            f"says {scale:.6g}; try --autoencoder.latent-scale {told!r}"
         )
-    )
-    channels = (theirs.data.image_channels, ours.data.image_channels)
-    pairs.append(("image_channels", *channels))
-    return [f"{name} ({a!r} there, {b!r} here)" for name, a, b in pairs if a != b]
+    return params, jnp.asarray(told if scale is None else scale, jnp.float32)
 
 
 def frozen_conditioner(config: Config, networks: Networks) -> PyTree:
@@ -173,6 +223,12 @@ def frozen_conditioner(config: Config, networks: Networks) -> PyTree:
     shapes = jax.eval_shape(lambda: init_conditioner(config, networks))
     if condition.trained or not jax.tree.leaves(shapes):
         return {}
+    if condition.tokenizer is None and config.diffusion.condition_dropout:
+        raise InputError(
+            "diffusion.condition.tokenizer: not given, wanted the folder of the "
+            "tokenizer's files: dropped conditions become its empty prompt; try "
+            "--diffusion.condition.tokenizer FOLDER/tokenizer"
+        )
     if condition.weights is None:
         raise InputError(
             "diffusion.condition.weights: not given, wanted the file or folder of the "

@@ -23,14 +23,14 @@ from ldm_jax.first_stage import (
     measure_latent_scale,
 )
 from ldm_jax.generate import Networks, SampleParams
-from ldm_jax.interop.model import Model
+from ldm_jax.interop.model import Model, with_tokenizer
 from ldm_jax.interop.native import WEIGHTS_FILE
 from ldm_jax.pretrained import (
     SCALE_FILE,
-    frozen_conditioner,
+    keep_taken,
     load_first_stage,
     load_stage,
-    take_first_stage,
+    load_taken,
     take_from_elsewhere,
 )
 from ldm_jax.rng import root_key
@@ -84,13 +84,18 @@ def train(config: Config, workdir: Path) -> Outcome:
     """
     layout = PmapLayout()
     check_batches(config, layout)
+    check_workdir(config, workdir)
     final_path = workdir / FINAL_FILE
     networks = build_networks(config)
     # Before the folder is taken: what is missing must not leave a run behind.
-    taken = None if final_path.exists() else take_from_elsewhere(config, networks)
+    taken = None
+    if not final_path.exists():
+        taken = take_from_elsewhere(config, networks, workdir)
+        open_split(config, "test")
     with open_workdir(config, workdir):
         if taken is None:
             return Outcome(json.loads(final_path.read_text()), trained=False)
+        keep_taken(taken, workdir)
         run = functools.partial(_run, config=config, workdir=workdir, layout=layout)
         done: dict[str, StageOutcome] = {}
         if taken.first_stage is None:
@@ -103,7 +108,7 @@ def train(config: Config, workdir: Path) -> Outcome:
             scale = _latent_scale(config, networks, params, layout, workdir)
         else:
             params, scale = taken.first_stage
-            done["autoencoder"] = StageOutcome(tree_digest(params), 0.0)
+            done["autoencoder"] = StageOutcome(tree_digest(taken[1:]), 0.0)
         if "diffusion" in config.stages:
             frozen = Frozen(params, scale, taken.conditioner)
             finished = run(diffusion_stage(config, networks, frozen, workdir))
@@ -150,11 +155,12 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir: str | Path) -> Run:
+def load_run(workdir: str | Path, *, tokenizer: Path | None = None) -> Run:
     """Load the newest checkpoint of a run for sampling.
 
     Args:
       workdir: The folder that was given to `train.py`.
+      tokenizer: Folder of the tokenizer, if it is not where the config says.
 
     Returns:
       The run.
@@ -165,24 +171,25 @@ def load_run(workdir: str | Path) -> Run:
     """
     workdir = Path(workdir)
     if (workdir / WEIGHTS_FILE).exists():
-        return load_weights(workdir)
-    config = config_lib.read_config(workdir)
+        return load_weights(workdir, tokenizer=tokenizer)
+    config = with_tokenizer(config_lib.read_config(workdir), tokenizer)
     if "diffusion" not in config.stages:
         raise InputError(
             f"--workdir: {workdir} is a run of an autoencoder alone, wanted one with a "
             "diffusion stage; try --first-stage with it in a run of a diffusion model"
         )
     networks = build_networks(config)
-    if config.first_stage is None:
+    taken = load_taken(config, networks, workdir)
+    if taken.first_stage is None:
         params, scale, digest = load_first_stage(config, workdir)
     else:
-        params, scale = take_first_stage(config)
-        digest = tree_digest(params)
+        params, scale = taken.first_stage
+        digest = tree_digest(taken[1:])
     shapes = Frozen(jax.eval_shape(lambda: params), shape_of((), jnp.float32), {})
     stage = diffusion_stage(config, networks, shapes, workdir)
     second = load_stage(stage, workdir, config)
     scale = second.tree["extra"]["latent_scale"]
-    frozen = Frozen(params, scale, frozen_conditioner(config, networks))
+    frozen = Frozen(params, scale, taken.conditioner)
     return Run(
         config,
         networks,
@@ -228,8 +235,10 @@ def run_model(workdir: Path) -> Model:
     Raises:
       InputError: If the folder is no run or has no finished checkpoint.
     """
+    if (workdir / WEIGHTS_FILE).exists():
+        return open_weights(workdir).read()
     config = config_lib.read_config(workdir)
-    if "diffusion" not in config.stages and not (workdir / WEIGHTS_FILE).exists():
+    if "diffusion" not in config.stages:
         params, scale, _ = load_first_stage(config, workdir)
         return Model(config, params, None, {}, None if scale is None else float(scale))
     run = load_run(workdir)
@@ -249,6 +258,24 @@ def run_digest(digest_by_stage: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_workdir(config: Config, workdir: Path) -> None:
+    """Check that a folder is free, or belongs to this config.
+
+    Raises:
+      InputError: If it was made with another config, or is a file.
+    """
+    path = workdir / CONFIG_FILE
+    if path.exists():
+        theirs = config_lib.from_json(path.read_text())
+        if fields := config_lib.differences(theirs, config):
+            raise InputError(
+                f"--workdir: {workdir} was made with a different config: "
+                f"{', '.join(fields)}; try another --workdir or the same values"
+            )
+    elif workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir: {workdir} is a file, wanted a folder")
+
+
 @contextlib.contextmanager
 def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
     """Take a run's folder for this process alone, and write or check its config.
@@ -262,16 +289,8 @@ def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
         another process is training in it.
       OSError: If it cannot be written.
     """
+    check_workdir(config, workdir)
     path = workdir / CONFIG_FILE
-    if path.exists():
-        theirs = config_lib.from_json(path.read_text())
-        if fields := config_lib.differences(theirs, config):
-            raise InputError(
-                f"--workdir: {workdir} was made with a different config: "
-                f"{', '.join(fields)}; try another --workdir or the same values"
-            )
-    elif workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir: {workdir} is a file, wanted a folder")
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK_FILE).open("a") as lock:
         try:

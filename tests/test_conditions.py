@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.build import build_networks
+from ldm_jax.build import build_networks, check_example
 from ldm_jax.data.pipeline import Batch, prepare_example
 from ldm_jax.nn.conditioning import (
     ConditionInputs,
@@ -28,6 +28,7 @@ from ldm_jax.training.conditions import (
 )
 from ldm_jax.training.diffusion_step import Frozen, inputs_of
 from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.types import InputError
 from tests.models import config_of, model_of
 
 BATCH = 8
@@ -94,7 +95,8 @@ def moved(before, after):
 
 
 @pytest.mark.parametrize(
-    "kind", ["class", "clip", "segmentation", "masked_image", "low_resolution"]
+    "kind",
+    ["class", "clip", "embedding", "segmentation", "masked_image", "low_resolution"],
 )
 def test_every_kind_of_condition_trains(kind):
     config, stage, state = stage_of(kind)
@@ -139,6 +141,9 @@ def test_the_null_inputs_are_the_null_class_and_the_empty_prompt():
     assert null.label.tolist() == [10, 10]
     assert null.tokens.tolist() == [[7, 8, 8]] * 2
     assert not null.embedding.any() and null.image is None
+    picture = ConditionInputs(image=jnp.ones((1, 2, 2, 3)))
+    kept = null_inputs(picture, num_classes=0, null_tokens=())
+    assert kept.image is picture.image
     dropped = drop_conditions(inputs, null, jnp.asarray([True, False]))
     assert dropped.label.tolist() == [10, 2]
     assert dropped.tokens.tolist() == [[7, 8, 8], [1, 1, 1]]
@@ -217,10 +222,10 @@ def test_without_a_context_a_transformer_reads_itself():
     x = jax.random.normal(jax.random.key(0), (1, 2, 2, 8))
     params = module.init(jax.random.key(1), x, None)
     params = jax.tree.map(lambda p: p + 0.1, params)
-    tokens = x.reshape(1, 4, 8)
-    assert module.apply(params, x, None).shape == x.shape
-    other = module.apply(params, x, tokens)
-    assert np.abs(other - module.apply(params, x, None)).max() > 0
+    alone, kept = module.apply(params, x, None, capture_intermediates=True)
+    (own,) = kept["intermediates"]["block_0"]["norm2"]["__call__"]
+    assert np.array_equal(module.apply(params, x, own), alone)
+    assert np.abs(module.apply(params, x, 2.0 * own) - alone).max() > 1e-3
 
 
 def test_a_context_is_a_set_its_order_does_not_matter():
@@ -273,8 +278,6 @@ def test_a_wide_image_is_cut_to_its_middle():
 
 
 def test_conditions_that_do_not_fit_are_refused():
-    from ldm_jax.types import InputError
-
     config = config_of("low_resolution")
     condition = dataclasses.replace(config.diffusion.condition, low_resolution_factor=4)
     diffusion = dataclasses.replace(config.diffusion, condition=condition)
@@ -282,8 +285,39 @@ def test_conditions_that_do_not_fit_are_refused():
         dataclasses.replace(config, diffusion=diffusion)
     with pytest.raises(InputError, match="transformer_depth"):
         config_of("text", transformer_depth=0)
+    with pytest.raises(InputError, match=r"trained.*segmentation"):
+        config = config_of("segmentation")
+        frozen = dataclasses.replace(config.diffusion.condition, trained=False)
+        dataclasses.replace(config.diffusion, condition=frozen)
     config = config_of("class")
     with pytest.raises(InputError, match="num_classes"):
         dataclasses.replace(
             config, data=dataclasses.replace(config.data, num_classes=0)
         )
+
+
+@pytest.mark.parametrize(
+    ("kind", "example", "words"),
+    [
+        ("text", {"image": 0}, ["tokens", "image"]),
+        ("text", {"tokens": np.zeros(5)}, ["tokens", "(5,)", "(6,)"]),
+        ("text", {"tokens": np.full(6, 50)}, ["tokens", "50", "0 to 49"]),
+        ("embedding", {"embedding": np.zeros(12)}, ["embedding", "(12,)", "(1, 12)"]),
+        ("segmentation", {"segmentation": np.full((4, 4), 9)}, ["9", "0 to 4"]),
+        ("class", {"image": 0}, ["label"]),
+    ],
+)
+def test_data_without_the_condition_is_refused_before_training(kind, example, words):
+    with pytest.raises(InputError) as caught:
+        check_example(config_of(kind), example)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_mask_of_tfds_has_an_axis_more_and_is_read():
+    example = {
+        "image": np.zeros((4, 4, 3), np.uint8),
+        "index": 0,
+        "segmentation": np.arange(16).reshape(4, 4, 1),
+    }
+    prepared = prepare_example(example, image_size=4, image_channels=3)
+    assert np.array_equal(prepared["segmentation"], np.arange(16).reshape(4, 4))

@@ -1,7 +1,7 @@
 """Weights in and out, run as a user runs them."""
 
-import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -157,26 +157,26 @@ def test_a_pickle_that_calls_something_is_refused_and_does_not_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
 
 
-def test_a_first_stage_is_taken_from_elsewhere(tmp_path):
-    """Stage 2 trains on an autoencoder out of a diffusers folder."""
-    from tests.tiny import get_config
+def test_a_first_stage_is_taken_from_another_run_and_kept(tmp_path):
+    """Stage 2 trains on the autoencoder of a run that trained nothing else."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    config = ["--config", "tests/tiny.py", "--autoencoder.steps", 2]
+    alone = ["--stages", "autoencoder", "--workdir", first]
+    assert "finished" in succeeded(run("train.py", *config, *alone))
+    taken = ["--first-stage", first, "--diffusion.steps", 2, "--workdir"]
+    wider = [*config, *taken, tmp_path / "wider", "--autoencoder.channels", 16]
+    assert "channels (8 there, 16 here)" in error_line(run("train.py", *wider))
+    assert not (tmp_path / "wider").exists()
+    assert "finished" in succeeded(run("train.py", *config, *taken, second))
+    finals = [json.loads((path / "final.json").read_text()) for path in (first, second)]
+    assert finals[0]["latent_scale"] == finals[1]["latent_scale"]
+    assert finals[1]["seconds_by_stage"]["autoencoder"] == 0
+    assert not (second / "autoencoder").exists()
 
-    tiny = get_config()
-    first = dataclasses.replace(tiny.autoencoder, latent_scale=0.5)
-    config = dataclasses.replace(tiny, autoencoder=first)
-    native = tmp_path / "native"
-    native.mkdir()
-    write_native(model_of(config), native)
-    (native / "config.json").write_text(to_json(config))
-    out = tmp_path / "diffusers"
-    succeeded(interop("export", native, "--out", out))
-    (out / "ldm_jax.json").unlink()
-    taken = ["--first-stage", out / "vae", "--diffusion.steps", 2]
-    args = ["--config", "tests/tiny.py", "--workdir", tmp_path / "run", *taken]
-    assert "finished" in succeeded(run("train.py", *args))
-    final = json.loads((tmp_path / "run" / "final.json").read_text())
-    assert final["latent_scale"] == 0.5
-    assert final["seconds_by_stage"]["autoencoder"] == 0
-    assert not (tmp_path / "run" / "autoencoder").exists()
-    wider = [*args[:3], tmp_path / "other", *taken, "--autoencoder.channels", 16]
-    assert "of another shape" in error_line(run("train.py", *wider))
+    # From here on the run stands alone: what it took is kept in its folder.
+    shutil.rmtree(first)
+    assert "finished" in succeeded(run("train.py", *config, *taken, second))
+    args = ["--workdir", second, "--labels", "1", "--out", tmp_path / "out"]
+    succeeded(run("sample.py", *args, *STEPS))
+    texts = read_texts(tmp_path / "out" / "000000.png")
+    assert texts["checkpoint"] == finals[1]["digest"]

@@ -9,7 +9,14 @@ import pytest
 from ldm_jax import exchange
 from ldm_jax.config import to_json
 from ldm_jax.interop import compvis
+from ldm_jax.interop.assemble import assemble_config
 from ldm_jax.interop.model import Model
+from ldm_jax.interop.model_configs import (
+    read_autoencoder,
+    read_clip,
+    read_scheduler,
+    read_unet,
+)
 from ldm_jax.interop.names import write_tree
 from ldm_jax.interop.native import WEIGHTS_FILE, write_native
 from ldm_jax.interop.weights import Tensors, open_tensors, write_safetensors
@@ -433,13 +440,6 @@ SD2_SCHEDULER = {
 @pytest.mark.parametrize("recipe", ["sd15", "sd21_v"])
 def test_the_published_folders_of_stable_diffusion_are_our_recipes(recipe):
     from ldm_jax.cli import load_config_file
-    from ldm_jax.interop.assemble import assemble_config
-    from ldm_jax.interop.model_configs import (
-        read_autoencoder,
-        read_clip,
-        read_scheduler,
-        read_unet,
-    )
 
     two = recipe == "sd21_v"
     unet = SD2_UNET if two else SD_UNET
@@ -480,3 +480,411 @@ def test_the_published_folders_of_stable_diffusion_are_our_recipes(recipe):
     # The folder of 2.1 leaves out the last layer, which nothing reads.
     assert (a.width, a.depth) == (b.width, b.depth - two)
     assert (a.activation, a.num_heads) == (b.activation, b.num_heads)
+
+
+def native(config, path):
+    path.mkdir()
+    write_native(model_of(config), path)
+    (path / "config.json").write_text(to_json(config))
+    return path
+
+
+def with_first(config, **fields):
+    first = dataclasses.replace(config.autoencoder, **fields)
+    return dataclasses.replace(config, autoencoder=first)
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# None of these changes the shape of a tensor, or it comes before any is read.
+OTHER_AUTOENCODERS = [
+    ({"num_groups": 4}, "num_groups (8 there, 4 here)"),
+    ({"attention_resolutions": (16,)}, "attention levels (() there, (0,) here)"),
+    ({"channels": 32}, "channels (16 there, 32 here)"),
+    ({"regularizer": "vq"}, "regularizer ('kl' there, 'vq' here)"),
+]
+
+
+@pytest.mark.parametrize("form", ["native", "diffusers", "component", "file"])
+def test_a_first_stage_of_another_network_is_refused_by_field(form, tmp_path):
+    config = config_of("label")
+    path = tmp_path / "it"
+    if form == "native":
+        native(config, path)
+    elif form == "file":
+        write_compvis(model_of(config), path := tmp_path / "it.safetensors")
+    else:
+        path.mkdir()
+        write_folder(model_of(config), path)
+    path = path / "vae" if form == "component" else path
+    params, scale = exchange.import_first_stage(path, config)
+    assert same(params, model_of(config).autoencoder)
+    assert scale == config.autoencoder.latent_scale
+    for fields, words in OTHER_AUTOENCODERS:
+        other = with_first(config, **fields)
+        message = refusal(exchange.import_first_stage, path, other)
+        assert words in message and str(path) in message
+
+
+def test_the_codebook_counts_only_where_there_is_one():
+    config = config_of("label")
+    assert not exchange.different_autoencoder(
+        with_first(config, codebook_size=7), config
+    )
+    config = config_of("none")
+    found = exchange.different_autoencoder(with_first(config, codebook_size=7), config)
+    assert found == ["codebook_size (7 there, 24 here)"]
+
+
+def test_a_first_stage_may_be_of_another_image_size():
+    config = with_first(config_of("label"), attention_resolutions=(8,))
+    larger = dataclasses.replace(
+        with_first(config, attention_resolutions=(16,)),
+        data=dataclasses.replace(config.data, image_size=32),
+    )
+    assert not exchange.different_autoencoder(larger, config)
+
+
+def test_the_scale_of_a_whole_file_is_read_with_its_first_stage(tmp_path):
+    model, tensors = compvis_arrays()
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, tensors | {"scale_factor": np.float32(0.25).reshape(())})
+    params, scale = exchange.import_first_stage(path, model.config)
+    assert scale == 0.25
+    assert same(params, model.autoencoder)
+
+
+def clip_folder(kind, tmp_path):
+    tokenizer = str(write_clip(tmp_path))
+    model = model_of(config_of(kind))
+    config = with_condition(model.config, tokenizer=tokenizer)
+    (out := tmp_path / "out").mkdir()
+    write_folder(model._replace(config=config), out)
+    return model, out
+
+
+def with_condition(config, **fields):
+    condition = dataclasses.replace(config.diffusion.condition, **fields)
+    diffusion = dataclasses.replace(config.diffusion, condition=condition)
+    return dataclasses.replace(config, diffusion=diffusion)
+
+
+OTHER_TEXT_ENCODERS = [
+    ({"num_heads": 4}, "num_heads (2 there, 4 here)"),
+    ({"epsilon": 1e-6}, "epsilon (1e-05 there, 1e-06 here)"),
+    ({"activation": "gelu"}, "activation ('quick_gelu' there, 'gelu' here)"),
+    ({"width": 32}, "width (16 there, 32 here)"),
+    ({"depth": 3}, "depth (2 there, 3 here)"),
+]
+
+
+def test_a_text_encoder_of_another_network_is_refused_by_field(tmp_path):
+    model, out = clip_folder("clip", tmp_path)
+    found = exchange.import_conditioner(out / "text_encoder", model.config)
+    assert same(found, model.conditioner)
+    for fields, words in OTHER_TEXT_ENCODERS:
+        clip = dataclasses.replace(model.config.diffusion.condition.clip, **fields)
+        other = with_condition(model.config, clip=clip)
+        for path in (out, out / "text_encoder"):
+            assert words in refusal(exchange.import_conditioner, path, other)
+
+
+def test_a_text_encoder_may_come_without_the_layer_that_nothing_reads(tmp_path):
+    model, out = clip_folder("open_clip", tmp_path)
+    found = exchange.import_conditioner(out / "text_encoder", model.config)
+    wanted = dict(model.conditioner["encoder"])
+    del wanted["layer_2"], found["encoder"]["layer_2"]
+    assert same(found["encoder"], wanted)
+
+
+PARTS_BESIDE = [
+    ("bert", "LDMBertModel", "config.json"),
+    ("text_encoder", "CLIPTextModel", "config.json"),
+    ("tokenizer", "CLIPTokenizer", "tokenizer_config.json"),
+    ("words", "BertTokenizer", "tokenizer_config.json"),
+    ("other", "AutoencoderKL", "config.json"),
+]
+
+
+def test_a_part_that_nothing_reads_is_refused_by_name(tmp_path):
+    path = without_own_config(written("none", tmp_path))
+    index = path / "model_index.json"
+    text = index.read_text()
+    exchange.open_weights(path)
+    for name, class_name, file in PARTS_BESIDE:
+        edit(index, **{name: ["transformers", class_name]})
+        (path / name).mkdir()
+        (path / name / file).write_text("{}")
+        message = refusal(exchange.open_weights, path)
+        assert class_name in message and f" {name}," in message
+        index.write_text(text)
+
+
+def test_a_text_to_image_pipeline_with_bert_is_refused(tmp_path):
+    path = without_own_config(written("none", tmp_path))
+    edit(path / "model_index.json", _class_name="LDMTextToImagePipeline")
+    message = refusal(exchange.open_weights, path)
+    assert "LDMTextToImagePipeline" in message and "--config" in message
+
+
+def test_a_foreign_unet_that_reads_more_than_the_latent_is_refused(tmp_path):
+    path = written("masked_image", tmp_path)
+    assert exchange.open_weights(path).config == config_of("masked_image")
+    message = refusal(assembled, "UNet2DModel", in_channels=9)
+    assert "in_channels: got 9, wanted the 4" in message and "not read" in message
+
+
+WRONG_WIDTHS = [
+    ("block_out_channels", value)
+    for value in ([], [0, 0], [-16, 16], [16.0, 32], [True, 2], 16, None, ["16"], {})
+]
+WRONG_COUNTS = (0, -1, 1.5, True, "2", [2], {}, 10**400, float("nan"))
+WRONG_TYPES = (5, "DownBlock2D", [], [["DownBlock2D"]] * 2, [None] * 2, [{}] * 2, {})
+
+
+PLAIN_UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+CROSSED_UNET = {
+    **PLAIN_UNET,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}
+VQ = {
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
+
+
+def assembled(kind, **values):
+    """Read a small stranger's model with some fields changed."""
+    unet, first = None, read_autoencoder("AutoencoderKL", SD_VAE)
+    if kind == "VQModel":
+        first = read_autoencoder(kind, {**VQ, **values})
+    else:
+        fields = PLAIN_UNET if kind == "UNet2DModel" else CROSSED_UNET
+        unet = read_unet(kind, {**fields, **values})
+    return assemble_config(autoencoder=first, unet=unet)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DModel", "UNet2DConditionModel", "VQModel"])
+def test_the_small_models_of_these_tests_are_read(kind):
+    assembled(kind)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *WRONG_WIDTHS,
+        *(("down_block_types", value) for value in WRONG_TYPES),
+        *(("up_block_types", value) for value in WRONG_TYPES),
+        *(("layers_per_block", value) for value in WRONG_COUNTS),
+        *(("attention_head_dim", value) for value in (*WRONG_COUNTS, 7)),
+        *(("norm_num_groups", value) for value in (*WRONG_COUNTS, 7)),
+        *(("num_class_embeds", value) for value in (*WRONG_COUNTS, 1)),
+        *(("sample_size", value) for value in (*WRONG_COUNTS, None, 3)),
+        *(("in_channels", value) for value in WRONG_COUNTS),
+        *(("norm_eps", value) for value in (0, -1, "1", [1], 10**400, float("inf"))),
+        ("resnet_time_scale_shift", ["default"]),
+        ("attn_norm_num_groups", 0),
+        ("dropout", [0.0]),
+    ],
+)
+def test_a_unet_with_a_wrong_value_is_refused_in_one_line(field, value):
+    assert refusal(assembled, "UNet2DModel", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            ("attention_head_dim", value)
+            for value in (0, -2, True, "2", 7, [2], [0, 2], [3, 8], [2, 2.0], [None, 2])
+        ),
+        *(("num_attention_heads", value) for value in (0, "2", [2], {})),
+        *(("cross_attention_dim", value) for value in WRONG_COUNTS),
+        *(("transformer_layers_per_block", value) for value in WRONG_COUNTS),
+        ("use_linear_projection", "yes"),
+    ],
+)
+def test_a_crossed_unet_with_a_wrong_value_is_refused_in_one_line(field, value):
+    assert refusal(assembled, "UNet2DConditionModel", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *WRONG_WIDTHS,
+        *(("down_block_types", value) for value in WRONG_TYPES),
+        *(("up_block_types", value) for value in WRONG_TYPES),
+        *(("layers_per_block", value) for value in WRONG_COUNTS),
+        *(("norm_num_groups", value) for value in (*WRONG_COUNTS, 7)),
+        *(("latent_channels", value) for value in WRONG_COUNTS),
+        *(("vq_embed_dim", value) for value in WRONG_COUNTS),
+        *(("num_vq_embeddings", value) for value in WRONG_COUNTS),
+        *(("in_channels", value) for value in (*WRONG_COUNTS, 4)),
+        *(("scaling_factor", value) for value in (0, -1, "1", [1], 10**400)),
+        ("mid_block_add_attention", "yes"),
+    ],
+)
+def test_an_autoencoder_with_a_wrong_value_is_refused_in_one_line(field, value):
+    assert refusal(assembled, "VQModel", **{field: value})
+
+
+def test_no_width_of_a_head_is_one_head_over_the_whole_width():
+    settings = assembled("UNet2DModel", attention_head_dim=None).diffusion
+    assert (settings.num_heads, settings.head_channels) == (1, 0)
+    # Null and absent differ here alone.
+    assert assembled("UNet2DModel").diffusion.head_channels == 8
+
+
+def test_a_first_stage_alone_asks_for_a_recipe_of_one(tmp_path):
+    config = config_of("label")
+    model = model_of(config)
+    path = tmp_path / "a.safetensors"
+    tensors = write_tree(model.autoencoder, compvis.autoencoder_format(config))
+    write_safetensors(path, tensors)
+    recipes = [tmp_path / f"{name}.py" for name in ("both", "first")]
+    lines = "from tests.models import config_of\nimport dataclasses\n"
+    for recipe, stages in zip(
+        recipes, (("autoencoder", "diffusion"), ("autoencoder",)), strict=True
+    ):
+        recipe.write_text(
+            f"{lines}def get_config():\n"
+            f"    return dataclasses.replace(config_of('label'), stages={stages})\n"
+        )
+    message = refusal(exchange.open_weights, path, config_file=recipes[0])
+    assert "configs/autoencoder" in message
+    found = exchange.open_weights(path, config_file=recipes[1]).read()
+    assert same(found.autoencoder, model.autoencoder)
+    assert found.unet is None
+    assert found.latent_scale == config.autoencoder.latent_scale
+    params, scale = exchange.import_first_stage(path, config)
+    assert same(params, model.autoencoder)
+    assert scale is None
+
+
+def test_a_run_is_told_from_weights_by_its_config(tmp_path):
+    config = config_of("label")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(to_json(config))
+    assert exchange.is_run(run)
+    assert "--workdir" in refusal(exchange.open_weights, run)
+    assert exchange.inspect(run)["format"] == "ldm_jax run"
+    ours = native(config, tmp_path / "native")
+    assert not exchange.is_run(ours)
+    assert exchange.inspect(ours)["format"] == "ldm_jax"
+    for text in ("{", "[]", '"stages"', '{"_class_name": "UNet2DModel"}', "\udcff"):
+        (run / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+        assert not exchange.is_run(run)
+    assert not exchange.is_run(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["label", None])
+def test_a_file_is_written_into_a_folder_that_is_not_there_yet(kind, tmp_path):
+    config = config_of(kind or "label")
+    if kind is None:
+        config = dataclasses.replace(config, stages=("autoencoder",))
+    model = model_of(config)
+    if kind is None:
+        model = model._replace(unet=None, conditioner={})
+    path = tmp_path / "a" / "b" / "model.safetensors"
+    write_compvis(model, path)
+    assert same(exchange.open_weights(path).read().autoencoder, model.autoencoder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("clip", "CLIPTokenizer"), ("text", "BertTokenizer")]
+)
+def test_a_tokenizer_is_of_the_class_of_its_encoder(kind, name, tmp_path):
+    (tokenizer := tmp_path / "tokenizer").mkdir()
+    if kind == "clip":
+        write_clip(tokenizer)
+    else:
+        (tokenizer / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    model = model_of(config_of(kind))
+    config = with_condition(model.config, tokenizer=str(tokenizer))
+    (out := tmp_path / "out").mkdir()
+    write_folder(model._replace(config=config), out)
+    settings = json.loads((out / "tokenizer" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == name
+
+
+def test_an_export_leaves_the_folders_of_others_alone(tmp_path):
+    from ldm_jax.interop.__main__ import main
+
+    source, out = native(config_of("label"), tmp_path / "in"), tmp_path / "out"
+    (mine := tmp_path / "out.part").mkdir()
+    (mine / "mine").write_text("mine")
+    main(["export", str(source), "--out", str(out)])
+    assert (mine / "mine").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "out.part"]
+    # Others may read it, as they may any new folder here.
+    assert out.stat().st_mode == mine.stat().st_mode
+    found = exchange.open_weights(out).read()
+    assert same(trees(found), trees(model_of(config_of("label"))))
+
+
+@pytest.mark.parametrize("format_", ["diffusers", "compvis"])
+def test_an_export_of_what_is_no_run_speaks_of_its_path(format_, tmp_path):
+    from ldm_jax.interop.__main__ import main
+
+    out = tmp_path / "out.safetensors"
+    args = ["export", str(tmp_path), "--out", str(out), "--format", format_]
+    message = refusal(main, args)
+    assert message.startswith(f"{tmp_path}: not a run") and "--workdir" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_beside_a_class_table_without_a_null_class_is_noticed():
+    model, tensors = compvis_arrays("class")
+    table = np.asarray(model.conditioner["encoder"]["table"]["embedding"])
+    few = {
+        "cond_stage_model.embedding.weight": table[:10],
+        "cond_stage_model.stray": np.zeros(1, np.float32),
+    }
+    with pytest.raises(InputError, match=r"1 extra \(stray\)"):
+        read_arrays(model, tensors | few)
+
+
+def test_a_scale_that_is_no_number_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    model = model_of(config_of("label"))
+    write_compvis(model, path)
+    stored = open_tensors(path)
+    tensors, notes = dict(stored), stored.metadata
+    for text in ("wide", "", "nan", "inf", "-1", "0"):
+        write_safetensors(path, tensors, {**notes, "ldm_jax.latent_scale": text})
+        for read in (
+            lambda: exchange.open_weights(path).read(),
+            lambda: exchange.import_first_stage(path, model.config),
+        ):
+            assert "latent_scale" in refusal(read)
+
+
+def test_a_scale_of_many_numbers_is_refused():
+    model, tensors = compvis_arrays()
+    with pytest.raises(InputError, match="scale_factor"):
+        read_arrays(model, tensors | {"scale_factor": np.ones(2, np.float32)})
+
+
+def test_a_damaged_config_of_ours_is_refused_by_name(tmp_path):
+    path = written("label", tmp_path)
+    for content in (b"\xff", b"{", b"[]", b"", b"[" * 99_999):
+        (path / "ldm_jax.json").write_bytes(content)
+        assert "ldm_jax.json" in refusal(exchange.open_weights, path)
+    (path / "ldm_jax.json").write_text("{}")
+    assert "fields missing" in refusal(exchange.open_weights, path)

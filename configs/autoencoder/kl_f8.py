@@ -15,7 +15,8 @@ The latent scale is measured after training, to a standard deviation of 1.
 Published, of the released weights on ImageNet's validation images (model zoo, and
 arXiv:2112.10752, tab. 8): rFID 0.90, PSNR 24.19, PSIM 1.02 after 246,803 steps on
 OpenImages, 256-pixel crops of images at 384 pixels.
-Ours: images are resized to 256x256 whole; an EMA of the weights is kept as well.
+Ours: images are cut to their middle square and resized to 256x256; an EMA of the
+weights is kept as well.
 
 Hours: not measured here.
 """

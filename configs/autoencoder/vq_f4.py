@@ -17,7 +17,8 @@ trained with `--autoencoder.commitment legacy`. Latents are used as they are, un
 Published, of the released weights on ImageNet's validation images (model zoo, and
 arXiv:2112.10752, tab. 8): rFID 0.58, PSNR 27.43, PSIM 0.53 after 533,066 steps on
 OpenImages, 256-pixel crops.
-Ours: images are resized to 256x256 whole; an EMA of the weights is kept as well.
+Ours: images are cut to their middle square and resized to 256x256; an EMA of the
+weights is kept as well.
 
 Hours: not measured here.
 """

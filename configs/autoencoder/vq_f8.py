@@ -15,7 +15,8 @@ trained with `--autoencoder.commitment legacy`. Latents are used as they are, un
 Published, of the released weights on ImageNet's validation images (model zoo, and
 arXiv:2112.10752, tab. 8): rFID 1.14, PSNR 23.07, PSIM 1.17 after 971,043 steps on
 OpenImages, 256-pixel crops of images at 384 pixels.
-Ours: images are resized to 256x256 whole; an EMA of the weights is kept as well.
+Ours: images are cut to their middle square and resized to 256x256; an EMA of the
+weights is kept as well.
 
 Hours: not measured here.
 """

@@ -120,6 +120,12 @@ class ConditionConfig(Checked):
         return lengths.get(self.context, 0)
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that the text encoder knows; 0 if none are read."""
+        sizes = {"text": self.text.vocab_size, "clip": self.clip.vocab_size}
+        return sizes.get(self.context, 0)
+
+    @property
     def context_width(self) -> int:
         """Width of what cross-attention reads; 0 without it."""
         pooled = self.clip.output == "pooled"
@@ -225,6 +231,11 @@ class DiffusionConfig(Checked):
             "beta_end", self.beta_start <= self.beta_end < 1.0, "beta_start to below 1"
         )
         self._want("condition_dropout", 0.0 <= self.condition_dropout <= 1.0, "0 to 1")
+        if self.condition.concat == "segmentation" and not self.condition.trained:
+            raise InputError(
+                "condition.trained: got False with concat segmentation, wanted True: "
+                "the map's projection is trained"
+            )
         if self.condition.context != "none" and not self.transformer_depth:
             raise InputError(
                 f"transformer_depth: got 0 with condition.context "

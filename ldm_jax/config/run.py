@@ -62,6 +62,11 @@ class Config(Checked):
         self._want("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
         allowed = (("autoencoder",), ("autoencoder", "diffusion"))
         self._want("stages", self.stages in allowed, "autoencoder, or both in order")
+        if self.first_stage is not None and "diffusion" not in self.stages:
+            raise InputError(
+                f"first_stage: got {self.first_stage!r} in a run of stage 1 alone, "
+                "wanted none: nothing would be trained"
+            )
         size, factor = self.data.image_size, self.autoencoder.downsampling
         if size % factor:
             raise InputError(

@@ -122,6 +122,7 @@ def prepare_example(
             prepared[name] = np.asarray(example[name], dtype)
     if "segmentation" in example:
         segments = np.asarray(example["segmentation"], np.int32)
+        segments = segments.reshape(segments.shape[:2])  # TFDS' masks are (h, w, 1)
         prepared["segmentation"] = resize_segments(segments, image_size)
     return prepared
 

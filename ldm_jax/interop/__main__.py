@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,9 +86,15 @@ def import_weights(given: argparse.Namespace) -> None:
 
 def export_run(given: argparse.Namespace) -> None:
     """Write a run in another program's format, whole or not at all."""
+    from ldm_jax.config import CONFIG_FILE
     from ldm_jax.interop.write import write_compvis, write_folder
     from ldm_jax.run import run_model
 
+    if not (given.path / CONFIG_FILE).is_file():
+        raise InputError(
+            f"{given.path}: not a run, wanted a folder with {CONFIG_FILE}; try the one "
+            "that was given to train.py, or that import wrote"
+        )
     if given.format == "compvis":
         if given.out.suffix != ".safetensors":
             raise InputError(
@@ -110,15 +117,16 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out: {out} is there and not empty; try another folder")
-    part = out.with_name(out.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    private = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
+        # A folder within: `mkdtemp` gives its own to one user alone.
+        part = private / "part"
+        part.mkdir()
         yield part
         os.replace(part, out)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
 if __name__ == "__main__":

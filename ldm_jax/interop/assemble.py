@@ -11,7 +11,7 @@ from ldm_jax.config import (
     DiffusionConfig,
     SamplingConfig,
 )
-from ldm_jax.config.diffusion import ConcatName, ContextName
+from ldm_jax.config.diffusion import ContextName
 from ldm_jax.types import InputError
 
 Settings = dict[str, Any]
@@ -83,13 +83,13 @@ def _condition(
             f"unet: out_channels: got {out}, wanted the {latent} of the autoencoder's "
             "latents"
         )
-    concat: ConcatName = "none"
-    if extra == latent + 1:
-        concat = "masked_image"
-    elif extra:
+    if extra:
+        # Stable Diffusion's inpainting stacks a mask in {0, 1} before the masked image,
+        # ours one in {-1, 1} after it: the same shapes, and other pictures.
         raise InputError(
-            f"unet: in_channels: got {extra} beside the latent's {latent}, wanted none "
-            f"or {latent + 1} (a masked image and its mask)"
+            f"unet: in_channels: got {latent + extra}, wanted the {latent} of the "
+            "latent: a model that reads more beside it, as for inpainting, is not "
+            "read; try one without"
         )
     context: ContextName = "none"
     if width:
@@ -98,7 +98,6 @@ def _condition(
     condition = ConditionConfig(
         label=num_classes > 0,
         context=context,
-        concat=concat,
         embedding_width=width or 1,
         clip=clip_config,
         trained=False,

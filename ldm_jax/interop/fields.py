@@ -1,11 +1,15 @@
 """A stranger's JSON config, read strictly: what is not understood is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ldm_jax.types import InputError
 
 IGNORED = ("architectures", "torch_dtype", "dtype", "transformers_version")
+
+LARGEST_NUMBER = 2.0**63
+LARGEST_COUNT = 2**20
+"""Beyond every width, vocabulary and number of steps that a model has."""
 
 
 class Fields:
@@ -26,11 +30,24 @@ class Fields:
         """Read a number.
 
         Raises:
-          InputError: If it is missing and has no default, or is none.
+          InputError: If it is missing and has no default, is none, or is not finite.
         """
         value = self.value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(name, value, "a number")
+        if not -LARGEST_NUMBER < value < LARGEST_NUMBER:
+            raise self.wrong(name, value, "a finite number")
+        return value
+
+    def count(self, name: str, default: int | None = None, *, low: int = 1) -> int:
+        """Read a whole number.
+
+        Raises:
+          InputError: If it is missing and has no default, is none, or is below `low`.
+        """
+        value = self.value(name, default)
+        if not is_count(value, low=low):
+            raise self.wrong(name, value, f"a whole number, {low} to {LARGEST_COUNT}")
         return value
 
     def value(self, name: str, default: Any = None) -> Any:
@@ -43,19 +60,33 @@ class Fields:
         """Read a list of whole numbers.
 
         Raises:
-          InputError: If it is none.
+          InputError: If it is none, is empty, or has one below 1.
         """
         value = self.value(name)
-        good = (
-            isinstance(value, list)
-            and value
-            and all(
-                isinstance(item, int) and not isinstance(item, bool) for item in value
+        good = isinstance(value, list) and all(is_count(item) for item in value)
+        if not good or not value:
+            raise self.wrong(
+                name, value, f"a list of whole numbers, each 1 to {LARGEST_COUNT}"
             )
-        )
-        if not good:
-            raise self.wrong(name, value, "a list of whole numbers")
         return tuple(value)
+
+    def words(self, name: str, choices: Iterable[str], length: int) -> list[str]:
+        """Read a list of so many words, each one of several.
+
+        Raises:
+          InputError: If it is none, of another length, or has another word.
+        """
+        value, known = self.value(name), sorted(choices)
+        good = isinstance(value, list) and all(item in known for item in value)
+        if not good or len(value) != length:
+            wanted = f"a list of {length} of {', '.join(known)}"
+            raise self.wrong(name, value, wanted)
+        return value
+
+    def is_null(self, name: str) -> bool:
+        """Tell whether a field is there and null, where that is not its default."""
+        self._read.add(name)
+        return name in self._values and self._values[name] is None
 
     def choice(self, name: str, choices: Mapping[str, Any], default: str) -> Any:
         """Read one of several words and return what it stands for.
@@ -97,3 +128,10 @@ class Fields:
     def wrong(self, name: str, value: object, wanted: object) -> InputError:
         """Make the error of a field."""
         return InputError(f"{self._what}: {name}: got {value!r}, wanted {wanted}")
+
+
+def is_count(value: object, *, low: int = 1) -> bool:
+    """Tell whether a value is a whole number from `low` to `LARGEST_COUNT`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return low <= value <= LARGEST_COUNT

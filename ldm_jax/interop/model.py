@@ -1,17 +1,20 @@
 """A whole model between two programs: its config, its parameters, and their shapes."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from ldm_jax.config import Config
 from ldm_jax.config import from_json as config_from_json
+from ldm_jax.interop.pickles import printable
 from ldm_jax.interop.weights import Tensors
-from ldm_jax.types import PyTree
+from ldm_jax.types import InputError, PyTree
 
 CONFIG_METADATA = "ldm_jax.config"
 SCALE_METADATA = "ldm_jax.latent_scale"
+SCALE_TENSOR = "scale_factor"
 OWN_CONFIG = "ldm_jax.json"
 
 UNUSED_CONDITIONER = re.compile(
@@ -60,9 +63,27 @@ def file_config(tensors: Tensors) -> Config | None:
 
 
 def file_scale(tensors: Tensors) -> float | None:
-    """Read the latent scale that a file carries, if it was written here."""
-    text = tensors.metadata.get(SCALE_METADATA)
-    return None if text is None else float(text)
+    """Read the latent scale of a file: what was written here, or CompVis' tensor.
+
+    Raises:
+      InputError: If it is there and is no number above 0.
+    """
+    got: object = tensors.metadata.get(SCALE_METADATA)
+    where = SCALE_METADATA
+    if got is None:
+        if SCALE_TENSOR not in tensors:
+            return None
+        where, got = SCALE_TENSOR, tensors[SCALE_TENSOR].tolist()
+    try:
+        scale = float(got)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        scale = math.nan
+    if not 0.0 < scale < math.inf:
+        raise InputError(
+            f"{where}: got {printable(str(got))}, wanted a number above 0; try another "
+            "copy of the file"
+        )
+    return scale
 
 
 def with_tokenizer(config: Config, tokenizer: Path | None) -> Config:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_jax.config.published import SD_LATENT_SCALE
-from ldm_jax.interop.fields import Fields
+from ldm_jax.interop.fields import Fields, is_count
 
 SCHEDULES = {"scaled_linear": "ldm_linear", "linear": "linear"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -45,21 +45,21 @@ def read_unet(class_name: str, values: Mapping[str, Any]) -> Settings:
     settings = _widths(fields)
     multipliers = settings["channel_multipliers"]
     attended = _attention(fields, DOWN_ATTENTION, UP_ATTENTION, len(multipliers))
-    rows = fields.value("num_class_embeds", 0)
     settings |= {
-        "num_res_blocks": fields.number("layers_per_block", 2),
+        "num_res_blocks": fields.count("layers_per_block", 2),
         "attention_downsampling": tuple(2**level for level in attended),
-        "num_groups": fields.number("norm_num_groups", 32),
-        "norm_epsilon": fields.number("norm_eps", 1e-5),
+        "num_groups": fields.count("norm_num_groups", 32),
+        "norm_epsilon": float(fields.number("norm_eps", 1e-5)),
         "scale_shift_norm": fields.choice(
             "resnet_time_scale_shift",
             {"default": False, "scale_shift": True},
             "default",
         ),
-        "in_channels": fields.number("in_channels", 4 if crossed else 3),
-        "out_channels": fields.number("out_channels", 4 if crossed else 3),
-        "latent_side": fields.number("sample_size"),
-        "num_classes": rows - 1 if rows else 0,
+        "in_channels": fields.count("in_channels", 4 if crossed else 3),
+        "out_channels": fields.count("out_channels", 4 if crossed else 3),
+        "latent_side": fields.count("sample_size"),
+        # One row is the null class: 1, as without a table, leaves no real one.
+        "num_classes": _num_rows(fields) - 1,
     }
     if crossed:
         settings |= _crossed(fields, settings)
@@ -89,6 +89,13 @@ def _widths(fields: Fields) -> Settings:
     return {"channels": widths[0], "channel_multipliers": multipliers}
 
 
+def _num_rows(fields: Fields) -> int:
+    """Return the rows of the table of classes; 1 where there is none."""
+    if fields.value("num_class_embeds") is None:
+        return 1
+    return fields.count("num_class_embeds", low=2)
+
+
 def _attention(
     fields: Fields,
     down: Mapping[str, bool],
@@ -98,12 +105,7 @@ def _attention(
     """Return the levels with attention; the way up must mirror the way down."""
     names = {}
     for field, known in (("down_block_types", down), ("up_block_types", up)):
-        value = fields.value(field, [])
-        if len(value) != num_levels or any(name not in known for name in value):
-            raise fields.wrong(
-                field, value, f"{num_levels} of {', '.join(sorted(known))}"
-            )
-        names[field] = [known[name] for name in value]
+        names[field] = [known[name] for name in fields.words(field, known, num_levels)]
     if names["down_block_types"] != names["up_block_types"][::-1]:
         wanted = "the mirror of down_block_types"
         raise fields.wrong("up_block_types", fields.value("up_block_types"), wanted)
@@ -116,15 +118,16 @@ def _crossed(fields: Fields, settings: Settings) -> Settings:
     heads = fields.value("num_attention_heads", fields.value("attention_head_dim", 8))
     per_level = heads if isinstance(heads, list) else [heads] * len(widths)
     wanted = "heads that are the same, or as wide, at every level"
-    if len(per_level) != len(widths) or not all(isinstance(n, int) for n in per_level):
+    if len(per_level) != len(widths) or not all(is_count(n) for n in per_level):
         raise fields.wrong("attention_head_dim", heads, wanted)
     if len(set(per_level)) == 1:
         counted = {"num_heads": per_level[0], "head_channels": 0}
     else:
-        sizes = {width / n for width, n in zip(widths, per_level, strict=True)}
-        if len(sizes) != 1:
+        sizes = {divmod(width, n) for width, n in zip(widths, per_level, strict=True)}
+        size, rest = sizes.pop()
+        if sizes or rest:
             raise fields.wrong("attention_head_dim", heads, wanted)
-        counted = {"num_heads": 1, "head_channels": int(sizes.pop())}
+        counted = {"num_heads": 1, "head_channels": size}
     fields.expect(
         mid_block_type="UNetMidBlock2DCrossAttn",
         conv_in_kernel=3,
@@ -137,10 +140,10 @@ def _crossed(fields: Fields, settings: Settings) -> Settings:
     fields.ignore("upcast_attention", "addition_embed_type_num_heads")
     return {
         **counted,
-        "transformer_depth": fields.number("transformer_layers_per_block", 1),
+        "transformer_depth": fields.count("transformer_layers_per_block", 1),
         "linear_projection": fields.value("use_linear_projection", False),
         "resblock_updown": False,
-        "context_width": fields.number("cross_attention_dim", 1280),
+        "context_width": fields.count("cross_attention_dim", 1280),
     }
 
 
@@ -154,12 +157,15 @@ def _plain(fields: Fields, settings: Settings) -> Settings:
     )
     # With scale-shift norms diffusers leaves the middle's own norm out, unless told.
     groups = fields.value("attn_norm_num_groups")
-    if groups != settings["num_groups"] and (groups or settings["scale_shift_norm"]):
+    told = groups is not None or settings["scale_shift_norm"]
+    if told and groups != settings["num_groups"]:
         raise fields.wrong("attn_norm_num_groups", groups, settings["num_groups"])
     fields.ignore("num_train_timesteps")
+    # Null there is one head over the whole width.
+    one_head = fields.is_null("attention_head_dim")
     return {
         "num_heads": 1,
-        "head_channels": fields.number("attention_head_dim", 8),
+        "head_channels": 0 if one_head else fields.count("attention_head_dim", 8),
         "transformer_depth": 0,
         "resblock_updown": resnet,
         "context_width": 0,
@@ -184,16 +190,16 @@ def read_autoencoder(class_name: str, values: Mapping[str, Any]) -> Settings:
     settings = _widths(fields)
     num_levels = len(settings["channel_multipliers"])
     quantised = class_name == "VQModel"
-    z_channels = fields.number("latent_channels", 3 if quantised else 4)
-    latent = fields.number("vq_embed_dim", z_channels) if quantised else z_channels
-    image_channels = fields.number("in_channels", 3)
+    z_channels = fields.count("latent_channels", 3 if quantised else 4)
+    latent = fields.count("vq_embed_dim", z_channels) if quantised else z_channels
+    image_channels = fields.count("in_channels", 3)
     settings |= {
         "regularizer": "vq" if quantised else "kl",
-        "num_res_blocks": fields.number("layers_per_block", 1),
+        "num_res_blocks": fields.count("layers_per_block", 1),
         "mid_attention": fields.value("mid_block_add_attention", True),
         "latent_channels": latent,
         "z_channels": None if z_channels == latent else z_channels,
-        "num_groups": fields.number("norm_num_groups", 32),
+        "num_groups": fields.count("norm_num_groups", 32),
         "latent_scale": float(fields.number("scaling_factor", SD_LATENT_SCALE)),
         "image_channels": image_channels,
         "attention_levels": _attention(
@@ -201,7 +207,7 @@ def read_autoencoder(class_name: str, values: Mapping[str, Any]) -> Settings:
         ),
     }
     if quantised:
-        settings["codebook_size"] = fields.number("num_vq_embeddings", 256)
+        settings["codebook_size"] = fields.count("num_vq_embeddings", 256)
         fields.expect(norm_type="group", lookup_from_codebook=False)
     else:
         fields.expect(use_quant_conv=True, use_post_quant_conv=True)
@@ -227,16 +233,16 @@ def read_clip(class_name: str, values: Mapping[str, Any]) -> Settings:
     fields = Fields(values, what=class_name)
     activations = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
     settings = {
-        "vocab_size": fields.number("vocab_size", 49_408),
-        "length": fields.number("max_position_embeddings", 77),
-        "width": fields.number("hidden_size", 512),
-        "depth": fields.number("num_hidden_layers", 12),
-        "num_heads": fields.number("num_attention_heads", 8),
-        "mlp_width": fields.number("intermediate_size", 2048),
+        "vocab_size": fields.count("vocab_size", 49_408),
+        "length": fields.count("max_position_embeddings", 77),
+        "width": fields.count("hidden_size", 512),
+        "depth": fields.count("num_hidden_layers", 12),
+        "num_heads": fields.count("num_attention_heads", 8),
+        "mlp_width": fields.count("intermediate_size", 2048),
         "activation": fields.choice("hidden_act", activations, "quick_gelu"),
         "epsilon": float(fields.number("layer_norm_eps", 1e-5)),
-        "projection_width": fields.number("projection_dim", 512),
-        "eos_token_id": fields.number("eos_token_id", 49_407),
+        "projection_width": fields.count("projection_dim", 512),
+        "eos_token_id": fields.count("eos_token_id", 49_407, low=0),
         "output": "pooled" if class_name.endswith("Projection") else "last",
     }
     fields.expect(attention_dropout=0.0)
@@ -259,7 +265,7 @@ def read_scheduler(class_name: str, values: Mapping[str, Any]) -> Settings:
     fields = Fields(values, what=class_name)
     fields.expect(trained_betas=None, rescale_betas_zero_snr=False)
     return {
-        "num_timesteps": fields.number("num_train_timesteps", 1000),
+        "num_timesteps": fields.count("num_train_timesteps", 1000),
         "beta_start": float(fields.number("beta_start", 1e-4)),
         "beta_end": float(fields.number("beta_end", 0.02)),
         "schedule": fields.choice("beta_schedule", SCHEDULES, "linear"),

@@ -7,7 +7,13 @@ import numpy as np
 from ldm_jax.config import Config
 from ldm_jax.diffusion.schedules import make_schedule
 from ldm_jax.interop import compvis
-from ldm_jax.interop.model import UNUSED_CONDITIONER, Model, Shapes
+from ldm_jax.interop.model import (
+    SCALE_TENSOR,
+    UNUSED_CONDITIONER,
+    Model,
+    Shapes,
+    file_scale,
+)
 from ldm_jax.interop.names import key_shapes, read_tree
 from ldm_jax.interop.weights import Entry, Tensors
 from ldm_jax.types import InputError, PyTree
@@ -40,9 +46,9 @@ def read_compvis(
       InputError: If a tensor is missing, unexpected, or of another shape, or the noise
         levels are others.
     """
-    if "encoder.conv_in.weight" in tensors:
+    if is_first_stage(tensors):
         tree = _compvis_autoencoder(tensors, config, shapes.autoencoder, what=what)
-        return Model(config, tree, None, {}, None)
+        return Model(config, tree, None, {}, file_scale(tensors))
     _check_rest(tensors, what=what)
     _check_levels(tensors, config, what=what)
     unet_format = compvis.unet_format(config)
@@ -50,9 +56,6 @@ def read_compvis(
     # Some files keep only the counters of the average.
     if any(key.startswith(f"{compvis.EMA_PREFIX}diffusion_model") for key in tensors):
         unet_tensors = _averages(tensors, list(key_shapes(shapes.unet, unet_format)))
-    scale: float | None = None
-    if "scale_factor" in tensors:
-        scale = float(tensors["scale_factor"])
     return Model(
         config,
         _compvis_autoencoder(
@@ -63,8 +66,13 @@ def read_compvis(
         ),
         read_tree(shapes.unet, unet_format, unet_tensors, what=f"{what}: UNet"),
         _compvis_conditioner(tensors, config, shapes.conditioner, what=what),
-        scale,
+        file_scale(tensors),
     )
+
+
+def is_first_stage(tensors: Tensors) -> bool:
+    """Tell whether a file in CompVis naming is a first stage alone."""
+    return "encoder.conv_in.weight" in tensors
 
 
 def _compvis_autoencoder(
@@ -104,7 +112,8 @@ def _with_null_class(tensors: Tensors, config: Config) -> Tensors:
         return tensors
     if tensors.shape(key)[0] != num_classes:
         return tensors
-    return Tensors.from_arrays({key: np.pad(tensors[key], ((0, 1), (0, 0)))})
+    padded = Tensors.from_arrays({key: np.pad(tensors[key], ((0, 1), (0, 0)))})
+    return Tensors({**tensors.entries, **padded.entries}, tensors.metadata)
 
 
 def _averages(tensors: Tensors, keys: list[str]) -> Tensors:
@@ -129,7 +138,7 @@ def _check_rest(tensors: Tensors, *, what: str) -> None:
         for key in tensors
         if not key.startswith(prefixes)
         and not SCHEDULE_BUFFERS.fullmatch(key)
-        and key != "scale_factor"
+        and key != SCALE_TENSOR
     ]
     if strange:
         raise InputError(

@@ -1,5 +1,6 @@
 """A model read from a diffusers folder, or not at all."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,13 @@ from ldm_jax.config import Config
 from ldm_jax.config import from_json as config_from_json
 from ldm_jax.interop import diffusers
 from ldm_jax.interop.assemble import assemble_config
-from ldm_jax.interop.folders import Component, Folder, component_tensors, open_folder
+from ldm_jax.interop.folders import (
+    SCHEDULERS,
+    Component,
+    Folder,
+    component_tensors,
+    open_folder,
+)
 from ldm_jax.interop.model import OWN_CONFIG, UNUSED_CONDITIONER, Model, Shapes
 from ldm_jax.interop.model_configs import (
     read_autoencoder,
@@ -17,6 +24,7 @@ from ldm_jax.interop.model_configs import (
     read_unet,
 )
 from ldm_jax.interop.names import flatten, read_tree, unflatten
+from ldm_jax.interop.paths import read_json
 from ldm_jax.interop.weights import Tensors, match_keys, open_tensors
 from ldm_jax.types import InputError, PyTree
 
@@ -34,18 +42,24 @@ def folder_config(folder: Folder) -> Config:
     """
     own = folder.root / OWN_CONFIG
     if own.is_file():
-        return config_from_json(own.read_text())
+        return config_from_json(json.dumps(read_json(own)))
+    if folder.pipeline == "LDMTextToImagePipeline":
+        raise InputError(
+            f"{folder.root}: got a LDMTextToImagePipeline, whose text encoder is not "
+            "read, wanted a StableDiffusionPipeline or LDMPipeline; try the original "
+            "file with --config configs/ldm/text2img256_kl8_1p4b.py"
+        )
     autoencoder = one_of(folder, AUTOENCODERS)
     unet = find_one(folder, UNETS)
-    clip = find_one(folder, TEXT_ENCODERS)
-    tokenizer = find_one(folder, TOKENIZERS)
-    scheduler = next(
-        (c for c in folder.components.values() if c.class_name.endswith("Scheduler")),
-        None,
-    )
+    settings = read_unet(unet.class_name, unet.config) if unet else None
+    reads_text = settings is not None and settings["context_width"] > 0
+    clip = find_one(folder, TEXT_ENCODERS) if reads_text else None
+    tokenizer = find_one(folder, TOKENIZERS) if clip else None
+    scheduler = find_one(folder, SCHEDULERS) if unet else None
+    _check_all_read(folder, (autoencoder, unet, clip, tokenizer, scheduler))
     return assemble_config(
         autoencoder=read_autoencoder(autoencoder.class_name, autoencoder.config),
-        unet=read_unet(unet.class_name, unet.config) if unet else None,
+        unet=settings,
         clip=read_clip(clip.class_name, clip.config) if clip else None,
         scheduler=(
             read_scheduler(scheduler.class_name, scheduler.config)
@@ -54,6 +68,16 @@ def folder_config(folder: Folder) -> Config:
         ),
         tokenizer=str(tokenizer.directory) if tokenizer else None,
     )
+
+
+def _check_all_read(folder: Folder, read: tuple[Component | None, ...]) -> None:
+    for component in folder.components.values():
+        if component not in read:
+            raise InputError(
+                f"{folder.root}: got a {component.class_name} named {component.name}, "
+                "which nothing beside it reads, wanted none; try the folder of a whole "
+                "pipeline that is built here"
+            )
 
 
 def open_any_folder(path: Path) -> Folder:

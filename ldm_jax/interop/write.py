@@ -133,7 +133,9 @@ def _write_tokenizer(config: Config, out: Path) -> None:
     settings = out / "tokenizer" / "tokenizer_config.json"
     if not settings.exists():
         length = config.diffusion.condition.num_tokens
-        kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
+        is_clip = config.diffusion.condition.context == "clip"
+        name = "CLIPTokenizer" if is_clip else "BertTokenizer"
+        kind = {"tokenizer_class": name, "model_max_length": length}
         _write_json(settings, kind)
 
 
@@ -168,7 +170,7 @@ def write_compvis(model: Model, out: Path, *, dtype: DtypeName = "float32") -> N
         SCALE_METADATA: repr(_scale_of(model)),
     }
     if model.unet is None:
-        write_safetensors(out, _cast(autoencoder, dtype), metadata)
+        _write_file(out, _cast(autoencoder, dtype), metadata)
         return
     unet = write_tree(model.unet, compvis.unet_format(config))
     conditioner: dict[str, np.ndarray] = {}
@@ -183,6 +185,12 @@ def write_compvis(model: Model, out: Path, *, dtype: DtypeName = "float32") -> N
         },
         dtype,
     )
+    _write_file(out, tensors, metadata)
+
+
+def _write_file(
+    out: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(out, tensors, metadata)
 

@@ -168,7 +168,10 @@ def write_clip(config: Config) -> tuple[str, Settings]:
 
 
 def write_scheduler(config: Config) -> tuple[str, Settings]:
-    """Write a scheduler that visits the noise levels our DDIM visits."""
+    """Write a scheduler that visits our DDIM's levels, if the steps divide T.
+
+    Otherwise diffusers rounds the timesteps where we floor them.
+    """
     ours = config.diffusion
     schedules = {mine: theirs for theirs, mine in SCHEDULES.items()}
     predictions = {mine: theirs for theirs, mine in PREDICTIONS.items()}

@@ -47,28 +47,29 @@ def null_inputs(
 ) -> ConditionInputs:
     """Make the inputs that mean "no condition".
 
+    A stacked image stays: guidance is by what is said of the image, and models that
+    are given one never learn to do without.
+
     Args:
       like: Inputs whose shapes are taken.
       num_classes: Real classes; the null class has this index.
       null_tokens: Tokens of the empty prompt.
 
     Returns:
-      The null class, the empty prompt, and zeros for vectors and images.
+      The null class, the empty prompt, zeros for vectors, and the same images.
 
     Source:
       Ho & Salimans, arXiv:2207.12598, sec. 3.2.
     """
-
-    def zeros(array: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
-        return None if array is None else jnp.zeros_like(array)
-
-    label, tokens = like.label, like.tokens
+    label, tokens, embedding = like.label, like.tokens, like.embedding
     if label is not None:
         label = jnp.full_like(label, num_classes)
     if tokens is not None:
         empty = jnp.asarray(null_tokens, tokens.dtype)
         tokens = jnp.broadcast_to(empty, tokens.shape)
-    return ConditionInputs(label, tokens, zeros(like.embedding), zeros(like.image))
+    if embedding is not None:
+        embedding = jnp.zeros_like(embedding)
+    return ConditionInputs(label, tokens, embedding, like.image)
 
 
 class ClassEmbedding(nn.Module):

@@ -217,3 +217,33 @@ def test_a_torch_checkpoint_in_compvis_naming_is_read(zipped, tmp_path):
     assert models.same(found.unet, model.unet)
     assert models.same(found.autoencoder, model.autoencoder)
     assert found.latent_scale == model.config.autoencoder.latent_scale
+
+
+def test_a_unet_without_a_width_of_heads_is_the_same():
+    """Null is one head, as wide as the level."""
+    from tests.parity import diffusers_models
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "down_block_types": ["AttnDownBlock2D"] * 2,
+        "up_block_types": ["AttnUpBlock2D"] * 2,
+        "norm_num_groups": 8,
+        "attention_head_dim": None,
+    }
+    model, tensors = diffusers_models.make_torch("UNet2DModel", config, 0)
+    ours = diffusers_models.unet_config("UNet2DModel", dict(model.config))
+    unet, params = diffusers_models.our_unet(ours, tensors)
+    draw = np.random.RandomState(0)
+    x = draw.normal(size=(2, *ours.latent_shape)).astype(np.float32)
+    t = np.asarray([7, 900], np.int32)
+    from ldm_jax.nn.conditioning import Condition
+
+    apply = jax.jit(unet.apply)
+    found = apply({"params": params}, jnp.asarray(x), jnp.asarray(t), Condition())
+    with torch.no_grad():
+        theirs = model(to_torch(x), torch.from_numpy(t)).sample
+    assert relative(found, from_torch(theirs)) < 1e-4
