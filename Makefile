@@ -40,11 +40,11 @@ adversary: setup
 	$(RUN) benchmarks/adversarial_switch.py --seeds 0 --check
 
 test: setup
-	$(RUN) -m pytest --ignore=tests/parity
+	$(RUN) -m pytest --ignore=tests/parity -n 2 --dist loadfile
 
 parity: setup
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
-	$(RUN) -m pytest tests/parity
+	$(RUN) -m pytest tests/parity -n 2 --dist loadfile
 
 recipes: setup
 	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k the_dry_run_of_every

@@ -121,12 +121,14 @@ def open_weights(
 
 def _opened(config: Config, read: Callable[[Config, Shapes], Model]) -> Opened:
     networks = build_networks(config)
-    shapes = network_shapes(config, networks)
+    shapes = network_shapes(config)
     return Opened(config, networks, lambda: read(config, shapes))
 
 
-def network_shapes(config: Config, networks: Networks) -> Shapes:
+@functools.lru_cache(maxsize=16)
+def network_shapes(config: Config) -> Shapes:
     """Return the shapes of every parameter that a config asks for."""
+    networks = build_networks(config)
     has_unet = "diffusion" in config.stages
     return Shapes(
         jax.eval_shape(lambda: init_autoencoder(config, networks)),

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 
-from ldm_jax.build import build_networks
 from ldm_jax.config import (
     AutoencoderConfig,
     ClipConfig,
@@ -86,7 +85,7 @@ def config_of(kind: str, **fields) -> Config:
 
 def model_of(config: Config, seed: int = 0) -> Model:
     """Draw a model's parameters: no network is run, so nothing is compiled."""
-    shapes = network_shapes(config, build_networks(config))
+    shapes = network_shapes(config)
     trees = []
     for tree in shapes:
         flat = {key: leaf.shape for key, leaf in flatten(tree).items()}

@@ -47,10 +47,9 @@ def load_pipeline(name: str, folder):
 
 def diffusers_model(config: Config, seed: int = 0) -> Model:
     """Draw parameters by diffusers' names, as a network of reasonable gain."""
-    from ldm_jax.build import build_networks
     from ldm_jax.interop import diffusers as names
 
-    shapes = exchange.network_shapes(config, build_networks(config))
+    shapes = exchange.network_shapes(config)
 
     def draw(tree, format_, what):
         tensors = random_tensors(key_shapes(tree, format_), seed)
