@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ldm_jax import config as config_lib
-from ldm_jax.build import build_networks, open_iterator, shape_of
+from ldm_jax.build import build_networks, open_iterator, open_split, shape_of
 from ldm_jax.config import CONFIG_FILE, Config
 from ldm_jax.describe import check_batches
 from ldm_jax.exchange import open_weights, to_sample_params
