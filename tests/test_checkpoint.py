@@ -93,6 +93,9 @@ def test_a_flipped_bit_is_found_and_the_step_before_is_used(store):
     assert len(list((store.directory / "damaged").iterdir())) == 1
 
 
+# Orbax closes its event loop when a read fails; tensorstore's other reads of the torn
+# step may end after that and then find it closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_torn_step_is_passed_over(store):
     store.save(1, tree(), {})
     store.save(2, tree(), {})
