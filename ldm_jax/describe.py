@@ -43,8 +43,9 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
 
     Returns:
       JSON-compatible: digest of the config, parameters by network, bytes of state by
-      stage, batch per device and steps per epoch by stage. Only stages that would be
-      trained are told; the autoencoder's parameters always.
+      stage, batch per device and steps per epoch by stage (null if the number of
+      examples is not known). Only stages that would be trained are told; the
+      autoencoder's parameters always.
 
     Raises:
       InputError: If a batch does not divide by the devices.
@@ -83,6 +84,8 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
         report["batch_per_device"][stage.name] = local
         report["steps_per_epoch"][stage.name] = (
             config.data.num_train_examples // stage.batch_size
+            if config.data.num_train_examples
+            else None
         )
     return report
 

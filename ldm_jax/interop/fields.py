@@ -63,7 +63,7 @@ class Fields:
           InputError: If it is none, is empty, or has one below 1.
         """
         value = self.value(name)
-        good = isinstance(value, list) and all(is_count(item) for item in value)
+        good = isinstance(value, list | tuple) and all(is_count(item) for item in value)
         if not good or not value:
             raise self.wrong(
                 name, value, f"a list of whole numbers, each 1 to {LARGEST_COUNT}"
@@ -77,11 +77,11 @@ class Fields:
           InputError: If it is none, of another length, or has another word.
         """
         value, known = self.value(name), sorted(choices)
-        good = isinstance(value, list) and all(item in known for item in value)
+        good = isinstance(value, list | tuple) and all(item in known for item in value)
         if not good or len(value) != length:
             wanted = f"a list of {length} of {', '.join(known)}"
             raise self.wrong(name, value, wanted)
-        return value
+        return list(value)
 
     def is_null(self, name: str) -> bool:
         """Tell whether a field is there and null, where that is not its default."""

@@ -116,7 +116,7 @@ def _crossed(fields: Fields, settings: Settings) -> Settings:
     widths = [settings["channels"] * m for m in settings["channel_multipliers"]]
     # diffusers' own naming: attention_head_dim is the number of heads here.
     heads = fields.value("num_attention_heads", fields.value("attention_head_dim", 8))
-    per_level = heads if isinstance(heads, list) else [heads] * len(widths)
+    per_level = heads if isinstance(heads, list | tuple) else [heads] * len(widths)
     wanted = "heads that are the same, or as wide, at every level"
     if len(per_level) != len(widths) or not all(is_count(n) for n in per_level):
         raise fields.wrong("attention_head_dim", heads, wanted)
