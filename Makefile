@@ -12,7 +12,7 @@ help:
 	@echo "make adversary  train through the switch of the discriminator, and measure"
 	@echo "make test     run the tests"
 	@echo "make parity   compare with diffusers, transformers and PyTorch (installs them)"
-	@echo "make recipes  dry-run every recipe"
+	@echo "make recipes  dry-run every recipe; compare every table of names"
 	@echo "make lint     ruff; make types: the type checker"
 
 setup: $(INSTALLED)
@@ -48,6 +48,7 @@ parity: setup
 
 recipes: setup
 	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k the_dry_run_of_every
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_compvis_names.py
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -249,17 +249,16 @@ def latent_moments(
       `params`, and the moments over the global batch.
     """
     del frozen
-    posterior = encode(autoencoder, params, batch)
+    posterior = encode(autoencoder, params, to_float(batch.image))
     keys = example_keys(root_key, Stream.LATENT_SCALE, 0, batch.example_index)
     latents = posterior.sample(normal(keys, latent_shape))
     return params, mean_over(_moments(latents), axis_name)
 
 
 def encode(
-    autoencoder: Autoencoder, params: PyTree, batch: Batch
+    autoencoder: Autoencoder, params: PyTree, images: Float[Array, "b h w c"]
 ) -> DiagonalGaussian | Unquantized:
-    """Encode the images of a batch to what unscaled latents are drawn of."""
-    images = to_float(batch.image)
+    """Encode images in [-1, 1] to what unscaled latents are drawn of."""
     variables = {"params": params}
     encoded = autoencoder.apply(variables, images, method=Autoencoder.encode)
     return cast(Any, encoded)

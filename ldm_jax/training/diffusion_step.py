@@ -1,6 +1,6 @@
 """Stage 2: one update of the UNet on the latents of a frozen autoencoder."""
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from ldm_jax.nn.conditioning import (
 )
 from ldm_jax.nn.unet import UNet
 from ldm_jax.rng import Stream, example_keys, integers, normal, uniform
+from ldm_jax.training.autoencoder_step import encode
 from ldm_jax.training.conditions import (
     cut_holes,
     drop_conditions,
@@ -125,7 +126,7 @@ def diffusion_step(
         return example_keys(root_key, stream, state.step, batch.example_index)
 
     images = to_float(batch.image)
-    posterior = _encode(autoencoder, frozen.autoencoder, images)
+    posterior = encode(autoencoder, frozen.autoencoder, images)
     latents = posterior.sample(normal(keys(Stream.DIFFUSION_POSTERIOR), latent_shape))
     x_0 = jax.lax.stop_gradient(latents * frozen.latent_scale)
     t = integers(keys(Stream.TIMESTEP), below=abar.shape[0])
@@ -195,7 +196,7 @@ def inputs_of(
                 hole_keys, height=images.shape[1], width=images.shape[2]
             )
             masked = cut_holes(images, holes)
-            latents = _encode(autoencoder, frozen.autoencoder, masked).mode()
+            latents = encode(autoencoder, frozen.autoencoder, masked).mode()
             image = join_masked(latents * frozen.latent_scale, holes)
         case "segmentation":
             image = jax.nn.one_hot(
@@ -209,9 +210,3 @@ def inputs_of(
         embedding=batch.embedding if condition.context == "embedding" else None,
         image=image,
     )
-
-
-def _encode(
-    autoencoder: Autoencoder, params: PyTree, images: Float[Array, "b h w c"]
-) -> Any:
-    return autoencoder.apply({"params": params}, images, method=Autoencoder.encode)
