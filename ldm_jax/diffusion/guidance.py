@@ -1,43 +1,168 @@
-"""Steering a sample towards its condition."""
+"""Steering a sample towards its condition.
+
+Every kind of guidance here goes from a worse prediction through a better one and
+beyond: `worse + scale (better - worse)`. 0 is the worse one, 1 the better one alone.
+"""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from ldm_jax.diffusion.objectives import Denoiser
+from ldm_jax.diffusion.denoiser import Call, Denoiser, Predictor, ask
 from ldm_jax.types import PyTree
+
+TINY = 1e-12
+UNGUIDED_SCALE = 1.0
+
+
+def unguided(denoise: Denoiser) -> Predictor:
+    """Ask a network as it is."""
+
+    def predict(
+        x_t: Float[Array, "b h w c"], call: Call, cond: PyTree
+    ) -> Float[Array, "b h w c"]:
+        return ask(denoise, x_t, call, cond)
+
+    return predict
 
 
 def classifier_free(
-    denoise: Denoiser, *, null_cond: PyTree, scale: Float[Array, ""]
-) -> Denoiser:
+    denoise: Denoiser,
+    *,
+    null_cond: PyTree,
+    scales: Float[Array, " n"],
+    rescale: Float[Array, ""],
+) -> Predictor:
     """Guide a network by its own unconditional prediction, in one batch of two.
 
-    The guided prediction is `uncond + scale * (cond - uncond)`: 0 is unconditional,
-    1 is conditional. (Papers that write `(1 + w) cond - w uncond` have w = scale - 1.)
+    (Papers that write `(1 + w) cond - w uncond` have w = scale - 1.)
 
     Args:
       denoise: The network.
       null_cond: The condition that means "none", or is to be avoided; of the shape of
         the condition.
-      scale: Guidance scale; traced.
+      scales: Guidance scale of each network call; traced.
+      rescale: Share of the correction of `rescaled`, in [0, 1]; traced.
 
     Returns:
-      A network of the same form.
+      The guided predictor.
 
     Source:
       Ho & Salimans, arXiv:2207.12598, eq. 6; the scale is latent-diffusion's.
     """
 
-    def guided(
-        x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: PyTree
+    def predict(
+        x_t: Float[Array, "b h w c"], call: Call, cond: PyTree
     ) -> Float[Array, "b h w c"]:
-        both = denoise(
+        both = ask(
+            denoise,
             jnp.concatenate([x_t, x_t]),
-            jnp.concatenate([t, t]),
-            jax.tree.map(lambda *both: jnp.concatenate(both), null_cond, cond),
+            call,
+            jax.tree.map(lambda *pair: jnp.concatenate(pair), null_cond, cond),
         )
         uncond, conditional = jnp.split(both, 2)
-        return uncond + scale * (conditional - uncond)
+        guided = extrapolate(uncond, conditional, scales[call.index])
+        return rescaled(guided, conditional, share=rescale)
 
-    return guided
+    return predict
+
+
+def autoguidance(
+    denoise: Denoiser,
+    weak: Denoiser,
+    *,
+    weak_cond: PyTree,
+    scales: Float[Array, " n"],
+    rescale: Float[Array, ""],
+) -> Predictor:
+    """Guide a network by a worse version of itself: a smaller or an earlier one.
+
+    Both are given the condition, so that what is amplified is quality alone.
+
+    Args:
+      denoise: The network.
+      weak: The worse one, trained on the same schedule to predict the same.
+      weak_cond: Its condition, as its own conditioner prepares it.
+      scales: Guidance scale of each network call; traced.
+      rescale: Share of the correction of `rescaled`, in [0, 1]; traced.
+
+    Returns:
+      The guided predictor.
+
+    Source:
+      Karras et al., arXiv:2406.02507, eq. 3.
+    """
+
+    def predict(
+        x_t: Float[Array, "b h w c"], call: Call, cond: PyTree
+    ) -> Float[Array, "b h w c"]:
+        better = ask(denoise, x_t, call, cond)
+        worse = ask(weak, x_t, call, weak_cond)
+        guided = extrapolate(worse, better, scales[call.index])
+        return rescaled(guided, better, share=rescale)
+
+    return predict
+
+
+def extrapolate(
+    worse: Float[Array, "b h w c"],
+    better: Float[Array, "b h w c"],
+    scale: Float[Array, ""],
+) -> Float[Array, "b h w c"]:
+    """Go from one prediction to another and beyond."""
+    return worse + scale * (better - worse)
+
+
+def rescaled(
+    guided: Float[Array, "b h w c"],
+    conditional: Float[Array, "b h w c"],
+    *,
+    share: Float[Array, ""],
+) -> Float[Array, "b h w c"]:
+    """Give a guided prediction back the contrast it had without guidance.
+
+    Args:
+      guided: The prediction with guidance.
+      conditional: The one without.
+      share: 0 changes nothing, 1 makes each image's standard deviation that of the
+        conditional prediction; the paper uses 0.7.
+
+    Returns:
+      The prediction.
+
+    Source:
+      Lin et al., arXiv:2305.08891, eq. 14 to 16.
+    """
+    axes = (1, 2, 3)
+    wanted = conditional.std(axis=axes, keepdims=True)
+    found = guided.std(axis=axes, keepdims=True)
+    return guided * (1.0 + share * (wanted / jnp.maximum(found, TINY) - 1.0))
+
+
+def scales_of_calls(
+    scale: Float[Array, "*k"],
+    *,
+    step: Float[Array, " n"],
+    ratio: Float[Array, " n"],
+    interval: Float[Array, "2"],
+) -> Float[Array, " n"]:
+    """Say how strongly each network call is guided.
+
+    Args:
+      scale: One for all steps; or several, spread evenly from the first step to the
+        last with lines between them.
+      step: Position of each call's step, 0 for the first and 1 for the last.
+      ratio: Noise-to-signal ratio sigma / alpha at each call.
+      interval: Guide only where `low <= ratio <= high`; elsewhere the scale is 1.
+
+    Returns:
+      A scale per call.
+
+    Source:
+      Kynkäänniemi et al., arXiv:2404.07724, eq. 5 (interval).
+    """
+    knots = jnp.atleast_1d(scale)
+    places = jnp.linspace(0.0, 1.0, knots.shape[0], dtype=knots.dtype)
+    by_call = jnp.interp(step, places, knots)
+    inside = (ratio >= interval[0]) & (ratio <= interval[1])
+    return jnp.where(inside, by_call, jnp.asarray(UNGUIDED_SCALE, by_call.dtype))

@@ -1,84 +1,131 @@
 """What the network is trained to minimise."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from ldm_jax.diffusion.denoiser import Denoiser
 from ldm_jax.diffusion.parameterize import (
     PredictionName,
     add_noise,
-    eps_from_prediction,
+    prediction_gain,
     target_of,
 )
+from ldm_jax.diffusion.schedules import Level
 from ldm_jax.types import PyTree
 
-Denoiser = Callable[
-    [Float[Array, "b h w c"], Int[Array, " b"], PyTree],
-    Float[Array, "b h w c"],
-]
-"""A network as the mathematics sees it: `f(x_t, t, cond)`, the condition any tree of
-arrays with a leading batch axis. What it predicts is told beside it."""
+WeightName = Literal["uniform", "min_snr", "p2"]
+LossName = Literal["l1", "l2"]
+TINY = 1e-20
 
 
 def denoising_loss(
     denoise: Denoiser,
     x_0: Float[Array, "b h w c"],
-    t: Int[Array, " b"],
+    level: Level,
     eps: Float[Array, "b h w c"],
     cond: PyTree,
     *,
-    abar: Float[Array, " t"],
     prediction: PredictionName,
-    loss: Literal["l1", "l2"],
+    loss: LossName,
+    weight: WeightName = "uniform",
+    weight_gamma: float = 5.0,
+    sigma_data: float = 1.0,
 ) -> Float[Array, " b"]:
     """Score a network on what it should have predicted.
 
     Args:
       denoise: The network.
       x_0: Clean latents, standard deviation about 1.
-      t: Timestep of each example, in [0, T).
+      level: Noise level of each example.
       eps: Unit-variance noise.
       cond: Condition of each example.
-      abar: The schedule's table, float32.
       prediction: What the network predicts.
       loss: Absolute or squared error.
+      weight: How much each level counts.
+      weight_gamma: Its parameter; see `loss_weight`.
+      sigma_data: Standard deviation of the clean latents (`edm`).
 
     Returns:
-      The mean error of each example, over its latent.
+      The weighted mean error of each example, over its latent.
 
     Source:
       Ho et al., DDPM, arXiv:2006.11239, eq. 14; Rombach et al., arXiv:2112.10752,
-      eq. 2; Salimans & Ho, arXiv:2202.00512, sec. 4 (v).
+      eq. 2; Salimans & Ho, arXiv:2202.00512, sec. 4 (v); Liu et al., arXiv:2209.03003,
+      eq. 1 (flow); Karras et al., arXiv:2206.00364, eq. 8 (EDM, whose weight is
+      uniform in what its network predicts).
     """
-    x_t = add_noise(x_0, eps, abar_t=abar[t])
-    target = target_of(x_0, eps, abar_t=abar[t], prediction=prediction)
-    error = denoise(x_t, t, cond) - target
+    x_t = add_noise(x_0, eps, level)
+    target = target_of(x_0, eps, level, prediction=prediction, sigma_data=sigma_data)
+    error = denoise(x_t, level.t, cond) - target
     per_value = jnp.abs(error) if loss == "l1" else jnp.square(error)
-    return per_value.mean(axis=(1, 2, 3))
+    losses = per_value.mean(axis=(1, 2, 3))
+    if weight == "uniform":
+        return losses
+    return losses * loss_weight(
+        level,
+        weight=weight,
+        gamma=weight_gamma,
+        prediction=prediction,
+        sigma_data=sigma_data,
+    )
 
 
-def predicting_eps(
-    denoise: Denoiser, *, abar: Float[Array, " t"], prediction: PredictionName
-) -> Denoiser:
-    """Make a network predict the noise, whatever it was trained to predict.
+def loss_weight(
+    level: Level,
+    *,
+    weight: Literal["min_snr", "p2"],
+    gamma: float,
+    prediction: PredictionName,
+    sigma_data: float = 1.0,
+) -> Float[Array, " b"]:
+    """Return how much the squared error of a prediction counts at a level.
+
+    Both are stated for one kind of prediction and mean the same for all: as a weight of
+    the clean latent's error they are `min(SNR, gamma)` and `SNR / (1 + SNR)^gamma`.
 
     Args:
-      denoise: The network.
-      abar: The schedule's table, float32.
-      prediction: What it predicts.
+      level: Of each example.
+      weight: Which of the two.
+      gamma: The largest SNR that counts (5 in the paper), or P2's exponent (1).
+      prediction: What the network predicts.
+      sigma_data: Standard deviation of the clean latents (`edm`).
 
     Returns:
-      A network that predicts eps; the same one if it already does.
+      A weight per example.
+
+    Source:
+      Hang et al., arXiv:2303.09556, eq. 8 and 9 (min-SNR); Choi et al.,
+      arXiv:2204.00227, eq. 8 (P2, k = 1).
     """
-    if prediction == "eps":
-        return denoise
+    sigma2 = jnp.maximum(jnp.square(level.sigma), TINY)
+    snr = jnp.square(level.alpha) / sigma2
+    if weight == "min_snr":
+        of_clean = jnp.minimum(snr, gamma)
+    else:
+        of_clean = snr / (1.0 + snr) ** gamma
+    gain = prediction_gain(level, prediction=prediction, sigma_data=sigma_data)
+    return of_clean * gain
 
-    def as_eps(
-        x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: PyTree
-    ) -> Float[Array, "b h w c"]:
-        output = denoise(x_t, t, cond)
-        return eps_from_prediction(x_t, output, abar_t=abar[t], prediction=prediction)
 
-    return as_eps
+def offset_noise(
+    eps: Float[Array, "b h w c"],
+    offset: Float[Array, "b c"],
+    *,
+    strength: float,
+) -> Float[Array, "b h w c"]:
+    """Add to the noise a constant for each channel, so that brightness is learned.
+
+    Args:
+      eps: Unit-variance noise.
+      offset: Unit-variance noise, one number for each channel of an image.
+      strength: Its weight; 0.1 in the source.
+
+    Returns:
+      The noise.
+
+    Source:
+      Guttenberg, "Diffusion with Offset Noise" (2023).
+    """
+    return eps + strength * offset[:, None, None, :]

@@ -1,25 +1,38 @@
-"""From clean and noise to noisy, and from a prediction back to clean."""
+"""From clean and noise to noisy, and from a prediction back to either.
 
-from typing import Literal
+At a level `x_t = alpha x_0 + sigma eps`, whatever a network predicts is linear in x_0
+and eps. So reading the clean latent, the noise or the flow out of it is a weighted sum
+of `x_t` and the prediction; the weights are all there is to know (`Reading`).
+"""
+
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-PredictionName = Literal["eps", "v", "x0"]
+from ldm_jax.diffusion.schedules import Level
+
+PredictionName = Literal["eps", "v", "x0", "flow", "edm"]
+SignalName = Literal["x0", "eps", "flow"]
+
+
+class Reading(NamedTuple):
+    """Read a signal out of a prediction: `x_t_weight x_t + output_weight output`."""
+
+    x_t_weight: Float[Any, "*k"]
+    output_weight: Float[Any, "*k"]
 
 
 def add_noise(
-    x_0: Float[Array, "b h w c"],
-    eps: Float[Array, "b h w c"],
-    *,
-    abar_t: Float[Array, " b"],
+    x_0: Float[Array, "b h w c"], eps: Float[Array, "b h w c"], level: Level
 ) -> Float[Array, "b h w c"]:
-    """Draw from q(x_t | x_0): `sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`.
+    """Draw from q(x_t | x_0): `alpha x_0 + sigma eps`.
 
     Args:
       x_0: Clean latents, standard deviation about 1.
       eps: Unit-variance noise.
-      abar_t: Signal power of each example, in (0, 1].
+      level: Of each example.
 
     Returns:
       The noisy latents.
@@ -27,87 +40,135 @@ def add_noise(
     Source:
       Ho et al., DDPM, arXiv:2006.11239, eq. 4.
     """
-    abar = abar_t[:, None, None, None]
-    return jnp.sqrt(abar) * x_0 + jnp.sqrt(1.0 - abar) * eps
-
-
-def clean_from_eps(
-    x_t: Float[Array, "b h w c"],
-    eps: Float[Array, "b h w c"],
-    *,
-    abar_t: Float[Array, ""],
-) -> Float[Array, "b h w c"]:
-    """Solve `add_noise` for the clean latents.
-
-    Args:
-      x_t: Noisy latents, all at the same level.
-      eps: The noise in them, as predicted.
-      abar_t: Signal power, in (0, 1].
-
-    Returns:
-      The predicted clean latents.
-
-    Source:
-      Ho et al., DDPM, arXiv:2006.11239, eq. 15 (before clipping; latents are not
-      clipped).
-    """
-    return (x_t - jnp.sqrt(1.0 - abar_t) * eps) / jnp.sqrt(abar_t)
+    return _wide(level.alpha) * x_0 + _wide(level.sigma) * eps
 
 
 def target_of(
     x_0: Float[Array, "b h w c"],
     eps: Float[Array, "b h w c"],
+    level: Level,
     *,
-    abar_t: Float[Array, " b"],
     prediction: PredictionName,
+    sigma_data: float = 1.0,
 ) -> Float[Array, "b h w c"]:
     """Return what a network should predict.
 
     Args:
       x_0: Clean latents.
       eps: The noise that was added to them.
-      abar_t: Signal power of each example, in (0, 1).
-      prediction: The noise, the velocity `sqrt(abar) eps - sqrt(1 - abar) x_0`, or
-        the clean latents.
+      level: Of each example.
+      prediction: The noise; the clean latents; the velocity `alpha eps - sigma x_0`;
+        the flow `eps - x_0`; or EDM's F, which is -v where `sigma_data` is 1.
+      sigma_data: Standard deviation of the clean latents (`edm`).
 
     Returns:
       The target.
 
     Source:
-      Salimans & Ho, arXiv:2202.00512, app. D (v).
+      Salimans & Ho, arXiv:2202.00512, app. D (v); Liu et al., arXiv:2209.03003, eq. 1
+      (flow, with time reversed); Karras et al., arXiv:2206.00364, eq. 8 (F).
     """
-    if prediction == "eps":
-        return eps
-    if prediction == "x0":
-        return x_0
-    abar = abar_t[:, None, None, None]
-    return jnp.sqrt(abar) * eps - jnp.sqrt(1.0 - abar) * x_0
+    alpha, sigma = _wide(level.alpha), _wide(level.sigma)
+    match prediction:
+        case "eps":
+            return eps
+        case "x0":
+            return x_0
+        case "v":
+            return alpha * eps - sigma * x_0
+        case "flow":
+            return eps - x_0
+        case "edm":
+            norm = jnp.sqrt(jnp.square(sigma) + jnp.square(sigma_data * alpha))
+            return (sigma * x_0 - sigma_data**2 * alpha * eps) / (sigma_data * norm)
 
 
-def eps_from_prediction(
-    x_t: Float[Array, "b h w c"],
-    output: Float[Array, "b h w c"],
+def reading_of(
+    signal: SignalName,
+    level: Level,
     *,
-    abar_t: Float[Array, " b"],
     prediction: PredictionName,
-) -> Float[Array, "b h w c"]:
-    """Read the noise out of what a network predicted.
+    sigma_data: float = 1.0,
+) -> Reading:
+    """Return the weights that read a signal out of a prediction, in float64.
 
     Args:
-      x_t: The noisy latents it was given.
-      output: What it predicted.
-      abar_t: Signal power of each example, in (0, 1).
-      prediction: What that is.
+      signal: The clean latent, the noise, or the flow `eps - x_0`.
+      level: On the host; sigma above 0 to read the noise out of x0, alpha above 0 to
+        read the clean latent out of eps.
+      prediction: What the network predicts.
+      sigma_data: Standard deviation of the clean latents (`edm`).
 
     Returns:
-      The noise in `x_t`.
+      The weights, of the level's shape.
 
     Source:
-      Salimans & Ho, arXiv:2202.00512, app. D, solved for eps.
+      `add_noise` and `target_of`, two linear equations, solved.
     """
-    if prediction == "eps":
-        return output
-    abar = abar_t[:, None, None, None]
-    if prediction == "v":
-        return jnp.sqrt(abar) * output + jnp.sqrt(1.0 - abar) * x_t
-    return (x_t - jnp.sqrt(abar) * output) / jnp.sqrt(1.0 - abar)
+    alpha, sigma = np.asarray(level.alpha), np.asarray(level.sigma)
+    one, zero = np.ones_like(alpha), np.zeros_like(alpha)
+    power = alpha**2 + sigma**2
+    match prediction:
+        case "eps":
+            clean = Reading(_over(one, alpha), _over(-sigma, alpha))
+            noise = Reading(zero, one)
+        case "x0":
+            clean = Reading(zero, one)
+            noise = Reading(_over(one, sigma), _over(-alpha, sigma))
+        case "v":
+            clean = Reading(alpha / power, -sigma / power)
+            noise = Reading(sigma / power, alpha / power)
+        case "flow":
+            clean = Reading(1.0 / (alpha + sigma), -sigma / (alpha + sigma))
+            noise = Reading(1.0 / (alpha + sigma), alpha / (alpha + sigma))
+        case "edm":
+            square = sigma**2 + (sigma_data * alpha) ** 2
+            out = sigma_data / np.sqrt(square)
+            clean = Reading(sigma_data**2 * alpha / square, sigma * out)
+            noise = Reading(sigma / square, -alpha * out)
+    if signal == "x0":
+        return clean
+    if signal == "eps":
+        return noise
+    if prediction == "flow":
+        return Reading(zero, one)
+    return Reading(*(n - c for n, c in zip(noise, clean, strict=True)))
+
+
+def prediction_gain(
+    level: Level, *, prediction: PredictionName, sigma_data: float = 1.0
+) -> Float[Any, "*k"]:
+    """Return by how much an error of the prediction, squared, is one of x_0.
+
+    `|d x_0 / d output|^2` at a given `x_t`: what turns a weight of the clean latent's
+    error into one of the prediction's.
+
+    Args:
+      level: Any; alpha above 0 for eps.
+      prediction: What the network predicts.
+      sigma_data: Standard deviation of the clean latents (`edm`).
+
+    Returns:
+      The factor, of the level's shape.
+    """
+    alpha2, sigma2 = jnp.square(level.alpha), jnp.square(level.sigma)
+    match prediction:
+        case "x0":
+            return jnp.ones_like(alpha2)
+        case "eps":
+            return sigma2 / alpha2
+        case "v":
+            return sigma2 / jnp.square(alpha2 + sigma2)
+        case "flow":
+            return sigma2 / jnp.square(level.alpha + level.sigma)
+        case "edm":
+            return sigma2 * sigma_data**2 / (sigma2 + sigma_data**2 * alpha2)
+
+
+def _wide(weights: Float[Any, " b"]) -> Float[Array, "b 1 1 1"]:
+    return jnp.asarray(weights)[:, None, None, None]
+
+
+def _over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return a / b

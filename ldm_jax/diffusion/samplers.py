@@ -1,255 +1,187 @@
-"""Reverse diffusion: pure steps, and the one scan that drives them."""
+"""Reverse diffusion: the one scan that drives every sampler."""
 
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ldm_jax.diffusion.objectives import Denoiser
-from ldm_jax.diffusion.parameterize import clean_from_eps
-from ldm_jax.diffusion.schedules import Schedule
+from ldm_jax.diffusion.denoiser import Call, Predictor
+from ldm_jax.diffusion.solvers import Table
 from ldm_jax.rng import Stream, image_step_keys, normal
 from ldm_jax.types import PyTree
-
-SamplerName = Literal["ddim", "ddpm"]
-SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
-
-
-class Levels(NamedTuple):
-    """Where a step starts and ends: a table of k rows, or one of its rows in a scan.
-
-    Attributes:
-      t: Timestep the network is asked at, in [0, T).
-      abar_t: Signal power the step starts from.
-      abar_s: Signal power it ends at; 1 at the last step, the clean latent.
-      sigma: Standard deviation of the exact posterior q(x_s | x_t, x_0).
-      x_0_weight: Weight of the clean latent in that posterior's mean.
-      x_t_weight: Weight of the noisy latent in it.
-
-    Source:
-      Ho et al., DDPM, arXiv:2006.11239, eq. 7, on a subset of the timesteps.
-    """
-
-    t: Int[Array, "*k"]
-    abar_t: Float[Array, "*k"]
-    abar_s: Float[Array, "*k"]
-    sigma: Float[Array, "*k"]
-    x_0_weight: Float[Array, "*k"]
-    x_t_weight: Float[Array, "*k"]
-
-
-@runtime_checkable
-class SamplerStep(Protocol):
-    """Move latents from level t to the cleaner level s."""
-
-    def __call__(
-        self,
-        x_t: Float[Array, "b h w c"],
-        eps: Float[Array, "b h w c"],
-        noise: Float[Array, "b h w c"],
-        *,
-        level: Levels,
-        eta: Float[Array, ""],
-    ) -> Float[Array, "b h w c"]:
-        """Return the latents at level s."""
-        ...
-
-
-def spaced_timesteps(num_steps: int, *, num_timesteps: int) -> np.ndarray:
-    """Choose exactly `num_steps` timesteps, from the noisiest down.
-
-    The first is T - 1, so that sampling starts where training ended; the spacing is
-    as even as integers allow ("trailing"). In integer arithmetic, because rounded
-    floats repeat or skip a step for some counts.
-
-    Args:
-      num_steps: How many, 1 to T.
-      num_timesteps: T.
-
-    Returns:
-      Falling timesteps, int32.
-
-    Raises:
-      ValueError: If `num_steps` is outside [1, T].
-
-    Source:
-      Lin et al., arXiv:2305.08891, table 2 ("trailing").
-    """
-    if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(f"steps: got {num_steps}, wanted 1 to {num_timesteps}")
-    left = np.arange(num_steps, 0, -1)
-    return (num_timesteps * left // num_steps - 1).astype(np.int32)
-
-
-def make_levels(schedule: Schedule, num_steps: int) -> Levels:
-    """Tabulate the levels of a sampler in float64, cast once to JAX's default float.
-
-    Args:
-      schedule: The schedule the network was trained on.
-      num_steps: Network evaluations, 1 to T.
-
-    Returns:
-      A table of `num_steps` rows.
-
-    Raises:
-      ValueError: If `num_steps` is outside [1, T].
-    """
-    t = spaced_timesteps(num_steps, num_timesteps=schedule.num_timesteps)
-    abar_t = schedule.abar[t]
-    abar_s = np.append(abar_t[1:], 1.0)
-    alpha = abar_t / abar_s
-    variance = (1.0 - abar_s) / (1.0 - abar_t) * (1.0 - alpha)
-    return Levels(
-        t=jnp.asarray(t),
-        abar_t=jnp.asarray(abar_t),
-        abar_s=jnp.asarray(abar_s),
-        sigma=jnp.asarray(np.sqrt(variance)),
-        x_0_weight=jnp.asarray(np.sqrt(abar_s) * (1.0 - alpha) / (1.0 - abar_t)),
-        x_t_weight=jnp.asarray(np.sqrt(alpha) * (1.0 - abar_s) / (1.0 - abar_t)),
-    )
-
-
-def ddim_step(
-    x_t: Float[Array, "b h w c"],
-    eps: Float[Array, "b h w c"],
-    noise: Float[Array, "b h w c"],
-    *,
-    level: Levels,
-    eta: Float[Array, ""],
-) -> Float[Array, "b h w c"]:
-    """Step by the implicit process: keep the direction, renew a share of the noise.
-
-    Args:
-      x_t: Latents at level t.
-      eps: Predicted unit-variance noise in `x_t`.
-      noise: Fresh unit-variance noise; without effect when `eta` is 0.
-      level: One row of the table.
-      eta: 0 is deterministic, 1 the DDPM posterior; in [0, 1].
-
-    Returns:
-      The latents at level s.
-
-    Source:
-      Song et al., DDIM, arXiv:2010.02502, eq. 12 and 16 (their alpha is our abar).
-    """
-    x_0 = clean_from_eps(x_t, eps, abar_t=level.abar_t)
-    sigma = eta * level.sigma
-    kept = jnp.sqrt(jnp.maximum(1.0 - level.abar_s - jnp.square(sigma), 0.0))
-    return jnp.sqrt(level.abar_s) * x_0 + kept * eps + sigma * noise
-
-
-def ddpm_step(
-    x_t: Float[Array, "b h w c"],
-    eps: Float[Array, "b h w c"],
-    noise: Float[Array, "b h w c"],
-    *,
-    level: Levels,
-    eta: Float[Array, ""],
-) -> Float[Array, "b h w c"]:
-    """Step by drawing from the posterior q(x_s | x_t, x_0) (ancestral sampling).
-
-    Args:
-      x_t: Latents at level t.
-      eps: Predicted unit-variance noise in `x_t`.
-      noise: Fresh unit-variance noise; the last step's weight of it is 0.
-      level: One row of the table.
-      eta: Not used: the posterior's variance is given.
-
-    Returns:
-      The latents at level s.
-
-    Source:
-      Ho et al., DDPM, arXiv:2006.11239, eq. 6 and 7, and algorithm 2.
-    """
-    del eta
-    x_0 = clean_from_eps(x_t, eps, abar_t=level.abar_t)
-    mean = level.x_0_weight * x_0 + level.x_t_weight * x_t
-    return mean + level.sigma * noise
-
-
-STEP_BY_SAMPLER: dict[SamplerName, SamplerStep] = {
-    "ddim": ddim_step,
-    "ddpm": ddpm_step,
-}
 
 
 class Trajectory(NamedTuple):
     """What a sampler returns.
 
     Attributes:
-      x_0: The clean latents.
-      frames: Latents on the way, `f` of them, the starting noise first and `x_0`
-        last; empty when none were asked for.
+      x_0: The latents at the end, clean unless the levels end before.
+      frames: Latents on the way, `f` of them, the start first and `x_0` last; empty
+        when none were asked for.
     """
 
     x_0: Float[Array, "b h w c"]
     frames: Float[Array, "f b h w c"]
 
 
-def frame_slots(num_steps: int, num_frames: int) -> np.ndarray:
-    """Say in which frame the result of each step is kept.
+class Known(NamedTuple):
+    """What is already known of an image, and is not to change.
 
-    Args:
-      num_steps: Steps of the sampler.
-      num_frames: Frames, the starting noise (slot 0) among them; 0 keeps none.
-
-    Returns:
-      A slot per step, int32. Steps that share a slot overwrite each other in order,
-      so that the last slot ends with the last step; memory stays `num_frames` latents
-      whatever the number of steps.
+    Attributes:
+      x_0: Its clean latents.
+      eps: The noise they are given at every level, so that they follow one path.
+      free: 1 where the image is to be made, 0 where it is known.
     """
-    done = np.arange(1, num_steps + 1)
-    return np.ceil(done * max(num_frames - 1, 0) / num_steps).astype(np.int32)
+
+    x_0: Float[Array, "b h w c"]
+    eps: Float[Array, "b h w c"]
+    free: Float[Array, "b h w 1"]
+
+
+class State(NamedTuple):
+    """What the scan carries.
+
+    Attributes:
+      registers: Latents; the network is asked at the first.
+      signals: The last signals, the newest first.
+      frames: Those kept so far.
+    """
+
+    registers: tuple[Float[Array, "b h w c"], ...]
+    signals: tuple[Float[Array, "b h w c"], ...]
+    frames: Float[Array, "f b h w c"]
+
+
+def starting_noise(
+    keys: Key[Array, " b"], shape: tuple[int, int, int]
+) -> Float[Array, "b h w c"]:
+    """Draw the noise that an image is made from; noise i depends on key i alone."""
+    return normal(image_step_keys(keys, Stream.SAMPLE_START), shape)
 
 
 def sample(
-    denoise: Denoiser,
+    predict: Predictor,
+    x_start: Float[Array, "b h w c"],
     keys: Key[Array, " b"],
     cond: PyTree,
     *,
-    eta: Float[Array, ""],
-    levels: Levels,
-    step: SamplerStep,
-    shape: tuple[int, int, int],
-    num_frames: int,
+    table: Table,
+    known: Known | None = None,
+    num_frames: int = 0,
 ) -> Trajectory:
-    """Run reverse diffusion from pure noise as one `lax.scan`.
+    """Run a sampler as one `lax.scan`.
 
-    Image i depends on key i, condition i and the network alone.
+    Image i depends on start i, key i, condition i and the network alone. Memory does
+    not depend on the number of steps.
 
     Args:
-      denoise: The network, guided or not; it predicts eps.
-      keys: One key per image.
+      predict: The network, guided or not.
+      x_start: Latents at the first level, what is known included.
+      keys: One per image, for the noise on the way.
       cond: Condition of each image.
-      eta: Share of renewed noise, in [0, 1].
-      levels: The table of steps.
-      step: The sampler.
-      shape: Height, width and channels of a latent. Static.
+      table: The sampler, its levels, and what the network predicts.
+      known: What is not to change; None makes everything.
       num_frames: Frames to keep, at most one more than there are steps. Static.
 
     Returns:
-      The clean latents and the kept frames.
+      The latents at the end and the kept frames.
+
+    Source:
+      Lugmayr et al., RePaint, arXiv:2201.09865, eq. 8 (known parts).
     """
-    num_steps = levels.t.shape[0]
-    x_start = normal(image_step_keys(keys, Stream.SAMPLE_START), shape)
+    rows = jax.tree.map(jnp.asarray, table)
+    slots = jnp.asarray(frame_slots(np.asarray(table.step), num_frames))
     frames = jnp.zeros((num_frames, *x_start.shape), x_start.dtype)
     if num_frames:
         frames = frames.at[0].set(x_start)
+    start = State(
+        registers=(x_start,) * table.num_registers,
+        signals=(jnp.zeros_like(x_start),) * (table.num_signals - 1),
+        frames=frames,
+    )
+    may_draw = not isinstance(table.noise, np.ndarray) or bool(table.noise.any())
 
     def body(
-        carry: Trajectory, row: tuple[Int[Array, ""], Int[Array, ""], Levels]
-    ) -> tuple[Trajectory, None]:
-        step_idx, slot, level = row
-        t = jnp.broadcast_to(level.t, keys.shape)
-        eps = denoise(carry.x_0, t, cond)
-        noise = normal(image_step_keys(keys, Stream.SAMPLE_STEP, step_idx), shape)
-        x_s = step(carry.x_0, eps, noise, level=level, eta=eta)
-        frames = carry.frames.at[slot].set(x_s) if num_frames else carry.frames
-        return Trajectory(x_s, frames), None
+        state: State, xs: tuple[Int[Array, ""], Int[Array, ""], Table]
+    ) -> tuple[State, None]:
+        index, slot, row = xs
+        x_t = state.registers[0]
+        output = predict(x_t, Call(index, row.t), cond)
+        signal = row.read[0] * x_t + row.read[1] * output
+        signals = (signal, *state.signals)
+        registers = _mix((*state.registers, *signals), row)
+        if may_draw:
+            noise = _fresh_noise(keys, index, x_t, drawn=row.noise.any())
+            registers = [x + row.noise[i] * noise for i, x in enumerate(registers)]
+        if known is not None:
+            registers = [
+                keep_known(x, known, row.alpha[i], row.sigma[i])
+                for i, x in enumerate(registers)
+            ]
+        frames = state.frames
+        if num_frames:
+            frames = frames.at[slot].set(registers[0])
+        return State(tuple(registers), signals[:-1], frames), None
 
-    slots = jnp.asarray(frame_slots(num_steps, num_frames))
-    rows = (jnp.arange(num_steps), slots, levels)
-    result, _ = jax.lax.scan(body, Trajectory(x_start, frames), rows)
-    return result
+    xs = (jnp.arange(table.num_calls), slots, rows)
+    end, _ = jax.lax.scan(body, start, xs)
+    return Trajectory(end.registers[0], end.frames)
+
+
+def _mix(
+    terms: tuple[Float[Array, "b h w c"], ...], row: Table
+) -> list[Float[Array, "b h w c"]]:
+    """Sum weighted terms; written out, as a matrix product may round to bfloat16."""
+    registers = []
+    for weights in row.mix:
+        first, *rest = (
+            weight * term for weight, term in zip(weights, terms, strict=True)
+        )
+        registers.append(sum(rest, start=first))
+    return registers
+
+
+def _fresh_noise(
+    keys: Key[Array, " b"],
+    index: Int[Array, ""],
+    like: Float[Array, "b h w c"],
+    *,
+    drawn: Array,
+) -> Float[Array, "b h w c"]:
+    """Draw the noise of a call, unless its weight is 0."""
+    return jax.lax.cond(
+        drawn,
+        lambda: normal(
+            image_step_keys(keys, Stream.SAMPLE_STEP, index), like.shape[1:]
+        ),
+        lambda: jnp.zeros_like(like),
+    )
+
+
+def keep_known(
+    x: Float[Array, "b h w c"], known: Known, alpha: Array, sigma: Array
+) -> Float[Array, "b h w c"]:
+    """Put what is known, at a noise level, over what was made.
+
+    Source:
+      Lugmayr et al., RePaint, arXiv:2201.09865, eq. 8.
+    """
+    return jnp.where(known.free == 1.0, x, alpha * known.x_0 + sigma * known.eps)
+
+
+def frame_slots(step: Int[np.ndarray, " n"], num_frames: int) -> np.ndarray:
+    """Say in which frame the result of each network call is kept.
+
+    Args:
+      step: Step of each call, rising from 0.
+      num_frames: Frames, the start (slot 0) among them; 0 keeps none.
+
+    Returns:
+      A slot per call, int32. Calls that share a slot overwrite each other in order, so
+      that the last slot ends with the last call; memory stays `num_frames` latents
+      whatever the number of steps.
+    """
+    done = step + 1
+    return np.ceil(done * max(num_frames - 1, 0) / done[-1]).astype(np.int32)

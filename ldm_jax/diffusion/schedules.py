@@ -1,17 +1,42 @@
-"""Noise schedules: float64 NumPy tables, cast once when they meet the device."""
+"""Noise schedules: which mixtures of signal and noise there are.
 
-from typing import Literal, NamedTuple
+Every schedule is a path `x_t = alpha x_0 + sigma eps` from the clean latent to noise.
+Discrete ones are float64 NumPy tables, cast once when they meet the device.
+"""
 
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key, Real
 
-ScheduleName = Literal["ldm_linear", "linear"]
+from ldm_jax.rng import integers, normal, uniform
+
+DiscreteName = Literal["ldm_linear", "linear", "cosine"]
+COSINE_OFFSET = 0.008
+COSINE_MAX_BETA = 0.999
 
 
-class Schedule(NamedTuple):
-    """A discrete variance-preserving schedule over i in [0, T).
+class Level(NamedTuple):
+    """Noise levels: `x_t = alpha x_0 + sigma eps`.
 
     Attributes:
-      beta: Variance added at step i, in (0, 1); float64.
+      t: What the network is asked at; up to T.
+      alpha: Weight of the clean latent, at least 0.
+      sigma: Weight of unit-variance noise, in [0, 1].
+    """
+
+    t: Real[Any, "*k"]
+    alpha: Float[Any, "*k"]
+    sigma: Float[Any, "*k"]
+
+
+class DiscreteSchedule(NamedTuple):
+    """A variance-preserving schedule over i in [0, T): alpha^2 + sigma^2 = 1.
+
+    Attributes:
+      beta: Variance added at step i, in (0, 1]; float64.
       abar: Signal power after step i, the product of `1 - beta`; float64.
 
     Source:
@@ -27,19 +52,69 @@ class Schedule(NamedTuple):
         return len(self.beta)
 
 
+class FlowSchedule(NamedTuple):
+    """The straight path of rectified flow: alpha = 1 - s, sigma = s, for s in [0, 1].
+
+    Attributes:
+      num_timesteps: T; the network is asked at T s.
+
+    Source:
+      Liu et al., arXiv:2209.03003, eq. 1 (with time from the data to the noise).
+    """
+
+    num_timesteps: int
+
+
+class EdmSchedule(NamedTuple):
+    """Every noise-to-signal ratio, scaled so that `x_t` has unit variance.
+
+    The network sees EDM's `c_in x`, is asked at T times its `c_noise`, and has no need
+    of further scaling.
+
+    Attributes:
+      num_timesteps: T.
+      sigma_min: Smallest ratio sampled from.
+      sigma_max: Largest ratio sampled from.
+      sigma_data: Standard deviation of the clean latents.
+      log_mean: Mean of the ratio's natural logarithm in training.
+      log_std: Its standard deviation.
+
+    Source:
+      Karras et al., EDM, arXiv:2206.00364, table 1.
+    """
+
+    num_timesteps: int
+    sigma_min: float
+    sigma_max: float
+    sigma_data: float
+    log_mean: float
+    log_std: float
+
+
+Schedule = DiscreteSchedule | FlowSchedule | EdmSchedule
+
+
 def make_schedule(
-    name: ScheduleName, *, num_timesteps: int, beta_start: float, beta_end: float
-) -> Schedule:
-    """Tabulate a schedule.
+    name: DiscreteName,
+    *,
+    num_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    zero_terminal_snr: bool = False,
+) -> DiscreteSchedule:
+    """Tabulate a discrete schedule.
 
     `ldm_linear` is linear in the square root of beta, which latent-diffusion calls
-    `linear` and diffusers `scaled_linear`; `linear` is linear in beta (DDPM).
+    `linear` and diffusers `scaled_linear`; `linear` is linear in beta (DDPM);
+    `cosine` is a squared cosine in abar and has no use for the two betas.
 
     Args:
-      name: Which of the two.
+      name: Which of the three.
       num_timesteps: T, at least 1.
       beta_start: First beta, in (0, 1).
       beta_end: Last beta, in [beta_start, 1).
+      zero_terminal_snr: Shift and scale `sqrt(abar)` so that the last level is noise
+        alone; the network must then predict v, x0 or flow.
 
     Returns:
       The float64 tables.
@@ -49,10 +124,13 @@ def make_schedule(
 
     Source:
       Ho et al., arXiv:2006.11239, sec. 4 (linear); latent-diffusion
-      `make_beta_schedule` (ldm_linear).
+      `make_beta_schedule` (ldm_linear); Nichol & Dhariwal, arXiv:2102.09672, eq. 17
+      (cosine); Lin et al., arXiv:2305.08891, algorithm 1 (zero terminal SNR).
     """
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+    if zero_terminal_snr and num_timesteps < 2:
+        raise ValueError("zero_terminal_snr wants num_timesteps of at least 2, got 1")
     if not 0.0 < beta_start <= beta_end < 1.0:
         raise ValueError(
             f"betas must satisfy 0 < start <= end < 1, got {beta_start}, {beta_end}"
@@ -63,6 +141,125 @@ def make_schedule(
             beta = root**2
         case "linear":
             beta = np.linspace(beta_start, beta_end, num_timesteps)
+        case "cosine":
+            time = np.arange(num_timesteps + 1) / num_timesteps
+            angle = (time + COSINE_OFFSET) / (1.0 + COSINE_OFFSET) * np.pi / 2
+            power = np.cos(angle) ** 2
+            beta = np.minimum(1.0 - power[1:] / power[:-1], COSINE_MAX_BETA)
         case _:
             raise ValueError(f"unknown schedule {name!r}")
-    return Schedule(beta=beta, abar=np.cumprod(1.0 - beta))
+    abar = np.cumprod(1.0 - beta)
+    if zero_terminal_snr:
+        root = np.sqrt(abar)
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        abar = root**2
+        beta = 1.0 - np.append(abar[:1], abar[1:] / abar[:-1])
+    return DiscreteSchedule(beta=beta, abar=abar)
+
+
+def reaches_pure_noise(schedule: Schedule) -> bool:
+    """Say whether the last level has no signal, so that eps says nothing there."""
+    if isinstance(schedule, DiscreteSchedule):
+        return bool(schedule.abar[-1] == 0.0)
+    return isinstance(schedule, FlowSchedule)
+
+
+def draw_levels(schedule: Schedule, keys: Key[Array, " b"]) -> Level:
+    """Draw the level that each example is trained at.
+
+    Args:
+      schedule: Discrete levels are equally likely, and so are the times of a flow;
+        EDM's ratios are log-normal.
+      keys: One per example.
+
+    Returns:
+      A level per example, float32 (`t` of a discrete schedule int32).
+
+    Source:
+      Karras et al., EDM, arXiv:2206.00364, table 1 (log-normal).
+    """
+    match schedule:
+        case DiscreteSchedule():
+            t = integers(keys, below=schedule.num_timesteps)
+            alpha = jnp.asarray(np.sqrt(schedule.abar), jnp.float32)
+            sigma = jnp.asarray(np.sqrt(1.0 - schedule.abar), jnp.float32)
+            return Level(t, alpha[t], sigma[t])
+        case FlowSchedule():
+            time = uniform(keys)
+            return Level(schedule.num_timesteps * time, 1.0 - time, time)
+        case EdmSchedule():
+            drawn = normal(keys, (1,))[:, 0]
+            log_ratio = schedule.log_mean + schedule.log_std * drawn
+            return _edm_level(schedule, log_ratio)
+
+
+def level_at(schedule: Schedule, position: Float[np.ndarray, " k"]) -> Level:
+    """Return the levels at positions of a schedule, in float64.
+
+    Args:
+      schedule: Its positions 0 to T - 1 run from the least to the most noise: the
+        table's entries; times 1/T to 1 of a flow; EDM's ratios, evenly spaced in their
+        logarithms.
+      position: In [0, T - 1]; between two entries of a table, the ratio's logarithm is
+        linear.
+
+    Returns:
+      The levels.
+    """
+    top = schedule.num_timesteps
+    match schedule:
+        case DiscreteSchedule():
+            whole = np.rint(position)
+            if np.array_equal(whole, position):
+                abar = schedule.abar[whole.astype(int)]
+                return Level(position, np.sqrt(abar), np.sqrt(1.0 - abar))
+            log_ratio = np.interp(position, np.arange(top), log_ratios(schedule))
+            return vp_level(position, log_ratio)
+        case FlowSchedule():
+            time = (position + 1.0) / top
+            return Level(top * time, 1.0 - time, time)
+        case EdmSchedule():
+            low, high = np.log(schedule.sigma_min), np.log(schedule.sigma_max)
+            share = position / max(top - 1, 1) if top > 1 else np.ones_like(position)
+            return _edm_level(schedule, low + (high - low) * share)
+
+
+def level_of_ratio(schedule: Schedule, ratio: Float[np.ndarray, " k"]) -> Level:
+    """Return the levels of given noise-to-signal ratios sigma / alpha, in float64.
+
+    Args:
+      schedule: A discrete one is interpolated in the ratio's logarithm.
+      ratio: Within the schedule's.
+
+    Returns:
+      The levels.
+    """
+    match schedule:
+        case DiscreteSchedule():
+            known = log_ratios(schedule)
+            position = np.interp(np.log(ratio), known, np.arange(len(known)))
+            return vp_level(position, np.log(ratio))
+        case FlowSchedule():
+            time = ratio / (1.0 + ratio)
+            return Level(schedule.num_timesteps * time, 1.0 - time, time)
+        case EdmSchedule():
+            return _edm_level(schedule, np.log(ratio))
+
+
+def log_ratios(schedule: DiscreteSchedule) -> np.ndarray:
+    """Return ln(sigma / alpha) of every entry; the last is infinite at zero SNR."""
+    with np.errstate(divide="ignore"):
+        return 0.5 * (np.log1p(-schedule.abar) - np.log(schedule.abar))
+
+
+def vp_level(t: np.ndarray, log_ratio: np.ndarray) -> Level:
+    """Return the variance-preserving level of a noise-to-signal ratio."""
+    alpha = 1.0 / np.sqrt(1.0 + np.exp(2.0 * log_ratio))
+    return Level(t, alpha, 1.0 / np.sqrt(1.0 + np.exp(-2.0 * log_ratio)))
+
+
+def _edm_level(schedule: EdmSchedule, log_ratio: Any) -> Level:
+    xp = jnp if isinstance(log_ratio, jax.Array) else np
+    ratio = xp.exp(log_ratio)
+    alpha = 1.0 / xp.sqrt(xp.square(ratio) + schedule.sigma_data**2)
+    return Level(schedule.num_timesteps / 4 * log_ratio, alpha, ratio * alpha)
