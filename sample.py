@@ -3,17 +3,39 @@
 python sample.py --workdir runs/digits --labels 0-9 --seeds 0-9 --out samples
 """
 
-from ldm_jax.cli import parse_sample, run_main
+import sys
+
+from ldm_jax.cli import run_main
+from ldm_jax.requests import ReplayRequest, parse_sample
+from ldm_jax.types import RunError
 
 
 def main(args: list[str]) -> None:
     """Parse, sample, say what was written."""
     request = parse_sample(args)
     # Only now: help and bad input need not wait for JAX.
+    if isinstance(request, ReplayRequest):
+        compare(request)
+        return
     from ldm_jax.gallery import write_gallery
 
     for path in write_gallery(request):
         print(path)
+
+
+def compare(request: ReplayRequest) -> None:
+    """Make an image again, and say whether every pixel is the same."""
+    from ldm_jax.replay import replay
+
+    found = replay(request)
+    for warning in found.warnings:
+        print(f"sample.py: warning: {warning}", file=sys.stderr)
+    if found.num_different:
+        raise RunError(
+            f"--replay: {found.num_different} of {found.num_pixels} pixels differ, by "
+            f"at most {found.largest} grey levels"
+        )
+    print(f"{request.image}: every one of {found.num_pixels} pixels is the same")
 
 
 if __name__ == "__main__":

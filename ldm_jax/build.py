@@ -10,20 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import ConditionConfig, Config
-from ldm_jax.data.pipeline import (
-    Batch,
-    BatchIterator,
-    load_all,
-    make_iterator,
-)
+from ldm_jax.data.pipeline import Batch, BatchIterator, load_all, make_iterator
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.data.tokenizer import (
     Tokenizer,
     load_bert_tokenizer,
     load_clip_tokenizer,
 )
-from ldm_jax.diffusion.schedules import make_schedule
-from ldm_jax.generate import Networks
+from ldm_jax.diffusion.schedules import (
+    EdmSchedule,
+    FlowSchedule,
+    Schedule,
+    make_schedule,
+)
+from ldm_jax.networks import Networks
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.nn.conditioning import (
     ClassEmbedding,
@@ -51,23 +51,43 @@ INPUT_BY_CONTEXT: dict[str, Literal["none", "label", "tokens", "embedding"]] = {
 def build_networks(config: Config) -> Networks:
     """Build both networks, unbound, and the schedule."""
     second = config.diffusion
-    schedule = make_schedule(
-        second.schedule,
-        num_timesteps=second.num_timesteps,
-        beta_start=second.beta_start,
-        beta_end=second.beta_end,
-    )
     return Networks(
         autoencoder=build_autoencoder(config),
         unet=build_unet(config),
         conditioner=build_conditioner(config),
-        schedule=schedule,
+        schedule=build_schedule(config),
         prediction=second.prediction,
+        sigma_data=second.sigma_data,
         latent_shape=config.latent_shape,
         num_classes=config.data.num_classes,
         null_tokens=null_tokens(config),
         chunk=config.sampling.chunk,
     )
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Build the noise levels that stage 2 is trained on."""
+    second = config.diffusion
+    match second.schedule:
+        case "flow":
+            return FlowSchedule(second.num_timesteps)
+        case "edm":
+            return EdmSchedule(
+                num_timesteps=second.num_timesteps,
+                sigma_min=second.sigma_min,
+                sigma_max=second.sigma_max,
+                sigma_data=second.sigma_data,
+                log_mean=second.log_sigma_mean,
+                log_std=second.log_sigma_std,
+            )
+        case discrete:
+            return make_schedule(
+                discrete,
+                num_timesteps=second.num_timesteps,
+                beta_start=second.beta_start,
+                beta_end=second.beta_end,
+                zero_terminal_snr=second.zero_terminal_snr,
+            )
 
 
 def build_unet(config: Config) -> UNet:

@@ -14,11 +14,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from ldm_jax.config import Config, flatten, read_config
+from ldm_jax.config import Config, flatten
 from ldm_jax.types import InputError, RunError
 
 T = TypeVar("T")
@@ -26,7 +26,6 @@ T = TypeVar("T")
 BAD_INPUT_EXIT_CODE = 2
 FAILED_RUN_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
-MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,43 +39,6 @@ class TrainArguments:
 
     config: Config
     workdir: Path | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleArguments:
-    """Make images with a trained run, or with weights from elsewhere.
-
-    Lists are numbers, ranges, or both: 3, 0-9, 1,4,7, 0-4,9.
-    """
-
-    workdir: Path | None = None
-    """Folder of the run, as given to train.py."""
-    weights: Path | None = None
-    """Instead of a run: a diffusers folder, or a file in CompVis naming."""
-    out: Path = Path("samples")
-    """Folder for 000000.png ... and grid.png; made if it is not there."""
-    labels: str | None = None
-    """Classes to draw, as a list; all of them by default."""
-    prompt: tuple[str, ...] = ()
-    """Texts to draw, each with every seed."""
-    negative_prompt: str = ""
-    """Text to be guided away from."""
-    seeds: str = "0-9"
-    """Seeds to draw each class or text with, as a list."""
-    steps: int = 50
-    """Denoising steps, 1 to the run's number of timesteps."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """DDIM, or DDPM's ancestral sampling."""
-    eta: float | None = None
-    """DDIM's share of fresh noise, 0 to 1 (default 0); not for ddpm."""
-    guidance_scale: float = 2.0
-    """0 ignores the label or text, 1 follows it, more exaggerates it."""
-    trajectory: bool = False
-    """Also write trajectory.png: the denoising, a row an image."""
-    config: Path | None = None
-    """Config of weights whose file does not hold it."""
-    tokenizer: Path | None = None
-    """Folder of the tokenizer's files, where the weights do not hold them."""
 
 
 def parse_train(args: list[str]) -> TrainArguments:
@@ -120,114 +82,6 @@ def parse_train(args: list[str]) -> TrainArguments:
         raise InputError("--workdir: not given, wanted a folder; try --workdir runs/x")
     workdir = None if own.dry_run else Path(str(own.workdir))
     return TrainArguments(config=config, workdir=workdir)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """What `sample.py` was asked.
-
-    Attributes:
-      workdir: Folder of the run, or None.
-      weights: Weights from elsewhere, or None.
-      out: Folder for the images.
-      labels: Classes as they were given, or None.
-      prompts: Texts, in order.
-      negative_prompt: What they are guided away from.
-      seeds: Seeds for each class or text, in order.
-      num_steps: Denoising steps, at least 1.
-      sampler: `ddim` or `ddpm`.
-      eta: In [0, 1]; 1 for ddpm, whose noise is that of DDIM at 1.
-      guidance_scale: At least 0.
-      trajectory: Whether the denoising is drawn.
-      config_file: Config of the weights, or None.
-      tokenizer: Folder of the tokenizer, or None.
-    """
-
-    workdir: Path | None
-    weights: Path | None
-    out: Path
-    labels: str | None
-    prompts: tuple[str, ...]
-    negative_prompt: str
-    seeds: list[int]
-    num_steps: int
-    sampler: Literal["ddim", "ddpm"]
-    eta: float
-    guidance_scale: float
-    trajectory: bool
-    config_file: Path | None
-    tokenizer: Path | None
-
-
-def parse_sample(args: list[str]) -> SampleRequest:
-    """Read the command line of `sample.py`.
-
-    Args:
-      args: Without the program's name.
-
-    Returns:
-      The request; for a run, checked against its config.
-
-    Raises:
-      InputError: If a flag is unknown, a value is wrong, or the folder is no run.
-      SystemExit: After printing the help.
-    """
-    given = parse_flags(SampleArguments, args, default=None, prog="sample.py")
-    if (given.workdir is None) == (given.weights is None):
-        raise InputError(
-            "--workdir: not given, wanted either the folder of a run or --weights"
-            if given.workdir is None
-            else "--weights: got it beside --workdir, wanted one of the two"
-        )
-    if given.workdir is not None:
-        _check_against(read_config(given.workdir), given)
-        if given.config is not None:
-            raise InputError(
-                "--config: got it beside --workdir, wanted none: a run has its own"
-            )
-    if given.steps < 1:
-        raise InputError(f"--steps: got {given.steps}, wanted at least 1")
-    if given.sampler == "ddpm" and given.eta is not None:
-        raise InputError(
-            f"--eta: got {given.eta} with --sampler ddpm, which has none; try "
-            "--sampler ddim"
-        )
-    eta = 1.0 if given.sampler == "ddpm" else given.eta or 0.0
-    if not 0.0 <= eta <= 1.0:
-        raise InputError(f"--eta: got {eta}, wanted 0 to 1")
-    scale = given.guidance_scale
-    if not 0.0 <= scale < float("inf"):
-        raise InputError(f"--guidance-scale: got {scale}, wanted 0 or more")
-    if given.out.exists() and not given.out.is_dir():
-        raise InputError(f"--out: {given.out} is a file, wanted a folder")
-    return SampleRequest(
-        workdir=given.workdir,
-        weights=given.weights,
-        out=given.out,
-        labels=None if given.labels == "all" else given.labels,
-        prompts=given.prompt,
-        negative_prompt=given.negative_prompt,
-        seeds=parse_list(given.seeds, name="--seeds", low=0, high=MAX_SEED),
-        num_steps=given.steps,
-        sampler=given.sampler,
-        eta=eta,
-        guidance_scale=scale,
-        trajectory=given.trajectory,
-        config_file=given.config,
-        tokenizer=given.tokenizer,
-    )
-
-
-def _check_against(config: Config, given: SampleArguments) -> None:
-    num_timesteps = config.diffusion.num_timesteps
-    if not 1 <= given.steps <= num_timesteps:
-        raise InputError(
-            f"--steps: got {given.steps}, wanted 1 to {num_timesteps}, the run's "
-            "diffusion.num_timesteps"
-        )
-    if given.labels not in (None, "all") and config.diffusion.condition.uses_classes:
-        top = config.data.num_classes - 1
-        parse_list(given.labels, name="--labels", low=0, high=top)
 
 
 def parse_flags(

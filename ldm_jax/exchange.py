@@ -18,7 +18,6 @@ from ldm_jax.build import (
 )
 from ldm_jax.cli import load_config_file
 from ldm_jax.config import CONFIG_FILE, ClipConfig, Config, read_config
-from ldm_jax.generate import Networks, SampleParams
 from ldm_jax.interop.assemble import assemble_config
 from ldm_jax.interop.compvis import AUTOENCODER_PREFIX
 from ldm_jax.interop.folders import Component, Folder, component_tensors
@@ -46,6 +45,7 @@ from ldm_jax.interop.read_folder import (
     read_folder,
 )
 from ldm_jax.interop.weights import Tensors, open_tensors
+from ldm_jax.networks import Networks, SampleParams
 from ldm_jax.types import InputError, PyTree
 
 

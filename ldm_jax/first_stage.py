@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, UInt8
 from ldm_jax.build import init_autoencoder, load_split, open_iterator
 from ldm_jax.config import Config
 from ldm_jax.data.pipeline import to_batch
-from ldm_jax.generate import Networks
 from ldm_jax.images import grid, to_float, to_uint8, write_png
 from ldm_jax.interop.perceptual import load_lpips
+from ldm_jax.networks import Networks
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.nn.critics import VGG_MIN_SIDE, Lpips, PatchDiscriminator
 from ldm_jax.rng import Stream, root_key, stream_key

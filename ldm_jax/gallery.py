@@ -1,57 +1,41 @@
-"""A run's images on disk: every label with every seed, each with its recipe."""
+"""Images on disk: every subject once, each with its recipe, whatever interrupts."""
 
-import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ldm_jax.build import open_tokenizer
-from ldm_jax.cli import SampleRequest, parse_list
-from ldm_jax.config import ConditionConfig, Config
-from ldm_jax.data.tokenizer import Tokenizer
-from ldm_jax.generate import make_sample_fn, recipe
-from ldm_jax.images import grid, to_uint8, write_png
-from ldm_jax.nn.conditioning import ConditionInputs
-from ldm_jax.rng import image_keys
-from ldm_jax.run import Run, load_run, load_weights
+from ldm_jax.images import grid, read_png, read_texts, write_png
+from ldm_jax.recipes import differences, write_recipe
+from ldm_jax.requests import SampleRequest
+from ldm_jax.studio import Studio, draw, images_a_call, open_studio
+from ldm_jax.subjects import Subject, condition_inputs, subjects_of
 from ldm_jax.types import InputError
 
 MAX_GRID_SIDE = 20
 NUM_FRAMES = 10
-UNGUIDED_SCALE = 1.0
 
 
-class Item(NamedTuple):
-    """One image to make.
-
-    Attributes:
-      row: Which condition: the position of its label or prompt.
-      seed: Its seed.
-    """
-
-    row: int
-    seed: int
-
-
-class Picture(NamedTuple):
-    """One image made.
+class Sheet(NamedTuple):
+    """Which images a grid shows.
 
     Attributes:
-      image: Its pixels.
-      frames: Its latents on the way, decoded; empty when none were asked for.
+      indices: Of the images, row by row.
+      columns: Images a row.
     """
 
-    image: UInt8[np.ndarray, "h w c"]
-    frames: UInt8[np.ndarray, "f h w c"]
+    indices: list[int]
+    columns: int
 
 
 def write_gallery(request: SampleRequest) -> list[Path]:
-    """Make every label with every seed, label by label, and write them.
+    """Make every label or text with every seed, row by row, and write them.
+
+    An image that is there already with the same recipe is kept; so an interrupted
+    command, given again, makes the rest. Several processes share the work, and the
+    first one draws the grid of what it finds.
 
     Args:
       request: What to make.
@@ -61,176 +45,98 @@ def write_gallery(request: SampleRequest) -> list[Path]:
       the trajectory if it was asked for.
 
     Raises:
-      InputError: If the run has no finished checkpoint, the weights cannot be read, or
-        the model needs what was not asked for.
+      InputError: If the run has no finished checkpoint, the weights cannot be read, the
+        model needs what was not asked for, or an image is there that was made
+        otherwise.
       RunError: If no checkpoint is intact.
       OSError: If an image cannot be written; those before it stay.
     """
-    run = open_run(request)
-    conditions = describe_conditions(run.config, request)
-    if request.num_steps > run.config.diffusion.num_timesteps:
-        raise InputError(
-            f"--steps: got {request.num_steps}, wanted 1 to "
-            f"{run.config.diffusion.num_timesteps}, the model's noise levels"
-        )
-    condition_inputs(run.config, conditions)  # a missing tokenizer is told first
+    studio = open_studio(request.settings)
+    subjects = subjects_of(studio.run.config, request)
+    condition_inputs(studio.run.config, [subjects[0].shown])  # a tokenizer is missing
     request.out.mkdir(parents=True, exist_ok=True)
-    rows = range(len(conditions))
-    items = [Item(row, seed) for row in rows for seed in request.seeds]
-    shown: list[Picture] = []
-    columns = min(len(request.seeds), MAX_GRID_SIDE)
-    for i, picture in enumerate(make_pictures(run, request, items, conditions)):
-        texts = recipe(
-            seed=items[i].seed,
-            condition=conditions[items[i].row],
-            sampler=request.sampler,
-            num_steps=request.num_steps,
-            eta=request.eta,
-            guidance_scale=request.guidance_scale if any(conditions) else 1.0,
-            checkpoint=run.digest,
+    paths = [request.out / f"{i:06d}.png" for i in range(len(subjects))]
+    recipes = [
+        write_recipe(subject, request.settings, studio.made_with)
+        for subject in subjects
+    ]
+    missing = [
+        i
+        for i, (path, texts) in enumerate(zip(paths, recipes, strict=True))
+        if not is_made(path, texts, overwrite=request.overwrite)
+    ]
+    mine = share(missing, studio)
+    done = len(subjects) - len(missing)
+    with tqdm(
+        total=done + len(mine), initial=done, unit=" images", mininterval=1.0
+    ) as bar:
+        pictures = draw(studio, [subjects[i] for i in mine])
+        for i, picture in zip(mine, pictures, strict=True):
+            write_png(paths[i], picture.image, recipes[i])
+            bar.update()
+    if studio.layout.process_index:
+        return []
+    return write_sheets(request, studio, subjects, paths)
+
+
+def is_made(path: Path, recipe: dict[str, str], *, overwrite: bool) -> bool:
+    """Say whether an image is there already.
+
+    Raises:
+      InputError: If one is there that was made otherwise, and may not be replaced.
+    """
+    if not path.exists():
+        return False
+    try:
+        changed = differences(recipe, read_texts(path))
+    except OSError:
+        changed = ["all of it"]
+    if changed and not overwrite:
+        raise InputError(
+            f"--out: {path} is there and was made otherwise ({', '.join(changed)}); "
+            "try another --out, or --overwrite"
         )
-        write_png(request.out / f"{i:06d}.png", picture.image, texts)
-        row, column = divmod(i, len(request.seeds))
-        if row < MAX_GRID_SIDE and column < columns:
-            shown.append(picture)
-    written = [request.out / "000000.png", request.out / "grid.png"]
-    images = np.stack([picture.image for picture in shown])
-    write_png(written[-1], grid(images, columns=columns))
+    return not changed
+
+
+def share(missing: list[int], studio: Studio) -> list[int]:
+    """Take this process' images: whole calls, in turn."""
+    size, layout = images_a_call(studio), studio.layout
+    calls = [missing[i : i + size] for i in range(0, len(missing), size)]
+    mine = calls[layout.process_index :: layout.process_count]
+    return [i for call in mine for i in call]
+
+
+def sheet_of(request: SampleRequest, num: int) -> Sheet:
+    """Choose what a grid shows: at most 20 rows of 20, seeds across."""
+    across = request.interpolate or len(request.seeds)
+    columns = min(across, MAX_GRID_SIDE)
+    indices = [
+        i for i in range(num) if i // across < MAX_GRID_SIDE and i % across < columns
+    ]
+    return Sheet(indices, columns)
+
+
+def write_sheets(
+    request: SampleRequest, studio: Studio, subjects: list[Subject], paths: list[Path]
+) -> list[Path]:
+    """Write the grid, and the trajectory if it was asked for."""
+    sheet = sheet_of(request, len(subjects))
+    found = [i for i in sheet.indices if paths[i].exists()]
+    written = [paths[0], request.out / "grid.png"]
+    images = np.stack([read_png(paths[i]) for i in found])
+    write_png(written[-1], grid(images, columns=sheet.columns))
     if request.trajectory:
         written.append(request.out / "trajectory.png")
-        frames = np.concatenate([picture.frames for picture in shown])
-        strip = grid(frames, columns=len(shown[0].frames))
-        write_png(written[-1], strip)
+        shown = [subjects[i] for i in found]
+        write_png(written[-1], trajectories(studio, shown))
     return written
 
 
-def open_run(request: SampleRequest) -> Run:
-    """Load the run or the weights that a request names."""
-    if request.workdir is not None:
-        return load_run(request.workdir, tokenizer=request.tokenizer)
-    return load_weights(
-        Path(str(request.weights)),
-        config_file=request.config_file,
-        tokenizer=request.tokenizer,
-    )
-
-
-def describe_conditions(config: Config, request: SampleRequest) -> list[dict[str, str]]:
-    """Say what each row of a request shows, as its recipe has it.
-
-    Raises:
-      InputError: If the model needs a label, a prompt or a picture that the request
-        does not give, or the request gives what the model does not read.
-    """
-    condition = config.diffusion.condition
-    if condition.concat != "none" or condition.context == "embedding":
-        needs = condition.concat if condition.concat != "none" else "embedding"
-        raise InputError(
-            f"sample.py: this model needs a {needs} beside each image, which has no "
-            "flag; try ldm_jax.generate.make_sample_fn from Python"
-        )
-    if request.negative_prompt and not condition.uses_tokens:
-        raise InputError("--negative-prompt: this model reads no text; try without it")
-    if request.prompts and not condition.uses_tokens:
-        raise InputError("--prompt: this model reads no text; try --labels, or nothing")
-    if request.labels and not condition.uses_classes:
-        raise InputError(
-            "--labels: this model has no classes; try --prompt, or nothing"
-        )
-    if condition.uses_tokens:
-        if not request.prompts:
-            raise InputError(
-                '--prompt: not given, but this model draws texts; try --prompt "a cat"'
-            )
-        negative = {"negative_prompt": request.negative_prompt}
-        guided = request.guidance_scale != UNGUIDED_SCALE
-        shown = negative if request.negative_prompt and guided else {}
-        return [{"prompt": prompt, **shown} for prompt in request.prompts]
-    if condition.uses_classes:
-        top = config.data.num_classes - 1
-        labels = parse_list(
-            request.labels or f"0-{top}", name="--labels", low=0, high=top
-        )
-        return [{"label": str(label)} for label in labels]
-    return [{}]
-
-
-@functools.cache
-def _tokenizer(condition: ConditionConfig) -> Tokenizer:
-    """Open a tokenizer once, not once for every chunk of images."""
-    return open_tokenizer(condition)
-
-
-def condition_inputs(
-    config: Config, rows: list[dict[str, str]]
-) -> tuple[ConditionInputs, ConditionInputs | None]:
-    """Turn rows of recipes into what the conditioner reads.
-
-    Args:
-      config: Of the model.
-      rows: As `describe_conditions` gives them, one per image.
-
-    Returns:
-      The inputs, and what they are guided away from; None for "no condition".
-
-    Raises:
-      InputError: If the tokenizer cannot be read.
-    """
-    condition = config.diffusion.condition
-    if condition.uses_tokens:
-        tokenizer = _tokenizer(condition)
-
-        def inputs(keyword: str) -> ConditionInputs:
-            texts = [row.get(keyword, "") for row in rows]
-            return ConditionInputs(tokens=jnp.asarray(tokenizer.encode(texts)))
-
-        return inputs("prompt"), inputs("negative_prompt")
-    if condition.uses_classes:
-        labels = [int(row["label"]) for row in rows]
-        return ConditionInputs(label=jnp.asarray(labels, jnp.int32)), None
-    return ConditionInputs(), None
-
-
-def make_pictures(
-    run: Run,
-    request: SampleRequest,
-    items: list[Item],
-    conditions: list[dict[str, str]],
-) -> Iterator[Picture]:
-    """Make images chunk by chunk, in the order of `items`, with a progress bar.
-
-    Args:
-      run: What to sample with.
-      request: How.
-      items: What.
-      conditions: What each row shows.
-
-    Yields:
-      One picture per item.
-    """
-    sample_fn = make_sample_fn(
-        run.networks,
-        sampler=request.sampler,
-        num_steps=request.num_steps,
-        guided=request.guidance_scale != UNGUIDED_SCALE and any(conditions),
-        num_frames=min(NUM_FRAMES, request.num_steps + 1) * request.trajectory,
-    )
-    chunk = run.networks.chunk
-    with tqdm(total=len(items), unit=" images", mininterval=1.0) as bar:
-        for start in range(0, len(items), chunk):
-            part = items[start : start + chunk]
-            rows = [conditions[item.row] for item in part]
-            cond, uncond = condition_inputs(run.config, rows)
-            samples = sample_fn(
-                run.params,
-                image_keys([item.seed for item in part]),
-                cond,
-                request.guidance_scale,
-                request.eta,
-                uncond,
-            )
-            images = to_uint8(np.asarray(samples.images))
-            frames = to_uint8(np.asarray(samples.frames))
-            for i, image in enumerate(images):
-                yield Picture(image, frames[:, i])
-            bar.update(len(part))
+def trajectories(studio: Studio, subjects: list[Subject]) -> UInt8[np.ndarray, "h w c"]:
+    """Draw the denoising of subjects, a row each."""
+    steps = round(studio.settings.num_steps * studio.settings.strength)
+    num_frames = min(NUM_FRAMES, max(steps, 1) + 1)
+    pictures = draw(studio, subjects, num_frames=num_frames)
+    frames = np.concatenate([picture.frames for picture in pictures])
+    return grid(frames, columns=num_frames)

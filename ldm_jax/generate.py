@@ -1,78 +1,39 @@
-"""Images from keys: the sample function, and the recipe of what it made."""
+"""Images from keys: the sample function."""
 
 import functools
-import importlib.metadata
-import json
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Key, Real
 
-from ldm_jax.diffusion.guidance import classifier_free
-from ldm_jax.diffusion.objectives import Denoiser, predicting_eps
-from ldm_jax.diffusion.parameterize import PredictionName
-from ldm_jax.diffusion.samplers import (
-    STEP_BY_SAMPLER,
-    SamplerName,
-    Trajectory,
-    make_levels,
-    sample,
+from ldm_jax.diffusion.denoiser import Predictor
+from ldm_jax.diffusion.guidance import (
+    autoguidance,
+    classifier_free,
+    scales_of_calls,
+    unguided,
 )
-from ldm_jax.diffusion.schedules import Schedule
-from ldm_jax.nn.autoencoder import Autoencoder
-from ldm_jax.nn.conditioning import (
-    Condition,
-    Conditioner,
-    ConditionInputs,
-    null_inputs,
+from ldm_jax.diffusion.levels import Levels, make_levels
+from ldm_jax.diffusion.samplers import sample
+from ldm_jax.diffusion.solvers import Table, make_table
+from ldm_jax.edit import Edit, mix_conditions, paste, soften, start_of
+from ldm_jax.networks import (
+    Networks,
+    SampleParams,
+    decode,
+    denoiser_of,
+    in_chunks,
+    null_condition,
+    prepare,
 )
-from ldm_jax.nn.unet import UNet
-from ldm_jax.types import PyTree
+from ldm_jax.nn.conditioning import Condition, ConditionInputs
+from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.types import TAKES_ETA, SamplerName, SpacingName
 
-VERSIONED_PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "numpy")
-
-
-class Networks(NamedTuple):
-    """Everything static that sampling needs.
-
-    Attributes:
-      autoencoder: The first stage.
-      unet: The second.
-      conditioner: Prepares what the second is conditioned on.
-      schedule: The noise levels it was trained on.
-      prediction: What it predicts.
-      latent_shape: Height, width and channels of a latent.
-      num_classes: Real classes; the null class has this index.
-      null_tokens: Tokens of the empty prompt.
-      chunk: Images the network sees at once.
-    """
-
-    autoencoder: Autoencoder
-    unet: UNet
-    conditioner: Conditioner
-    schedule: Schedule
-    prediction: PredictionName
-    latent_shape: tuple[int, int, int]
-    num_classes: int
-    null_tokens: tuple[int, ...]
-    chunk: int
-
-
-class SampleParams(NamedTuple):
-    """The arrays that sampling needs.
-
-    Attributes:
-      autoencoder: Averaged parameters of the first stage.
-      unet: Averaged parameters of the second.
-      conditioner: Parameters of the conditioner; averaged if it was trained.
-      latent_scale: What latents were multiplied by in training.
-    """
-
-    autoencoder: PyTree
-    unet: PyTree
-    conditioner: PyTree
-    latent_scale: Float[Array, ""]
+EVERYWHERE = (0.0, float("inf"))
+GuideName = Literal["none", "classifier_free", "autoguidance"]
 
 
 class Samples(NamedTuple):
@@ -80,12 +41,81 @@ class Samples(NamedTuple):
 
     Attributes:
       images: In [-1, 1], clipped.
-      frames: The decoded latents on the way, `f` of them, the starting noise first;
-        empty when none were asked for.
+      frames: The decoded latents on the way, `f` of them, the start first; empty when
+        none were asked for.
     """
 
     images: Float[Array, "b h w c"]
     frames: Float[Array, "f b h w c"]
+
+
+class Models(NamedTuple):
+    """The arrays of the models that a sample function asks.
+
+    Attributes:
+      params: Of the model.
+      weak: Of the worse model of autoguidance, or None.
+    """
+
+    params: SampleParams
+    weak: SampleParams | None
+
+
+class Knobs(NamedTuple):
+    """What may be turned without compiling anew, for all images alike.
+
+    Attributes:
+      scale: Guidance scale: one for all steps; or several, spread over the steps with
+        lines between.
+      rescale: Share of the contrast's correction, in [0, 1].
+      interval: Noise-to-signal ratios between which there is guidance.
+      eta: DDIM's share of renewed noise, in [0, 1].
+    """
+
+    scale: Float[Array, "*k"]
+    rescale: Float[Array, ""]
+    interval: Float[Array, "2"]
+    eta: Float[Array, ""]
+
+
+class Inputs(NamedTuple):
+    """What makes an image, for each image.
+
+    Attributes:
+      keys: All of its randomness.
+      cond: What it shows.
+      uncond: What it is guided away from.
+      edit: What it starts from.
+    """
+
+    keys: Key[Array, " b"]
+    cond: ConditionInputs
+    uncond: ConditionInputs
+    edit: Edit
+
+
+class Plan(NamedTuple):
+    """What is compiled into a sample function.
+
+    Attributes:
+      networks: What to sample with.
+      sampler: Which sampler.
+      levels: The noise levels it visits.
+      whole: Whether those are all; False where an edit begins later.
+      guide: Which kind of guidance.
+      weak: The worse model of autoguidance, or None.
+      num_frames: Latents to keep on the way.
+      tile: Side of the decoder's tiles, in latents; 0 decodes at once.
+    """
+
+    networks: Networks
+    sampler: SamplerName
+    levels: Levels
+    whole: bool
+    guide: GuideName
+    weak: Networks | None
+    num_frames: int
+    tile: int
 
 
 @runtime_checkable
@@ -97,9 +127,14 @@ class SampleFn(Protocol):
         params: SampleParams,
         keys: Key[Array, " b"],
         cond: ConditionInputs,
-        guidance_scale: Float[Array, ""] | float = 1.0,
-        eta: Float[Array, ""] | float = 0.0,
+        guidance_scale: Real[Array, "*k"] | float | int = 1.0,
+        eta: Float[Array, ""] | float | int = 0.0,
         uncond: ConditionInputs | None = None,
+        *,
+        guidance_rescale: Float[Array, ""] | float | int = 0.0,
+        guidance_interval: tuple[float, float] | Float[Array, "2"] = EVERYWHERE,
+        weak_params: SampleParams | None = None,
+        edit: Edit | None = None,
     ) -> Samples:
         """Make one image for each key and condition."""
         ...
@@ -110,173 +145,206 @@ def make_sample_fn(
     *,
     sampler: SamplerName,
     num_steps: int,
+    spacing: SpacingName | None = None,
     guided: bool = True,
+    weak: Networks | None = None,
+    strength: float = 1.0,
     num_frames: int = 0,
+    tile: int = 0,
+    layout: PmapLayout | None = None,
 ) -> SampleFn:
-    """Make a jitted `sample_fn(params, keys, cond, guidance_scale, eta, uncond)`.
+    """Make a jitted `sample_fn(params, keys, cond, guidance_scale, eta, uncond, ...)`.
 
     Image i is a function of the parameters, key i, condition i and the settings alone,
-    bit for bit: alone, in any batch, in any order. (Matrix products of different
-    batch sizes differ in their last bits. So the network always sees `chunk` images,
-    the last chunk filled up, whatever the number of keys.)
+    bit for bit: alone, in any batch, in any order, on any number of devices. (Programs
+    of different batch sizes differ in their last bits. So one program of `chunk` images
+    makes them all, the last chunk filled up.)
 
-    Compiled once per number of chunks; keys, conditions, scale and eta are inputs.
+    Compiled once for each kind of edit, whatever the number of images; keys,
+    conditions, guidance scale, rescale and interval, eta and pictures are inputs.
 
     Args:
-      networks: What to sample with.
-      sampler: `ddim` or `ddpm`.
-      num_steps: Denoising steps, 1 to T, exactly.
+      networks: What to sample with. With another `latent_shape` it makes images of
+        other sizes than it was trained on.
+      sampler: One of `SAMPLER_NAMES`.
+      num_steps: Denoising steps, 1 to T, exactly (but for spacing `ldm`).
+      spacing: One of `SPACING_NAMES`; None for the schedule's default.
       guided: Whether `guidance_scale` has effect. False saves half of the work; it is
         what scale 1 means.
-      num_frames: Latents to keep on the way, 0 or 2 to `num_steps` + 1.
+      weak: A worse model to be guided away from, instead of "no condition".
+      strength: Share of the steps that an edited picture goes through, in (0, 1].
+      num_frames: Latents to keep on the way, 0 or 2 to the number of steps + 1.
+      tile: Decode in tiles of this many latents; 0 decodes at once.
+      layout: Split the images over its devices by `pmap`; `params` (and `weak_params`)
+        are then given as `layout.replicate` makes them, once.
 
     Returns:
       The function. Its `cond` holds what the model reads, by image; `uncond` what it
-      is guided away from, by default the null condition.
+      is guided away from, by default the null condition; `edit` what it starts from.
 
     Raises:
-      ValueError: If `num_steps` or `num_frames` is out of range.
+      ValueError: If a number is out of range, a name unknown, or the worse model was
+        trained otherwise.
     """
-    levels = make_levels(networks.schedule, num_steps)
-    if num_frames and not 2 <= num_frames <= num_steps + 1:
-        raise ValueError(
-            f"num_frames: got {num_frames}, wanted 0 or 2 to {num_steps + 1}"
-        )
-
-    def sample_chunk(
-        params: SampleParams,
-        guidance_scale: Float[Array, ""],
-        eta: Float[Array, ""],
-        inputs: tuple[Key[Array, " b"], ConditionInputs, ConditionInputs],
-    ) -> Samples:
-        keys, cond, uncond = inputs
-        trajectory = sample(
-            _denoiser(networks, params, uncond if guided else None, guidance_scale),
-            keys,
-            prepare(networks, params, cond),
-            eta=eta,
-            levels=levels,
-            step=STEP_BY_SAMPLER[sampler],
-            shape=networks.latent_shape,
-            num_frames=num_frames,
-        )
-        return decode(networks, params, trajectory)
+    whole = make_levels(networks.schedule, num_steps, spacing=spacing)
+    levels = whole.tail(steps_of_strength(strength, whole.num_steps))
+    most = levels.num_steps + 1
+    if num_frames and not 2 <= num_frames <= most:
+        raise ValueError(f"num_frames: got {num_frames}, wanted 0 or 2 to {most}")
+    if weak is not None:
+        check_weak(networks, weak)
+    make_table(sampler, levels, prediction=networks.prediction)  # refuses what is bad
+    guide: GuideName = "classifier_free" if guided else "none"
+    plan = Plan(
+        networks=networks,
+        sampler=sampler,
+        levels=levels,
+        whole=levels.num_steps == whole.num_steps,
+        guide="autoguidance" if weak is not None else guide,
+        weak=weak,
+        num_frames=num_frames,
+        tile=tile,
+    )
+    fn = functools.partial(_sample, plan)
+    run = jax.jit(fn) if layout is None else layout.map_images(fn)
+    size = networks.chunk * (1 if layout is None else len(layout.devices))
 
     def sample_fn(
         params: SampleParams,
         keys: Key[Array, " b"],
         cond: ConditionInputs,
-        guidance_scale: Float[Array, ""] | float = 1.0,
-        eta: Float[Array, ""] | float = 0.0,
+        guidance_scale: Real[Array, "*k"] | float | int = 1.0,
+        eta: Float[Array, ""] | float | int = 0.0,
         uncond: ConditionInputs | None = None,
+        *,
+        guidance_rescale: Float[Array, ""] | float | int = 0.0,
+        guidance_interval: tuple[float, float] | Float[Array, "2"] = EVERYWHERE,
+        weak_params: SampleParams | None = None,
+        edit: Edit | None = None,
     ) -> Samples:
-        num = keys.shape[0]
+        check_eta(sampler, eta)
         if uncond is None:
-            uncond = null_inputs(
-                cond,
-                num_classes=networks.num_classes,
-                null_tokens=networks.null_tokens,
-            )
-        # The indices are padded, not the arrays: keys have a dtype of their own.
-        fill = -num % networks.chunk
-        slots = jnp.minimum(jnp.arange(num + fill), num - 1)
-        slots = slots.reshape(-1, networks.chunk)
-        chunk_fn = functools.partial(
-            sample_chunk,
-            params,
-            jnp.asarray(guidance_scale, jnp.float32),
+            uncond = null_condition(networks, cond)
+        knobs = Knobs(
+            *(jnp.asarray(x, jnp.float32) for x in (guidance_scale, guidance_rescale)),
+            jnp.asarray(guidance_interval, jnp.float32),
             jnp.asarray(eta, jnp.float32),
         )
-        chunks = jax.lax.map(
-            chunk_fn, jax.tree.map(lambda x: x[slots], (keys, cond, uncond))
-        )
-        images = chunks.images.reshape(-1, *chunks.images.shape[2:])[:num]
-        frames = jnp.moveaxis(chunks.frames, 1, 0)
-        frames = frames.reshape(num_frames, fill + num, *images.shape[1:])[:, :num]
-        return Samples(images, frames)
+        inputs = Inputs(keys, cond, uncond, edit or Edit())
+        call = functools.partial(run, Models(params, weak_params), knobs)
+        images, frames = in_chunks(call, inputs, size=size)
+        return Samples(images, jnp.moveaxis(frames, 1, 0))
 
-    return jax.jit(sample_fn)
+    return sample_fn
 
 
-def prepare(
-    networks: Networks, params: SampleParams, inputs: ConditionInputs
-) -> Condition:
-    """Turn what the user gives into what the UNet reads, once for all steps."""
-    variables = {"params": params.conditioner}
-    return cast(Condition, networks.conditioner.apply(variables, inputs))
+def steps_of_strength(strength: float, num_steps: int) -> int:
+    """Return how many of the last steps a picture of an edit goes through.
 
-
-def _denoiser(
-    networks: Networks,
-    params: SampleParams,
-    uncond: ConditionInputs | None,
-    guidance_scale: Float[Array, ""],
-) -> Denoiser:
-    """Make the network that a sampler sees: it predicts eps, guided if it is to be."""
-
-    def plain(
-        x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: PyTree
-    ) -> Float[Array, "b h w c"]:
-        variables = {"params": params.unet}
-        return cast(jax.Array, networks.unet.apply(variables, x_t, t, cond))
-
-    abar = jnp.asarray(networks.schedule.abar, jnp.float32)
-    denoise = predicting_eps(plain, abar=abar, prediction=networks.prediction)
-    if uncond is None:
-        return denoise
-    null_cond = prepare(networks, params, uncond)
-    return classifier_free(denoise, null_cond=null_cond, scale=guidance_scale)
-
-
-def decode(networks: Networks, params: SampleParams, trajectory: Trajectory) -> Samples:
-    """Decode a chunk's clean latents, and its frames one after the other."""
-
-    def one(latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 e"]:
-        images = networks.autoencoder.apply(
-            {"params": params.autoencoder},
-            latents / params.latent_scale,
-            method=Autoencoder.decode,
-        )
-        return jnp.clip(cast(jax.Array, images), -1.0, 1.0)
-
-    images = one(trajectory.x_0)
-    if not trajectory.frames.shape[0]:
-        return Samples(images, jnp.zeros((0, *images.shape), images.dtype))
-    return Samples(images, jax.lax.map(one, trajectory.frames))
-
-
-def recipe(
-    *,
-    seed: int,
-    condition: dict[str, str],
-    sampler: SamplerName,
-    num_steps: int,
-    eta: float,
-    guidance_scale: float,
-    checkpoint: str,
-) -> dict[str, str]:
-    """Say how an image was made, as text chunks of its PNG.
-
-    Args:
-      seed: Of the image.
-      condition: What it shows, by kind: `label`, or `prompt`.
-      sampler: Which one.
-      num_steps: Denoising steps.
-      eta: Share of fresh noise.
-      guidance_scale: 1 is unguided.
-      checkpoint: Digest of the run's state.
-
-    Returns:
-      Text by keyword.
+    Raises:
+      ValueError: If the strength is outside (0, 1].
     """
-    versions = {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
-    return {
-        "seed": str(seed),
-        **condition,
-        "sampler": sampler,
-        "steps": str(num_steps),
-        "eta": repr(eta),
-        "guidance_scale": repr(guidance_scale),
-        "checkpoint": checkpoint,
-        "versions": json.dumps(versions),
-    }
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"strength: got {strength}, wanted above 0, at most 1")
+    return max(1, round(strength * num_steps))
+
+
+def check_eta(sampler: SamplerName, eta: Float[Array, ""] | float | int) -> None:
+    """Raise `ValueError` if eta is out of range, or has no meaning for a sampler."""
+    if isinstance(eta, jax.core.Tracer):
+        return
+    if not 0.0 <= float(eta) <= 1.0:
+        raise ValueError(f"eta: got {float(eta)}, wanted 0 to 1")
+    if eta and sampler not in TAKES_ETA:
+        raise ValueError(f"eta: got {float(eta)} with {sampler}, which has none")
+
+
+def check_weak(networks: Networks, weak: Networks) -> None:
+    """Raise `ValueError` if a model cannot guide another: it must be trained alike."""
+    same = weak.prediction == networks.prediction
+    same &= type(weak.schedule) is type(networks.schedule) and all(
+        np.array_equal(a, b)
+        for a, b in zip(weak.schedule, networks.schedule, strict=True)
+    )
+    if not same or weak.latent_shape[-1] != networks.latent_shape[-1]:
+        raise ValueError(
+            "autoguidance: the worse model has another schedule, prediction or latent, "
+            "wanted one trained alike on the same first stage"
+        )
+
+
+def _sample(
+    plan: Plan, models: Models, knobs: Knobs, inputs: Inputs
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b f h w c"]]:
+    params, edit = models.params, inputs.edit
+    networks = plan.networks
+    table = make_table(
+        plan.sampler,
+        plan.levels,
+        prediction=networks.prediction,
+        sigma_data=networks.sigma_data,
+        eta=knobs.eta,
+    )
+    start = start_of(
+        networks, params, inputs.keys, edit, levels=plan.levels, whole=plan.whole
+    )
+    trajectory = sample(
+        _predictor(plan, models, knobs, inputs, table),
+        start.x_start,
+        inputs.keys,
+        _prepare_mixed(networks, params, inputs),
+        table=table,
+        known=start.known,
+        num_frames=plan.num_frames,
+    )
+    images = paste(decode(networks, params, trajectory.x_0, tile=plan.tile), edit)
+    frames = jnp.zeros((0, *images.shape), images.dtype)
+    if plan.num_frames:
+        show = functools.partial(decode, networks, params, tile=plan.tile)
+        frames = jax.lax.map(show, trajectory.frames)
+    return images, jnp.moveaxis(frames, 0, 1)
+
+
+def _predictor(
+    plan: Plan, models: Models, knobs: Knobs, inputs: Inputs, table: Table
+) -> Predictor:
+    """Make what the sampler asks: the network, guided if it is to be."""
+    networks, params = plan.networks, models.params
+    denoise = denoiser_of(networks, params)
+    if plan.guide == "none":
+        return unguided(denoise)
+    last = max(plan.levels.num_steps - 1, 1)
+    scales = scales_of_calls(
+        knobs.scale,
+        step=jnp.asarray(table.step / last, jnp.float32),
+        ratio=jnp.asarray(table.ratio, jnp.float32),
+        interval=knobs.interval,
+    )
+    if plan.weak is not None and models.weak is not None:
+        return autoguidance(
+            denoise,
+            denoiser_of(plan.weak, models.weak),
+            weak_cond=_prepare_mixed(plan.weak, models.weak, inputs),
+            scales=scales,
+            rescale=knobs.rescale,
+        )
+    null_cond = prepare(networks, params, inputs.uncond)
+    if inputs.edit.other_cond is not None:
+        null_cond = soften(null_cond, num_classes=networks.num_classes)
+    return classifier_free(
+        denoise, null_cond=null_cond, scales=scales, rescale=knobs.rescale
+    )
+
+
+def _prepare_mixed(
+    networks: Networks, params: SampleParams, inputs: Inputs
+) -> Condition:
+    """Prepare the condition, or one between two."""
+    edit = inputs.edit
+    prepared = prepare(networks, params, inputs.cond)
+    if edit.other_cond is None or edit.weight is None:
+        return prepared
+    other = prepare(networks, params, edit.other_cond)
+    return mix_conditions(
+        prepared, other, edit.weight, num_classes=networks.num_classes
+    )

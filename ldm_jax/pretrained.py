@@ -19,10 +19,10 @@ from ldm_jax.exchange import (
     is_run,
 )
 from ldm_jax.first_stage import autoencoder_stage, load_perceptual
-from ldm_jax.generate import Networks
 from ldm_jax.interop.names import flatten
 from ldm_jax.interop.native import LATENT_SCALE, read_own
 from ldm_jax.interop.weights import match_keys, open_tensors, write_safetensors
+from ldm_jax.networks import Networks
 from ldm_jax.rng import root_key
 from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
 from ldm_jax.training.loop import CHECKPOINTS, Stage, stage_target
@@ -122,18 +122,21 @@ def _read_taken(config: Config, networks: Networks, workdir: Path) -> Taken:
     return Taken(None, first_stage, read_own(tensors.under("conditioner/")))
 
 
-def load_stage(stage: Stage, workdir: Path, config: Config) -> Checkpoint:
-    """Load the newest intact checkpoint of a stage, changing nothing.
+def load_stage(
+    stage: Stage, workdir: Path, config: Config, *, step: int | None = None
+) -> Checkpoint:
+    """Load the newest intact checkpoint of a stage, or one step's, changing nothing.
 
     Raises:
-      InputError: If it has none.
+      InputError: If it has none, or none of that step.
       RunError: If none is intact.
     """
     directory = workdir / stage.name / CHECKPOINTS
     found = None
     if directory.is_dir():
         store = CheckpointStore(directory, keep=config.checkpoint.keep, read_only=True)
-        found = store.restore(stage_target(stage, root_key(config.seed)))
+        target = stage_target(stage, root_key(config.seed))
+        found = store.restore(target, step=step)
         store.close()
     if found is None:
         raise InputError(

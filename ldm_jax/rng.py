@@ -34,6 +34,7 @@ class Stream(enum.IntEnum):
     INIT_CONDITIONER = 10
     HOLE = 11
     INIT_CRITIC = 12
+    OFFSET_NOISE = 13
 
 
 def root_key(seed: int) -> Key[Array, ""]:

@@ -22,9 +22,9 @@ from ldm_jax.first_stage import (
     autoencoder_stage,
     measure_latent_scale,
 )
-from ldm_jax.generate import Networks, SampleParams
 from ldm_jax.interop.model import Model, with_tokenizer
 from ldm_jax.interop.native import WEIGHTS_FILE
+from ldm_jax.networks import Networks, SampleParams
 from ldm_jax.pretrained import (
     SCALE_FILE,
     keep_taken,
@@ -155,12 +155,15 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir: str | Path, *, tokenizer: Path | None = None) -> Run:
-    """Load the newest checkpoint of a run for sampling.
+def load_run(
+    workdir: str | Path, *, tokenizer: Path | None = None, step: int | None = None
+) -> Run:
+    """Load the newest checkpoint of a run for sampling, or an earlier one.
 
     Args:
       workdir: The folder that was given to `train.py`.
       tokenizer: Folder of the tokenizer, if it is not where the config says.
+      step: Of the diffusion stage; None for the newest.
 
     Returns:
       The run.
@@ -187,7 +190,7 @@ def load_run(workdir: str | Path, *, tokenizer: Path | None = None) -> Run:
         digest = tree_digest(taken[1:])
     shapes = Frozen(jax.eval_shape(lambda: params), shape_of((), jnp.float32), {})
     stage = diffusion_stage(config, networks, shapes, workdir)
-    second = load_stage(stage, workdir, config)
+    second = load_stage(stage, workdir, config, step=step)
     scale = second.tree["extra"]["latent_scale"]
     frozen = Frozen(params, scale, taken.conditioner)
     return Run(

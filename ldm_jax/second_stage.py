@@ -10,13 +10,15 @@ import numpy as np
 from ldm_jax.build import init_conditioner, init_unet, load_split
 from ldm_jax.config import Config
 from ldm_jax.data.pipeline import Batch
-from ldm_jax.generate import Networks, SampleParams, make_sample_fn
+from ldm_jax.generate import make_sample_fn
 from ldm_jax.images import grid, to_float, to_uint8, write_png
+from ldm_jax.networks import Networks, SampleParams
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import Stream, example_keys, image_keys, root_key
 from ldm_jax.training.diffusion_step import (
     Denoising,
     Frozen,
+    Objective,
     diffusion_step,
     inputs_of,
 )
@@ -44,14 +46,12 @@ def diffusion_stage(
         unet=networks.unet,
         conditioner=networks.conditioner,
         optimizer=optimizer,
-        abar=jnp.asarray(networks.schedule.abar, jnp.float32),
+        objective=objective_of(config, networks),
         latent_shape=networks.latent_shape,
         condition=settings.condition,
         num_classes=networks.num_classes,
         null_tokens=networks.null_tokens,
         condition_dropout=settings.condition_dropout,
-        prediction=settings.prediction,
-        loss=settings.loss,
         ema_decay=settings.optim.ema_decay,
     )
     sample_fn = make_sample_fn(
@@ -82,6 +82,20 @@ def diffusion_stage(
         extra={"latent_scale": frozen.latent_scale},
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         draw=draw,
+    )
+
+
+def objective_of(config: Config, networks: Networks) -> Objective:
+    """Collect what stage 2 learns, and at which noise levels."""
+    settings = config.diffusion
+    return Objective(
+        schedule=networks.schedule,
+        prediction=networks.prediction,
+        loss=settings.loss,
+        weight=settings.loss_weight,
+        weight_gamma=settings.loss_weight_gamma,
+        sigma_data=networks.sigma_data,
+        offset_noise=settings.offset_noise,
     )
 
 

@@ -1,12 +1,40 @@
-"""Words every other file uses: dtypes, trees, and the two kinds of failure."""
+"""Words every other file uses: dtypes, trees, names, and the two kinds of failure."""
 
-from typing import Any
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 Dtype = Any
 """A NumPy-like dtype, as linen takes it (JAX's own alias would import JAX here)."""
 
 PyTree = Any
 """Nested containers of arrays; jaxtyping's `PyTree` says no more at run time."""
+
+
+SamplerName = Literal[
+    "ddim",
+    "ddpm",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "plms",
+    "dpmpp_2m",
+    "dpmpp_2s",
+    "dpmpp_sde_2m",
+    "unipc",
+    "lcm",
+]
+SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
+TAKES_ETA: frozenset[SamplerName] = frozenset({"ddim"})
+SpacingName = Literal["trailing", "leading", "linspace", "karras", "ldm"]
+SPACING_NAMES: tuple[SpacingName, ...] = get_args(SpacingName)
+
+
+def choices(got: str, names: Iterable[str]) -> str:
+    """Say what was wanted instead of an unknown name, and which is nearest."""
+    wanted = list(names)
+    near = difflib.get_close_matches(got, wanted, 1, 0.0)[0]
+    return f"got {got!r}, wanted one of {', '.join(wanted)}; did you mean {near}?"
 
 
 class InputError(ValueError):

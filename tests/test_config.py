@@ -1,5 +1,9 @@
 import dataclasses
+import functools
+import hashlib
+import itertools
 import json
+from typing import get_args
 
 import pytest
 
@@ -12,6 +16,8 @@ from ldm_jax.config import (
     DiffusionConfig,
     OptimConfig,
 )
+from ldm_jax.config.diffusion import PredictionName, ScheduleName
+from ldm_jax.config.storage import LATER_FIELDS
 from ldm_jax.types import InputError
 
 
@@ -54,6 +60,32 @@ def test_the_digest_changes_with_any_field():
         (lambda: DiffusionConfig(channel_multipliers=()), ["channel_multipliers"]),
         (lambda: DiffusionConfig(beta_end=0.001), ["beta_end", "0.001"]),
         (lambda: DiffusionConfig(condition_dropout=1.2), ["condition_dropout", "1.2"]),
+        (lambda: DiffusionConfig(schedule="sigmoid"), ["schedule", "cosine", "edm"]),
+        (lambda: DiffusionConfig(prediction="score"), ["prediction", "'score'", "v"]),
+        (lambda: DiffusionConfig(schedule="flow"), ["prediction", "eps", "try flow"]),
+        (lambda: DiffusionConfig(zero_terminal_snr=True), ["prediction", "try v"]),
+        (
+            lambda: DiffusionConfig(
+                schedule="edm", prediction="edm", zero_terminal_snr=True
+            ),
+            ["zero_terminal_snr", "schedule edm", "no betas"],
+        ),
+        (
+            lambda: DiffusionConfig(
+                num_timesteps=1, zero_terminal_snr=True, prediction="v"
+            ),
+            ["num_timesteps", "1", "at least 2"],
+        ),
+        (
+            lambda: DiffusionConfig(loss="l1", loss_weight="min_snr"),
+            ["loss", "l2", "min_snr", "squared"],
+        ),
+        (lambda: DiffusionConfig(loss_weight_gamma=0.0), ["loss_weight_gamma", "0.0"]),
+        (lambda: DiffusionConfig(offset_noise=-0.1), ["offset_noise", "-0.1"]),
+        (lambda: DiffusionConfig(sigma_min=0.0), ["sigma_min", "above 0"]),
+        (lambda: DiffusionConfig(sigma_max=0.002), ["sigma_max", "above sigma_min"]),
+        (lambda: DiffusionConfig(sigma_data=0.0), ["sigma_data", "above 0"]),
+        (lambda: DiffusionConfig(log_sigma_std=0.0), ["log_sigma_std", "above 0"]),
         (lambda: Config(seed=-1), ["seed", "-1", "0 to 4294967295"]),
         (lambda: Config(data=DataConfig(image_size=30)), ["image_size", "30", "4"]),
     ],
@@ -74,6 +106,43 @@ def test_a_config_of_another_version_is_refused():
     del tree["diffusion"]["dropout"], tree["seed"]
     with pytest.raises(InputError, match="seed"):
         config_lib.from_json(json.dumps(tree))
+
+
+def test_every_other_prediction_has_a_meaning_on_every_schedule():
+    pairs = itertools.product(get_args(ScheduleName), get_args(PredictionName))
+    refused = []
+    for schedule, prediction in pairs:
+        try:
+            DiffusionConfig(schedule=schedule, prediction=prediction)
+        except InputError:
+            refused.append((schedule, prediction))
+    assert refused == [("flow", "eps")]
+
+
+def without_later_fields(config):
+    tree = json.loads(config_lib.to_json(config))
+    for path in LATER_FIELDS:
+        *parents, name = path.split(".")
+        del functools.reduce(dict.__getitem__, parents, tree)[name]
+    return tree
+
+
+def test_a_config_written_before_a_field_came_is_read_with_its_old_digest():
+    config = get_config()
+    tree = without_later_fields(config)
+    assert "zero_terminal_snr" not in tree["diffusion"]
+    assert config_lib.from_json(json.dumps(tree)) == config
+    # As digests were made before there were later fields.
+    text = json.dumps(tree, sort_keys=True)
+    assert config_lib.digest(config) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_later_field_counts_in_the_digest_once_it_is_used():
+    config = get_config()
+    diffusion = dataclasses.replace(config.diffusion, offset_noise=0.1)
+    used = dataclasses.replace(config, diffusion=diffusion)
+    assert config_lib.digest(used) != config_lib.digest(config)
+    assert config_lib.from_json(config_lib.to_json(used)) == used
 
 
 def test_differences_names_the_fields_and_both_values():

@@ -8,6 +8,7 @@ import pytest
 
 from ldm_jax import exchange
 from ldm_jax.config import to_json
+from ldm_jax.diffusion.schedules import make_schedule
 from ldm_jax.interop import compvis
 from ldm_jax.interop.assemble import assemble_config
 from ldm_jax.interop.model import Model, file_scale
@@ -227,6 +228,23 @@ def test_a_checkpoint_that_is_not_exactly_the_model_is_refused(change, words):
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_a_table_of_noise_levels_must_be_that_of_the_configs_schedule():
+    model, tensors = compvis_arrays()
+    settings = {"beta_start": 0.0015, "beta_end": 0.0195, "num_timesteps": 1000}
+    table = make_schedule("ldm_linear", zero_terminal_snr=True, **settings).abar
+    tensors["alphas_cumprod"] = table.astype(np.float32)
+
+    def read(**fields):
+        return read_arrays(model._replace(config=config_of("label", **fields)), tensors)
+
+    zero = {"zero_terminal_snr": True, "prediction": "v"}
+    assert same(read(**zero).unet, model.unet)
+    with pytest.raises(InputError, match="noise levels"):
+        read(prediction="v")
+    with pytest.raises(InputError, match=r"alphas_cumprod.*schedule flow"):
+        read(schedule="flow", prediction="flow")
 
 
 def test_the_first_ten_of_many_faults_are_named():

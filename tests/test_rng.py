@@ -22,6 +22,7 @@ def draws(devices: int) -> list[np.ndarray]:
             rng.normal(keys(Stream.DIFFUSION_POSTERIOR), (2, 2, 1)),
             rng.integers(keys(Stream.TIMESTEP), below=1000),
             rng.uniform(keys(Stream.CONDITION_DROPOUT)),
+            rng.normal(keys(Stream.OFFSET_NOISE), (3,)),
         )
 
     mapped = jax.pmap(draw, devices=jax.devices()[:devices])

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,16 @@ import pytest
 from ldm_jax import generate
 from ldm_jax.build import (
     build_networks,
+    build_schedule,
     init_autoencoder,
     init_unet,
     open_iterator,
 )
 from ldm_jax.config import LogConfig, OptimConfig
 from ldm_jax.data.pipeline import to_batch
+from ldm_jax.diffusion.objectives import denoising_loss
+from ldm_jax.diffusion.parameterize import PredictionName
+from ldm_jax.diffusion.schedules import draw_levels
 from ldm_jax.first_stage import (
     autoencoder_stage,
     make_reconstruct,
@@ -24,7 +29,7 @@ from ldm_jax.first_stage import (
 )
 from ldm_jax.images import to_float
 from ldm_jax.nn.conditioning import ConditionInputs
-from ldm_jax.rng import image_keys, root_key
+from ldm_jax.rng import Stream, example_keys, image_keys, normal, root_key
 from ldm_jax.second_stage import diffusion_stage
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.diffusion_step import Frozen
@@ -50,9 +55,10 @@ def first_stage():
 
 
 def stage(name, config=CONFIG):
+    networks = build_networks(config)
     if name == "autoencoder":
-        return autoencoder_stage(config, NETWORKS, Path())
-    return diffusion_stage(config, NETWORKS, first_stage(), Path())
+        return autoencoder_stage(config, networks, Path())
+    return diffusion_stage(config, networks, first_stage(), Path())
 
 
 def batches(num, layout):
@@ -144,14 +150,14 @@ def test_the_first_stage_is_not_changed_by_the_second():
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, after)))
 
 
-def with_dropout(probability):
-    diffusion = dataclasses.replace(CONFIG.diffusion, condition_dropout=probability)
+def with_diffusion(**fields):
+    diffusion = dataclasses.replace(CONFIG.diffusion, **fields)
     return dataclasses.replace(CONFIG, diffusion=diffusion)
 
 
 def test_condition_dropout_trains_the_null_class_and_only_as_often_as_asked():
     def used(probability):
-        state, _ = run("diffusion", 1, 4, with_dropout(probability))
+        state, _ = run("diffusion", 1, 4, with_diffusion(condition_dropout=probability))
         start = stage("diffusion").init().params.unet
         moved = state.params.unet["class_embedding"]["table"]["embedding"]
         moved = moved != start["class_embedding"]["table"]["embedding"]
@@ -160,6 +166,105 @@ def test_condition_dropout_trains_the_null_class_and_only_as_often_as_asked():
     null = CONFIG.data.num_classes
     assert not used(0.0)[null] and used(0.0)[:null].any()
     assert used(1.0)[null] and not used(1.0)[:null].any()
+
+
+SMALL = {"channel_multipliers": (1,), "attention_downsampling": ()}
+
+
+def plain_step(config):
+    """The step of stage 2 on one device, and what it is given at the start."""
+    built = stage("diffusion", config)
+    step = jax.jit(functools.partial(built.step, axis_name=None))
+    batch = jax.tree.map(jnp.asarray, batches(1, PmapLayout(jax.devices()[:1]))[0])
+    return step, built, batch
+
+
+def test_the_step_takes_the_times_of_a_flow_and_every_weight():
+    flow = {"schedule": "flow", "prediction": "flow", "loss_weight": "p2"}
+    step, built, batch = plain_step(with_diffusion(**SMALL, **flow))
+    state = jax.eval_shape(built.init)
+    after, metrics = jax.eval_shape(step, state, built.frozen, batch, root_key(0))
+    assert after == state
+    assert metrics.loss.shape == ()
+
+
+def test_a_step_on_continuous_levels_scores_what_its_config_says_and_trains():
+    config = with_diffusion(
+        **SMALL,
+        schedule="edm",
+        prediction="edm",
+        sigma_data=0.5,
+        loss_weight="min_snr",
+        loss_weight_gamma=0.7,
+        offset_noise=0.3,
+    )
+    networks, key = build_networks(config), root_key(0)
+    step, built, batch = plain_step(config)
+    # Nothing is clean here, and a new UNet predicts nothing: the score is known.
+    nothing = built.frozen._replace(latent_scale=jnp.zeros(()))
+    state, metrics = step(built.init(), nothing, batch, key)
+
+    def keys(stream):
+        return example_keys(key, stream, 0, batch.example_index)
+
+    shape = networks.latent_shape
+    shared = normal(keys(Stream.OFFSET_NOISE), shape[-1:])[:, None, None]
+    losses = denoising_loss(
+        lambda x_t, t, cond: jnp.zeros_like(x_t),
+        jnp.zeros((8, *shape)),
+        draw_levels(networks.schedule, keys(Stream.TIMESTEP)),
+        normal(keys(Stream.NOISE), shape) + 0.3 * shared,
+        None,
+        prediction="edm",
+        loss="l2",
+        weight="min_snr",
+        weight_gamma=0.7,
+        sigma_data=0.5,
+    )
+    assert metrics.loss == pytest.approx(float(losses.mean()), rel=1e-5)
+    after, metrics = step(state, built.frozen, batch, key)
+    assert 0 < metrics.gradient_norm < np.inf
+    assert relative(after.params, state.params) > 0
+
+
+LEVELS = [
+    *(("ldm_linear", zero) for zero in (False, True)),
+    *(("cosine", zero) for zero in (False, True)),
+    *((name, False) for name in ("linear", "flow", "edm")),
+]
+
+
+@pytest.mark.parametrize(("schedule", "zero_terminal_snr"), LEVELS)
+def test_a_step_downhill_lowers_every_objective(schedule, zero_terminal_snr):
+    first, *others = get_args(PredictionName)
+    assert first == "eps"
+    pure = schedule == "flow" or zero_terminal_snr
+    x_0 = jax.random.normal(jax.random.key(0), (256, 1, 1, 1))
+    index = jnp.arange(256, dtype=jnp.uint32)
+    eps = normal(example_keys(root_key(0), Stream.NOISE, 0, index), (1, 1, 1))
+    for prediction in others if pure else (first, *others):
+        config = with_diffusion(
+            schedule=schedule,
+            zero_terminal_snr=zero_terminal_snr,
+            prediction=prediction,
+        )
+        level = draw_levels(
+            build_schedule(config), example_keys(root_key(0), Stream.TIMESTEP, 0, index)
+        )
+        for weight in ("uniform", "min_snr"):
+
+            def loss(line, prediction=prediction, weight=weight, level=level):
+                def denoise(x_t, t, cond):
+                    return line[0] * x_t + line[1]
+
+                settings = {"prediction": prediction, "loss": "l2", "weight": weight}
+                return denoising_loss(denoise, x_0, level, eps, None, **settings).mean()
+
+            start = jnp.asarray([1.0, 0.5])
+            before, slope = jax.value_and_grad(loss)(start)
+            length = jnp.linalg.norm(slope)
+            assert np.isfinite(length) and length > 0
+            assert loss(start - 0.01 * slope / length) < before
 
 
 def test_training_learns_to_reconstruct():
@@ -238,9 +343,9 @@ def test_turning_a_knob_of_the_sampler_compiles_nothing(monkeypatch):
     traces = []
     decode = generate.decode
 
-    def counted(*args):
+    def counted(*args, **settings):
         traces.append(1)
-        return decode(*args)
+        return decode(*args, **settings)
 
     monkeypatch.setattr(generate, "decode", counted)
     sample_fn = generate.make_sample_fn(NETWORKS, sampler="ddim", num_steps=2)

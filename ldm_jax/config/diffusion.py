@@ -9,6 +9,8 @@ from ldm_jax.types import InputError
 
 ContextName = Literal["none", "class", "text", "clip", "embedding"]
 ConcatName = Literal["none", "low_resolution", "masked_image", "segmentation"]
+ScheduleName = Literal["ldm_linear", "linear", "cosine", "flow", "edm"]
+PredictionName = Literal["eps", "v", "x0", "flow", "edm"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,18 +194,41 @@ class DiffusionConfig(Checked):
     """What it is conditioned on."""
     condition_dropout: float = 0.1
     """Probability of training an example without its condition, in [0, 1]."""
-    prediction: Literal["eps", "v", "x0"] = "eps"
-    """What the network predicts: the noise, the velocity, or the clean latent."""
+    prediction: PredictionName = "eps"
+    """What the network predicts: the noise, the velocity, the clean latent, the flow
+    from latent to noise, or EDM's F."""
     loss: Literal["l1", "l2"] = "l2"
     """Absolute or squared error of the prediction."""
+    loss_weight: Literal["uniform", "min_snr", "p2"] = "uniform"
+    """How much the squared error counts at a noise level: the same at all, no more than
+    at an SNR of gamma (min-SNR), or less where there is little noise (P2)."""
+    loss_weight_gamma: float = 5.0
+    """Gamma of `loss_weight`, above 0: min-SNR's papers have 5, P2's has 1."""
+    offset_noise: float = 0.0
+    """Weight of noise that all pixels of a channel share, at least 0; 0.1 teaches very
+    dark and very bright images."""
     num_timesteps: int = 1000
-    """T, the number of noise levels in training."""
-    schedule: Literal["ldm_linear", "linear"] = "ldm_linear"
-    """`ldm_linear` is linear in the square root of beta."""
+    """T, the number of noise levels in training; of `flow` and `edm`, whose levels are
+    continuous, the scale of the time that the network sees."""
+    schedule: ScheduleName = "ldm_linear"
+    """Noise levels: linear in the square root of beta, linear in beta, a squared
+    cosine, the straight path of flow matching, or EDM's log-normal ratios."""
     beta_start: float = 0.0015
-    """First beta of the schedule, in (0, 1)."""
+    """First beta of `ldm_linear` and `linear`, in (0, 1)."""
     beta_end: float = 0.0195
-    """Last beta of the schedule, in [beta_start, 1)."""
+    """Last beta of `ldm_linear` and `linear`, in [beta_start, 1)."""
+    zero_terminal_snr: bool = False
+    """Rescale the betas so that the last level is noise alone, as sampling starts."""
+    sigma_data: float = 1.0
+    """Standard deviation of the latents, above 0 (`edm`); they are scaled to 1."""
+    sigma_min: float = 0.002
+    """Smallest ratio of noise to signal that is sampled from, above 0 (`edm`)."""
+    sigma_max: float = 80.0
+    """Largest ratio that is sampled from, above `sigma_min` (`edm`)."""
+    log_sigma_mean: float = -1.2
+    """Mean of the ratio's natural logarithm in training (`edm`)."""
+    log_sigma_std: float = 1.2
+    """Its standard deviation, above 0 (`edm`)."""
     batch_size: int = 64
     """Latents a step, over all devices."""
     steps: int = 400_000
@@ -226,10 +251,8 @@ class DiffusionConfig(Checked):
         )
         self._want(field, heads_fit, "a divisor of every width with attention")
         self._want("norm_epsilon", self.norm_epsilon > 0.0, "above 0")
-        self._want("beta_start", 0.0 < self.beta_start < 1.0, "above 0, below 1")
-        self._want(
-            "beta_end", self.beta_start <= self.beta_end < 1.0, "beta_start to below 1"
-        )
+        self._check_levels()
+        self._check_objective()
         self._want("condition_dropout", 0.0 <= self.condition_dropout <= 1.0, "0 to 1")
         if self.condition.concat == "segmentation" and not self.condition.trained:
             raise InputError(
@@ -240,4 +263,36 @@ class DiffusionConfig(Checked):
             raise InputError(
                 f"transformer_depth: got 0 with condition.context "
                 f"{self.condition.context}, wanted at least 1 to read it"
+            )
+
+    def _check_levels(self) -> None:
+        self._want("beta_start", 0.0 < self.beta_start < 1.0, "above 0, below 1")
+        self._want(
+            "beta_end", self.beta_start <= self.beta_end < 1.0, "beta_start to below 1"
+        )
+        for name in ("sigma_data", "sigma_min", "log_sigma_std"):
+            self._want(name, getattr(self, name) > 0.0, "above 0")
+        self._want("sigma_max", self.sigma_max > self.sigma_min, "above sigma_min")
+        if self.zero_terminal_snr:
+            discrete = self.schedule not in ("flow", "edm")
+            wanted = f"False with schedule {self.schedule}, which has no betas"
+            self._want("zero_terminal_snr", discrete, wanted)
+            wanted = "at least 2 with zero_terminal_snr"
+            self._want("num_timesteps", self.num_timesteps >= 2, wanted)
+
+    def _check_objective(self) -> None:
+        self._want("loss_weight_gamma", self.loss_weight_gamma > 0.0, "above 0")
+        self._want_at_least(0, "offset_noise")
+        squared = self.loss == "l2" or self.loss_weight == "uniform"
+        wanted = f"l2 with loss_weight {self.loss_weight}, a weight of squared errors"
+        self._want("loss", squared, wanted)
+        if self.prediction == "eps" and (
+            self.schedule == "flow" or self.zero_terminal_snr
+        ):
+            flow = self.schedule == "flow"
+            raise InputError(
+                f"prediction: got 'eps' with "
+                f"{'schedule flow' if flow else 'zero_terminal_snr'}, wanted v, x0, "
+                "flow or edm: where there is noise alone, knowing the noise says "
+                f"nothing of the image; try {'flow' if flow else 'v'}"
             )

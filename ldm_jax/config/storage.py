@@ -1,6 +1,7 @@
 """Configs as strict JSON, as digests, and side by side."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -13,6 +14,23 @@ T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
 
+LATER_FIELDS = frozenset(
+    f"diffusion.{name}"
+    for name in (
+        "loss_weight",
+        "loss_weight_gamma",
+        "offset_noise",
+        "zero_terminal_snr",
+        "sigma_data",
+        "sigma_min",
+        "sigma_max",
+        "log_sigma_mean",
+        "log_sigma_std",
+    )
+)
+"""Fields that older files lack. Their defaults do what was done before they came, and
+so stand for what is missing; a digest leaves them out while they have them."""
+
 
 def to_json(config: Config) -> str:
     """Write a config as strict JSON that `from_json` reads back equal."""
@@ -23,7 +41,8 @@ def from_json(text: str) -> Config:
     """Read a config that `to_json` wrote.
 
     Args:
-      text: JSON with every field of `Config` and no other.
+      text: JSON with every field of `Config` and no other; `LATER_FIELDS` may be
+        missing.
 
     Returns:
       The config, equal to the one that was written and with the same digest.
@@ -36,30 +55,39 @@ def from_json(text: str) -> Config:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"config: not JSON ({error})") from None
-    return _from_tree(Config, tree, "config")
+    return _from_tree(Config, tree, "")
 
 
-def _from_tree(cls: type[T], tree: Any, where: str) -> T:
+def _from_tree(cls: type[T], tree: Any, path: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    where = path.rstrip(".") or "config"
     if not isinstance(tree, dict):
         raise InputError(f"{where}: got {tree!r}, wanted an object")
-    if wrong := sorted(tree.keys() ^ fields.keys()):
+    later = {name for name in fields if path + name in LATER_FIELDS}
+    if wrong := sorted((tree.keys() ^ fields.keys()) - (later - tree.keys())):
         raise InputError(
             f"{where}: fields missing or unknown: {', '.join(wrong)}; it was written "
             "by another version of ldm_jax"
         )
     values = {
-        name: _from_tree(field.type, tree[name], name)
+        name: _from_tree(field.type, tree[name], f"{path}{name}.")
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
         else tree[name]
         for name, field in fields.items()
+        if name in tree
     }
     return cls(**values)
 
 
 def digest(config: Config) -> str:
-    """Return the sha256 of a config, the same for equal configs."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True, allow_nan=False)
+    """Return the sha256 of a config, the same for equal configs of any version."""
+    tree, default = dataclasses.asdict(config), flatten(Config())
+    for path in LATER_FIELDS:
+        *parents, name = path.split(".")
+        leaf = functools.reduce(dict.__getitem__, parents, tree)
+        if leaf[name] == default[path]:
+            del leaf[name]
+    text = json.dumps(tree, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -12,7 +12,7 @@ Deterministic steps from a level t to a cleaner level s follow the same flow:
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,22 +21,8 @@ from jaxtyping import Array, Float, Int
 from ldm_jax.diffusion.levels import Levels
 from ldm_jax.diffusion.parameterize import PredictionName, SignalName, reading_of
 from ldm_jax.diffusion.schedules import Level
+from ldm_jax.types import TAKES_ETA, SamplerName
 
-SamplerName = Literal[
-    "ddim",
-    "ddpm",
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "plms",
-    "dpmpp_2m",
-    "dpmpp_2s",
-    "dpmpp_sde_2m",
-    "unipc",
-    "lcm",
-]
-SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
-TAKES_ETA: frozenset[SamplerName] = frozenset({"ddim"})
 STOCHASTIC: frozenset[SamplerName] = frozenset(
     {"ddim", "ddpm", "euler_ancestral", "dpmpp_sde_2m", "lcm"}
 )
@@ -124,7 +110,7 @@ def make_table(
       eta: DDIM's share of renewed noise, in [0, 1]; may be traced.
 
     Returns:
-      The table: float64 NumPy, but for what depends on `eta`.
+      The table: float64 NumPy, but for what depends on a traced `eta`.
 
     Raises:
       ValueError: If eps is predicted at a first level that has no signal.
@@ -138,9 +124,7 @@ def make_table(
             "nothing of the image; wanted v, x0, flow or edm"
         )
     rows = SOLVERS[sampler](levels)
-    signal: SignalName = "x0"
-    if sampler in FOLLOW_THE_SLOPE:
-        signal = "flow" if levels.straight else "eps"
+    signal = slope_of(levels) if sampler in FOLLOW_THE_SLOPE else "x0"
     table = tabulate(rows, levels, signal, prediction=prediction, sigma_data=sigma_data)
     return with_eta(table, levels, eta) if sampler in TAKES_ETA else table
 
@@ -201,20 +185,20 @@ def towards_clean(levels: Levels, here: int, there: int) -> tuple[float, float]:
     return kept, levels.alpha[there] - levels.alpha[here] * kept
 
 
+def slope_of(levels: Levels) -> SignalName:
+    """Return the signal that is the slope of the flow in its time: `along_time`."""
+    return "flow" if levels.straight else "eps"
+
+
 def along_time(levels: Levels, here: int, there: int) -> tuple[float, float]:
-    """Return the weights of `x_t` and of the slope in a step of the flow.
+    """Return the weights of `x_t` and of the slope in a step of the flow, either way.
 
     The slope is the noise where time is `sigma / alpha` (Karras et al., EDM), and
     `eps - x_0` where it is `sigma / (alpha + sigma)` (rectified flow).
     """
-
-    def unit(i: int) -> float:
-        return levels.alpha[i] + levels.sigma[i] * levels.straight
-
-    def time(i: int) -> float:
-        return levels.sigma[i] / unit(i)
-
-    return unit(there) / unit(here), unit(there) * (time(there) - time(here))
+    old = levels.alpha[here] + levels.sigma[here] * levels.straight
+    new = levels.alpha[there] + levels.sigma[there] * levels.straight
+    return new / old, levels.sigma[there] - levels.sigma[here] * new / old
 
 
 def ancestral(levels: Levels, *, fresh: float = 1.0) -> list[Row]:
@@ -259,12 +243,13 @@ def with_eta(table: Table, levels: Levels, eta: Float[Array, ""] | float) -> Tab
     Source:
       Song et al., DDIM, arXiv:2010.02502, eq. 16.
     """
+    xp = jnp if isinstance(eta, Array) else np
     steps = range(levels.num_steps)
-    renewed = eta * jnp.asarray([renewable(levels, i) for i in steps])
-    here = jnp.asarray(levels.alpha[:-1]), jnp.asarray(levels.sigma[:-1])
-    there = jnp.asarray(levels.alpha[1:]), jnp.asarray(levels.sigma[1:])
-    kept = jnp.sqrt(jnp.maximum(1.0 - jnp.square(renewed), 0.0)) * there[1] / here[1]
-    mix = jnp.stack([kept, there[0] - here[0] * kept], axis=-1)
+    renewed = eta * xp.asarray([renewable(levels, i) for i in steps])
+    here = xp.asarray(levels.alpha[:-1]), xp.asarray(levels.sigma[:-1])
+    there = xp.asarray(levels.alpha[1:]), xp.asarray(levels.sigma[1:])
+    kept = xp.sqrt(xp.maximum(1.0 - xp.square(renewed), 0.0)) * there[1] / here[1]
+    mix = xp.stack([kept, there[0] - here[0] * kept], axis=-1)
     return table._replace(mix=mix[:, None], noise=(renewed * there[1])[:, None])
 
 
@@ -462,10 +447,18 @@ def corrector_weights(lam: np.ndarray, i: int) -> np.ndarray:
 def lcm(levels: Levels) -> list[Row]:
     """Jump to the clean latent and add noise again: for distilled networks.
 
+    Raises:
+      ValueError: If a t is below 0, as EDM's are, where the scaling has no meaning.
+
     Source:
       Luo et al., LCM, arXiv:2310.04378, eq. 9 and algorithm 3; the boundary's scaling
       is that of their released code.
     """
+    if levels.t[:-1].min() < 0.0:
+        raise ValueError(
+            "sampler: got 'lcm' on levels that are not timesteps from 0 up, by which "
+            "its networks are scaled; try another sampler than lcm"
+        )
     rows = []
     for i in range(levels.num_steps):
         scaled = levels.t[i] * LCM_TIME_SCALE
@@ -495,16 +488,17 @@ SOLVERS: dict[SamplerName, Callable[[Levels], list[Row]]] = {
 def inversion(levels: Levels, *, iterations: int) -> list[Row]:
     """Climb from the clean latent to the noise that DDIM takes to it.
 
-    A step of DDIM is `x_s = a x_t + b eps(x_t)`. Its inverse is the fixed point of
-    `x_t = (x_s - b eps(x_t)) / a`, begun at `x_s`: with one iteration this is the usual
-    inversion, with more it becomes exact.
+    A step of DDIM is `x_s = a x_t + b slope(x_t)`. Its inverse is the fixed point of
+    `x_t = (x_s - b slope(x_t)) / a`, begun at `x_s`: with one iteration this is the
+    usual inversion, with more it becomes exact, if the steps are short enough for the
+    iteration to contract.
 
     Args:
       levels: Those of the sampler that shall come back.
       iterations: Network calls a step, at least 1.
 
     Returns:
-      The rows; their signal is the noise.
+      The rows; their signal is `slope_of(levels)`.
 
     Source:
       Song et al., DDIM, arXiv:2010.02502, eq. 13; Dhariwal & Nichol,
@@ -512,9 +506,7 @@ def inversion(levels: Levels, *, iterations: int) -> list[Row]:
     """
     rows = []
     for step, i in enumerate(range(levels.num_steps - 1, -1, -1)):
-        kept = levels.alpha[i] / levels.alpha[i + 1]
-        noise = levels.sigma[i] - levels.sigma[i + 1] * kept
-        up = (0.0, kept, noise)
+        up = (0.0, *along_time(levels, i + 1, i))
         for left in range(iterations - 1, -1, -1):
             last = left == 0
             anchor = up if last else (0.0, 1.0)

@@ -32,6 +32,7 @@ SCHEDULERS = (
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
     "HeunDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
 )
 
 TOKENIZERS = (

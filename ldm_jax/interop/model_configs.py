@@ -6,8 +6,13 @@ from typing import Any
 from ldm_jax.config.published import SD_LATENT_SCALE
 from ldm_jax.interop.fields import Fields, is_count
 
-SCHEDULES = {"scaled_linear": "ldm_linear", "linear": "linear"}
+SCHEDULES = {
+    "scaled_linear": "ldm_linear",
+    "linear": "linear",
+    "squaredcos_cap_v2": "cosine",
+}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 DOWN_ATTENTION = {
     "CrossAttnDownBlock2D": True,
     "AttnDownBlock2D": True,
@@ -263,11 +268,27 @@ def read_scheduler(class_name: str, values: Mapping[str, Any]) -> Settings:
       InputError: If the noise levels are none that is built here.
     """
     fields = Fields(values, what=class_name)
-    fields.expect(trained_betas=None, rescale_betas_zero_snr=False)
+    if class_name == FLOW_SCHEDULER:
+        fields.expect(
+            shift=1.0,
+            use_dynamic_shifting=False,
+            invert_sigmas=False,
+            shift_terminal=None,
+        )
+        return {
+            "num_timesteps": fields.count("num_train_timesteps", 1000),
+            "schedule": "flow",
+            "prediction": "flow",
+        }
+    fields.expect(trained_betas=None, use_flow_sigmas=False, timestep_type="discrete")
+    zero_terminal_snr = fields.value("rescale_betas_zero_snr", False)
+    if not isinstance(zero_terminal_snr, bool):
+        raise fields.wrong("rescale_betas_zero_snr", zero_terminal_snr, "true or false")
     return {
         "num_timesteps": fields.count("num_train_timesteps", 1000),
         "beta_start": float(fields.number("beta_start", 1e-4)),
         "beta_end": float(fields.number("beta_end", 0.02)),
         "schedule": fields.choice("beta_schedule", SCHEDULES, "linear"),
+        "zero_terminal_snr": zero_terminal_snr,
         "prediction": fields.choice("prediction_type", PREDICTIONS, "epsilon"),
     }

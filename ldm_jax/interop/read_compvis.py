@@ -151,13 +151,19 @@ def _check_levels(tensors: Tensors, config: Config, *, what: str) -> None:
     if "alphas_cumprod" not in tensors:
         return
     settings = config.diffusion
+    theirs = tensors["alphas_cumprod"]
+    if settings.schedule == "flow" or settings.schedule == "edm":
+        raise InputError(
+            f"{what}: got a table of noise levels (alphas_cumprod), wanted none with "
+            f"schedule {settings.schedule}; try another --config"
+        )
     schedule = make_schedule(
         settings.schedule,
         num_timesteps=settings.num_timesteps,
         beta_start=settings.beta_start,
         beta_end=settings.beta_end,
+        zero_terminal_snr=settings.zero_terminal_snr,
     )
-    theirs = tensors["alphas_cumprod"]
     ours = schedule.abar
     if theirs.shape != ours.shape or np.abs(theirs - ours).max() > ABAR_TOLERANCE:
         raise InputError(

@@ -103,6 +103,8 @@ def _pipeline(config: Config) -> str | None:
     condition = config.diffusion.condition
     if condition.label or condition.concat != "none":
         return None
+    if config.diffusion.schedule == "flow":
+        return None  # its scheduler lacks `init_noise_sigma`, which they read
     if condition.context == "clip" and condition.clip.output != "pooled":
         return "StableDiffusionPipeline"
     return "LDMPipeline" if condition.context == "none" else None

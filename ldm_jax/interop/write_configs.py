@@ -1,7 +1,12 @@
 """The JSON configs of a diffusers folder out of our config."""
 
 from ldm_jax.config import Config
-from ldm_jax.interop.model_configs import PREDICTIONS, SCHEDULES, Settings
+from ldm_jax.interop.model_configs import (
+    FLOW_SCHEDULER,
+    PREDICTIONS,
+    SCHEDULES,
+    Settings,
+)
 from ldm_jax.types import InputError
 
 
@@ -168,18 +173,36 @@ def write_clip(config: Config) -> tuple[str, Settings]:
 
 
 def write_scheduler(config: Config) -> tuple[str, Settings]:
-    """Write a scheduler that visits our DDIM's levels, if the steps divide T.
+    """Write a scheduler for our noise levels.
 
-    Otherwise diffusers rounds the timesteps where we floor them.
+    Args:
+      config: Of the run.
+
+    Returns:
+      The class that holds them, and its JSON. A `DDIMScheduler` visits our DDIM's
+      levels if the steps divide T; otherwise it rounds the timesteps where we floor
+      them.
+
+    Raises:
+      InputError: If no class of diffusers holds them.
     """
     ours = config.diffusion
     schedules = {mine: theirs for theirs, mine in SCHEDULES.items()}
     predictions = {mine: theirs for theirs, mine in PREDICTIONS.items()}
+    if ours.schedule == "flow" and ours.prediction == "flow":
+        return FLOW_SCHEDULER, {"num_train_timesteps": ours.num_timesteps, "shift": 1.0}
+    if ours.schedule not in schedules or ours.prediction not in predictions:
+        raise InputError(
+            f"diffusion.prediction: no scheduler of diffusers has {ours.prediction!r} "
+            f"with schedule {ours.schedule}, wanted eps, v or x0 with "
+            f"{', '.join(schedules)}, or flow with flow; try --format compvis"
+        )
     return "DDIMScheduler", {
         "num_train_timesteps": ours.num_timesteps,
         "beta_start": ours.beta_start,
         "beta_end": ours.beta_end,
         "beta_schedule": schedules[ours.schedule],
+        "rescale_betas_zero_snr": ours.zero_terminal_snr,
         "prediction_type": predictions[ours.prediction],
         "timestep_spacing": "trailing",
         "set_alpha_to_one": True,

@@ -3,6 +3,7 @@
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -32,12 +33,13 @@ class Condition(NamedTuple):
     """What the UNet reads; None where it reads nothing.
 
     Attributes:
-      label: Class, whose vector is added to the time embedding.
+      label: Class, whose vector is added to the time embedding; or a weight for each
+        class, "none" last, where it lies between several.
       context: Tokens that cross-attention reads.
       concat: Channels stacked on the noisy latent.
     """
 
-    label: Int[Any, " b"] | None = None
+    label: Int[Any, " b"] | Float[Any, "b k"] | None = None
     context: Float[Any, "b n d"] | None = None
     concat: Float[Any, "b h w c"] | None = None
 
@@ -92,8 +94,10 @@ class ClassEmbedding(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, labels: Int[Array, " b"]) -> Float[Array, "b d"]:
-        """Look up labels in [0, num_classes]."""
+    def __call__(
+        self, labels: Int[Array, " b"] | Float[Array, "b k"]
+    ) -> Float[Array, "b d"]:
+        """Look up labels in [0, num_classes], or mix all classes by their weights."""
         table = nn.Embed(
             self.num_classes + 1,
             self.width,
@@ -101,7 +105,12 @@ class ClassEmbedding(nn.Module):
             embedding_init=nn.initializers.normal(1.0),
             name="table",
         )
-        return table(labels)
+        if labels.ndim == 1:
+            return table(labels)
+        vectors = table.embedding.astype(self.dtype)
+        return jnp.dot(
+            labels.astype(self.dtype), vectors, precision=jax.lax.Precision.HIGHEST
+        )
 
 
 class SpatialRescaler(nn.Module):

@@ -10,7 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Real
 
 from ldm_jax.types import Dtype
 
@@ -20,12 +20,12 @@ TRAILING_PADDING = ((0, 1), (0, 1))
 
 
 def timestep_embedding(
-    t: Shaped[Array, " b"], *, width: int, max_period: float = 10_000.0
+    t: Real[Array, " b"], *, width: int, max_period: float = 10_000.0
 ) -> Float[Array, "b d"]:
-    """Embed a discrete time as cosines and sines of falling frequency.
+    """Embed a time as cosines and sines of falling frequency.
 
     Args:
-      t: Discrete timestep, in [0, T); integer or float.
+      t: Timestep, in units of one; whole or not, of any sign.
       width: Length of the embedding; even.
       max_period: Longest period, in timesteps.
 

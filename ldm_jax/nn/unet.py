@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from ldm_jax.nn.attention import SelfAttention
 from ldm_jax.nn.conditioning import ClassEmbedding, Condition
@@ -72,14 +72,14 @@ class UNet(nn.Module):
     def __call__(
         self,
         x_t: Float[Array, "b h w c"],
-        t: Int[Array, " b"],
+        t: Real[Array, " b"],
         cond: Condition,
     ) -> Float[Array, "b h w e"]:
         """Predict, in float32.
 
         Args:
           x_t: Noisy latents, in scaled-latent units.
-          t: Discrete timestep, in [0, T).
+          t: Timestep; whole on a discrete schedule, a float on a continuous one.
           cond: What the UNet is conditioned on.
         """
         if cond.concat is not None:
@@ -160,7 +160,7 @@ class UNet(nn.Module):
             return Upsample(self.dtype, name=name)(x)
         return Downsample(SYMMETRIC_PADDING, self.dtype, name=name)(x)
 
-    def _embed(self, t: Int[Array, " b"], cond: Condition) -> Float[Array, "b d"]:
+    def _embed(self, t: Real[Array, " b"], cond: Condition) -> Float[Array, "b d"]:
         width = 4 * self.channels
         h = timestep_embedding(t, width=self.channels).astype(self.dtype)
         h = nn.Dense(width, dtype=self.dtype, name="time_0")(h)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ldm_jax.types import PyTree, RunError
+from ldm_jax.types import InputError, PyTree, RunError
 
 
 class Checkpoint(NamedTuple):
@@ -105,32 +105,40 @@ class CheckpointStore:
         )
         return digest
 
-    def restore(self, target: PyTree) -> Checkpoint | None:
-        """Restore the newest intact checkpoint.
+    def restore(self, target: PyTree, *, step: int | None = None) -> Checkpoint | None:
+        """Restore the newest intact checkpoint, or that of one step.
 
         A damaged one is moved into `damaged/` (unless read-only), and the one before
         it is tried.
 
         Args:
           target: Shapes and dtypes, as `jax.eval_shape` gives them.
+          step: Which one; None for the newest.
 
         Returns:
           The checkpoint, or None if none was ever completed.
 
         Raises:
+          InputError: If there is none of that step.
           RunError: If there are checkpoints and none is intact.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        if step is not None and step not in steps:
+            raise InputError(
+                f"{self.directory}: no checkpoint of step {step}, wanted one of "
+                f"{', '.join(map(str, steps)) or 'those to come'}"
+            )
+        steps = steps if step is None else [step]
         reasons: list[str] = []
-        for step in steps:
+        for at in steps:
             try:
-                found = self._read(step, target)
+                found = self._read(at, target)
             except Exception as error:
-                reasons.append(f"step {step}: {' '.join(str(error).split())[:200]}")
+                reasons.append(f"step {at}: {' '.join(str(error).split())[:200]}")
                 continue
             for reason in reasons:
                 logging.getLogger(__name__).warning("damaged checkpoint: %s", reason)
-            self._set_aside([bad for bad in steps if bad > step])
+            self._set_aside([bad for bad in steps if bad > at])
             return found
         if reasons:
             raise RunError(

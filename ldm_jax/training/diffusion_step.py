@@ -1,16 +1,23 @@
 """Stage 2: one update of the UNet on the latents of a frozen autoencoder."""
 
-from typing import Literal, NamedTuple, cast
+import functools
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, Real
 
 from ldm_jax.config import ConditionConfig
 from ldm_jax.data.pipeline import Batch
-from ldm_jax.diffusion.objectives import denoising_loss
+from ldm_jax.diffusion.objectives import (
+    LossName,
+    WeightName,
+    denoising_loss,
+    offset_noise,
+)
 from ldm_jax.diffusion.parameterize import PredictionName
+from ldm_jax.diffusion.schedules import Level, Schedule, draw_levels
 from ldm_jax.images import to_float
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.nn.conditioning import (
@@ -20,7 +27,7 @@ from ldm_jax.nn.conditioning import (
     null_inputs,
 )
 from ldm_jax.nn.unet import UNet
-from ldm_jax.rng import Stream, example_keys, integers, normal, uniform
+from ldm_jax.rng import Stream, example_keys, normal, uniform
 from ldm_jax.training.autoencoder_step import encode
 from ldm_jax.training.conditions import (
     cut_holes,
@@ -59,11 +66,33 @@ class Frozen(NamedTuple):
     conditioner: PyTree
 
 
+class Objective(NamedTuple):
+    """What the UNet learns to predict, and at which noise levels; all of it static.
+
+    Attributes:
+      schedule: The noise levels.
+      prediction: What the UNet predicts.
+      loss: Absolute or squared error.
+      weight: How much each level counts.
+      weight_gamma: The weight's parameter.
+      sigma_data: Standard deviation of the scaled latents.
+      offset_noise: Weight of noise that a whole channel shares; 0 draws none.
+    """
+
+    schedule: Schedule
+    prediction: PredictionName
+    loss: LossName
+    weight: WeightName
+    weight_gamma: float
+    sigma_data: float
+    offset_noise: float
+
+
 class DiffusionMetrics(NamedTuple):
     """Numbers of one step, each a mean over the global batch.
 
     Attributes:
-      loss: Mean error of the prediction.
+      loss: Mean error of the prediction, weighted.
       gradient_norm: Global norm of the gradient, before clipping.
     """
 
@@ -82,14 +111,12 @@ def diffusion_step(
     unet: UNet,
     conditioner: Conditioner,
     optimizer: optax.GradientTransformation,
-    abar: Float[Array, " t"],
+    objective: Objective,
     latent_shape: tuple[int, int, int],
     condition: ConditionConfig,
     num_classes: int,
     null_tokens: tuple[int, ...],
     condition_dropout: float,
-    prediction: PredictionName,
-    loss: Literal["l1", "l2"],
     ema_decay: float,
 ) -> tuple[TrainState, DiffusionMetrics]:
     """Minimise the error of the prediction on one batch.
@@ -104,14 +131,12 @@ def diffusion_step(
       unet: The network in training.
       conditioner: Prepares what it is conditioned on; trained jointly, or frozen.
       optimizer: The one that made the state.
-      abar: The schedule's table, float32.
+      objective: What is learned, and at which noise levels.
       latent_shape: Height, width and channels of a latent.
       condition: What the UNet is conditioned on.
       num_classes: Real classes; the null class has this index.
       null_tokens: Tokens of the empty prompt.
       condition_dropout: Probability of training an example without its condition.
-      prediction: What the UNet predicts.
-      loss: Absolute or squared error.
       ema_decay: Of the average of the weights.
 
     Returns:
@@ -129,8 +154,11 @@ def diffusion_step(
     posterior = encode(autoencoder, frozen.autoencoder, images)
     latents = posterior.sample(normal(keys(Stream.DIFFUSION_POSTERIOR), latent_shape))
     x_0 = jax.lax.stop_gradient(latents * frozen.latent_scale)
-    t = integers(keys(Stream.TIMESTEP), below=abar.shape[0])
+    level = draw_levels(objective.schedule, keys(Stream.TIMESTEP))
     eps = normal(keys(Stream.NOISE), latent_shape)
+    if objective.offset_noise:
+        shared = normal(keys(Stream.OFFSET_NOISE), latent_shape[-1:])
+        eps = offset_noise(eps, shared, strength=objective.offset_noise)
     inputs = inputs_of(
         batch,
         images,
@@ -142,27 +170,67 @@ def diffusion_step(
     dropped = uniform(keys(Stream.CONDITION_DROPOUT)) < condition_dropout
     null = null_inputs(inputs, num_classes=num_classes, null_tokens=null_tokens)
     inputs = drop_conditions(inputs, null, dropped)
-
-    def loss_of(params: Denoising) -> Float[Array, ""]:
-        variables = {"params": {**frozen.conditioner, **params.conditioner}}
-        cond = cast(Condition, conditioner.apply(variables, inputs))
-
-        def denoise(
-            x_t: Float[Array, "b h w c"], t: Int[Array, " b"], cond: PyTree
-        ) -> Float[Array, "b h w c"]:
-            return cast(jax.Array, unet.apply({"params": params.unet}, x_t, t, cond))
-
-        losses = denoising_loss(
-            denoise, x_0, t, eps, cond, abar=abar, prediction=prediction, loss=loss
-        )
-        return losses.mean()
-
-    value, gradients = jax.value_and_grad(loss_of)(state.params)
+    loss_of = functools.partial(
+        prediction_loss, unet=unet, conditioner=conditioner, objective=objective
+    )
+    value, gradients = jax.value_and_grad(loss_of)(
+        state.params, frozen, x_0, level, eps, inputs
+    )
     if axis_name is not None:
         value, gradients = jax.lax.pmean((value, gradients), axis_name)
-    metrics = DiffusionMetrics(value, optax.tree.norm(gradients))
     state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=ema_decay)
-    return state, metrics
+    return state, DiffusionMetrics(value, optax.tree.norm(gradients))
+
+
+def prediction_loss(
+    params: Denoising,
+    frozen: Frozen,
+    x_0: Float[Array, "b h w c"],
+    level: Level,
+    eps: Float[Array, "b h w c"],
+    inputs: ConditionInputs,
+    *,
+    unet: UNet,
+    conditioner: Conditioner,
+    objective: Objective,
+) -> Float[Array, ""]:
+    """Score what the UNet predicts for a batch.
+
+    Args:
+      params: What is trained.
+      frozen: What is not.
+      x_0: Scaled latents.
+      level: Noise level of each example.
+      eps: Noise.
+      inputs: What each example is conditioned on.
+      unet: The network in training.
+      conditioner: Prepares what it is conditioned on.
+      objective: What is learned.
+
+    Returns:
+      The weighted error of the prediction, a mean over the batch.
+    """
+    variables = {"params": {**frozen.conditioner, **params.conditioner}}
+    cond = cast(Condition, conditioner.apply(variables, inputs))
+
+    def denoise(
+        x_t: Float[Array, "b h w c"], t: Real[Array, " b"], cond: PyTree
+    ) -> Float[Array, "b h w c"]:
+        return cast(jax.Array, unet.apply({"params": params.unet}, x_t, t, cond))
+
+    losses = denoising_loss(
+        denoise,
+        x_0,
+        level,
+        eps,
+        cond,
+        prediction=objective.prediction,
+        loss=objective.loss,
+        weight=objective.weight,
+        weight_gamma=objective.weight_gamma,
+        sigma_data=objective.sigma_data,
+    )
+    return losses.mean()
 
 
 def inputs_of(

@@ -19,6 +19,7 @@ from ldm_jax.types import InputError, PyTree
 AXIS_NAME = "devices"
 
 MappedStep = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+MappedImages = Callable[[Any, Any, Any], Any]
 
 
 class PmapLayout:
@@ -104,3 +105,27 @@ class PmapLayout:
         return jax.pmap(
             named, axis_name=AXIS_NAME, devices=self.devices, donate_argnums=0
         )
+
+    def map_images(self, fn: MappedImages) -> MappedImages:
+        """Map `fn(models, knobs, inputs)` over the devices, each with its own images.
+
+        Args:
+          fn: From replicated arrays, arrays that hold for all images, and arrays by
+            image to arrays by image.
+
+        Returns:
+          A function of the same arguments, whose images divide by the devices.
+        """
+        mapped = jax.pmap(fn, in_axes=(0, None, 0), devices=self.devices)
+
+        def cut(leaf: Array) -> Array:
+            return leaf.reshape(len(self.devices), -1, *leaf.shape[1:])
+
+        def join(leaf: Array) -> np.ndarray:
+            return np.concatenate(list(np.asarray(leaf)))
+
+        def spread(models: PyTree, knobs: PyTree, inputs: PyTree) -> PyTree:
+            outputs = mapped(models, knobs, jax.tree.map(cut, inputs))
+            return jax.tree.map(join, outputs)
+
+        return spread

@@ -1,0 +1,190 @@
+"""What a sample starts from instead of noise alone: pictures, masks, other samples."""
+
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ldm_jax.diffusion.levels import Levels
+from ldm_jax.diffusion.parameterize import add_noise
+from ldm_jax.diffusion.samplers import Known, keep_known, starting_noise
+from ldm_jax.diffusion.schedules import Level
+from ldm_jax.networks import Networks, SampleParams, encode_images
+from ldm_jax.nn.conditioning import Condition, ConditionInputs
+from ldm_jax.training.conditions import cut_holes, join_masked
+
+PARALLEL_SINE = 1e-4
+
+
+class Edit(NamedTuple):
+    """What a sample starts from; what is None has no say.
+
+    Attributes:
+      image: Picture in [-1, 1] to change, as far as the sample function's `strength`
+        goes, or to keep where the mask says so.
+      mask: 1 where the picture is made anew, 0 where it stays as it is, to the pixel.
+      latents: Latents at the first level, such as an inversion gives.
+      other_keys: A second key per image; the start lies between the two noises.
+      other_cond: A second condition; the condition lies between the two.
+      weight: Where between: 0 is the first, 1 the second.
+    """
+
+    image: Float[Array, "b h w c"] | None = None
+    mask: Float[Array, "b h w 1"] | None = None
+    latents: Float[Array, "b h w c"] | None = None
+    other_keys: Key[Array, " b"] | None = None
+    other_cond: ConditionInputs | None = None
+    weight: Float[Array, " b"] | None = None
+
+
+class Start(NamedTuple):
+    """Where a sampler begins.
+
+    Attributes:
+      x_start: Latents at the first level.
+      known: What is not to change, or None.
+    """
+
+    x_start: Float[Array, "b h w c"]
+    known: Known | None
+
+
+def start_of(
+    networks: Networks,
+    params: SampleParams,
+    keys: Key[Array, " b"],
+    edit: Edit,
+    *,
+    levels: Levels,
+    whole: bool,
+) -> Start:
+    """Make the latents at the first level that is visited.
+
+    Args:
+      networks: Of the model.
+      params: Of the model.
+      keys: One per image.
+      edit: What to start from.
+      levels: The levels to visit.
+      whole: Whether every level is visited, so that a hole starts from noise alone.
+
+    Returns:
+      The start.
+
+    Source:
+      Meng et al., SDEdit, arXiv:2108.01073, algorithm 1; Lugmayr et al., RePaint,
+      arXiv:2201.09865, eq. 8.
+    """
+    shape = networks.latent_shape
+    noise = starting_noise(keys, shape)
+    if edit.other_keys is not None and edit.weight is not None:
+        noise = slerp(noise, starting_noise(edit.other_keys, shape), edit.weight)
+    x_start = noise if edit.latents is None else edit.latents
+    if edit.image is None:
+        return Start(x_start, None)
+    x_0 = encode_images(networks, params, edit.image)
+    rows = (levels.t, levels.alpha, levels.sigma)
+    first = Level(*(jnp.full(x_0.shape[:1], row[0], x_0.dtype) for row in rows))
+    hole_from_noise = whole and edit.mask is not None
+    if edit.latents is None and not hole_from_noise:
+        x_start = add_noise(x_0, noise, first)
+    if edit.mask is None:
+        return Start(x_start, None)
+    known = Known(x_0, noise, free_latents(edit.mask, shape))
+    return Start(keep_known(x_start, known, first.alpha[0], first.sigma[0]), known)
+
+
+def free_latents(
+    mask: Float[Array, "b h w 1"], shape: tuple[int, int, int]
+) -> Float[Array, "b h2 w2 1"]:
+    """Free every latent that has a say in a pixel to be made anew."""
+    factor = mask.shape[1] // shape[0]
+    blocks = mask.reshape(-1, shape[0], factor, shape[1], factor, 1)
+    return (blocks.max(axis=(2, 4)) > 0.5).astype(jnp.float32)
+
+
+def paste(images: Float[Array, "b h w c"], edit: Edit) -> Float[Array, "b h w c"]:
+    """Put the pixels that were to stay back, exactly as they were given."""
+    if edit.image is None or edit.mask is None:
+        return images
+    return jnp.where(edit.mask > 0.5, images, edit.image)
+
+
+def masked_inputs(
+    networks: Networks,
+    params: SampleParams,
+    images: Float[Array, "b h w c"],
+    mask: Float[Array, "b h w 1"],
+) -> Float[Array, "b h2 w2 d"]:
+    """Make what a model of inpainting is conditioned on, as in its training.
+
+    Args:
+      networks: Of the model.
+      params: Of the model.
+      images: In [-1, 1].
+      mask: 1 where they are to be made anew.
+
+    Returns:
+      The latents of the images with holes, and the mask in {-1, 1}.
+    """
+    return join_masked(encode_images(networks, params, cut_holes(images, mask)), mask)
+
+
+def slerp(
+    a: Float[Array, "b h w c"], b: Float[Array, "b h w c"], weight: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """Go from one noise to another along the sphere, where noise lives.
+
+    Args:
+      a: Noise at weight 0.
+      b: Noise at weight 1.
+      weight: For each image.
+
+    Returns:
+      The noise between; on the straight line where the two are parallel.
+
+    Source:
+      Shoemake (1985); Song et al., DDIM, arXiv:2010.02502, eq. 67.
+    """
+    axes = (1, 2, 3)
+    norms = jnp.sqrt(jnp.square(a).sum(axes) * jnp.square(b).sum(axes))
+    angle = jnp.arccos(jnp.clip((a * b).sum(axes) / norms, -1.0, 1.0))
+    sine = jnp.sin(angle)
+    parallel = sine < PARALLEL_SINE
+    safe = jnp.where(parallel, 1.0, sine)
+    first = jnp.where(parallel, 1.0 - weight, jnp.sin((1.0 - weight) * angle) / safe)
+    second = jnp.where(parallel, weight, jnp.sin(weight * angle) / safe)
+    wide = (slice(None), None, None, None)
+    return first[wide] * a + second[wide] * b
+
+
+def mix_conditions(
+    a: Condition, b: Condition, weight: Float[Array, " b"], *, num_classes: int
+) -> Condition:
+    """Go from one prepared condition to another along a straight line.
+
+    Args:
+      a: Condition at weight 0.
+      b: Condition at weight 1.
+      weight: For each image.
+      num_classes: Real classes; the null class has this index.
+
+    Returns:
+      The condition between; a label becomes a weight for each class.
+    """
+
+    def mix(first: Array, second: Array) -> Array:
+        w = weight.reshape(-1, *[1] * (first.ndim - 1)).astype(first.dtype)
+        return (1 - w) * first + w * second
+
+    soft = (soften(c, num_classes=num_classes) for c in (a, b))
+    return cast(Condition, jax.tree.map(mix, *soft))
+
+
+def soften(cond: Condition, *, num_classes: int) -> Condition:
+    """Write a label as a weight for each class, the null class last."""
+    if cond.label is None:
+        return cond
+    label = jax.nn.one_hot(cond.label, num_classes + 1, dtype=jnp.float32)
+    return cond._replace(label=label)

@@ -1,0 +1,80 @@
+"""Decoding large latents tile by tile, in the memory of one tile."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+OVERLAP_SHARE = 4
+
+
+def decode_in_tiles(
+    decode: Callable[[Float[Array, "b h w c"]], Float[Array, "b h2 w2 e"]],
+    latents: Float[Array, "b h w c"],
+    *,
+    tile: int,
+    factor: int,
+) -> Float[Array, "b h2 w2 e"]:
+    """Decode square tiles that overlap by a quarter, and blend them linearly.
+
+    What one tile needs of memory does not depend on the size of the picture. The result
+    is that of decoding at once where the decoder sees no further than the overlap; its
+    attention and its norms do, so a tile should not be much smaller than the latents
+    the decoder was trained on.
+
+    Args:
+      decode: The decoder, `factor` times as high and wide out as in.
+      latents: What to decode; decoded at once if no side is longer than a tile.
+      tile: Side of a tile, in latents; at least 4. Static.
+      factor: The decoder's. Static.
+
+    Returns:
+      The pictures.
+
+    Raises:
+      ValueError: If a tile is smaller than 4.
+    """
+    if tile < OVERLAP_SHARE:
+        raise ValueError(f"tile: got {tile}, wanted at least {OVERLAP_SHARE} latents")
+    batch, height, width, channels = latents.shape
+    if max(height, width) <= tile:
+        return decode(latents)
+    sides = min(tile, height), min(tile, width)
+    starts = [tile_starts(*pair) for pair in ((height, sides[0]), (width, sides[1]))]
+    corners = np.asarray([(top, left) for top in starts[0] for left in starts[1]])
+    window = np.outer(*(ramp(side, tile=tile, factor=factor) for side in sides))
+    total = np.zeros((height * factor, width * factor))
+    for top, left in corners * factor:
+        total[top : top + window.shape[0], left : left + window.shape[1]] += window
+    weight = jnp.asarray(window, jnp.float32)[..., None]
+    shape = jax.eval_shape(decode, latents[:, : sides[0], : sides[1]]).shape
+    canvas = jnp.zeros((batch, *total.shape, shape[-1]), jnp.float32)
+
+    def paint(
+        canvas: Float[Array, "b h w e"], corner: Array
+    ) -> tuple[Float[Array, "b h w e"], None]:
+        here = (0, corner[0], corner[1], 0)
+        part = jax.lax.dynamic_slice(latents, here, (batch, *sides, channels))
+        there = (0, corner[0] * factor, corner[1] * factor, 0)
+        old = jax.lax.dynamic_slice(canvas, there, shape)
+        new = old + decode(part) * weight
+        return jax.lax.dynamic_update_slice(canvas, new, there), None
+
+    canvas, _ = jax.lax.scan(paint, canvas, jnp.asarray(corners, jnp.int32))
+    return canvas / jnp.asarray(total, jnp.float32)[..., None]
+
+
+def tile_starts(size: int, tile: int) -> list[int]:
+    """Place tiles evenly from edge to edge, overlapping by a quarter or more."""
+    stride = tile - tile // OVERLAP_SHARE
+    gaps = -(-(size - tile) // stride)
+    return [round(i * (size - tile) / max(gaps, 1)) for i in range(gaps + 1)]
+
+
+def ramp(side: int, *, tile: int, factor: int) -> np.ndarray:
+    """Return a tile's weight along one side: falling linearly towards both ends."""
+    overlap = tile // OVERLAP_SHARE * factor
+    place = np.arange(side * factor) + 0.5
+    return np.minimum(np.minimum(place, place[::-1]) / overlap, 1.0)

@@ -1,0 +1,51 @@
+"""The schedulers we write have our noise levels there."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from ldm_jax.build import build_schedule
+from ldm_jax.diffusion.schedules import level_at
+from ldm_jax.interop.write_configs import write_scheduler
+from tests.models import config_of
+
+torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
+pytest.importorskip("diffusers", reason="parity needs the extra `parity`")
+
+# diffusers warns of its own deprecations; none of them is ours.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def theirs(config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+
+    name, values = write_scheduler(config)
+    return getattr(diffusers, name).from_config(values)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("schedule", ["ldm_linear", "linear", "cosine"])
+def test_the_signal_powers_are_theirs(schedule, zero_terminal_snr):
+    fields = {"schedule": schedule, "zero_terminal_snr": zero_terminal_snr}
+    config = config_of("none", prediction="v", **fields)
+    ours = build_schedule(config).abar
+    found = theirs(config).alphas_cumprod.numpy()
+    # Theirs are float32 products of a thousand factors.
+    assert np.abs(ours - found).max() < 1e-5
+    assert (found[-1] < 1e-9) == (ours[-1] < 1e-9)
+
+
+def test_a_flow_goes_the_way_of_theirs():
+    config = config_of("none", schedule="flow", prediction="flow")
+    scheduler = theirs(config)
+    scheduler.set_timesteps(4)
+    index = scheduler.timesteps.numpy().astype(np.float64)
+    level = level_at(build_schedule(config), index - 1.0)
+    assert level.t == pytest.approx(index)
+    assert level.sigma == pytest.approx(scheduler.sigmas[:-1].numpy(), rel=1e-6)
+    x_0, eps = torch.full((1, 1), 3.0), torch.full((1, 1), -2.0)
+    mixed = scheduler.scale_noise(x_0, scheduler.timesteps[1:2], eps).item()
+    assert mixed == pytest.approx(3.0 * level.alpha[1] - 2.0 * level.sigma[1])
