@@ -29,6 +29,7 @@ from ldm_jax.networks import (
     prepare,
 )
 from ldm_jax.nn.conditioning import Condition, ConditionInputs
+from ldm_jax.nn.tiling import OVERLAP_SHARE
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import TAKES_ETA, SamplerName, SpacingName
 
@@ -191,6 +192,8 @@ def make_sample_fn(
     most = levels.num_steps + 1
     if num_frames and not 2 <= num_frames <= most:
         raise ValueError(f"num_frames: got {num_frames}, wanted 0 or 2 to {most}")
+    if tile and tile < OVERLAP_SHARE:
+        raise ValueError(f"tile: got {tile}, wanted 0, or at least 4 latents")
     if weak is not None:
         check_weak(networks, weak)
     make_table(sampler, levels, prediction=networks.prediction)  # refuses what is bad
@@ -205,7 +208,7 @@ def make_sample_fn(
         num_frames=num_frames,
         tile=tile,
     )
-    fn = functools.partial(_sample, plan)
+    fn = functools.partial(sample_chunk, plan)
     run = jax.jit(fn) if layout is None else layout.map_images(fn)
     size = networks.chunk * (1 if layout is None else len(layout.devices))
 
@@ -262,6 +265,7 @@ def check_eta(sampler: SamplerName, eta: Float[Array, ""] | float | int) -> None
 def check_weak(networks: Networks, weak: Networks) -> None:
     """Raise `ValueError` if a model cannot guide another: it must be trained alike."""
     same = weak.prediction == networks.prediction
+    same &= weak.sigma_data == networks.sigma_data
     same &= type(weak.schedule) is type(networks.schedule) and all(
         np.array_equal(a, b)
         for a, b in zip(weak.schedule, networks.schedule, strict=True)
@@ -273,9 +277,10 @@ def check_weak(networks: Networks, weak: Networks) -> None:
         )
 
 
-def _sample(
+def sample_chunk(
     plan: Plan, models: Models, knobs: Knobs, inputs: Inputs
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b f h w c"]]:
+    """Make the images of one call, and their frames: the program that is compiled."""
     params, edit = models.params, inputs.edit
     networks = plan.networks
     table = make_table(

@@ -20,11 +20,11 @@ class Call(NamedTuple):
     """Which of its network calls a sampler is at.
 
     Attributes:
-      index: Position among the calls of a sample, from 0.
+      place: Position among the calls of a sample, from 0.
       t: What the network is asked at.
     """
 
-    index: Int[Array, ""]
+    place: Int[Array, ""]
     t: Float[Array, ""]
 
 

@@ -61,7 +61,7 @@ def classifier_free(
             jax.tree.map(lambda *pair: jnp.concatenate(pair), null_cond, cond),
         )
         uncond, conditional = jnp.split(both, 2)
-        guided = extrapolate(uncond, conditional, scales[call.index])
+        guided = extrapolate(uncond, conditional, scales[call.place])
         return rescaled(guided, conditional, share=rescale)
 
     return predict
@@ -98,7 +98,7 @@ def autoguidance(
     ) -> Float[Array, "b h w c"]:
         better = ask(denoise, x_t, call, cond)
         worse = ask(weak, x_t, call, weak_cond)
-        guided = extrapolate(worse, better, scales[call.index])
+        guided = extrapolate(worse, better, scales[call.place])
         return rescaled(guided, better, share=rescale)
 
     return predict

@@ -1,0 +1,152 @@
+"""Every sampler as a table: what becomes of each answer of the network.
+
+Samplers of diffusion models differ in nothing but numbers. Each asks the network at a
+known level, reads one signal out of the answer (the clean latent, the noise or the
+flow), and goes on with a weighted sum of what it has: one or two latents, the last few
+signals, fresh noise. So a sampler is a `Table` of those weights, worked out in float64
+before the network runs, and one scan drives them all (`samplers.sample`).
+
+Deterministic steps from a level t to a cleaner level s follow the same flow:
+`x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x_0`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ldm_jax.diffusion.levels import Levels
+from ldm_jax.diffusion.parameterize import PredictionName, SignalName, reading_of
+from ldm_jax.diffusion.schedules import Level
+
+
+class Table(NamedTuple):
+    """A sampler of n network calls, r latents (registers) and k remembered signals.
+
+    The network is asked at the first register. A row's terms are the registers, then
+    the signals, the newest first; every new register is a weighted sum of them.
+
+    Attributes:
+      step: Which step each call belongs to, from 0.
+      t: What the network is asked at.
+      ratio: Noise-to-signal ratio sigma / alpha there.
+      read: Weights of `x_t` and of the network's output in the signal.
+      mix: Weights of the terms in each new register.
+      noise: Weight of fresh unit-variance noise in each new register.
+      alpha: Weight of the clean latent in each new register.
+      sigma: Weight of the noise in it.
+    """
+
+    step: Int[Any, " n"]
+    t: Float[Any, " n"]
+    ratio: Float[Any, " n"]
+    read: Float[Any, "n 2"]
+    mix: Float[Any, "n r terms"]
+    noise: Float[Any, "n r"]
+    alpha: Float[Any, "n r"]
+    sigma: Float[Any, "n r"]
+
+    @property
+    def num_calls(self) -> int:
+        """Network calls of a sample."""
+        return self.t.shape[0]
+
+    @property
+    def num_registers(self) -> int:
+        """Latents it goes on with."""
+        return self.mix.shape[1]
+
+    @property
+    def num_signals(self) -> int:
+        """Signals it remembers, the newest included."""
+        return self.mix.shape[2] - self.num_registers
+
+
+class Row(NamedTuple):
+    """One network call, before it is tabulated.
+
+    Attributes:
+      at: Index of the level the network is asked at.
+      to: Index of the level of each new register.
+      mix: Weights of the terms in each new register; short rows are filled with 0.
+      noise: Weight of fresh noise in the first register.
+      step: Which step it belongs to.
+    """
+
+    at: int
+    to: tuple[int, ...]
+    mix: tuple[tuple[float, ...], ...]
+    step: int
+    noise: float = 0.0
+
+
+def tabulate(
+    rows: list[Row],
+    levels: Levels,
+    signal: SignalName,
+    *,
+    prediction: PredictionName,
+    sigma_data: float,
+) -> Table:
+    """Turn rows into arrays.
+
+    Args:
+      rows: The network calls, in order.
+      levels: What their indices mean.
+      signal: What is read out of the network's answers.
+      prediction: What the network predicts.
+      sigma_data: Standard deviation of the clean latents, for EDM's F.
+
+    Returns:
+      The table.
+    """
+    at = np.asarray([row.at for row in rows])
+    to = np.asarray([row.to for row in rows])
+    num_registers = to.shape[1]
+    num_terms = max(len(weights) for row in rows for weights in row.mix)
+    mix = np.zeros((len(rows), num_registers, num_terms))
+    for i, row in enumerate(rows):
+        for j, weights in enumerate(row.mix):
+            mix[i, j, : len(weights)] = weights
+    noise = np.zeros((len(rows), num_registers))
+    noise[:, 0] = [row.noise for row in rows]
+    level = Level(levels.t[at], levels.alpha[at], levels.sigma[at])
+    read = reading_of(signal, level, prediction=prediction, sigma_data=sigma_data)
+    with np.errstate(divide="ignore"):
+        ratio = level.sigma / level.alpha
+    return Table(
+        step=np.asarray([row.step for row in rows]),
+        t=level.t,
+        ratio=ratio,
+        read=np.stack(read, axis=-1),
+        mix=mix,
+        noise=noise,
+        alpha=levels.alpha[to],
+        sigma=levels.sigma[to],
+    )
+
+
+def towards_clean(levels: Levels, here: int, there: int) -> tuple[float, float]:
+    """Return the weights of `x_t` and the clean latent in a step of the flow.
+
+    Source:
+      Song et al., DDIM, arXiv:2010.02502, eq. 12 with sigma 0.
+    """
+    kept = levels.sigma[there] / levels.sigma[here]
+    return kept, levels.alpha[there] - levels.alpha[here] * kept
+
+
+def slope_of(levels: Levels) -> SignalName:
+    """Return the signal that is the slope of the flow in its time: `along_time`."""
+    return "flow" if levels.straight else "eps"
+
+
+def along_time(levels: Levels, here: int, there: int) -> tuple[float, float]:
+    """Return the weights of `x_t` and of the slope in a step of the flow, either way.
+
+    The slope is the noise where time is `sigma / alpha` (Karras et al., EDM), and
+    `eps - x_0` where it is `sigma / (alpha + sigma)` (rectified flow).
+    """
+    old = levels.alpha[here] + levels.sigma[here] * levels.straight
+    new = levels.alpha[there] + levels.sigma[there] * levels.straight
+    return new / old, levels.sigma[there] - levels.sigma[here] * new / old

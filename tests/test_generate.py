@@ -1,0 +1,340 @@
+"""The sample function: one key an image, one program, bounded memory, edits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import generate
+from ldm_jax.build import build_networks
+from ldm_jax.edit import Edit, free_latents, slerp
+from ldm_jax.exchange import to_sample_params
+from ldm_jax.generate import make_sample_fn
+from ldm_jax.inversion import make_invert_fn
+from ldm_jax.networks import decode, encode_images
+from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.nn.tiling import decode_in_tiles, ramp, tile_starts
+from ldm_jax.rng import image_keys
+from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.types import TAKES_ETA
+from tests import tiny
+from tests.models import config_of, model_of
+
+CHUNK = 4
+# One of each kind of table: one register or two, drawing noise or not.
+KINDS = ["ddim", "ddpm", "plms", "unipc", "dpmpp_sde_2m"]
+
+
+@functools.cache
+def model(kind="label"):
+    """Networks and parameters: the smallest model, or one of `tests.models`."""
+    if kind == "tiny":
+        config = tiny.get_config()
+    else:
+        config = config_of(kind)
+    config = dataclasses.replace(
+        config, sampling=dataclasses.replace(config.sampling, chunk=CHUNK)
+    )
+    params = to_sample_params(model_of(config))
+    return build_networks(config), params
+
+
+@functools.cache
+def sampler_fn(sampler="ddim", num_steps=3, **settings):
+    return make_sample_fn(
+        model("tiny")[0], sampler=sampler, num_steps=num_steps, **settings
+    )
+
+
+def labels(*numbers):
+    return ConditionInputs(label=jnp.asarray(numbers, jnp.int32))
+
+
+def pictures(num=1, side=8, seed=0):
+    values = np.random.RandomState(seed).uniform(-1, 1, (num, side, side, 1))
+    return jnp.asarray(values, jnp.float32)
+
+
+def images(seeds, numbers, sampler="ddim", scale=2.0, params=None, **knobs):
+    fn, eta = sampler_fn(sampler), 0.5 if sampler in TAKES_ETA else 0.0
+    params = params or model("tiny")[1]
+    return np.asarray(
+        fn(params, image_keys(seeds), labels(*numbers), scale, eta, **knobs).images
+    )
+
+
+@pytest.mark.parametrize("sampler", KINDS)
+def test_an_image_has_the_same_bits_in_any_company_and_at_any_place(sampler):
+    alone = images([7], [3], sampler)[0]
+    assert np.ptp(alone) > 0.1
+    for place in range(CHUNK):
+        seeds, numbers = [1, 2, 3, 4], [9, 8, 7, 6]
+        seeds[place], numbers[place] = 7, 3
+        assert np.array_equal(images(seeds, numbers, sampler)[place], alone)
+    many = images([5, 6, 4, 3, 2, 1, 7], [0, 1, 2, 9, 8, 7, 3], sampler)
+    assert np.array_equal(many[-1], alone)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_sde_2m"])
+def test_one_device_and_eight_draw_the_same_bits(sampler):
+    seeds, numbers = list(range(11)), [i % 10 for i in range(11)]
+    one = images(seeds, numbers, sampler)
+    for devices in (jax.devices()[:1], jax.devices()):
+        layout = PmapLayout(devices)
+        fn = make_sample_fn(
+            model("tiny")[0], sampler=sampler, num_steps=3, layout=layout
+        )
+        eta = 0.5 if sampler in TAKES_ETA else 0.0
+        args = (layout.replicate(model("tiny")[1]), image_keys(seeds), labels(*numbers))
+        assert np.array_equal(fn(*args, 2.0, eta).images, one)
+
+
+def test_turning_any_knob_compiles_nothing(monkeypatch):
+    traces = []
+    traced = generate.decode
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return traced(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "decode", counted)
+    networks, params = model("tiny")
+    fn = make_sample_fn(networks, sampler="ddim", num_steps=2)
+    rng, drawn = np.random.RandomState(0), []
+    for i in range(20):
+        num = int(rng.randint(1, 9))
+        result = fn(
+            params,
+            image_keys([int(seed) for seed in rng.randint(0, 2**31, num)]),
+            labels(*(int(label) for label in rng.randint(0, 10, num))),
+            int(rng.randint(0, 9)) if i % 2 else float(rng.uniform(0, 9)),
+            float(rng.uniform(0, 1)),
+            labels(*(int(label) for label in rng.randint(0, 11, num))),
+            guidance_rescale=float(rng.uniform(0, 1)),
+            guidance_interval=(float(rng.uniform(0, 1)), float(rng.uniform(1, 50))),
+        )
+        drawn.append(float(np.asarray(result.images).sum()))
+    assert len(traces) == 1
+    assert len(set(drawn)) == 20
+
+
+def test_prompts_are_inputs_too(monkeypatch):
+    traces = []
+    traced = generate.decode
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return traced(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "decode", counted)
+    networks, params = model("text")
+    fn = make_sample_fn(networks, sampler="ddim", num_steps=1)
+    for i in range(3):
+        cond = ConditionInputs(tokens=jnp.full((2, 6), i, jnp.int32))
+        fn(params, image_keys([0, 1]), cond, 7.5)
+    assert len(traces) == 1
+
+
+def test_inside_another_jitted_function_it_draws_the_same_images():
+    params = model("tiny")[1]
+
+    @jax.jit
+    def mine(keys, cond, scale):
+        return sampler_fn()(params, keys, cond, scale, 0.5).images
+
+    inside = mine(image_keys(list(range(6))), labels(*range(6)), jnp.asarray(2.0))
+    outside = images(list(range(6)), range(6))
+    assert np.asarray(inside) == pytest.approx(outside, abs=1e-5)
+
+
+def test_memory_does_not_grow_with_the_steps():
+    def temporary_bytes(num_steps):
+        networks, params = model("tiny")
+        fn = make_sample_fn(networks, sampler="heun", num_steps=num_steps)
+        call = jax.jit(lambda keys, cond: fn(params, keys, cond, 2.0).images)
+        keys = image_keys(list(range(CHUNK)))
+        compiled = call.lower(keys, labels(*range(CHUNK))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # A few numbers a step, not a latent: 4 x 4 x 4 x 2 floats would be 512 bytes.
+    assert temporary_bytes(60) - temporary_bytes(10) < 50 * 128
+
+
+def test_guidance_has_no_say_outside_its_interval_and_follows_its_schedule():
+    seeds, numbers = [0, 1], [2, 3]
+    guided, plain = images(seeds, numbers), images(seeds, numbers, scale=1.0)
+    assert not np.array_equal(guided, plain)
+    nowhere = images(seeds, numbers, guidance_interval=(1e5, 1e6))
+    assert np.array_equal(nowhere, plain)
+    everywhere = images(seeds, numbers, guidance_interval=(0.0, 1e6))
+    assert np.array_equal(everywhere, guided)
+    flat = images(seeds, numbers, scale=jnp.asarray([2.0, 2.0, 2.0]))
+    assert np.array_equal(flat, guided)
+    rising = images(seeds, numbers, scale=jnp.asarray([1.0, 2.0, 3.0]))
+    assert not np.array_equal(rising, guided)
+
+
+def test_a_model_that_guides_itself_away_from_itself_is_unguided():
+    networks, params = model("tiny")
+    fn = make_sample_fn(networks, sampler="ddim", num_steps=3, weak=networks)
+    args = (params, image_keys([0, 1]), labels(2, 3), 3.0, 0.5)
+    same = np.asarray(fn(*args, weak_params=params).images)
+    assert same == pytest.approx(images([0, 1], [2, 3], scale=1.0), abs=1e-5)
+    worse = jax.tree.map(lambda x: 0.9 * x, params)
+    assert not np.allclose(same, fn(*args, weak_params=worse).images, atol=1e-3)
+
+
+def test_a_worse_model_of_another_kind_is_refused():
+    networks, _ = model("tiny")
+    with pytest.raises(ValueError, match="trained alike"):
+        make_sample_fn(
+            networks,
+            sampler="ddim",
+            num_steps=2,
+            weak=networks._replace(prediction="v"),
+        )
+
+
+def test_what_a_sample_function_cannot_do_is_refused():
+    make = functools.partial(make_sample_fn, model("tiny")[0], num_steps=4)
+    for settings, message in (
+        ({"sampler": "ddim", "num_frames": 6}, "num_frames: got 6, wanted 0 or 2 to 5"),
+        ({"sampler": "ddim", "strength": 0.0}, "strength: got 0.0"),
+        ({"sampler": "lcm", "tile": 2}, "tile: got 2, wanted 0, or at least 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**settings)
+    fn = sampler_fn("plms")
+    with pytest.raises(ValueError, match="eta: got 0.3 with plms, which has none"):
+        fn(model("tiny")[1], image_keys([0]), labels(0), 1.0, 0.3)
+
+
+def test_a_picture_changes_as_much_as_the_strength_says():
+    networks, params = model("tiny")
+    picture = pictures()
+    kept = decode(networks, params, encode_images(networks, params, picture))
+    moved = []
+    for strength in (0.02, 0.3, 1.0):
+        fn = make_sample_fn(networks, sampler="ddim", num_steps=50, strength=strength)
+        edit = Edit(image=picture)
+        changed = fn(params, image_keys([0]), labels(1), 1.0, edit=edit).images
+        moved.append(float(jnp.abs(changed - kept).mean()))
+    assert moved[0] < moved[1] < moved[2]
+    assert moved[0] < 0.05
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
+def test_what_the_mask_keeps_stays_to_the_bit_and_the_hole_does_not(sampler):
+    picture = pictures()
+    mask = jnp.zeros((1, 8, 8, 1)).at[:, 2:5, 3:7].set(1.0)
+    edit = Edit(image=picture, mask=mask)
+    filled = images([0], [1], sampler, edit=edit)
+    other = images([1], [1], sampler, edit=edit)
+    hole = np.asarray(mask) > 0.5
+    assert np.array_equal(filled[~hole], np.asarray(picture)[~hole])
+    assert not np.allclose(filled[hole], other[hole], atol=1e-3)
+
+
+def test_every_latent_with_a_say_in_the_hole_is_free():
+    mask = jnp.zeros((1, 8, 8, 1)).at[0, 3, 4].set(1.0)
+    free = np.asarray(free_latents(mask, (4, 4, 2)))[0, ..., 0]
+    assert free[1, 2] == 1.0 and free.sum() == 1.0
+
+
+def test_between_two_seeds_lies_noise_of_the_same_strength():
+    a, b = np.random.RandomState(0).randn(2, 3, 16, 16, 4)
+    weights = jnp.asarray([0.0, 0.5, 1.0])
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    between = np.asarray(slerp(a, b, weights))
+    assert np.array_equal(between[0], a[0])
+    assert between[2] == pytest.approx(np.asarray(b[2]), abs=1e-6)
+    assert between[1].std() == pytest.approx(1.0, abs=0.05)
+    assert np.asarray((a + b)[1] / 2).std() == pytest.approx(0.5**0.5, abs=0.05)
+    assert np.asarray(slerp(a, a, weights)) == pytest.approx(np.asarray(a), abs=1e-5)
+
+
+def test_interpolation_ends_at_its_ends():
+    edit = Edit(
+        other_keys=image_keys([5, 5, 5]),
+        other_cond=labels(8, 8, 8),
+        weight=jnp.asarray([0.0, 0.5, 1.0]),
+    )
+    between = images([2, 2, 2], [4, 4, 4], "unipc", edit=edit)
+    assert between[0] == pytest.approx(images([2], [4], "unipc")[0], abs=1e-5)
+    assert between[2] == pytest.approx(images([5], [8], "unipc")[0], abs=1e-5)
+    for end in (0, 2):
+        assert not np.allclose(between[1], between[end], atol=1e-2)
+
+
+def test_the_noise_of_an_inversion_gives_the_latent_back():
+    networks, params = model("tiny")
+    picture, cond = pictures(2), labels(3, 4)
+    invert = make_invert_fn(networks, num_steps=20, iterations=6)
+    latents = invert(params, picture, cond)
+    fn = make_sample_fn(networks, sampler="ddim", num_steps=20, guided=False)
+    edit = Edit(latents=latents)
+    back = fn(params, image_keys([0, 1]), cond, edit=edit).images
+    kept = decode(networks, params, encode_images(networks, params, picture))
+    assert np.asarray(back) == pytest.approx(np.asarray(kept), abs=1e-2)
+    alone = invert(params, picture[1:], labels(4))
+    assert np.array_equal(alone[0], latents[1])
+
+
+def test_larger_images_come_from_the_same_network():
+    networks, params = model("tiny")
+    wide = networks._replace(latent_shape=(4, 8, 2))
+    fn = make_sample_fn(wide, sampler="ddim", num_steps=2)
+    drawn = fn(params, image_keys([0]), labels(1), 2.0).images
+    assert drawn.shape == (1, 8, 16, 1)
+    assert np.isfinite(drawn).all()
+
+
+def blur(latents):
+    """A decoder that sees one latent to each side, and doubles the size."""
+    wide = jnp.pad(latents, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    height, width = latents.shape[1:3]
+    mean = sum(
+        wide[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
+    )
+    return mean.repeat(2, axis=1).repeat(2, axis=2)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 20), (33, 17)])
+def test_tiles_join_without_a_seam_where_the_decoder_sees_no_further(shape):
+    latents = jnp.asarray(np.random.RandomState(0).randn(2, *shape, 3), jnp.float32)
+    whole = np.asarray(blur(latents))
+    tiled = np.asarray(decode_in_tiles(blur, latents, tile=8, factor=2))
+    assert tiled.shape == whole.shape
+    # Within a tile's border latent the blur sees its own edge: weights are small there.
+    assert np.abs(tiled - whole).mean() < 0.1 * np.abs(whole).mean()
+    smooth = jnp.broadcast_to(jnp.arange(float(shape[1]))[:, None], (2, *shape, 3))
+    flat = np.asarray(decode_in_tiles(lambda x: x, smooth, tile=8, factor=1))
+    assert flat == pytest.approx(np.asarray(smooth), rel=1e-5)
+
+
+def test_tiles_cover_everything_and_overlap_by_a_quarter():
+    for size in range(8, 70):
+        starts = tile_starts(size, 8)
+        assert starts[0] == 0 and starts[-1] == size - 8
+        assert all(b - a <= 6 for a, b in zip(starts, starts[1:], strict=False))
+    assert (ramp(8, tile=8, factor=2) > 0).all()
+
+
+def test_decoding_in_tiles_takes_the_memory_of_a_tile():
+    networks, params = model("label")
+
+    def temporary_bytes(side, tile):
+        def call(latents):
+            return decode(networks, params, latents, tile=tile)
+
+        latents = jnp.zeros((1, side, side, networks.latent_shape[-1]))
+        compiled = jax.jit(call).lower(latents).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    tiled = [temporary_bytes(side, 16) for side in (32, 64)]
+    canvas = 4 * 3 * 4 * (64**2 - 32**2) * 4  # the picture itself, held a few times
+    assert tiled[1] - tiled[0] < canvas
+    assert temporary_bytes(64, 0) > 3 * tiled[1]
