@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 from tqdm import tqdm
 
-from ldm_jax.images import grid, read_png, read_texts, write_png
-from ldm_jax.recipes import differences, write_recipe
+from ldm_jax.drawing import draw
+from ldm_jax.images import grid, read_png, write_png
+from ldm_jax.recipes import differences, stored_texts, write_recipe
 from ldm_jax.requests import SampleRequest
-from ldm_jax.studio import Studio, draw, images_a_call, open_studio
+from ldm_jax.studio import Studio, images_a_call, open_studio
 from ldm_jax.subjects import Subject, condition_inputs, subjects_of
 from ldm_jax.types import InputError
 
@@ -56,23 +58,24 @@ def write_gallery(request: SampleRequest) -> list[Path]:
     condition_inputs(studio.run.config, [subjects[0].shown])  # a tokenizer is missing
     request.out.mkdir(parents=True, exist_ok=True)
     paths = [request.out / f"{i:06d}.png" for i in range(len(subjects))]
-    recipes = [
-        write_recipe(subject, request.settings, studio.made_with)
-        for subject in subjects
-    ]
-    missing = [
+
+    def recipe(i: int) -> dict[str, str]:
+        return write_recipe(subjects[i], studio.settings, studio.made_with)
+
+    # All are looked at before the first is written: what was made otherwise stops here.
+    missing = {
         i
-        for i, (path, texts) in enumerate(zip(paths, recipes, strict=True))
-        if not is_made(path, texts, overwrite=request.overwrite)
-    ]
-    mine = share(missing, studio)
+        for i, path in enumerate(paths)
+        if not (path.exists() and is_made(path, recipe(i), overwrite=request.overwrite))
+    }
+    mine = [i for i in share(len(subjects), studio) if i in missing]
     done = len(subjects) - len(missing)
     with tqdm(
         total=done + len(mine), initial=done, unit=" images", mininterval=1.0
     ) as bar:
         pictures = draw(studio, [subjects[i] for i in mine])
         for i, picture in zip(mine, pictures, strict=True):
-            write_png(paths[i], picture.image, recipes[i])
+            write_png(paths[i], picture.image, recipe(i))
             bar.update()
     if studio.layout.process_index:
         return []
@@ -80,31 +83,60 @@ def write_gallery(request: SampleRequest) -> list[Path]:
 
 
 def is_made(path: Path, recipe: dict[str, str], *, overwrite: bool) -> bool:
-    """Say whether an image is there already.
+    """Say whether what stands in an image's place is that image, whole.
+
+    Args:
+      path: What is there.
+      recipe: Of the image that is wanted.
+      overwrite: Whether anything else may be replaced.
+
+    Returns:
+      True for the image; False for what is to be replaced: an empty file, a damaged
+      one that begins as the image does, or, if it may be, anything else.
 
     Raises:
-      InputError: If one is there that was made otherwise, and may not be replaced.
+      InputError: If something else is there, and may not be replaced.
     """
-    if not path.exists():
+    if overwrite and path.is_dir():
+        raise InputError(f"--overwrite: {path} is a folder, wanted an image to replace")
+    if path.stat().st_size == 0:
         return False
     try:
-        changed = differences(recipe, read_texts(path))
-    except OSError:
-        changed = ["all of it"]
-    if changed and not overwrite:
-        raise InputError(
-            f"--out: {path} is there and was made otherwise ({', '.join(changed)}); "
-            "try another --out, or --overwrite"
-        )
-    return not changed
+        changed = differences(recipe, stored_texts(path, flag="--out"))
+    except InputError as error:
+        if overwrite:
+            return False
+        raise InputError(f"{error}; try another --out, or --overwrite") from None
+    if not changed:
+        return is_whole(path)
+    if overwrite:
+        return False
+    told = ", ".join(
+        f"{word}: {there} there, {here} here" for word, (here, there) in changed.items()
+    )
+    raise InputError(
+        f"--out: {path} was made otherwise ({told}); try another --out, or --overwrite"
+    )
 
 
-def share(missing: list[int], studio: Studio) -> list[int]:
-    """Take this process' images: whole calls, in turn."""
+def is_whole(path: Path) -> bool:
+    """Say whether a PNG is there to its end, by the checksums of its parts."""
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def share(num: int, studio: Studio) -> list[int]:
+    """Take this process' images of all: whole calls, in turn.
+
+    Whatever is there already, so that processes that look at different times agree.
+    """
     size, layout = images_a_call(studio), studio.layout
-    calls = [missing[i : i + size] for i in range(0, len(missing), size)]
-    mine = calls[layout.process_index :: layout.process_count]
-    return [i for call in mine for i in call]
+    turn, turns = layout.process_index, layout.process_count
+    return [i for i in range(num) if i // size % turns == turn]
 
 
 def sheet_of(request: SampleRequest, num: int) -> Sheet:
@@ -135,7 +167,8 @@ def write_sheets(
 
 def trajectories(studio: Studio, subjects: list[Subject]) -> UInt8[np.ndarray, "h w c"]:
     """Draw the denoising of subjects, a row each."""
-    steps = round(studio.settings.num_steps * studio.settings.strength)
+    settings = studio.settings
+    steps = round(settings.steps * (settings.strength or 1.0))
     num_frames = min(NUM_FRAMES, max(steps, 1) + 1)
     pictures = draw(studio, subjects, num_frames=num_frames)
     frames = np.concatenate([picture.frames for picture in pictures])

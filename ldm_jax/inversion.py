@@ -23,7 +23,8 @@ from ldm_jax.rng import image_keys
 from ldm_jax.types import SpacingName
 
 InvertFn = Callable[
-    [SampleParams, Float[Array, "b h w c"], ConditionInputs], Float[Array, "b h w c"]
+    [SampleParams, Float[Array, "b h w c"], ConditionInputs],
+    Float[Array, "b h2 w2 d"],
 ]
 
 
@@ -70,7 +71,7 @@ def make_invert_fn(
     def invert_chunk(
         params: SampleParams,
         inputs: tuple[Float[Array, "b h w c"], ConditionInputs],
-    ) -> Float[Array, "b h w c"]:
+    ) -> Float[Array, "b h2 w2 d"]:
         images, cond = inputs
         unused = image_keys([0] * images.shape[0])  # the climb draws nothing
         end = sample(
@@ -84,7 +85,7 @@ def make_invert_fn(
 
     def invert_fn(
         params: SampleParams, images: Float[Array, "b h w c"], cond: ConditionInputs
-    ) -> Float[Array, "b h w c"]:
+    ) -> Float[Array, "b h2 w2 d"]:
         fn = functools.partial(invert_chunk, params)
         return in_chunks(fn, (images, cond), size=networks.chunk)
 

@@ -1,6 +1,10 @@
 """Pictures that a user gives: read, checked, and laid on their canvas."""
 
 import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from ldm_jax.config import Config
-from ldm_jax.requests import Settings
+from ldm_jax.settings import Settings
 from ldm_jax.types import InputError
 
 MODE_BY_CHANNELS = {1: "L", 3: "RGB"}
@@ -52,8 +56,8 @@ def lay_canvas(config: Config, settings: Settings) -> Canvas:
         height, width = settings.size or (side, side)
         check_size(config, height, width, flag="--size")
         return Canvas(height, width, None, None, {})
-    mode = MODE_BY_CHANNELS[config.data.image_channels]
-    image = read_picture(settings.image, (mode,), flag="--image")
+    modes = modes_of(config)
+    image = read_picture(Path(settings.image), modes, flag="--image")
     digests = {"image_sha256": digest(image)}
     condition = config.diffusion.condition
     if condition.concat == "low_resolution":
@@ -63,7 +67,7 @@ def lay_canvas(config: Config, settings: Settings) -> Canvas:
         return Canvas(height, width, image, None, digests)
     mask = None
     if settings.mask is not None:
-        mask = read_picture(settings.mask, MASK_MODES, flag="--mask")
+        mask = read_picture(Path(settings.mask), MASK_MODES, flag="--mask")
         digests["mask_sha256"] = digest(mask)
         if mask.shape[:2] != image.shape[:2]:
             raise InputError(
@@ -76,32 +80,58 @@ def lay_canvas(config: Config, settings: Settings) -> Canvas:
         added = ((above, below), (left, right), (0, 0))
         mask = np.pad(np.zeros_like(image[..., :1]), added, constant_values=WHITE)
         image = np.pad(image, added, mode="edge")
-    check_size(config, *image.shape[:2], flag="--image")
-    return Canvas(*image.shape[:2], image, mask, digests)
+    flag = "--image" if settings.outpaint is None else "--image, outpainted"
+    height, width = image.shape[:2]
+    check_size(config, height, width, flag=flag)
+    return Canvas(height, width, image, mask, digests)
+
+
+def modes_of(config: Config) -> tuple[str, ...]:
+    """Return the modes of the pictures that a model makes and takes."""
+    return (MODE_BY_CHANNELS[config.data.image_channels],)
 
 
 def read_picture(
-    path: str, modes: tuple[str, ...], *, flag: str
+    path: Path, modes: tuple[str, ...], *, flag: str
 ) -> UInt8[np.ndarray, "h w c"]:
     """Read a picture of one of several modes.
 
     Raises:
       InputError: If it cannot be read, or has another mode.
     """
-    try:
-        with Image.open(path) as picture:
-            found = picture.mode
+    with reading(path, flag=flag), Image.open(path) as picture:
+        found = picture.mode
+        if found in modes:
             pixels = np.asarray(picture.convert("L") if found == "1" else picture)
+            return pixels[..., None] if pixels.ndim == 2 else pixels
+    raise InputError(
+        f"{flag}: {path} has mode {found}, wanted {' or '.join(modes)}; convert it "
+        "first"
+    )
+
+
+@contextmanager
+def reading(path: Path, *, flag: str) -> Iterator[None]:
+    """Turn whatever a picture's file may do wrong into an `InputError`.
+
+    Pillow raises nearly anything for a damaged file, and only warns of a picture that
+    is so large that it may be meant to fill the memory.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
     except FileNotFoundError:
         raise InputError(f"{flag}: no file {path}") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{flag}: {path} cannot be read: {error}") from None
-    if found not in modes:
+    except UnidentifiedImageError:
+        raise InputError(f"{flag}: {path} is no picture, or a damaged one") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(
-            f"{flag}: {path} has mode {found}, wanted {' or '.join(modes)}; convert it "
-            "first"
-        )
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+            f"{flag}: {path} is too large, wanted at most {Image.MAX_IMAGE_PIXELS} "
+            "pixels"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(f"{flag}: {path} cannot be read: {error}") from None
 
 
 def check_size(config: Config, height: int, width: int, *, flag: str) -> None:

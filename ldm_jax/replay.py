@@ -5,11 +5,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm_jax.images import read_png
+from ldm_jax.drawing import draw
+from ldm_jax.pictures import modes_of, read_picture, size_text
 from ldm_jax.recipes import differences, read_recipe, write_recipe
 from ldm_jax.requests import ReplayRequest
-from ldm_jax.studio import draw, open_studio
+from ldm_jax.settings import Settings
+from ldm_jax.studio import Studio, open_studio
+from ldm_jax.subjects import check_subject
 from ldm_jax.types import InputError
+
+MODELS = ("--workdir", "--weights")
 
 
 class Replay(NamedTuple):
@@ -48,26 +53,41 @@ def replay(request: ReplayRequest) -> Replay:
             workdir=None if request.workdir is None else str(request.workdir),
             weights=None if request.weights is None else str(request.weights),
         )
+    studio = _reopen(settings)
     try:
-        studio = open_studio(settings)
+        check_subject(studio.run.config, subject)
     except InputError as error:
         raise InputError(
-            f"--replay: what the image was made with is not here ({error}); try "
-            "--workdir or --weights with the place of its model"
+            f"--replay: the recipe of {request.image} does not suit its model: {error}"
         ) from None
-    recipe = write_recipe(subject, settings, studio.made_with)
-    changed = [word for word in differences(recipe, texts) if word != "settings"]
+    modes, shape = modes_of(studio.run.config), studio.canvas[:2]
+    theirs = read_picture(request.image, modes, flag="--replay")
+    if theirs.shape[:2] != shape:
+        raise InputError(
+            f"--replay: {request.image} has {size_text(theirs)} pixels, the recipe "
+            f"gives {shape[0]}x{shape[1]}: it was changed since"
+        )
+    recipe = write_recipe(subject, studio.settings, studio.made_with)
     warnings = [
-        f"{word}: {texts.get(word, 'none')} when it was made, here "
-        f"{recipe.get(word, 'none')}"
-        for word in changed
+        f"{word}: {then} when it was made, here {now}"
+        for word, (now, then) in differences(recipe, texts).items()
     ]
     picture = next(draw(studio, [subject]))
-    theirs = read_png(request.image)
-    if theirs.shape != picture.image.shape:
-        raise InputError(
-            f"--replay: {request.image} has {theirs.shape} pixels and channels, the "
-            f"recipe gives {picture.image.shape}: it was changed since"
-        )
     apart = np.abs(theirs.astype(int) - picture.image.astype(int)).max(axis=-1)
     return Replay(warnings, apart.size, int((apart > 0).sum()), int(apart.max()))
+
+
+def _reopen(settings: Settings) -> Studio:
+    """Load what an image was made with.
+
+    Raises:
+      InputError: If it is not here, or is something else now.
+    """
+    try:
+        return open_studio(settings)
+    except InputError as error:
+        hint = "; try --workdir or --weights with the place of its model"
+        raise InputError(
+            f"--replay: what the image was made with is not here ({error})"
+            f"{hint if str(error).startswith(MODELS) else ''}"
+        ) from None

@@ -3,20 +3,13 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 from ldm_jax.cli import parse_flags, parse_list
 from ldm_jax.config import Config, read_config
-from ldm_jax.types import (
-    SAMPLER_NAMES,
-    SPACING_NAMES,
-    TAKES_ETA,
-    InputError,
-    choices,
-)
+from ldm_jax.settings import Settings
+from ldm_jax.types import InputError
 
 MAX_SEED = 2**32 - 1
-STRENGTH_OF_IMAGE = 0.75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +54,8 @@ class SampleArguments:
     guidance_rescale: float = 0.0
     """Share of the contrast's correction under guidance, 0 to 1; 0.7 is usual."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only where the noise-to-signal ratio lies between these two."""
+    """Guide only where the noise-to-signal ratio lies between these two; the second may
+    be inf."""
     autoguidance: Path | None = None
     """Run of a smaller or less trained model to be guided away from."""
     autoguidance_step: int | None = None
@@ -91,62 +85,6 @@ class SampleArguments:
     """Config of weights whose file does not hold it."""
     tokenizer: Path | None = None
     """Folder of the tokenizer's files, where the weights do not hold them."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All that makes an image but its seed and what it shows: part of its recipe.
-
-    Attributes:
-      workdir: Folder of the run, or None.
-      weights: Weights from elsewhere, or None.
-      config_file: Config of the weights, or None.
-      tokenizer: Folder of the tokenizer, or None.
-      sampler: One of `SAMPLER_NAMES`.
-      spacing: One of `SPACING_NAMES`, or None for the schedule's own.
-      num_steps: Denoising steps, at least 1.
-      eta: In [0, 1]; 0 for all but ddim.
-      guidance_scale: One, or several spread over the steps; each at least 0.
-      guidance_rescale: In [0, 1].
-      guidance_interval: Noise-to-signal ratios, or None for all.
-      autoguidance: Run of the worse model, or None.
-      autoguidance_step: Its checkpoint, or None for the newest.
-      image: Picture, or None.
-      mask: Of the picture, or None.
-      strength: In (0, 1].
-      invert: Whether the picture is inverted.
-      source: What the inverted picture shows, or None.
-      outpaint: Pixels added left, above, right and below, or None.
-      size: Height and width, or None for those of training.
-      tile: Side of the decoder's tiles in latents, or 0.
-    """
-
-    workdir: str | None
-    weights: str | None
-    config_file: str | None
-    tokenizer: str | None
-    sampler: str
-    spacing: str | None
-    num_steps: int
-    eta: float
-    guidance_scale: tuple[float, ...]
-    guidance_rescale: float
-    guidance_interval: tuple[float, float] | None
-    autoguidance: str | None
-    autoguidance_step: int | None
-    image: str | None
-    mask: str | None
-    strength: float
-    invert: bool
-    source: str | None
-    outpaint: tuple[int, int, int, int] | None
-    size: tuple[int, int] | None
-    tile: int
-
-    @property
-    def guided(self) -> bool:
-        """Whether guidance has any effect."""
-        return self.autoguidance is not None or set(self.guidance_scale) != {1.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +163,13 @@ def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
     seeds = parse_list(given.seeds, name="--seeds", low=0, high=MAX_SEED)
     if given.interpolate == 1 or given.interpolate < 0:
         raise InputError(f"--interpolate: got {given.interpolate}, wanted 2 or more")
+    if given.interpolate and given.image is not None:
+        raise InputError("--interpolate: got it beside --image, wanted one of the two")
+    if given.negative_prompt and given.autoguidance is not None:
+        raise InputError(
+            "--negative-prompt: got it beside --autoguidance, which guides away from a "
+            "model, wanted one of the two"
+        )
     return SampleRequest(
         settings=settings,
         out=given.out,
@@ -256,92 +201,45 @@ def _replay(given: SampleArguments) -> ReplayRequest:
 
 
 def _settings(given: SampleArguments) -> Settings:
-    if given.sampler not in SAMPLER_NAMES:
-        raise InputError(f"--sampler: {choices(given.sampler, SAMPLER_NAMES)}")
-    if given.spacing is not None and given.spacing not in SPACING_NAMES:
-        raise InputError(f"--spacing: {choices(given.spacing, SPACING_NAMES)}")
-    _want("steps", given.steps >= 1, given.steps, "at least 1")
-    if given.sampler not in TAKES_ETA and given.eta is not None:
-        raise InputError(
-            f"--eta: got {given.eta} with --sampler {given.sampler}, which has none; "
-            "try --sampler ddim"
-        )
-    eta = given.eta or 0.0
-    _want("eta", 0.0 <= eta <= 1.0, eta, "0 to 1")
-    share = given.guidance_rescale
-    _want("guidance-rescale", 0.0 <= share <= 1.0, share, "0 to 1")
-    interval = given.guidance_interval
-    if interval is not None:
-        ordered = 0.0 <= interval[0] < interval[1]
-        _want("guidance-interval", ordered, interval, "two rising numbers from 0 on")
-    if given.autoguidance_step is not None and given.autoguidance is None:
-        raise InputError("--autoguidance-step: got it without --autoguidance")
-    tile = given.tile
-    _want("tile", tile == 0 or tile >= 4, tile, "0, or at least 4 latents")
-    _check_edit(given)
-    whole = given.mask is not None or given.outpaint is not None or given.invert
-    usual = 1.0 if whole or given.image is None else STRENGTH_OF_IMAGE
-    strength = usual if given.strength is None else given.strength
-    _want("strength", 0.0 < strength <= 1.0, strength, "above 0, at most 1")
-    return Settings(
-        workdir=_text(given.workdir),
-        weights=_text(given.weights),
-        config_file=_text(given.config),
-        tokenizer=_text(given.tokenizer),
-        sampler=given.sampler,
-        spacing=given.spacing,
-        num_steps=given.steps,
-        eta=eta,
-        guidance_scale=_scales(given.guidance_scale),
-        guidance_rescale=share,
-        guidance_interval=interval,
-        autoguidance=_text(given.autoguidance),
-        autoguidance_step=given.autoguidance_step,
-        image=_text(given.image),
-        mask=_text(given.mask),
-        strength=strength,
-        invert=given.invert,
-        source=given.source,
-        outpaint=given.outpaint,
-        size=given.size,
-        tile=tile,
-    )
-
-
-def _check_edit(given: SampleArguments) -> None:
-    """Refuse flags of editing that mean nothing without, or beside, each other."""
-    for name in ("mask", "strength", "invert", "outpaint"):
-        if getattr(given, name) not in (None, False) and given.image is None:
-            raise InputError(f"--{name}: got it without --image, wanted a picture")
     for name in ("image", "mask"):
         path = getattr(given, name)
         if path is not None and not path.is_file():
             raise InputError(f"--{name}: no file {path}")
-    if given.source is not None and not given.invert:
-        raise InputError("--source: got it without --invert, wanted none")
-    pairs = (
-        ("mask", "outpaint"),
-        ("invert", "mask"),
-        ("invert", "outpaint"),
-        ("invert", "strength"),
-        ("size", "image"),
-        ("interpolate", "image"),
-    )
-    for first, second in pairs:
-        if getattr(given, first) and getattr(given, second) is not None:
-            raise InputError(f"--{first}: got it beside --{second}, wanted one of two")
-    if given.invert and given.sampler not in ("ddim", "euler"):
+    low, high = given.guidance_interval or (0.0, math.inf)
+    if not 0.0 <= low < high:
         raise InputError(
-            f"--invert: got it with --sampler {given.sampler}, wanted ddim, whose "
-            "inverse it is"
+            f"--guidance-interval: got {low:g} {high:g}, wanted two rising numbers "
+            "from 0 on, as in 0.5 5 or 0.5 inf"
         )
-    if given.invert and given.eta:
-        raise InputError(f"--invert: got it with --eta {given.eta}, wanted 0")
-    added = given.outpaint
-    if added is not None:
-        _want("outpaint", min(added) >= 0 and any(added), added, "pixels to add")
-    if given.size is not None:
-        _want("size", min(given.size) >= 1, given.size, "height and width in pixels")
+    try:
+        return Settings(
+            workdir=_text(given.workdir),
+            weights=_text(given.weights),
+            config_file=_text(given.config),
+            tokenizer=_text(given.tokenizer),
+            sampler=given.sampler,
+            spacing=given.spacing,
+            steps=given.steps,
+            eta=given.eta or 0.0,
+            guidance_scale=_scales(given.guidance_scale),
+            guidance_rescale=given.guidance_rescale,
+            guidance_low=low,
+            guidance_high=None if high == math.inf else high,
+            autoguidance=_text(given.autoguidance),
+            autoguidance_step=given.autoguidance_step,
+            image=_text(given.image),
+            mask=_text(given.mask),
+            strength=given.strength,
+            invert=given.invert,
+            source=given.source,
+            outpaint=given.outpaint,
+            size=given.size,
+            tile=given.tile,
+        )
+    except InputError as error:
+        field, colon, told = str(error).partition(":")
+        flag = field.replace("_", "-").removeprefix("--")
+        raise InputError(f"--{flag}{colon}{told}") from None
 
 
 def _check_against(config: Config, given: SampleArguments) -> None:
@@ -361,15 +259,12 @@ def _scales(text: str) -> tuple[float, ...]:
         scales = tuple(float(part) for part in text.split(","))
     except ValueError:
         scales = (-1.0,)
-    good = all(0.0 <= scale < math.inf for scale in scales)
-    _want("guidance-scale", good, text, "0 or more, or several as in 1,4,1")
+    if not all(0.0 <= scale < math.inf for scale in scales):
+        raise InputError(
+            f"--guidance-scale: got {text}, wanted 0 or more, or several as in 1,4,1"
+        )
     return scales
 
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def _want(flag: str, holds: bool, got: Any, wanted: str) -> None:
-    if not holds:
-        raise InputError(f"--{flag}: got {got}, wanted {wanted}")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from ldm_jax.build import open_tokenizer
 from ldm_jax.cli import parse_list
@@ -12,10 +13,12 @@ from ldm_jax.config import ConditionConfig, Config
 from ldm_jax.data.tokenizer import Tokenizer
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.requests import SampleRequest
+from ldm_jax.rng import check_seed
+from ldm_jax.settings import Settings
 from ldm_jax.types import InputError
 
 Shown = dict[str, str]
-"""What an image shows, by kind: `label`, or `prompt` and perhaps `negative_prompt`."""
+"""What an image shows, by kind: `label`, `prompt` and perhaps `negative_prompt`."""
 
 
 class Subject(NamedTuple):
@@ -65,56 +68,121 @@ def describe_conditions(config: Config, request: SampleRequest) -> list[Shown]:
     """Say what each row of a request shows, as its recipe has it.
 
     Raises:
-      InputError: If the model needs a label, a prompt or a picture that the request
-        does not give, or the request gives what the model does not read.
+      InputError: If the model needs a prompt that the request does not give, or the
+        request gives what the model does not read.
     """
     condition = config.diffusion.condition
-    check_pictures(config, request)
     if request.negative_prompt and not condition.uses_tokens:
         raise InputError("--negative-prompt: this model reads no text; try without it")
     if request.prompts and not condition.uses_tokens:
         raise InputError("--prompt: this model reads no text; try --labels, or nothing")
-    if request.labels and not condition.uses_classes:
+    if request.labels is not None and not condition.uses_classes:
         raise InputError(
             "--labels: this model has no classes; try --prompt, or nothing"
         )
+    shown: list[Shown] = [{}]
+    if condition.uses_classes:
+        top = config.data.num_classes - 1
+        given = f"0-{top}" if request.labels is None else request.labels
+        labels = parse_list(given, name="--labels", low=0, high=top)
+        shown = [{"label": str(label)} for label in labels]
     if condition.uses_tokens:
         if not request.prompts:
             raise InputError(
                 '--prompt: not given, but this model draws texts; try --prompt "a cat"'
             )
         negative = {"negative_prompt": request.negative_prompt}
-        shown = negative if request.negative_prompt and request.settings.guided else {}
-        return [{"prompt": prompt, **shown} for prompt in request.prompts]
-    if condition.uses_classes:
-        top = config.data.num_classes - 1
-        labels = parse_list(
-            request.labels or f"0-{top}", name="--labels", low=0, high=top
-        )
-        return [{"label": str(label)} for label in labels]
-    return [{}]
+        also = negative if request.negative_prompt and request.settings.guided else {}
+        shown = [
+            {**row, "prompt": prompt, **also}
+            for row in shown
+            for prompt in request.prompts
+        ]
+    return shown
 
 
-def check_pictures(config: Config, request: SampleRequest) -> None:
-    """Raise `InputError` if a model needs a picture that is not given."""
-    condition, settings = config.diffusion.condition, request.settings
-    if condition.concat == "segmentation" or condition.context == "embedding":
-        needs = "embedding" if condition.concat == "none" else condition.concat
+def check_settings(config: Config, settings: Settings) -> None:
+    """Raise `InputError` if settings lack what a model needs, or have no meaning."""
+    condition = config.diffusion.condition
+    concat = condition.concat
+    if concat == "segmentation" or condition.context == "embedding":
+        needs = "embedding" if concat == "none" else concat
         raise InputError(
-            f"sample.py: this model needs a {needs} beside each image, which has no "
-            "flag; try ldm_jax.generate.make_sample_fn from Python"
+            f"--{'weights' if settings.workdir is None else 'workdir'}: this model "
+            f"is told of each image by {needs}, which has no flag; try "
+            "ldm_jax.generate.make_sample_fn from Python"
         )
-    if condition.concat == "low_resolution" and settings.image is None:
+    if concat == "low_resolution" and settings.image is None:
         raise InputError("--image: not given, but this model enlarges pictures")
-    if condition.concat == "masked_image" and settings.mask is None:
+    if concat == "low_resolution" and settings.mask is not None:
+        raise InputError("--mask: this model enlarges whole pictures, wanted none")
+    if concat == "masked_image" and settings.mask is None:
         raise InputError(
             "--mask: not given, but this model fills holes of pictures; try --image "
             "picture.png --mask mask.png"
         )
-    changes = settings.invert or settings.outpaint is not None
-    if condition.concat != "none" and (changes or settings.strength < 1.0):
-        flag = "--invert" if settings.invert else "--strength or --outpaint"
-        raise InputError(f"{flag}: this model is given its picture, wanted none")
+    changes = {
+        "invert": settings.invert,
+        "outpaint": settings.outpaint is not None,
+        "strength": settings.strength not in (None, 1.0),
+    }
+    if concat != "none" and any(changes.values()):
+        flag = next(name for name, given in changes.items() if given)
+        raise InputError(
+            f"--{flag}: this model is given its picture beside the noise, wanted none"
+        )
+    if settings.source is not None:
+        _source(config, settings.source)
+
+
+def _source(config: Config, source: str) -> Shown:
+    """Say what an inverted picture shows."""
+    condition = config.diffusion.condition
+    if condition.uses_classes and condition.uses_tokens:
+        raise InputError("--source: this model reads classes and texts, wanted none")
+    if condition.uses_tokens:
+        return {"prompt": source}
+    if not condition.uses_classes:
+        raise InputError("--source: this model reads nothing, wanted none")
+    top = config.data.num_classes - 1
+    if not (source.isascii() and source.isdigit() and int(source) <= top):
+        raise InputError(f"--source: got {source!r}, wanted a class, 0 to {top}")
+    return {"label": source}
+
+
+def shown_by_source(
+    config: Config, settings: Settings, shown: list[Shown]
+) -> list[Shown]:
+    """Say what a picture to be inverted shows, for each image that is made of it.
+
+    Args:
+      config: Of the model.
+      settings: Of the request.
+      shown: What each image is to show.
+
+    Returns:
+      The source for each, or what it is to show if there is none.
+
+    Raises:
+      InputError: If the model cannot be shown the source.
+    """
+    if settings.source is None:
+        return shown
+    return [_source(config, settings.source)] * len(shown)
+
+
+def check_subject(config: Config, subject: Subject) -> None:
+    """Raise `InputError` if a model cannot draw a subject that a recipe names."""
+    condition, top = config.diffusion.condition, config.data.num_classes - 1
+    for shown in (subject.shown, subject.other or subject.shown):
+        if condition.uses_classes:
+            label = shown.get("label", "none")
+            if not (label.isascii() and label.isdigit() and int(label) <= top):
+                raise InputError(f"label: got {label}, wanted a class, 0 to {top}")
+        if condition.uses_tokens and "prompt" not in shown:
+            raise InputError("prompt: got none, wanted a text, which the model reads")
+    check_seed(subject.seed)
+    check_seed(subject.other_seed or 0)
 
 
 @functools.cache
@@ -139,15 +207,19 @@ def condition_inputs(
       InputError: If the tokenizer cannot be read.
     """
     condition = config.diffusion.condition
-    if condition.uses_tokens:
-        tokenizer = _tokenizer(condition)
-
-        def inputs(keyword: str) -> ConditionInputs:
-            texts = [row.get(keyword, "") for row in rows]
-            return ConditionInputs(tokens=jnp.asarray(tokenizer.encode(texts)))
-
-        return inputs("prompt"), inputs("negative_prompt")
+    label = null_label = None
     if condition.uses_classes:
-        labels = [int(row["label"]) for row in rows]
-        return ConditionInputs(label=jnp.asarray(labels, jnp.int32)), None
-    return ConditionInputs(), None
+        label = jnp.asarray([int(row["label"]) for row in rows], jnp.int32)
+        null_label = jnp.full_like(label, config.data.num_classes)
+    if not condition.uses_tokens:
+        return ConditionInputs(label=label), None
+    tokenizer = _tokenizer(condition)
+
+    def tokens(keyword: str) -> Int[Array, "b n"]:
+        texts = [row.get(keyword, "") for row in rows]
+        return jnp.asarray(tokenizer.encode(texts))
+
+    return (
+        ConditionInputs(label=label, tokens=tokens("prompt")),
+        ConditionInputs(label=null_label, tokens=tokens("negative_prompt")),
+    )

@@ -1,9 +1,7 @@
 import pytest
 
 from configs.digits import get_config
-from ldm_jax import config as config_lib
-from ldm_jax.cli import load_config_file, parse_list, parse_sample, parse_train
-from ldm_jax.gallery import describe_conditions
+from ldm_jax.cli import load_config_file, parse_list, parse_train
 from ldm_jax.types import InputError
 
 DIGITS = ["--config", "configs/digits.py", "--workdir", "x"]
@@ -119,52 +117,3 @@ def test_a_bad_config_file_is_one_line(tmp_path, content, words):
     message = error(load_config_file, str(path))
     assert "--config" in message
     assert all(word in message for word in words), message
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    (tmp_path / "config.json").write_text(config_lib.to_json(get_config()))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--labels", "0-10"], ["--labels", "10", "0 to 9"]),
-        (["--steps", "0"], ["--steps", "0", "1 to 1000"]),
-        (["--steps", "1001"], ["--steps", "1001", "1 to 1000"]),
-        (["--seeds", "9-0"], ["--seeds", "9-0"]),
-        (["--seeds", "x"], ["--seeds", "x"]),
-        (["--seeds", "4294967296"], ["--seeds", "4294967296"]),
-        (["--sampler", "ddimm"], ["ddimm", "ddim", "ddpm"]),
-        (["--eta", "1.5"], ["--eta", "1.5", "0 to 1"]),
-        (["--sampler", "ddpm", "--eta", "0.5"], ["--eta", "ddpm"]),
-        (["--guidance-scale", "-1"], ["--guidance-scale", "-1"]),
-        (["--guidance-scale", "nan"], ["--guidance-scale", "nan"]),
-        (["--guidance", "2"], ["--guidance", "--guidance-scale"]),
-    ],
-)
-def test_a_bad_sampling_flag_is_one_line_that_names_it(workdir, flags, words):
-    base = ["--workdir", str(workdir), "--out", str(workdir / "out")]
-    message = error(parse_sample, [*base, *flags])
-    assert all(word in message for word in words), message
-    assert not (workdir / "out").exists()
-
-
-def test_a_folder_that_is_no_run_is_named(tmp_path):
-    args = ["--workdir", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert "not a run" in error(parse_sample, args)
-
-
-def test_a_missing_or_doubled_source_is_named(workdir):
-    assert error(parse_sample, []).startswith("--workdir: not given")
-    both = ["--workdir", str(workdir), "--weights", "x"]
-    assert error(parse_sample, both).startswith("--weights: got it beside --workdir")
-
-
-def test_labels_default_to_every_class_of_the_run(workdir):
-    request = parse_sample(["--workdir", str(workdir), "--out", "o", "--seeds", "3"])
-    rows = describe_conditions(get_config(), request)
-    assert [row["label"] for row in rows] == [str(label) for label in range(10)]
-    assert request.seeds == [3]
-    assert request.eta == 0.0

@@ -10,9 +10,11 @@ import pytest
 
 from ldm_jax import generate
 from ldm_jax.build import build_networks
-from ldm_jax.edit import Edit, free_latents, slerp
+from ldm_jax.diffusion.levels import make_levels
+from ldm_jax.diffusion.samplers import starting_noise
+from ldm_jax.edit import Edit, free_latents, slerp, start_of
 from ldm_jax.exchange import to_sample_params
-from ldm_jax.generate import make_sample_fn
+from ldm_jax.generate import make_sample_fn, steps_of_strength
 from ldm_jax.inversion import make_invert_fn
 from ldm_jax.networks import decode, encode_images
 from ldm_jax.nn.conditioning import ConditionInputs
@@ -25,7 +27,7 @@ from tests.models import config_of, model_of
 
 CHUNK = 4
 # One of each kind of table: one register or two, drawing noise or not.
-KINDS = ["ddim", "ddpm", "plms", "unipc", "dpmpp_sde_2m"]
+KINDS = ["ddim", "unipc", "dpmpp_sde_2m"]
 
 
 @functools.cache
@@ -78,8 +80,8 @@ def test_an_image_has_the_same_bits_in_any_company_and_at_any_place(sampler):
     assert np.array_equal(many[-1], alone)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_sde_2m"])
-def test_one_device_and_eight_draw_the_same_bits(sampler):
+def test_one_device_and_eight_draw_the_same_bits():
+    sampler = "dpmpp_sde_2m"
     seeds, numbers = list(range(11)), [i % 10 for i in range(11)]
     one = images(seeds, numbers, sampler)
     for devices in (jax.devices()[:1], jax.devices()):
@@ -87,9 +89,8 @@ def test_one_device_and_eight_draw_the_same_bits(sampler):
         fn = make_sample_fn(
             model("tiny")[0], sampler=sampler, num_steps=3, layout=layout
         )
-        eta = 0.5 if sampler in TAKES_ETA else 0.0
         args = (layout.replicate(model("tiny")[1]), image_keys(seeds), labels(*numbers))
-        assert np.array_equal(fn(*args, 2.0, eta).images, one)
+        assert np.array_equal(fn(*args, 2.0).images, one)
 
 
 def test_turning_any_knob_compiles_nothing(monkeypatch):
@@ -212,21 +213,22 @@ def test_what_a_sample_function_cannot_do_is_refused():
         fn(model("tiny")[1], image_keys([0]), labels(0), 1.0, 0.3)
 
 
-def test_a_picture_changes_as_much_as_the_strength_says():
+def test_a_picture_starts_as_noisy_as_the_strength_says():
     networks, params = model("tiny")
-    picture = pictures()
-    kept = decode(networks, params, encode_images(networks, params, picture))
-    moved = []
-    for strength in (0.02, 0.3, 1.0):
-        fn = make_sample_fn(networks, sampler="ddim", num_steps=50, strength=strength)
-        edit = Edit(image=picture)
-        changed = fn(params, image_keys([0]), labels(1), 1.0, edit=edit).images
-        moved.append(float(jnp.abs(changed - kept).mean()))
-    assert moved[0] < moved[1] < moved[2]
-    assert moved[0] < 0.05
+    picture, keys = pictures(), image_keys([0])
+    x_0 = np.asarray(encode_images(networks, params, picture))
+    noise = np.asarray(starting_noise(keys, networks.latent_shape))
+    levels = make_levels(networks.schedule, 50).tail(steps_of_strength(0.3, 50))
+    assert levels.num_steps == 15
+    start = start_of(
+        networks, params, keys, Edit(image=picture), levels=levels, whole=False
+    )
+    wanted = levels.alpha[0] * x_0 + levels.sigma[0] * noise
+    assert np.asarray(start.x_start) == pytest.approx(wanted, abs=1e-6)
+    assert levels.t[0] == 299 and start.known is None
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddim", "unipc"])
 def test_what_the_mask_keeps_stays_to_the_bit_and_the_hole_does_not(sampler):
     picture = pictures()
     mask = jnp.zeros((1, 8, 8, 1)).at[:, 2:5, 3:7].set(1.0)
@@ -271,14 +273,17 @@ def test_interpolation_ends_at_its_ends():
 
 def test_the_noise_of_an_inversion_gives_the_latent_back():
     networks, params = model("tiny")
+    # Drawn at random the network is rough; a trained one changes slowly with x_t.
+    last = jax.tree.map(lambda x: 0.1 * x, params.unet["conv_out"])
+    params = params._replace(unet={**params.unet, "conv_out": last})
     picture, cond = pictures(2), labels(3, 4)
-    invert = make_invert_fn(networks, num_steps=20, iterations=6)
+    invert = make_invert_fn(networks, num_steps=20, iterations=30)
     latents = invert(params, picture, cond)
     fn = make_sample_fn(networks, sampler="ddim", num_steps=20, guided=False)
     edit = Edit(latents=latents)
     back = fn(params, image_keys([0, 1]), cond, edit=edit).images
     kept = decode(networks, params, encode_images(networks, params, picture))
-    assert np.asarray(back) == pytest.approx(np.asarray(kept), abs=1e-2)
+    assert np.asarray(back) == pytest.approx(np.asarray(kept), abs=1e-3)
     alone = invert(params, picture[1:], labels(4))
     assert np.array_equal(alone[0], latents[1])
 

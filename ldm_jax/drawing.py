@@ -1,0 +1,177 @@
+"""Subjects drawn in a studio, call by call."""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from ldm_jax.edit import Edit, masked_inputs
+from ldm_jax.generate import EVERYWHERE
+from ldm_jax.images import to_float, to_uint8
+from ldm_jax.inversion import InvertFn, make_invert_fn
+from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.rng import image_keys
+from ldm_jax.studio import Studio, images_a_call, make_fn
+from ldm_jax.subjects import Shown, Subject, condition_inputs, shown_by_source
+from ldm_jax.types import SpacingName
+
+INVERSION_ITERATIONS = 3
+
+
+class Picture(NamedTuple):
+    """One image made.
+
+    Attributes:
+      image: Its pixels.
+      frames: Its latents on the way, decoded; empty when none were asked for.
+    """
+
+    image: UInt8[np.ndarray, "h w c"]
+    frames: UInt8[np.ndarray, "f h w c"]
+
+
+def draw(
+    studio: Studio, subjects: list[Subject], *, num_frames: int = 0
+) -> Iterator[Picture]:
+    """Draw subjects, call by call, in order.
+
+    Args:
+      studio: Of the model.
+      subjects: All with, or all without, something to lie between.
+      num_frames: Latents to keep on the way, or 0.
+
+    Yields:
+      One picture per subject.
+    """
+    if not subjects:
+        return
+    settings, layout = studio.settings, studio.layout
+    guided = any(subject.shown for subject in subjects) or studio.weak is not None
+    sample_fn = make_fn(studio, guided=guided, num_frames=num_frames)
+    params = layout.replicate(studio.run.params)
+    weak_params = layout.replicate(studio.weak.params) if studio.weak else None
+    given, invert_fn = given_picture(studio), invert_fn_of(studio)
+    scale = settings.guidance_scale
+    high = EVERYWHERE[1] if settings.guidance_high is None else settings.guidance_high
+    size = images_a_call(studio)
+    for start in range(0, len(subjects), size):
+        part = subjects[start : start + size]
+        shown = [subject.shown for subject in part]
+        cond, uncond = condition_inputs(studio.run.config, shown)
+        samples = sample_fn(
+            params,
+            image_keys([subject.seed for subject in part]),
+            with_picture(cond, given, len(part)),
+            jnp.asarray(scale[0] if len(scale) == 1 else scale, jnp.float32),
+            settings.eta,
+            None if uncond is None else with_picture(uncond, given, len(part)),
+            guidance_rescale=settings.guidance_rescale,
+            guidance_interval=(settings.guidance_low, high),
+            weak_params=weak_params,
+            edit=edit_of(studio, part, invert_fn),
+        )
+        images = to_uint8(np.asarray(samples.images))
+        frames = [to_uint8(frame) for frame in np.asarray(samples.frames)]
+        for i, image in enumerate(images):
+            kept = with_kept_pixels(studio, image)
+            yield Picture(kept, np.stack([kept, *(frame[i] for frame in frames)])[1:])
+
+
+def given_picture(studio: Studio) -> Float[Array, "1 h w c"] | None:
+    """Prepare the picture that a model is given beside the noise, or None."""
+    canvas, concat = studio.canvas, studio.run.config.diffusion.condition.concat
+    if canvas.image is None or concat == "none":
+        return None
+    image = to_float(jnp.asarray(canvas.image[None]))
+    if canvas.mask is None:
+        return image
+    mask = jnp.asarray(canvas.mask[None] > 0, jnp.float32)
+    fn = jax.jit(functools.partial(masked_inputs, studio.networks))
+    return fn(studio.run.params, image, mask)
+
+
+def with_picture(
+    cond: ConditionInputs, given: Float[Array, "1 h w c"] | None, num: int
+) -> ConditionInputs:
+    """Add the picture that a model is given beside what it shows, for each image."""
+    return cond if given is None else cond._replace(image=repeated(given, num))
+
+
+def with_kept_pixels(
+    studio: Studio, image: UInt8[np.ndarray, "h w c"]
+) -> UInt8[np.ndarray, "h w c"]:
+    """Put back the pixels outside the hole, which a model that fills it also draws."""
+    canvas = studio.canvas
+    if canvas.image is None or canvas.mask is None:
+        return image
+    return np.where(canvas.mask > 0, image, canvas.image)
+
+
+def invert_fn_of(studio: Studio) -> InvertFn | None:
+    """Make what finds the noise of a picture, if that is asked for."""
+    settings = studio.settings
+    if not settings.invert:
+        return None
+    return make_invert_fn(
+        studio.networks,
+        num_steps=settings.steps,
+        spacing=cast(SpacingName | None, settings.spacing),
+        iterations=INVERSION_ITERATIONS,
+    )
+
+
+def edit_of(
+    studio: Studio, subjects: list[Subject], invert_fn: InvertFn | None
+) -> Edit:
+    """Collect what subjects start from.
+
+    Args:
+      studio: With the canvas.
+      subjects: Of one call.
+      invert_fn: Finds the noise of the canvas' picture; None to start from the picture.
+
+    Returns:
+      The edit, by image.
+    """
+    first, num = subjects[0], len(subjects)
+    edit = Edit()
+    if first.other is not None or first.other_seed is not None:
+        edit = edit._replace(
+            weight=jnp.asarray([subject.weight for subject in subjects], jnp.float32)
+        )
+    if first.other_seed is not None:
+        seeds = [cast(int, subject.other_seed) for subject in subjects]
+        edit = edit._replace(other_keys=image_keys(seeds))
+    if first.other is not None:
+        rows = [cast(Shown, subject.other) for subject in subjects]
+        edit = edit._replace(other_cond=condition_inputs(studio.run.config, rows)[0])
+    canvas, condition = studio.canvas, studio.run.config.diffusion.condition
+    if canvas.image is None or condition.concat != "none":
+        return edit
+    image = to_float(jnp.asarray(canvas.image[None]))
+    if invert_fn is not None:
+        return edit._replace(latents=invert(studio, invert_fn, image, subjects))
+    if canvas.mask is not None:
+        mask = jnp.asarray(canvas.mask[None] > 0, jnp.float32)
+        edit = edit._replace(mask=repeated(mask, num))
+    return edit._replace(image=repeated(image, num))
+
+
+def invert(
+    studio: Studio, invert_fn: InvertFn, image: Array, subjects: list[Subject]
+) -> Array:
+    """Find the noise that a picture comes from, whatever it is told to show."""
+    config = studio.run.config
+    shown = [subject.shown for subject in subjects]
+    shown = shown_by_source(config, studio.settings, shown)
+    images = repeated(image, len(subjects))
+    return invert_fn(studio.run.params, images, condition_inputs(config, shown)[0])
+
+
+def repeated(x: Array, num: int) -> Array:
+    """Give every image of a call the same array."""
+    return jnp.broadcast_to(x, (num, *x.shape[1:]))

@@ -1,0 +1,117 @@
+"""Quality against cost: the rows, the choice among them, their table and their plot."""
+
+import operator
+from pathlib import Path
+from typing import NamedTuple
+
+TOLERANCE = 0.05
+
+
+class Measured(NamedTuple):
+    """What a setting costs and gives.
+
+    Attributes:
+      sampler: Which sampler.
+      steps: Denoising steps.
+      calls: Network calls of an image; twice as many evaluations under guidance.
+      seconds: For an image, in calls of `sampling.chunk` images.
+      distance: Fréchet distance to the training split.
+      error: Root mean square distance to the same seeds' converged images, in grey
+        levels of 255; None for samplers that draw noise on the way.
+    """
+
+    sampler: str
+    steps: int
+    calls: int
+    seconds: float
+    distance: float
+    error: float | None
+
+
+def cheapest(rows: list[Measured], *, tolerance: float = TOLERANCE) -> Measured:
+    """Choose the fewest network calls whose distance is next to the best; then seconds.
+
+    Args:
+      rows: At least one.
+      tolerance: How much greater than the smallest distance is as good, as a share.
+
+    Returns:
+      The row.
+    """
+    best = min(row.distance for row in rows)
+    good = [row for row in rows if row.distance <= (1.0 + tolerance) * best]
+    return min(good, key=lambda row: (row.calls, row.seconds))
+
+
+def to_table(rows: list[Measured], chosen: Measured) -> str:
+    """Write rows as Markdown, the chosen one in bold."""
+    lines = [
+        "| sampler | steps | network calls | ms an image | Fréchet distance "
+        "| grey levels from the limit |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        error = "" if row.error is None else f"{row.error:.2f}"
+        cells = [
+            row.sampler,
+            str(row.steps),
+            str(row.calls),
+            f"{1e3 * row.seconds:.3g}",
+            f"{row.distance:.4g}",
+            error,
+        ]
+        mark = "**" if row == chosen else ""
+        marked = [f"{mark}{cell}{mark}" if cell else "" for cell in cells]
+        lines.append(f"| {' | '.join(marked)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Measured], chosen: Measured, path: Path, *, floor: float) -> None:
+    """Draw quality against steps and seconds, and convergence against network calls.
+
+    Args:
+      rows: What was measured.
+      chosen: The one to circle.
+      path: The PNG to write.
+      floor: Distance of held-out images.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        ("steps", "denoising steps", "distance", "Fréchet distance"),
+        ("seconds", "seconds an image", "distance", "Fréchet distance"),
+        ("calls", "network calls", "error", "grey levels from the limit"),
+    ]
+    figure, all_axes = pyplot.subplots(1, 3, figsize=(13.5, 4.2), dpi=120)
+    for axes, (x, x_label, y, y_label) in zip(all_axes, panels, strict=True):
+        for i, sampler in enumerate(dict.fromkeys(row.sampler for row in rows)):
+            line = [r for r in rows if r.sampler == sampler]
+            line = [r for r in line if getattr(r, y) is not None]
+            line.sort(key=operator.attrgetter(x))
+            xs, ys = ([getattr(r, name) for r in line] for name in (x, y))
+            axes.plot(xs, ys, "o-", color=f"C{i}", markersize=4, label=sampler)
+        if y == "distance":
+            axes.axhline(floor, color="grey", ls="--", label="held-out images")
+            circle = {"s": 160, "facecolors": "none", "edgecolors": "black"}
+            spot = getattr(chosen, x), chosen.distance
+            axes.scatter(*spot, **circle, label="cheapest within 5 %")
+        axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+        axes.grid(visible=True, which="both", alpha=0.2)
+    ticks = sorted({row.steps for row in rows})
+    all_axes[0].set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    all_axes[0].minorticks_off()
+    all_axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def in_words(row: Measured) -> str:
+    """Name a setting as flags of `sample.py`, and its cost."""
+    return (
+        f"--sampler {row.sampler} --steps {row.steps} "
+        f"({row.calls} network calls, {1e3 * row.seconds:.3g} ms an image)"
+    )

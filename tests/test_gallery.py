@@ -1,0 +1,371 @@
+"""Images on disk through `sample.py`: made once, kept, edited, and shared out."""
+
+import json
+import shutil
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import PngImagePlugin
+
+from ldm_jax import gallery
+from ldm_jax.config import ConditionConfig, TextConfig
+from ldm_jax.drawing import draw
+from ldm_jax.images import read_png, read_texts, write_png
+from ldm_jax.studio import Studio
+from tests.commands import refusal, sample_here, write_run
+from tests.stand_ins import config_with, no_networks
+
+SIDE = 8
+REQUEST = ["--labels", "1,2", "--seeds", "0-2", "--steps", 2]
+NAMES = [f"{i:06d}.png" for i in range(6)]  # two calls of four, the last one short
+
+
+@pytest.fixture
+def formulas():
+    with no_networks():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(config_with(), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """What an uninterrupted command makes."""
+    out = tmp_path_factory.mktemp("whole")
+    with no_networks():
+        sample_here("--workdir", run, "--out", out, *REQUEST)
+    return out
+
+
+@pytest.fixture
+def out(whole, tmp_path):
+    """A copy of it, to be harmed."""
+    shutil.copytree(whole, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def snapshot(folder):
+    return {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.iterdir()
+    }
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def picture(path, *, height=SIDE, width=SIDE, seed=0):
+    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 1))
+    write_png(path, pixels.astype(np.uint8))
+    return path
+
+
+# An interrupted command, given again.
+
+
+def test_what_is_there_is_kept_and_what_is_missing_is_made(
+    run, whole, out, formulas, monkeypatch
+):
+    drawn = []
+
+    def watched(studio, subjects):
+        drawn.extend((s.shown["label"], s.seed) for s in subjects)
+        return draw(studio, subjects)
+
+    monkeypatch.setattr(gallery, "draw", watched)
+    for name in (NAMES[1], NAMES[4]):
+        (out / name).unlink()
+    (out / (NAMES[1] + ".part")).write_bytes(b"half an image")
+    kept = snapshot(out)
+    sample_here("--workdir", run, "--out", out, *REQUEST)
+    assert drawn == [("1", 1), ("2", 1)]
+    assert contents(out) == contents(whole)
+    assert all(snapshot(out)[n] == kept[n] for n in NAMES if n in kept)
+
+
+@pytest.mark.parametrize("num", [0, 1, 4, 5])
+def test_interrupted_anywhere_it_ends_as_if_never_stopped(
+    run, whole, formulas, monkeypatch, capsys, tmp_path, num
+):
+    def interrupted(studio, subjects):
+        for i, made in enumerate(draw(studio, subjects)):
+            if i == num:
+                raise KeyboardInterrupt
+            yield made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery, "draw", interrupted)
+        line = refusal(capsys, "--workdir", run, "--out", tmp_path, *REQUEST)
+    assert line == "sample.py: error: interrupted; the same command resumes"
+    assert sorted(path.name for path in tmp_path.iterdir()) == NAMES[:num]
+    sample_here("--workdir", run, "--out", tmp_path, *REQUEST)
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--steps 1", "steps: 2 there, 1 here"),
+        ("--eta 0.5", "eta: 0.0 there, 0.5 here"),
+        ("--sampler heun", "sampler: ddim there, heun here"),
+        ("--spacing leading", "spacing: None there, leading here"),
+        ("--guidance-scale 3", "guidance_scale: 2.0 there, 3.0 here"),
+        ("--guidance-rescale 0.5", "guidance_rescale: 0.0 there, 0.5 here"),
+        ("--labels 2,1", "label: 1 there, 2 here"),
+        ("--seeds 3,1,2", "seed: 0 there, 3 here"),
+    ],
+)
+def test_images_made_otherwise_stop_the_command_and_stay(
+    run, out, formulas, capsys, flags, told
+):
+    (out / NAMES[5]).unlink()
+    before = snapshot(out)
+    line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST, *flags.split())
+    assert f"{NAMES[0]} was made otherwise ({told})" in line, line
+    assert "--overwrite" in line
+    assert snapshot(out) == before
+
+
+def test_a_foreign_picture_among_them_stops_the_command_before_it_begins(
+    run, out, formulas, capsys
+):
+    for name in NAMES[:3]:
+        (out / name).unlink()
+    picture(out / NAMES[5])
+    before = snapshot(out)
+    line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST)
+    assert NAMES[5] in line and "seed: none there, 2 here" in line
+    (out / NAMES[5]).write_text("my notes")
+    line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST)
+    assert f"{NAMES[5]} is no picture" in line and "--overwrite" in line
+    assert snapshot(out) == {**before, NAMES[5]: snapshot(out)[NAMES[5]]}
+
+
+def test_overwrite_replaces_what_was_made_otherwise_and_that_alone(
+    run, whole, out, formulas
+):
+    picture(out / NAMES[1])
+    (out / NAMES[4]).write_text("my notes")
+    kept = snapshot(out)
+    sample_here("--workdir", run, "--out", out, *REQUEST, "--overwrite")
+    assert contents(out) == contents(whole)
+    assert all(snapshot(out)[n] == kept[n] for n in NAMES if n not in NAMES[1:5:3])
+
+
+def test_another_checkpoint_is_told_and_another_place_of_the_same_is_not(
+    run, out, formulas, capsys, tmp_path
+):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    before = snapshot(out)
+    sample_here("--workdir", moved, "--out", out, *REQUEST)
+    assert {n: snapshot(out)[n] for n in NAMES} == {n: before[n] for n in NAMES}
+    other = write_run(config_with(), tmp_path / "other", seed=1)
+    line = refusal(capsys, "--workdir", other, "--out", out, *REQUEST)
+    assert "was made otherwise (checkpoint: " in line
+
+
+def cut(data):
+    return data[:-30]
+
+
+def flipped(data):
+    return data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]
+
+
+def emptied(data):
+    return b""
+
+
+@pytest.mark.parametrize("harm", [cut, flipped, emptied])
+def test_a_damaged_image_of_ours_is_made_again(run, whole, out, formulas, harm):
+    path = out / NAMES[2]
+    path.write_bytes(harm(path.read_bytes()))
+    sample_here("--workdir", run, "--out", out, *REQUEST)
+    assert contents(out) == contents(whole)
+
+
+def test_a_damaged_image_that_need_not_be_ours_stops_the_command(
+    run, out, formulas, capsys
+):
+    path = out / NAMES[2]
+    path.write_bytes(path.read_bytes()[:100])
+    before = snapshot(out)
+    line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST)
+    assert NAMES[2] in line and "--overwrite" in line
+    assert snapshot(out) == before
+
+
+def test_fifty_thousand_seeds_are_planned_in_two_seconds(
+    run, formulas, monkeypatch, tmp_path
+):
+    planned = []
+
+    def none(studio, subjects):
+        planned.extend(subjects)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gallery, "draw", none)
+    args = ["--workdir", run, "--out", tmp_path, "--labels", "1", "--seeds", "0-49999"]
+    start = time.process_time()
+    with pytest.raises(KeyboardInterrupt):
+        sample_here(*args)
+    assert time.process_time() - start < 2.0
+    assert len(planned) == 50_000 and planned[-1].seed == 49_999
+
+
+def test_finding_what_is_there_decodes_no_pixel(whole, monkeypatch):
+    def decoded(self):
+        raise AssertionError("an image was decoded")
+
+    path = whole / NAMES[0]
+    recipe = read_texts(path)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decoded)
+    assert gallery.is_made(path, recipe, overwrite=False)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_whole_calls_in_turn(processes):
+    num, size = 25, 2 * 3
+    shares = []
+    for index in range(processes):
+        fields: dict[str, Any] = dict.fromkeys(Studio._fields)
+        fields["networks"] = SimpleNamespace(chunk=3)
+        fields["layout"] = SimpleNamespace(
+            devices=[0, 1], process_index=index, process_count=processes
+        )
+        shares.append(gallery.share(num, Studio(**fields)))
+    assert sorted(i for share in shares for i in share) == list(range(num))
+    for index, share in enumerate(shares):
+        assert share == sorted(share)
+        assert {i // size % processes for i in share} == {index}
+
+
+# What is drawn.
+
+
+def made(run, out, *args, labels="1", seeds="0"):
+    base = ["--workdir", run, "--out", out, "--steps", 2, "--labels", labels]
+    sample_here(*base, "--seeds", seeds, *args)
+    return [read_png(path).astype(int) for path in sorted(out.glob("0*.png"))]
+
+
+@pytest.fixture
+def image(tmp_path):
+    return picture(tmp_path / "image.png")
+
+
+@pytest.fixture
+def mask(tmp_path):
+    pixels = np.zeros((SIDE, SIDE, 1), np.uint8)
+    pixels[3:6, 1:5] = 255
+    write_png(tmp_path / "mask.png", pixels)
+    return tmp_path / "mask.png"
+
+
+def test_a_mask_keeps_every_byte_outside_the_hole(run, image, mask, formulas, tmp_path):
+    given = ["--image", image, "--mask", mask]
+    first, second = made(run, tmp_path / "out", *given, seeds="0,1")
+    hole = read_png(mask)[..., 0] == 255
+    assert np.array_equal(first[~hole], read_png(image)[~hole])
+    assert np.array_equal(second[~hole], read_png(image)[~hole])
+    assert not np.array_equal(first[hole], second[hole])
+
+
+def test_outpainting_keeps_every_byte_of_the_middle(run, image, formulas, tmp_path):
+    given = ["--image", image, "--outpaint", 2, 4, 6, 0]
+    first, second = made(run, tmp_path / "out", *given, seeds="0,1")
+    assert first.shape == (SIDE + 4, SIDE + 8, 1)
+    assert np.array_equal(first[4:, 2 : 2 + SIDE], read_png(image))
+    assert not np.array_equal(first[:4], second[:4])
+
+
+def test_strength_says_how_much_of_a_picture_changes(run, image, formulas, tmp_path):
+    given = ["--image", image, "--steps", 10, "--strength"]
+    (little,) = made(run, tmp_path / "little", *given, 0.1)
+    (much,) = made(run, tmp_path / "much", *given, 1.0)
+    blocks = np.asarray(read_png(image)[::2, ::2]).repeat(2, 0).repeat(2, 1).astype(int)
+    assert np.abs(little - blocks).mean() < 0.5 * np.abs(much - blocks).mean()
+
+
+def test_an_interpolation_ends_at_the_plain_images(run, formulas, tmp_path):
+    between = made(
+        run, tmp_path / "out", "--interpolate", 4, labels="1,2", seeds="5,7"
+    )
+    (first,) = made(run, tmp_path / "first", labels="1", seeds="5")
+    (last,) = made(run, tmp_path / "last", labels="2", seeds="7")
+    assert len(between) == 4
+    # A label mixed from all classes is rounded otherwise than one that is looked up.
+    assert np.abs(between[0] - first).max() <= 1
+    assert np.abs(between[3] - last).max() <= 1
+    steps = [np.abs(a - b).mean() for a, b in zip(between, between[1:], strict=False)]
+    assert min(steps) > 1
+
+
+def test_a_size_is_what_is_made(run, formulas, tmp_path):
+    (wide,) = made(run, tmp_path / "out", "--size", 6, 14)
+    assert wide.shape == (6, 14, 1)
+
+
+def test_a_scale_of_one_is_no_guidance(run, formulas, tmp_path):
+    (plain,) = made(run, tmp_path / "plain", "--guidance-scale", 1)
+    nowhere = ["--guidance-scale", 3, "--guidance-interval", 1e5, 1e6]
+    (unguided,) = made(run, tmp_path / "unguided", *nowhere)
+    (guided,) = made(run, tmp_path / "guided", "--guidance-scale", 3)
+    assert np.abs(plain - unguided).max() <= 1
+    assert np.abs(plain - guided).max() > 1
+
+
+def test_a_trajectory_comes_beside_images_that_are_there(run, out, formulas):
+    kept = snapshot(out)
+    sample_here("--workdir", run, "--out", out, *REQUEST, "--trajectory")
+    assert {n: snapshot(out)[n] for n in NAMES} == {n: kept[n] for n in NAMES}
+    height, width, _ = read_png(out / "trajectory.png").shape
+    assert (height, width) == (6 * 66 + 2, 3 * 66 + 2)
+
+
+# With networks: what a formula cannot stand for.
+
+
+def test_a_model_that_fills_holes_keeps_the_rest_to_the_byte(image, mask, tmp_path):
+    config = config_with(ConditionConfig(concat="masked_image"))
+    run = write_run(config, tmp_path / "run")
+    args = ["--workdir", run, "--image", image, "--mask", mask, "--steps", 1]
+    sample_here(*args, "--seeds", "0,1", "--out", tmp_path / "out")
+    first, second = (read_png(tmp_path / "out" / name) for name in NAMES[:2])
+    hole = read_png(mask)[..., 0] == 255
+    assert np.array_equal(first[~hole], read_png(image)[~hole])
+    assert not np.array_equal(first[hole], second[hole])
+
+
+def test_a_model_that_enlarges_takes_its_picture_and_draws_the_way(tmp_path):
+    condition = ConditionConfig(concat="low_resolution", low_resolution_factor=2)
+    run = write_run(config_with(condition), tmp_path / "run")
+    small = [picture(tmp_path / f"{i}.png", height=4, width=6, seed=i) for i in (0, 1)]
+    for i, path in enumerate(small):
+        args = ["--workdir", run, "--image", path, "--steps", 1, "--seeds", 0]
+        sample_here(*args, "--trajectory", "--out", tmp_path / f"out{i}")
+    images = [read_png(tmp_path / f"out{i}" / NAMES[0]) for i in (0, 1)]
+    assert images[0].shape == (8, 12, 1)
+    assert not np.array_equal(*images)
+    assert (tmp_path / "out1" / "trajectory.png").exists()
+
+
+def test_a_tile_as_large_as_the_latents_is_no_tile(run, tmp_path):
+    (tiled,) = made(run, tmp_path / "tiled", "--tile", 4)
+    (plain,) = made(run, tmp_path / "plain")
+    assert np.array_equal(tiled, plain)
+
+
+def test_a_model_of_classes_and_texts_is_told_both(tmp_path):
+    text = TextConfig(vocab_size=50, length=4, width=8, depth=1, num_heads=2)
+    condition = ConditionConfig(label=True, context="text", text=text)
+    run = write_run(config_with(condition, transformer_depth=1), tmp_path / "run")
+    assert json.loads((run / "config.json").read_text())["seed"] == 0

@@ -1,0 +1,181 @@
+"""Sample programs: written here, run where our networks are not."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.build import build_networks
+from ldm_jax.exchange import to_sample_params
+from ldm_jax.generate import make_sample_fn
+from ldm_jax.interop.native import write_native
+from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.programs import (
+    MAGIC,
+    check_arrays,
+    export_sample_program,
+    load_sample_program,
+)
+from ldm_jax.rng import image_keys
+from ldm_jax.types import InputError
+from tests.commands import ROOT, TIMEOUT
+from tests.models import config_of, model_of
+
+pytest.importorskip("flatbuffers", reason="programs are written with flatbuffers")
+
+LABELS, SEEDS, SCALE = [1, 2, 0], [7, 8, 9], 2.5
+FRESH = f"""
+import sys
+from pathlib import Path
+import numpy as np
+import jax.numpy as jnp
+from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.exchange import open_weights, to_sample_params
+from ldm_jax.programs import load_sample_program
+from ldm_jax.rng import image_keys
+
+folder = Path(sys.argv[1])
+params = to_sample_params(open_weights(folder).read())
+cond = ConditionInputs(label=jnp.asarray({LABELS}, jnp.int32))
+for path in sorted(folder.glob("*.program")):
+    draw = load_sample_program(path.read_bytes())
+    images = draw(params, image_keys({SEEDS}), cond, {SCALE}).images
+    np.save(path.with_suffix(".npy"), np.asarray(images))
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = config_of("label")
+    return config, build_networks(config), model_of(config)
+
+
+@pytest.fixture(scope="module")
+def program(model):
+    _, networks, weights = model
+    params = to_sample_params(weights)
+    return export_sample_program(networks, params, sampler="ddim", num_steps=2)
+
+
+def test_a_fresh_process_draws_the_same_bits_from_the_program(model, program, tmp_path):
+    """Three images in calls of two: the last is filled up, as everywhere."""
+    from ldm_jax.config import to_json
+
+    config, networks, weights = model
+    write_native(weights, tmp_path)
+    (tmp_path / "config.json").write_text(to_json(config))
+    params = to_sample_params(weights)
+    noisy = export_sample_program(
+        networks, params, sampler="euler_ancestral", num_steps=2, guided=False
+    )
+    (tmp_path / "ddim.program").write_bytes(program)
+    (tmp_path / "euler_ancestral.program").write_bytes(noisy)
+    command = [sys.executable, "-c", FRESH, str(tmp_path)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ, text=True, capture_output=True,
+        timeout=TIMEOUT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    cond = ConditionInputs(label=jnp.asarray(LABELS, jnp.int32))
+    drawn = []
+    for name, guided in (("ddim", True), ("euler_ancestral", False)):
+        ours = make_sample_fn(networks, sampler=name, num_steps=2, guided=guided)
+        images = np.asarray(ours(params, image_keys(SEEDS), cond, SCALE).images)
+        assert np.load(tmp_path / f"{name}.npy").tobytes() == images.tobytes()
+        drawn.append(images)
+    assert not np.array_equal(*drawn)
+
+
+def test_parameters_are_inputs_and_not_part_of_the_program(model, program):
+    """Twice the parameters' values leave the same bytes, which are fewer than they.
+
+    Nor are the paths of our files: one model has one program on every machine.
+    """
+    _, networks, weights = model
+    params = to_sample_params(weights)
+    doubled = jax.tree.map(lambda x: 2 * x, params)
+    again = export_sample_program(networks, doubled, sampler="ddim", num_steps=2)
+    assert again == program
+    assert len(again) < sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert str(ROOT).encode() not in again
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: b"", "0 bytes"),
+        (lambda data: b"PNG" * 100, "do not begin as a sample program"),
+        (lambda data: MAGIC + b"{}\n", "damaged"),
+        (lambda data: MAGIC + b"\xff\n", "damaged"),
+        (lambda data: data[:-1], "cut short"),
+        (lambda data: data[:-9] + bytes(9), "damaged"),
+    ],
+)
+def test_what_is_no_program_is_told_in_one_line(program, change, words):
+    with pytest.raises(InputError, match=words) as caught:
+        load_sample_program(change(program))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_program_for_another_platform_names_both(model):
+    _, networks, weights = model
+    data = export_sample_program(
+        networks,
+        to_sample_params(weights),
+        sampler="ddim",
+        num_steps=1,
+        platforms=["tpu"],
+    )
+    with pytest.raises(InputError, match=r"made for tpu, but this is cpu; .*'cpu'"):
+        load_sample_program(data)
+
+
+def test_wrong_shapes_are_named_before_anything_is_drawn(model, program):
+    _, _, weights = model
+    params = to_sample_params(weights)
+    draw, keys = load_sample_program(program), image_keys([0, 1])
+    cond = ConditionInputs(label=jnp.zeros((2,), jnp.int32))
+    wider = params._replace(latent_scale=jnp.zeros((2,)))
+    calls = [
+        (r"params/latent_scale is float32\[2\], wanted float32\[\]", wider, keys, cond),
+        ("reads cond/label, which is not given", params, keys, ConditionInputs()),
+        ("got 2 for 3 keys", params, image_keys([0, 1, 2]), cond),
+        (
+            "keys: got rbg",
+            params,
+            jax.random.split(jax.random.key(0, impl="rbg")),
+            cond,
+        ),
+    ]
+    for words, *arguments in calls:
+        with pytest.raises(InputError, match=words) as caught:
+            draw(*arguments)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"knobs/scale is float32\[3\]"):
+        draw(params, keys, cond, jnp.ones((3,)))
+    with pytest.raises(InputError, match="got a, which it does not read"):
+        check_arrays({"a": jnp.zeros(1)}, {})
+
+
+def test_what_cannot_be_exported_is_told(model):
+    _, networks, weights = model
+    params = to_sample_params(weights)
+    bad = [
+        ({"num_steps": 0}, "steps: got 0"),
+        ({"batch": 0}, "batch: got 0"),
+        ({"platforms": ["gpu"]}, "platforms: got 'gpu', wanted some of cpu"),
+    ]
+    for changed, words in bad:
+        with pytest.raises(ValueError, match=words):
+            export_sample_program(
+                networks, params, **{"sampler": "ddim", "num_steps": 1, **changed}
+            )
+    for kind in ("embedding", "masked_image"):
+        other = config_of(kind)
+        networks, params = build_networks(other), to_sample_params(model_of(other))
+        with pytest.raises(ValueError, match="cond: not given"):
+            export_sample_program(networks, params, sampler="ddim", num_steps=1)
