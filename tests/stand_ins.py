@@ -11,6 +11,7 @@ import pytest
 
 from ldm_jax import edit, generate, inversion, studio
 from ldm_jax.config import ConditionConfig, Config
+from ldm_jax.nn.tiling import decode_in_tiles
 from ldm_jax.training.parallel import PmapLayout
 from tests import tiny
 
@@ -21,27 +22,36 @@ def config_with(condition: ConditionConfig | None = None, **diffusion: Any) -> C
     """Return `tests.tiny` with one level of a UNet, and another condition."""
     config = tiny.get_config()
     first = dataclasses.replace(config.autoencoder, mid_attention=False)
-    second = dataclasses.replace(
-        config.diffusion,
-        channel_multipliers=(1,),
-        condition=condition or ConditionConfig(label=True),
+    second = {
+        "channel_multipliers": (1,),
+        "condition": condition or ConditionConfig(label=True),
+        "prediction": "x0",
         **diffusion,
+    }
+    return dataclasses.replace(
+        config,
+        autoencoder=first,
+        diffusion=dataclasses.replace(config.diffusion, **second),
     )
-    return dataclasses.replace(config, autoencoder=first, diffusion=second)
 
 
 def denoiser_of(networks: Any, params: Any) -> Any:
     """Make a denoiser that depends on all that a UNet does."""
-    weight = jax.tree.leaves(params.unet)[0].ravel()[0]
+    kernel = params.unet["conv_in"]["kernel"][1, 1]
 
     def denoise(x_t, t, cond):
-        told = jnp.zeros(x_t.shape[0])
+        told = t.astype(jnp.float32) / 1000.0
         if cond.label is not None:
-            told = cond.label.astype(jnp.float32)
-            if told.ndim == 2:
-                told = (told * jnp.arange(told.shape[1], dtype=jnp.float32)).sum(1)
-        told = jnp.sin(told) + t.astype(jnp.float32) / 1000.0
-        return jnp.tanh(x_t * (1.0 + weight) + 0.3 * told[:, None, None, None])
+            label = cond.label.astype(jnp.float32)
+            if label.ndim == 2:
+                label = (label * jnp.arange(label.shape[1], dtype=jnp.float32)).sum(1)
+            told = told + jnp.sin(label)
+        if cond.context is not None:
+            told = told + cond.context.mean(axis=(1, 2))
+        seen = [x_t] if cond.concat is None else [x_t, cond.concat]
+        features = jnp.concatenate(seen, axis=-1) @ kernel
+        mixed = 0.3 * (features[..., : x_t.shape[-1]] + x_t)
+        return jnp.tanh(mixed + 0.2 * told[:, None, None, None])
 
     return denoise
 
@@ -51,9 +61,17 @@ def encode_images(networks: Any, params: Any, images: Any) -> Any:
     return jnp.repeat(images[:, ::FACTOR, ::FACTOR], networks.latent_shape[-1], axis=-1)
 
 
-def decode(networks: Any, params: Any, latents: Any, *, tile: int = 0) -> Any:
+def double(latents: Any) -> Any:
     """Double a latent's first channel."""
-    pixels = latents[..., :1].repeat(FACTOR, axis=1).repeat(FACTOR, axis=2)
+    return latents[..., :1].repeat(FACTOR, axis=1).repeat(FACTOR, axis=2)
+
+
+def decode(networks: Any, params: Any, latents: Any, *, tile: int = 0) -> Any:
+    """Double a latent's first channel, at once or tile by tile."""
+    if tile:
+        pixels = decode_in_tiles(double, latents, tile=tile, factor=FACTOR)
+    else:
+        pixels = double(latents)
     return jnp.clip(pixels, -1.0, 1.0)
 
 

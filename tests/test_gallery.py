@@ -1,6 +1,5 @@
 """Images on disk through `sample.py`: made once, kept, edited, and shared out."""
 
-import json
 import shutil
 import time
 from types import SimpleNamespace
@@ -11,12 +10,13 @@ import pytest
 from PIL import PngImagePlugin
 
 from ldm_jax import gallery
-from ldm_jax.config import ConditionConfig, TextConfig
+from ldm_jax.config import ClipConfig, ConditionConfig
 from ldm_jax.drawing import draw
 from ldm_jax.images import read_png, read_texts, write_png
 from ldm_jax.studio import Studio
 from tests.commands import refusal, sample_here, write_run
 from tests.stand_ins import config_with, no_networks
+from tests.test_tokenizer import write_clip
 
 SIDE = 8
 REQUEST = ["--labels", "1,2", "--seeds", "0-2", "--steps", 2]
@@ -114,7 +114,7 @@ def test_interrupted_anywhere_it_ends_as_if_never_stopped(
     [
         ("--steps 1", "steps: 2 there, 1 here"),
         ("--eta 0.5", "eta: 0.0 there, 0.5 here"),
-        ("--sampler heun", "sampler: ddim there, heun here"),
+        ("--sampler heun", "eta: 0.0 there, none here, sampler: ddim there, heun here"),
         ("--spacing leading", "spacing: None there, leading here"),
         ("--guidance-scale 3", "guidance_scale: 2.0 there, 3.0 here"),
         ("--guidance-rescale 0.5", "guidance_rescale: 0.0 there, 0.5 here"),
@@ -331,10 +331,9 @@ def test_a_trajectory_comes_beside_images_that_are_there(run, out, formulas):
     assert (height, width) == (6 * 66 + 2, 3 * 66 + 2)
 
 
-# With networks: what a formula cannot stand for.
-
-
-def test_a_model_that_fills_holes_keeps_the_rest_to_the_byte(image, mask, tmp_path):
+def test_a_model_that_fills_holes_keeps_the_rest_to_the_byte(
+    image, mask, formulas, tmp_path
+):
     config = config_with(ConditionConfig(concat="masked_image"))
     run = write_run(config, tmp_path / "run")
     args = ["--workdir", run, "--image", image, "--mask", mask, "--steps", 1]
@@ -345,27 +344,39 @@ def test_a_model_that_fills_holes_keeps_the_rest_to_the_byte(image, mask, tmp_pa
     assert not np.array_equal(first[hole], second[hole])
 
 
-def test_a_model_that_enlarges_takes_its_picture_and_draws_the_way(tmp_path):
+def test_a_model_that_enlarges_is_given_its_picture(formulas, tmp_path):
     condition = ConditionConfig(concat="low_resolution", low_resolution_factor=2)
     run = write_run(config_with(condition), tmp_path / "run")
     small = [picture(tmp_path / f"{i}.png", height=4, width=6, seed=i) for i in (0, 1)]
     for i, path in enumerate(small):
         args = ["--workdir", run, "--image", path, "--steps", 1, "--seeds", 0]
-        sample_here(*args, "--trajectory", "--out", tmp_path / f"out{i}")
+        sample_here(*args, "--out", tmp_path / f"out{i}")
     images = [read_png(tmp_path / f"out{i}" / NAMES[0]) for i in (0, 1)]
     assert images[0].shape == (8, 12, 1)
     assert not np.array_equal(*images)
-    assert (tmp_path / "out1" / "trajectory.png").exists()
 
 
-def test_a_tile_as_large_as_the_latents_is_no_tile(run, tmp_path):
-    (tiled,) = made(run, tmp_path / "tiled", "--tile", 4)
-    (plain,) = made(run, tmp_path / "plain")
-    assert np.array_equal(tiled, plain)
+def test_tiles_cover_a_large_image_and_a_tile_as_large_as_it_is_none(
+    run, formulas, tmp_path
+):
+    size = ["--size", 16, 24]
+    (plain,) = made(run, tmp_path / "plain", *size)
+    (whole,) = made(run, tmp_path / "whole", *size, "--tile", 12)
+    (tiled,) = made(run, tmp_path / "tiled", *size, "--tile", 4)
+    assert np.array_equal(whole, plain)
+    assert np.abs(tiled - plain).max() <= 1
 
 
-def test_a_model_of_classes_and_texts_is_told_both(tmp_path):
-    text = TextConfig(vocab_size=50, length=4, width=8, depth=1, num_heads=2)
-    condition = ConditionConfig(label=True, context="text", text=text)
+def test_a_model_of_classes_and_texts_is_told_both(formulas, tmp_path):
+    clip = ClipConfig(
+        vocab_size=521, width=8, depth=1, num_heads=2, mlp_width=8, eos_token_id=520
+    )
+    condition = ConditionConfig(label=True, context="clip", clip=clip)
     run = write_run(config_with(condition, transformer_depth=1), tmp_path / "run")
-    assert json.loads((run / "config.json").read_text())["seed"] == 0
+    (tmp_path / "tokenizer").mkdir()
+    write_clip(tmp_path / "tokenizer", "sd1")
+    args = ["--tokenizer", tmp_path / "tokenizer", "--prompt", "hello", "cat"]
+    images = made(run, tmp_path / "out", *args, labels="1,2")
+    assert len(images) == 4
+    pairs = [(a, b) for a in range(4) for b in range(a)]
+    assert not any(np.array_equal(images[a], images[b]) for a, b in pairs)
