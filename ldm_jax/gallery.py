@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from ldm_jax.drawing import draw
 from ldm_jax.images import grid, read_png, write_png
-from ldm_jax.recipes import differences, stored_texts, write_recipe
+from ldm_jax.pictures import reading
+from ldm_jax.recipes import differences, texts_of, write_recipe
 from ldm_jax.requests import SampleRequest
 from ldm_jax.studio import Studio, images_a_call, open_studio
 from ldm_jax.subjects import Subject, condition_inputs, subjects_of
@@ -102,13 +103,15 @@ def is_made(path: Path, recipe: dict[str, str], *, overwrite: bool) -> bool:
     if path.stat().st_size == 0:
         return False
     try:
-        changed = differences(recipe, stored_texts(path, flag="--out"))
+        with reading(path, flag="--out"), Image.open(path) as picture:
+            changed = differences(recipe, texts_of(picture))
+            whole = is_whole(picture)
     except InputError as error:
         if overwrite:
             return False
         raise InputError(f"{error}; try another --out, or --overwrite") from None
     if not changed:
-        return is_whole(path)
+        return whole
     if overwrite:
         return False
     told = ", ".join(
@@ -119,11 +122,10 @@ def is_made(path: Path, recipe: dict[str, str], *, overwrite: bool) -> bool:
     )
 
 
-def is_whole(path: Path) -> bool:
-    """Say whether a PNG is there to its end, by the checksums of its parts."""
+def is_whole(picture: Image.Image) -> bool:
+    """Say whether an open PNG is there to its end, by the checksums of its parts."""
     try:
-        with Image.open(path) as picture:
-            picture.verify()
+        picture.verify()
     except (OSError, SyntaxError, ValueError):
         return False
     return True

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key, Real
 
 from ldm_jax.diffusion.denoiser import Predictor
@@ -229,9 +230,10 @@ def make_sample_fn(
         if uncond is None:
             uncond = null_condition(networks, cond)
         knobs = Knobs(
-            *(jnp.asarray(x, jnp.float32) for x in (guidance_scale, guidance_rescale)),
-            jnp.asarray(guidance_interval, jnp.float32),
-            jnp.asarray(eta, jnp.float32),
+            scale=jnp.asarray(guidance_scale, jnp.float32),
+            rescale=jnp.asarray(guidance_rescale, jnp.float32),
+            interval=jnp.asarray(guidance_interval, jnp.float32),
+            eta=jnp.asarray(eta, jnp.float32),
         )
         inputs = Inputs(keys, cond, uncond, edit or Edit())
         call = functools.partial(run, Models(params, weak_params), knobs)
@@ -254,7 +256,7 @@ def steps_of_strength(strength: float, num_steps: int) -> int:
 
 def check_eta(sampler: SamplerName, eta: Float[Array, ""] | float | int) -> None:
     """Raise `ValueError` if eta is out of range, or has no meaning for a sampler."""
-    if isinstance(eta, jax.core.Tracer):
+    if isinstance(eta, Tracer):
         return
     if not 0.0 <= float(eta) <= 1.0:
         raise ValueError(f"eta: got {float(eta)}, wanted 0 to 1")

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Real
 
 from ldm_jax.diffusion.denoiser import Denoiser
@@ -188,7 +189,7 @@ def in_chunks(fn: Callable[[PyTree], PyTree], inputs: PyTree, *, size: int) -> P
     def join(leaf: Array) -> Array:
         return leaf.reshape(leaf.shape[0] * size, *leaf.shape[2:])[:num]
 
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(inputs)):
         outputs = jax.lax.map(fn, jax.tree.map(lambda x: x[slots], inputs))
         return jax.tree.map(join, outputs)
     takes = [functools.partial(jnp.take, indices=row, axis=0) for row in slots]

@@ -119,7 +119,8 @@ def open_weak(run: Run, settings: Settings) -> Run | None:
             f"--autoguidance: the worse model has {name} {theirs[name]}, wanted "
             f"{ours[name]} as the model has"
         )
-    if not same_arrays(run.params.autoencoder, weak.params.autoencoder):
+    stages = [(m.params.autoencoder, m.params.latent_scale) for m in (run, weak)]
+    if not same_arrays(*stages):
         raise InputError(
             f"--autoguidance: {path} has another first stage, wanted one trained on "
             "the same; try train.py --first-stage"

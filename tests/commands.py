@@ -13,22 +13,6 @@ from ldm_jax.config import Config, to_json
 from ldm_jax.interop.native import write_native
 from tests.models import model_of
 
-import pytest
-
-import sample as sample_program
-from ldm_jax.cli import run_main
-from ldm_jax.config import Config, to_json
-from ldm_jax.interop.native import write_native
-from tests.models import model_of
-
-import pytest
-
-import sample as sample_program
-from ldm_jax.cli import run_main
-from ldm_jax.config import Config, to_json
-from ldm_jax.interop.native import write_native
-from tests.models import model_of
-
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 240
 TINY = Path("tests/tiny.py")
@@ -104,52 +88,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     said = capsys.readouterr()
     code = stop.value.code
     assert isinstance(code, int)
-    return error_line(subprocess.CompletedProcess(args, code, said.out, said.err))
-
-
-def write_run(config: Config, folder: Path, seed: int = 0) -> Path:
-    """Make a folder that can be sampled from, without training."""
-    folder.mkdir(exist_ok=True)
-    write_native(model_of(config, seed), folder)
-    (folder / "config.json").write_text(to_json(config))
-    return folder
-
-
-def sample_here(*args: object) -> None:
-    """Run `sample.py` in this process, which knows JAX already."""
-    sample_program.main(list(map(str, args)))
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """Assert that `sample.py` ends with one clear line, in this process; return it."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["sample.py", *map(str, args)])
-        run_main(sample_program.main, "sample.py")
-    said = capsys.readouterr()
-    code = stop.value.code
-    assert isinstance(code, int)
-    return error_line(subprocess.CompletedProcess(args, code, said.out, said.err))
-
-
-def write_run(config: Config, folder: Path, seed: int = 0) -> Path:
-    """Make a folder that can be sampled from, without training."""
-    folder.mkdir(exist_ok=True)
-    write_native(model_of(config, seed), folder)
-    (folder / "config.json").write_text(to_json(config))
-    return folder
-
-
-def sample_here(*args: object) -> None:
-    """Run `sample.py` in this process, which knows JAX already."""
-    sample_program.main(list(map(str, args)))
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """Assert that `sample.py` ends with one clear line, in this process; return it."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["sample.py", *map(str, args)])
-        run_main(sample_program.main, "sample.py")
-    said = capsys.readouterr()
-    code = stop.value.code
-    assert isinstance(code, int)
-    return error_line(subprocess.CompletedProcess(args, code, said.out, said.err))
+    return error_line(
+        subprocess.CompletedProcess("sample.py", code, said.out, said.err)
+    )

@@ -16,6 +16,7 @@ from ldm_jax.training.parallel import PmapLayout
 from tests import tiny
 
 FACTOR = 2  # of the autoencoder of `tests.tiny`
+MADE: dict[Any, Any] = {}
 
 
 def config_with(condition: ConditionConfig | None = None, **diffusion: Any) -> Config:
@@ -47,7 +48,7 @@ def denoiser_of(networks: Any, params: Any) -> Any:
                 label = (label * jnp.arange(label.shape[1], dtype=jnp.float32)).sum(1)
             told = told + jnp.sin(label)
         if cond.context is not None:
-            told = told + cond.context.mean(axis=(1, 2))
+            told = told + cond.context[..., 0].mean(axis=1)
         seen = [x_t] if cond.concat is None else [x_t, cond.concat]
         features = jnp.concatenate(seen, axis=-1) @ kernel
         mixed = 0.3 * (features[..., : x_t.shape[-1]] + x_t)
@@ -79,9 +80,20 @@ def one_device() -> PmapLayout:
     return PmapLayout(jax.devices()[:1])
 
 
+def make_once(networks: Any, *, weak: Any, layout: Any, **settings: Any) -> Any:
+    """Make a sample function, or take the one that was made alike before."""
+    pair = [n and n._replace(schedule=None) for n in (networks, weak)]
+    key = (*pair, *sorted(settings.items()))
+    if key not in MADE:
+        MADE[key] = generate.make_sample_fn(
+            networks, weak=weak, layout=layout, **settings
+        )
+    return MADE[key]
+
+
 @contextmanager
 def no_networks() -> Iterator[None]:
-    """Put the formulas in place, on one device."""
+    """Put the formulas in place, on one device, each kind of sampling traced once."""
     with pytest.MonkeyPatch.context() as patch:
         for room in (generate, inversion):
             patch.setattr(room, "denoiser_of", denoiser_of)
@@ -89,4 +101,5 @@ def no_networks() -> Iterator[None]:
             patch.setattr(room, "encode_images", encode_images)
         patch.setattr(generate, "decode", decode)
         patch.setattr(studio, "PmapLayout", one_device)
+        patch.setattr(studio, "make_sample_fn", make_once)
         yield

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from ldm_jax.images import read_png, read_texts, to_uint8
-from tests.commands import ROOT, error_line, run, sample, start, succeeded, train
+from tests.commands import (
+    ROOT,
+    error_line,
+    refusal,
+    run,
+    sample,
+    start,
+    succeeded,
+    train,
+)
 
 KILLS = 6
 
@@ -119,7 +128,6 @@ def test_help_names_every_kind_of_flag():
     text = succeeded(run("train.py", "--help"))
     for flag in ("--config", "--workdir", "--dry-run", "--diffusion.optim.lr"):
         assert flag in text
-    assert "--guidance-scale" in succeeded(run("sample.py", "--help"))
 
 
 @pytest.fixture(scope="module")
@@ -146,34 +154,18 @@ def test_samples_are_label_by_label_with_their_recipes(finished, samples):
     assert (samples / "grid.png").exists()
 
 
-@pytest.mark.parametrize(("label", "seed", "index"), [(2, 0, 0), (0, 3, 8)])
-def test_an_image_alone_has_the_bytes_it_has_in_a_batch(
-    finished, samples, tmp_path, label, seed, index
-):
-    args = ["--labels", label, "--seeds", seed, "--steps", 3, "--eta", 0.7]
+def test_an_image_alone_has_the_bytes_it_has_in_a_batch(finished, samples, tmp_path):
+    args = ["--labels", 0, "--seeds", 3, "--steps", 3, "--eta", 0.7]
     succeeded(sample(finished, tmp_path, *args))
     alone = (tmp_path / "000000.png").read_bytes()
-    assert alone == (samples / f"{index:06d}.png").read_bytes()
+    assert alone == (samples / "000008.png").read_bytes()
 
 
-def test_a_trajectory_has_a_row_an_image_and_changes_no_byte(
-    finished, samples, tmp_path
-):
-    args = ["--labels", "2", "--seeds", "0-2", "--steps", 3, "--eta", 0.7]
-    succeeded(sample(finished, tmp_path, *args, "--trajectory"))
-    for i in range(3):
-        name = f"{i:06d}.png"
-        assert (tmp_path / name).read_bytes() == (samples / name).read_bytes()
-    height, width, _ = read_png(tmp_path / "trajectory.png").shape
-    assert (height, width) == (3 * 66 + 2, 4 * 66 + 2)
-
-
-def test_ddpm_samples_and_differs_from_ddim(finished, samples, tmp_path):
-    args = ["--labels", "2", "--seeds", "0", "--steps", 3, "--sampler", "ddpm"]
-    succeeded(sample(finished, tmp_path, *args))
-    image = read_png(tmp_path / "000000.png")
-    assert not np.array_equal(image, read_png(samples / "000000.png"))
-    assert read_texts(tmp_path / "000000.png")["eta"] == "1.0"
+def test_an_image_is_made_again_by_another_process(samples):
+    path = samples / "000007.png"
+    assert f"{path}: every one of 64 pixels is the same" in succeeded(
+        run("sample.py", "--replay", path)
+    )
 
 
 # Bad input: one line, a non-zero exit, and nothing that was there is touched.
@@ -224,20 +216,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert (workdir / "autoencoder/checkpoints/6").exists()
 
 
-def test_sampling_an_unfinished_run_is_refused(finished, tmp_path):
+def test_sampling_an_unfinished_run_is_refused(finished, capsys, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "config.json").write_bytes((finished / "config.json").read_bytes())
-    line = error_line(sample(workdir, tmp_path / "out"))
+    line = refusal(capsys, "--workdir", workdir, "--out", tmp_path / "out")
     assert "no finished checkpoint" in line
     assert not (tmp_path / "out").exists()
-
-
-def test_steps_and_labels_out_of_range_are_refused(finished, tmp_path):
-    out = tmp_path / "out"
-    assert "1 to 1000" in error_line(sample(finished, out, "--steps", 1001))
-    assert "0 to 9" in error_line(sample(finished, out, "--labels", "3,10"))
-    assert not out.exists()
 
 
 def test_two_trainings_in_one_workdir_are_refused(tmp_path):
@@ -263,7 +248,7 @@ def test_the_python_of_the_readme_runs_and_gives_the_bytes_of_the_command(
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     images = to_uint8(np.asarray(names["images"]))
-    for label, seed, image in zip((3, 1, 4), (0, 1, 2), images, strict=True):
-        args = ["--labels", label, "--seeds", seed, "--steps", 3]
-        succeeded(sample(finished, tmp_path / str(label), *args))
-        assert np.array_equal(read_png(tmp_path / str(label) / "000000.png"), image)
+    args = ["--labels", "1,3,4", "--seeds", "0-2", "--steps", 3]
+    succeeded(sample(finished, tmp_path, *args))
+    for place, image in zip((3, 1, 8), images, strict=True):
+        assert np.array_equal(read_png(tmp_path / f"{place:06d}.png"), image)

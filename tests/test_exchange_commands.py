@@ -6,12 +6,17 @@ import shutil
 import numpy as np
 import pytest
 
-from ldm_jax.config import to_json
 from ldm_jax.images import read_png, read_texts
-from ldm_jax.interop.native import write_native
 from ldm_jax.interop.weights import open_tensors, write_safetensors
-from tests.commands import error_line, run, succeeded
-from tests.models import config_of, model_of
+from tests.commands import (
+    error_line,
+    refusal,
+    run,
+    sample_here,
+    succeeded,
+    write_run,
+)
+from tests.models import config_of
 from tests.test_tokenizer import write_clip
 
 STEPS = ["--steps", 2, "--seeds", "0-1"]
@@ -26,8 +31,7 @@ def folder(tmp_path_factory):
     """A text-to-image model as our own folder, its tokenizer beside it."""
     path = tmp_path_factory.mktemp("clip")
     config = config_of("clip")
-    write_native(model_of(config), path)
-    (path / "config.json").write_text(to_json(config))
+    write_run(config, path)
     (path / "tokenizer").mkdir()
     write_clip(path / "tokenizer", "sd1")
     return path
@@ -45,7 +49,7 @@ def pictures(exported, tmp_path_factory):
     """What sample.py draws straight from the exported folder."""
     out = tmp_path_factory.mktemp("pictures")
     prompt = ["--prompt", "hello cat", "--guidance-scale", 7.5, "--out", out]
-    succeeded(run("sample.py", "--weights", exported, *prompt, *STEPS))
+    sample_here("--weights", exported, *prompt, *STEPS)
     return out
 
 
@@ -73,7 +77,7 @@ def test_a_run_a_folder_and_a_file_draw_the_same_bytes(
     for name, source in sources.items():
         out = tmp_path / name
         prompt = ["--prompt", "hello cat", "--guidance-scale", 7.5, "--out", out]
-        succeeded(run("sample.py", *source, *prompt, *STEPS))
+        sample_here(*source, *prompt, *STEPS)
         for image in ("000000.png", "000001.png"):
             assert np.array_equal(read_png(out / image), read_png(pictures / image))
 
@@ -98,17 +102,17 @@ def test_an_inspection_is_json(exported):
         (["--weights", "tests", "--prompt", "x"], ["tests", "model_index.json"]),
     ],
 )
-def test_what_is_no_weights_is_told_in_one_line(args, words, tmp_path):
-    message = error_line(run("sample.py", *args, "--out", tmp_path / "out"))
+def test_what_is_no_weights_is_told_in_one_line(args, words, capsys, tmp_path):
+    message = refusal(capsys, *args, "--out", tmp_path / "out")
     assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_asks_for_what_it_reads(exported, tmp_path):
+def test_a_model_asks_for_what_it_reads(exported, capsys, tmp_path):
     out = ["--out", tmp_path / "out"]
-    assert "--prompt" in error_line(run("sample.py", "--weights", exported, *out))
+    assert "--prompt" in refusal(capsys, "--weights", exported, *out)
     labels = ["--labels", "1", *out]
-    assert "--labels" in error_line(run("sample.py", "--weights", exported, *labels))
+    assert "--labels" in refusal(capsys, "--weights", exported, *labels)
     assert not (tmp_path / "out").exists()
 
 
@@ -137,7 +141,7 @@ def test_a_bad_import_leaves_nothing_and_harms_nothing(exported, tmp_path):
     assert [path.name for path in full.iterdir()] == ["mine"]
 
 
-def test_a_pickle_that_calls_something_is_refused_and_does_not_run(tmp_path):
+def test_a_pickle_that_calls_something_is_refused_and_does_not_run(capsys, tmp_path):
     import os
     import pickle
 
@@ -151,9 +155,9 @@ def test_a_pickle_that_calls_something_is_refused_and_does_not_run(tmp_path):
     for command in (
         interop("inspect", file),
         interop("import", file, "--out", tmp_path / "out", *config),
-        run("sample.py", "--weights", file, *config, "--out", tmp_path / "out"),
     ):
         error_line(command)
+    refusal(capsys, "--weights", file, *config, "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
 
 
@@ -177,6 +181,6 @@ def test_a_first_stage_is_taken_from_another_run_and_kept(tmp_path):
     shutil.rmtree(first)
     assert "finished" in succeeded(run("train.py", *config, *taken, second))
     args = ["--workdir", second, "--labels", "1", "--out", tmp_path / "out"]
-    succeeded(run("sample.py", *args, *STEPS))
+    sample_here(*args, *STEPS)
     texts = read_texts(tmp_path / "out" / "000000.png")
     assert texts["checkpoint"] == finals[1]["digest"]

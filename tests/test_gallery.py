@@ -10,20 +10,18 @@ import pytest
 from PIL import PngImagePlugin
 
 from ldm_jax import gallery
-from ldm_jax.config import ClipConfig, ConditionConfig
 from ldm_jax.drawing import draw
 from ldm_jax.images import read_png, read_texts, write_png
 from ldm_jax.studio import Studio
 from tests.commands import refusal, sample_here, write_run
 from tests.stand_ins import config_with, no_networks
-from tests.test_tokenizer import write_clip
 
 SIDE = 8
 REQUEST = ["--labels", "1,2", "--seeds", "0-2", "--steps", 2]
 NAMES = [f"{i:06d}.png" for i in range(6)]  # two calls of four, the last one short
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def formulas():
     with no_networks():
         yield
@@ -38,8 +36,7 @@ def run(tmp_path_factory):
 def whole(run, tmp_path_factory):
     """What an uninterrupted command makes."""
     out = tmp_path_factory.mktemp("whole")
-    with no_networks():
-        sample_here("--workdir", run, "--out", out, *REQUEST)
+    sample_here("--workdir", run, "--out", out, *REQUEST)
     return out
 
 
@@ -71,7 +68,7 @@ def picture(path, *, height=SIDE, width=SIDE, seed=0):
 
 
 def test_what_is_there_is_kept_and_what_is_missing_is_made(
-    run, whole, out, formulas, monkeypatch
+    run, whole, out, monkeypatch
 ):
     drawn = []
 
@@ -90,9 +87,9 @@ def test_what_is_there_is_kept_and_what_is_missing_is_made(
     assert all(snapshot(out)[n] == kept[n] for n in NAMES if n in kept)
 
 
-@pytest.mark.parametrize("num", [0, 1, 4, 5])
+@pytest.mark.parametrize("num", [1, 5])
 def test_interrupted_anywhere_it_ends_as_if_never_stopped(
-    run, whole, formulas, monkeypatch, capsys, tmp_path, num
+    run, whole, monkeypatch, capsys, tmp_path, num
 ):
     def interrupted(studio, subjects):
         for i, made in enumerate(draw(studio, subjects)):
@@ -122,9 +119,7 @@ def test_interrupted_anywhere_it_ends_as_if_never_stopped(
         ("--seeds 3,1,2", "seed: 0 there, 3 here"),
     ],
 )
-def test_images_made_otherwise_stop_the_command_and_stay(
-    run, out, formulas, capsys, flags, told
-):
+def test_images_made_otherwise_stop_the_command_and_stay(run, out, capsys, flags, told):
     (out / NAMES[5]).unlink()
     before = snapshot(out)
     line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST, *flags.split())
@@ -134,7 +129,7 @@ def test_images_made_otherwise_stop_the_command_and_stay(
 
 
 def test_a_foreign_picture_among_them_stops_the_command_before_it_begins(
-    run, out, formulas, capsys
+    run, out, capsys
 ):
     for name in NAMES[:3]:
         (out / name).unlink()
@@ -148,9 +143,7 @@ def test_a_foreign_picture_among_them_stops_the_command_before_it_begins(
     assert snapshot(out) == {**before, NAMES[5]: snapshot(out)[NAMES[5]]}
 
 
-def test_overwrite_replaces_what_was_made_otherwise_and_that_alone(
-    run, whole, out, formulas
-):
+def test_overwrite_replaces_what_was_made_otherwise_and_that_alone(run, whole, out):
     picture(out / NAMES[1])
     (out / NAMES[4]).write_text("my notes")
     kept = snapshot(out)
@@ -160,7 +153,7 @@ def test_overwrite_replaces_what_was_made_otherwise_and_that_alone(
 
 
 def test_another_checkpoint_is_told_and_another_place_of_the_same_is_not(
-    run, out, formulas, capsys, tmp_path
+    run, out, capsys, tmp_path
 ):
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
@@ -185,16 +178,14 @@ def emptied(data):
 
 
 @pytest.mark.parametrize("harm", [cut, flipped, emptied])
-def test_a_damaged_image_of_ours_is_made_again(run, whole, out, formulas, harm):
+def test_a_damaged_image_of_ours_is_made_again(run, whole, out, harm):
     path = out / NAMES[2]
     path.write_bytes(harm(path.read_bytes()))
     sample_here("--workdir", run, "--out", out, *REQUEST)
     assert contents(out) == contents(whole)
 
 
-def test_a_damaged_image_that_need_not_be_ours_stops_the_command(
-    run, out, formulas, capsys
-):
+def test_a_damaged_image_that_need_not_be_ours_stops_the_command(run, out, capsys):
     path = out / NAMES[2]
     path.write_bytes(path.read_bytes()[:100])
     before = snapshot(out)
@@ -203,9 +194,7 @@ def test_a_damaged_image_that_need_not_be_ours_stops_the_command(
     assert snapshot(out) == before
 
 
-def test_fifty_thousand_seeds_are_planned_in_two_seconds(
-    run, formulas, monkeypatch, tmp_path
-):
+def test_fifty_thousand_seeds_are_planned_in_two_seconds(run, monkeypatch, tmp_path):
     planned = []
 
     def none(studio, subjects):
@@ -248,135 +237,9 @@ def test_processes_share_whole_calls_in_turn(processes):
         assert {i // size % processes for i in share} == {index}
 
 
-# What is drawn.
-
-
-def made(run, out, *args, labels="1", seeds="0"):
-    base = ["--workdir", run, "--out", out, "--steps", 2, "--labels", labels]
-    sample_here(*base, "--seeds", seeds, *args)
-    return [read_png(path).astype(int) for path in sorted(out.glob("0*.png"))]
-
-
-@pytest.fixture
-def image(tmp_path):
-    return picture(tmp_path / "image.png")
-
-
-@pytest.fixture
-def mask(tmp_path):
-    pixels = np.zeros((SIDE, SIDE, 1), np.uint8)
-    pixels[3:6, 1:5] = 255
-    write_png(tmp_path / "mask.png", pixels)
-    return tmp_path / "mask.png"
-
-
-def test_a_mask_keeps_every_byte_outside_the_hole(run, image, mask, formulas, tmp_path):
-    given = ["--image", image, "--mask", mask]
-    first, second = made(run, tmp_path / "out", *given, seeds="0,1")
-    hole = read_png(mask)[..., 0] == 255
-    assert np.array_equal(first[~hole], read_png(image)[~hole])
-    assert np.array_equal(second[~hole], read_png(image)[~hole])
-    assert not np.array_equal(first[hole], second[hole])
-
-
-def test_outpainting_keeps_every_byte_of_the_middle(run, image, formulas, tmp_path):
-    given = ["--image", image, "--outpaint", 2, 4, 6, 0]
-    first, second = made(run, tmp_path / "out", *given, seeds="0,1")
-    assert first.shape == (SIDE + 4, SIDE + 8, 1)
-    assert np.array_equal(first[4:, 2 : 2 + SIDE], read_png(image))
-    assert not np.array_equal(first[:4], second[:4])
-
-
-def test_strength_says_how_much_of_a_picture_changes(run, image, formulas, tmp_path):
-    given = ["--image", image, "--steps", 10, "--strength"]
-    (little,) = made(run, tmp_path / "little", *given, 0.1)
-    (much,) = made(run, tmp_path / "much", *given, 1.0)
-    blocks = np.asarray(read_png(image)[::2, ::2]).repeat(2, 0).repeat(2, 1).astype(int)
-    assert np.abs(little - blocks).mean() < 0.5 * np.abs(much - blocks).mean()
-
-
-def test_an_interpolation_ends_at_the_plain_images(run, formulas, tmp_path):
-    between = made(
-        run, tmp_path / "out", "--interpolate", 4, labels="1,2", seeds="5,7"
-    )
-    (first,) = made(run, tmp_path / "first", labels="1", seeds="5")
-    (last,) = made(run, tmp_path / "last", labels="2", seeds="7")
-    assert len(between) == 4
-    # A label mixed from all classes is rounded otherwise than one that is looked up.
-    assert np.abs(between[0] - first).max() <= 1
-    assert np.abs(between[3] - last).max() <= 1
-    steps = [np.abs(a - b).mean() for a, b in zip(between, between[1:], strict=False)]
-    assert min(steps) > 1
-
-
-def test_a_size_is_what_is_made(run, formulas, tmp_path):
-    (wide,) = made(run, tmp_path / "out", "--size", 6, 14)
-    assert wide.shape == (6, 14, 1)
-
-
-def test_a_scale_of_one_is_no_guidance(run, formulas, tmp_path):
-    (plain,) = made(run, tmp_path / "plain", "--guidance-scale", 1)
-    nowhere = ["--guidance-scale", 3, "--guidance-interval", 1e5, 1e6]
-    (unguided,) = made(run, tmp_path / "unguided", *nowhere)
-    (guided,) = made(run, tmp_path / "guided", "--guidance-scale", 3)
-    assert np.abs(plain - unguided).max() <= 1
-    assert np.abs(plain - guided).max() > 1
-
-
-def test_a_trajectory_comes_beside_images_that_are_there(run, out, formulas):
+def test_a_trajectory_comes_beside_images_that_are_there(run, out):
     kept = snapshot(out)
     sample_here("--workdir", run, "--out", out, *REQUEST, "--trajectory")
     assert {n: snapshot(out)[n] for n in NAMES} == {n: kept[n] for n in NAMES}
     height, width, _ = read_png(out / "trajectory.png").shape
     assert (height, width) == (6 * 66 + 2, 3 * 66 + 2)
-
-
-def test_a_model_that_fills_holes_keeps_the_rest_to_the_byte(
-    image, mask, formulas, tmp_path
-):
-    config = config_with(ConditionConfig(concat="masked_image"))
-    run = write_run(config, tmp_path / "run")
-    args = ["--workdir", run, "--image", image, "--mask", mask, "--steps", 1]
-    sample_here(*args, "--seeds", "0,1", "--out", tmp_path / "out")
-    first, second = (read_png(tmp_path / "out" / name) for name in NAMES[:2])
-    hole = read_png(mask)[..., 0] == 255
-    assert np.array_equal(first[~hole], read_png(image)[~hole])
-    assert not np.array_equal(first[hole], second[hole])
-
-
-def test_a_model_that_enlarges_is_given_its_picture(formulas, tmp_path):
-    condition = ConditionConfig(concat="low_resolution", low_resolution_factor=2)
-    run = write_run(config_with(condition), tmp_path / "run")
-    small = [picture(tmp_path / f"{i}.png", height=4, width=6, seed=i) for i in (0, 1)]
-    for i, path in enumerate(small):
-        args = ["--workdir", run, "--image", path, "--steps", 1, "--seeds", 0]
-        sample_here(*args, "--out", tmp_path / f"out{i}")
-    images = [read_png(tmp_path / f"out{i}" / NAMES[0]) for i in (0, 1)]
-    assert images[0].shape == (8, 12, 1)
-    assert not np.array_equal(*images)
-
-
-def test_tiles_cover_a_large_image_and_a_tile_as_large_as_it_is_none(
-    run, formulas, tmp_path
-):
-    size = ["--size", 16, 24]
-    (plain,) = made(run, tmp_path / "plain", *size)
-    (whole,) = made(run, tmp_path / "whole", *size, "--tile", 12)
-    (tiled,) = made(run, tmp_path / "tiled", *size, "--tile", 4)
-    assert np.array_equal(whole, plain)
-    assert np.abs(tiled - plain).max() <= 1
-
-
-def test_a_model_of_classes_and_texts_is_told_both(formulas, tmp_path):
-    clip = ClipConfig(
-        vocab_size=521, width=8, depth=1, num_heads=2, mlp_width=8, eos_token_id=520
-    )
-    condition = ConditionConfig(label=True, context="clip", clip=clip)
-    run = write_run(config_with(condition, transformer_depth=1), tmp_path / "run")
-    (tmp_path / "tokenizer").mkdir()
-    write_clip(tmp_path / "tokenizer", "sd1")
-    args = ["--tokenizer", tmp_path / "tokenizer", "--prompt", "hello", "cat"]
-    images = made(run, tmp_path / "out", *args, labels="1,2")
-    assert len(images) == 4
-    pairs = [(a, b) for a in range(4) for b in range(a)]
-    assert not any(np.array_equal(images[a], images[b]) for a, b in pairs)

@@ -134,8 +134,9 @@ def test_prompts_are_inputs_too(monkeypatch):
     networks, params = model("text")
     fn = make_sample_fn(networks, sampler="ddim", num_steps=1)
     for i in range(3):
-        cond = ConditionInputs(tokens=jnp.full((2, 6), i, jnp.int32))
-        fn(params, image_keys([0, 1]), cond, 7.5)
+        cond = ConditionInputs(tokens=jnp.full((CHUNK, 6), i, jnp.int32))
+        # Traced, not compiled: the calls share the program if they share its trace.
+        jax.eval_shape(lambda c: fn(params, image_keys([0] * CHUNK), c, 7.5), cond)
     assert len(traces) == 1
 
 
@@ -288,15 +289,6 @@ def test_the_noise_of_an_inversion_gives_the_latent_back():
     assert np.array_equal(alone[0], latents[1])
 
 
-def test_larger_images_come_from_the_same_network():
-    networks, params = model("tiny")
-    wide = networks._replace(latent_shape=(4, 8, 2))
-    fn = make_sample_fn(wide, sampler="ddim", num_steps=2)
-    drawn = fn(params, image_keys([0]), labels(1), 2.0).images
-    assert drawn.shape == (1, 8, 16, 1)
-    assert np.isfinite(drawn).all()
-
-
 def blur(latents):
     """A decoder that sees one latent to each side, and doubles the size."""
     wide = jnp.pad(latents, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
@@ -329,7 +321,7 @@ def test_tiles_cover_everything_and_overlap_by_a_quarter():
 
 
 def test_decoding_in_tiles_takes_the_memory_of_a_tile():
-    networks, params = model("label")
+    networks, params = model("tiny")
 
     def temporary_bytes(side, tile):
         def call(latents):
@@ -340,6 +332,6 @@ def test_decoding_in_tiles_takes_the_memory_of_a_tile():
         return compiled.memory_analysis().temp_size_in_bytes
 
     tiled = [temporary_bytes(side, 16) for side in (32, 64)]
-    canvas = 4 * 3 * 4 * (64**2 - 32**2) * 4  # the picture itself, held a few times
-    assert tiled[1] - tiled[0] < canvas
+    picture = 4 * (128**2 - 64**2)  # what the picture itself takes more
+    assert tiled[1] - tiled[0] < 4 * picture
     assert temporary_bytes(64, 0) > 3 * tiled[1]

@@ -211,7 +211,7 @@ def test_help_shows_every_flag_and_parsing_waits_for_no_jax(capsys):
 )
 def test_a_model_asks_for_the_pictures_it_is_given(workdir, condition, flags, words):
     names = {"I": str(workdir / "i.png"), "M": str(workdir / "m.png")}
-    given = [names.get(word, word) for word in flags.split()]
+    given = [names.get(word) or word for word in flags.split()]
     settings = request_of("--workdir", str(workdir), *given).settings
     depth = int(condition.context != "none")
     with pytest.raises(InputError, match=words):
@@ -274,9 +274,17 @@ def runs(tmp_path_factory):
         ("label", "--negative-prompt x", ["--negative-prompt: this model reads no"]),
         ("nothing", "--labels 1", ["--labels: this model has no classes"]),
         ("label", "--interpolate 3 --seeds 0-2", ["--interpolate: got 10 classes"]),
-        ("label", "--autoguidance nowhere", ["--autoguidance:", "nowhere", "not a run"]),
+        (
+            "label",
+            "--autoguidance nowhere",
+            ["--autoguidance:", "nowhere", "not a run"],
+        ),
         ("label", "--autoguidance velocity", ["--autoguidance:", "trained alike"]),
-        ("label", "--autoguidance nothing", ["--autoguidance:", "classes 0, wanted 10"]),
+        (
+            "label",
+            "--autoguidance nothing",
+            ["--autoguidance:", "classes 0, wanted 10"],
+        ),
         ("label", "--autoguidance other_stage", ["--autoguidance:", "first stage"]),
         (
             "label",

@@ -1,0 +1,336 @@
+"""How fast is a whole sample: ours and diffusers', the same weights, taking turns.
+
+    python benchmarks/sampling.py --model digits --batches 1 16
+
+Times 50 guided DDIM steps and the decoder, from noise on the host to images on the
+host. Prints a table of both, and what a step costs over the network alone; JSON with
+--json FILE. With --check it exits 1 if the scan adds 3 % or more to the network, or the
+two do not draw the same images. Needs the extra `parity`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.build import build_networks
+from ldm_jax.cli import load_config_file
+from ldm_jax.config import (
+    AutoencoderConfig,
+    ConditionConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+)
+from ldm_jax.exchange import network_shapes, to_sample_params
+from ldm_jax.generate import make_sample_fn
+from ldm_jax.interop.model import Model
+from ldm_jax.interop.write import write_folder
+from ldm_jax.networks import (
+    Networks,
+    SampleParams,
+    decode,
+    denoiser_of,
+    null_condition,
+    prepare,
+)
+from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
+
+MAX_SCAN_OVERHEAD = 0.03
+MAX_DIFFERENCE = 1e-2
+SCALE = 2.0
+LATENT_SCALE = 0.5
+Draw = Callable[[], Any]
+
+
+def text_config() -> Config:
+    """Return a small text-to-image model: cross-attention to 77 vectors everywhere."""
+    return Config(
+        data=DataConfig(image_size=64, image_channels=3),
+        autoencoder=AutoencoderConfig(
+            channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=1,
+            latent_channels=4, num_groups=16, latent_scale=LATENT_SCALE,
+        ),
+        diffusion=DiffusionConfig(
+            channels=64, channel_multipliers=(1, 2, 4), num_res_blocks=1,
+            attention_downsampling=(1, 2, 4), num_heads=4, transformer_depth=1,
+            num_groups=32,
+            condition=ConditionConfig(
+                context="embedding", embedding_length=77, embedding_width=256
+            ),
+        ),
+    )  # fmt: skip
+
+
+def draw_model(config: Config) -> Model:
+    """Draw parameters that keep the scale of what goes through: no layer is zero."""
+    random = np.random.RandomState(0)
+
+    def draw(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
+        name, shape = path[-1].key, leaf.shape
+        if name == "kernel":
+            deviation = np.prod(shape[:-1]) ** -0.5
+            return (random.randn(*shape) * deviation).astype(np.float32)
+        if name == "bias":
+            return np.zeros(shape, np.float32)
+        return np.ones(shape, np.float32)
+
+    shapes = network_shapes(config)
+    trees = [jax.tree_util.tree_map_with_path(draw, tree) for tree in shapes]
+    return Model(config, *trees, LATENT_SCALE)
+
+
+class Case(NamedTuple):
+    """One batch to draw.
+
+    Attributes:
+      networks: With `chunk` images a call.
+      params: Of both stages.
+      cond: What each image shows.
+      noise: Where each begins, on the host.
+      steps: Denoising steps.
+    """
+
+    networks: Networks
+    params: SampleParams
+    cond: ConditionInputs
+    noise: np.ndarray
+    steps: int
+
+
+def make_case(config: Config, model: Model, *, batch: int, steps: int) -> Case:
+    """Choose conditions and seeds for a batch."""
+    networks = build_networks(config)._replace(chunk=batch)
+    label, embedding = None, None
+    if config.diffusion.condition.label:
+        label = jnp.arange(batch, dtype=jnp.int32) % config.data.num_classes
+    else:
+        condition = config.diffusion.condition
+        shape = (batch, condition.embedding_length, condition.embedding_width)
+        embedding = jnp.asarray(np.random.RandomState(1).randn(*shape), jnp.float32)
+    cond = ConditionInputs(label=label, embedding=embedding)
+    keys = image_step_keys(image_keys(list(range(batch))), Stream.SAMPLE_START)
+    noise = np.asarray(normal(keys, networks.latent_shape))
+    return Case(networks, to_sample_params(model), cond, noise, steps)
+
+
+def our_sample(case: Case) -> Draw:
+    """Make what draws a batch with this package."""
+    batch = len(case.noise)
+    sample_fn = make_sample_fn(case.networks, sampler="ddim", num_steps=case.steps)
+
+    def draw() -> np.ndarray:
+        keys = image_keys(list(range(batch)))
+        return np.asarray(sample_fn(case.params, keys, case.cond, SCALE).images)
+
+    return draw
+
+
+def their_sample(case: Case, folder: Path, *, compiled: bool) -> Draw:
+    """Make what draws the same batch with diffusers, eager or compiled."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")  # JAX's default on GPUs too
+    has_labels = case.cond.label is not None
+    name = "UNet2DModel" if has_labels else "UNet2DConditionModel"
+    parts = [(name, "unet"), ("AutoencoderKL", "vae")]
+    unet, vae = (
+        getattr(diffusers, cls).from_pretrained(folder, subfolder=sub).to(device).eval()
+        for cls, sub in parts
+    )
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    decoder = vae.decode
+    if compiled:
+        unet = torch.compile(unet, dynamic=False)
+        decoder = torch.compile(decoder, dynamic=False)
+    null = null_condition(case.networks, case.cond)
+    word = "class_labels" if has_labels else "encoder_hidden_states"
+    rows = [c.label if has_labels else c.embedding for c in (null, case.cond)]
+    both = torch.from_numpy(np.concatenate([np.asarray(row) for row in rows]))
+    start = torch.from_numpy(case.noise.transpose(0, 3, 1, 2).copy())
+
+    @torch.inference_mode()
+    def draw() -> np.ndarray:
+        scheduler.set_timesteps(case.steps, device=device)
+        x, cond = start.to(device), {word: both.to(device)}
+        for t in scheduler.timesteps:
+            uncond, conditional = unet(torch.cat([x, x]), t, **cond).sample.chunk(2)
+            guided = uncond + SCALE * (conditional - uncond)
+            x = scheduler.step(guided, t, x).prev_sample
+        images = decoder(x / LATENT_SCALE).sample.clamp(-1, 1)
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+
+    return draw
+
+
+def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
+    """Make the parts of our sample, and count the operations of one forward pass.
+
+    Returns:
+      `network`: the network as the sampler calls it, as often as a sample does; `bare`:
+      the same as one plain batch; `decoder`. And the floating-point operations of a
+      bare forward pass of condition and no condition, as XLA counts them.
+    """
+    networks, params = case.networks, case.params
+    null = null_condition(networks, case.cond)
+    pair = [prepare(networks, params, inputs) for inputs in (null, case.cond)]
+    cond = jax.tree.map(lambda *rows: jnp.concatenate(rows), *pair)
+    x_t = jnp.concatenate([jnp.asarray(case.noise)] * 2)
+    t = jnp.full(len(x_t), 500.0)
+    bare = jax.jit(lambda p, *args: networks.unet.apply({"params": p.unet}, *args))
+    network = jax.jit(lambda p, *args: denoiser_of(networks, p)(*args))
+    decoder = jax.jit(lambda p, x: decode(networks, p, x))
+    cost: Any = bare.lower(params, x_t, t, cond).cost_analysis()
+
+    def repeated(fn: Callable[..., Any]) -> Draw:
+        def run() -> None:
+            outputs = [fn(params, x_t, t, cond) for _ in range(case.steps)]
+            jax.block_until_ready(outputs)
+
+        return run
+
+    draws: dict[str, Draw] = {
+        "network": repeated(network),
+        "bare": repeated(bare),
+        "decoder": lambda: np.asarray(decoder(params, jnp.asarray(case.noise))),
+    }
+    return draws, float(cost["flops"])
+
+
+def take_turns(draws: dict[str, Draw], *, rounds: int) -> dict[str, list[float]]:
+    """Time everything once a round, so that a slow moment of the machine hits all.
+
+    Args:
+      draws: What to time; each is called once before.
+      rounds: How often.
+
+    Returns:
+      Seconds of each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in draws}
+    for _ in range(rounds):
+        for name, draw in draws.items():
+            began = time.perf_counter()
+            draw()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def measure(config: Config, model: Model, folder: Path, args: argparse.Namespace):
+    """Measure every batch size; yield a row of figures for each."""
+    for batch in args.batches:
+        case = make_case(config, model, batch=batch, steps=args.steps)
+        draws = {"ours": our_sample(case)}
+        draws["diffusers"] = their_sample(case, folder, compiled=False)
+        if not args.no_compile:
+            draws["compiled"] = their_sample(case, folder, compiled=True)
+        parts, flops = our_parts(case)
+        first = {name: draw() for name, draw in (draws | parts).items()}
+        seconds = take_turns(draws | parts, rounds=args.rounds)
+        median = {name: statistics.median(s) for name, s in seconds.items()}
+        loops = [
+            (whole - decoder) / network - 1
+            for whole, decoder, network in zip(
+                seconds["ours"], seconds["decoder"], seconds["network"], strict=True
+            )
+        ]
+        theirs = [name for name in draws if name != "ours"]
+        yield {
+            "batch": batch,
+            "seconds": {name: median[name] for name in draws},
+            "images_per_second": {name: batch / median[name] for name in draws},
+            "diffusers_over_ours": {n: median[n] / median["ours"] for n in theirs},
+            "largest_difference": {
+                name: float(np.abs(first[name] - first["ours"]).max())
+                for name in theirs
+            },
+            "ms_per_step": 1e3 * (median["ours"] - median["decoder"]) / case.steps,
+            "ms_network": 1e3 * median["network"] / case.steps,
+            "ms_bare_network": 1e3 * median["bare"] / case.steps,
+            "ms_decoder": 1e3 * median["decoder"],
+            "scan_overhead": statistics.median(loops),
+            "network_over_bare": median["network"] / median["bare"] - 1,
+            "gflop_per_step": flops / 1e9,
+            "gflops_per_second": flops * case.steps / median["ours"] / 1e9,
+        }
+
+
+def to_text(row: dict[str, Any]) -> str:
+    """Write the figures of a batch size."""
+    lines = [f"batch {row['batch']}", "| | seconds | images/s | over ours | differs |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for name, seconds in row["seconds"].items():
+        ratio = row["diffusers_over_ours"].get(name, 1.0)
+        apart = row["largest_difference"].get(name, 0.0)
+        speed = row["images_per_second"][name]
+        lines.append(
+            f"| {name} | {seconds:.3f} | {speed:.3g} | {ratio:.2f} | {apart:.0e} |"
+        )
+    lines.append(
+        f"a step {row['ms_per_step']:.2f} ms; the network in it {row['ms_network']:.2f} "
+        f"ms (scan {row['scan_overhead']:+.1%}); as one plain batch "
+        f"{row['ms_bare_network']:.2f} ms (network {row['network_over_bare']:+.1%}); "
+        f"decoder {row['ms_decoder']:.1f} ms; {row['gflop_per_step']:.2f} GFLOP a step, "
+        f"{row['gflops_per_second']:.1f} GFLOP/s over the whole sample"
+    )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print, and judge if asked to."""
+    parser = argparse.ArgumentParser(description="Time whole samples.")
+    parser.add_argument("--model", choices=("digits", "text"), default="digits")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--no-compile", action="store_true", help="diffusers eager only"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    digits = args.model == "digits"
+    config = load_config_file("configs/digits.py") if digits else text_config()
+    model = draw_model(config)
+    rows: list[dict[str, Any]] = []
+    print(f"{args.model}, {args.steps} guided DDIM steps, {jax.default_backend()}")
+    with tempfile.TemporaryDirectory() as name:
+        write_folder(model, Path(name))
+        for row in measure(config, model, Path(name), args):
+            rows.append(row)
+            print("\n" + to_text(row), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    slow = [row for row in rows if row["scan_overhead"] >= MAX_SCAN_OVERHEAD]
+    apart = [
+        row for row in rows if max(row["largest_difference"].values()) > MAX_DIFFERENCE
+    ]
+    if args.check and (slow or apart):
+        print(
+            f"falls short: the scan adds {MAX_SCAN_OVERHEAD:.0%} or more at batch "
+            f"{[row['batch'] for row in slow]}; images differ at batch "
+            f"{[row['batch'] for row in apart]}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
