@@ -4,6 +4,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from ldm_jax.diffusion.levels import Levels
@@ -81,6 +82,10 @@ def start_of(
     if edit.other_keys is not None and edit.weight is not None:
         noise = slerp(noise, starting_noise(edit.other_keys, shape), edit.weight)
     x_start = noise if edit.latents is None else edit.latents
+    # Unit data at a first level within a flow has less than unit variance.
+    spread = float(np.hypot(levels.alpha[0], levels.sigma[0]))
+    if edit.latents is None and levels.straight and whole:
+        x_start = spread * x_start
     if edit.image is None:
         return Start(x_start, None)
     x_0 = encode_images(networks, params, edit.image)
@@ -98,7 +103,7 @@ def start_of(
 def free_latents(
     mask: Float[Array, "b h w 1"], shape: tuple[int, int, int]
 ) -> Float[Array, "b h2 w2 1"]:
-    """Free every latent that has a say in a pixel to be made anew."""
+    """Free every latent that lies over a pixel to be made anew."""
     factor = mask.shape[1] // shape[0]
     blocks = mask.reshape(-1, shape[0], factor, shape[1], factor, 1)
     return (blocks.max(axis=(2, 4)) > 0.5).astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Images from keys: the sample function."""
 
 import functools
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +9,24 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key, Real
 
-from ldm_jax.diffusion.denoiser import Predictor
-from ldm_jax.diffusion.guidance import (
-    autoguidance,
-    classifier_free,
-    scales_of_calls,
-    unguided,
-)
-from ldm_jax.diffusion.levels import Levels, make_levels
-from ldm_jax.diffusion.samplers import sample
-from ldm_jax.diffusion.solvers import Table, make_table
-from ldm_jax.edit import Edit, mix_conditions, paste, soften, start_of
+from ldm_jax.chunk import Inputs, Knobs, Models, Plan, sample_chunk
+from ldm_jax.diffusion.guidance import spread_scale
+from ldm_jax.diffusion.levels import make_levels
+from ldm_jax.diffusion.solvers import make_table
+from ldm_jax.edit import Edit
 from ldm_jax.networks import (
     Networks,
     SampleParams,
-    decode,
-    denoiser_of,
+    images_a_call,
     in_chunks,
     null_condition,
-    prepare,
 )
-from ldm_jax.nn.conditioning import Condition, ConditionInputs
+from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.nn.tiling import OVERLAP_SHARE
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import TAKES_ETA, SamplerName, SpacingName
 
 EVERYWHERE = (0.0, float("inf"))
-GuideName = Literal["none", "classifier_free", "autoguidance"]
 
 
 class Samples(NamedTuple):
@@ -49,75 +40,6 @@ class Samples(NamedTuple):
 
     images: Float[Array, "b h w c"]
     frames: Float[Array, "f b h w c"]
-
-
-class Models(NamedTuple):
-    """The arrays of the models that a sample function asks.
-
-    Attributes:
-      params: Of the model.
-      weak: Of the worse model of autoguidance, or None.
-    """
-
-    params: SampleParams
-    weak: SampleParams | None
-
-
-class Knobs(NamedTuple):
-    """What may be turned without compiling anew, for all images alike.
-
-    Attributes:
-      scale: Guidance scale: one for all steps; or several, spread over the steps with
-        lines between.
-      rescale: Share of the contrast's correction, in [0, 1].
-      interval: Noise-to-signal ratios between which there is guidance.
-      eta: DDIM's share of renewed noise, in [0, 1].
-    """
-
-    scale: Float[Array, "*k"]
-    rescale: Float[Array, ""]
-    interval: Float[Array, "2"]
-    eta: Float[Array, ""]
-
-
-class Inputs(NamedTuple):
-    """What makes an image, for each image.
-
-    Attributes:
-      keys: All of its randomness.
-      cond: What it shows.
-      uncond: What it is guided away from.
-      edit: What it starts from.
-    """
-
-    keys: Key[Array, " b"]
-    cond: ConditionInputs
-    uncond: ConditionInputs
-    edit: Edit
-
-
-class Plan(NamedTuple):
-    """What is compiled into a sample function.
-
-    Attributes:
-      networks: What to sample with.
-      sampler: Which sampler.
-      levels: The noise levels it visits.
-      whole: Whether those are all; False where an edit begins later.
-      guide: Which kind of guidance.
-      weak: The worse model of autoguidance, or None.
-      num_frames: Latents to keep on the way.
-      tile: Side of the decoder's tiles, in latents; 0 decodes at once.
-    """
-
-    networks: Networks
-    sampler: SamplerName
-    levels: Levels
-    whole: bool
-    guide: GuideName
-    weak: Networks | None
-    num_frames: int
-    tile: int
 
 
 @runtime_checkable
@@ -160,7 +82,7 @@ def make_sample_fn(
     Image i is a function of the parameters, key i, condition i and the settings alone,
     bit for bit: alone, in any batch, in any order, on any number of devices. (Programs
     of different batch sizes differ in their last bits. So one program of `chunk` images
-    makes them all, the last chunk filled up.)
+    makes them all, the last chunk filled up; on a CPU, of one image.)
 
     Compiled once for each kind of edit, whatever the number of images; keys,
     conditions, guidance scale, rescale and interval, eta and pictures are inputs.
@@ -198,7 +120,7 @@ def make_sample_fn(
     if weak is not None:
         check_weak(networks, weak)
     make_table(sampler, levels, prediction=networks.prediction)  # refuses what is bad
-    guide: GuideName = "classifier_free" if guided else "none"
+    guide = "classifier_free" if guided else "none"
     plan = Plan(
         networks=networks,
         sampler=sampler,
@@ -211,7 +133,9 @@ def make_sample_fn(
     )
     fn = functools.partial(sample_chunk, plan)
     run = jax.jit(fn) if layout is None else layout.map_images(fn)
-    size = networks.chunk * (1 if layout is None else len(layout.devices))
+    devices = 1 if layout is None else len(layout.devices)
+    platform = jax.default_backend() if layout is None else layout.platform
+    size = images_a_call(networks, platform) * devices
 
     def sample_fn(
         params: SampleParams,
@@ -227,15 +151,18 @@ def make_sample_fn(
         edit: Edit | None = None,
     ) -> Samples:
         check_eta(sampler, eta)
+        edit = edit or Edit()
         if uncond is None:
             uncond = null_condition(networks, cond)
+        inputs = Inputs(keys, cond, uncond, edit)
+        check_call(plan, inputs, weak_params)
+        check_knobs(guidance_rescale, guidance_interval)
         knobs = Knobs(
-            scale=jnp.asarray(guidance_scale, jnp.float32),
+            scale=spread_scale(guidance_scale, num_steps=levels.num_steps),
             rescale=jnp.asarray(guidance_rescale, jnp.float32),
             interval=jnp.asarray(guidance_interval, jnp.float32),
             eta=jnp.asarray(eta, jnp.float32),
         )
-        inputs = Inputs(keys, cond, uncond, edit or Edit())
         call = functools.partial(run, Models(params, weak_params), knobs)
         images, frames = in_chunks(call, inputs, size=size)
         return Samples(images, jnp.moveaxis(frames, 1, 0))
@@ -264,6 +191,48 @@ def check_eta(sampler: SamplerName, eta: Float[Array, ""] | float | int) -> None
         raise ValueError(f"eta: got {float(eta)} with {sampler}, which has none")
 
 
+def check_call(plan: Plan, inputs: Inputs, weak_params: SampleParams | None) -> None:
+    """Raise `ValueError` if the inputs of a call do not fit each other or the plan."""
+    keys, cond, _, edit = inputs
+    num = keys.shape[0]
+    if not num:
+        raise ValueError("keys: got none, wanted one for each image")
+    for name, tree in zip(inputs._fields, inputs, strict=True):
+        for leaf in jax.tree.leaves(tree):
+            if leaf.shape[:1] != (num,):
+                raise ValueError(
+                    f"{name}: got {leaf.shape[:1]} images, wanted {num}, one a key"
+                )
+    label = cond.label
+    if label is not None and not isinstance(label, Tracer):
+        low, high = int(label.min()), int(label.max())
+        if low < 0 or high > plan.networks.num_classes:
+            raise ValueError(
+                f"cond.label: got {high if low >= 0 else low}, wanted 0 to "
+                f"{plan.networks.num_classes}, the last for none"
+            )
+    if (plan.weak is None) != (weak_params is None):
+        raise ValueError("weak_params: wanted with `weak`, and only with it")
+    if edit.mask is not None and edit.image is None:
+        raise ValueError("edit.mask: got it without edit.image")
+    between = edit.other_keys is not None or edit.other_cond is not None
+    if between != (edit.weight is not None):
+        raise ValueError("edit.weight: wanted with a second key or condition, and only")
+    if not plan.whole and edit.image is None and edit.latents is None:
+        raise ValueError("strength: got below 1 without edit.image or edit.latents")
+
+
+def check_knobs(
+    rescale: Float[Array, ""] | float | int,
+    interval: tuple[float, float] | Float[Array, "2"],
+) -> None:
+    """Raise `ValueError` if a knob of guidance is out of range, where it is known."""
+    if not isinstance(rescale, Tracer) and not 0.0 <= float(rescale) <= 1.0:
+        raise ValueError(f"guidance_rescale: got {float(rescale)}, wanted 0 to 1")
+    if not isinstance(interval, Tracer) and not interval[0] <= interval[1]:
+        raise ValueError("guidance_interval: got the larger ratio first")
+
+
 def check_weak(networks: Networks, weak: Networks) -> None:
     """Raise `ValueError` if a model cannot guide another: it must be trained alike."""
     same = weak.prediction == networks.prediction
@@ -277,81 +246,3 @@ def check_weak(networks: Networks, weak: Networks) -> None:
             "autoguidance: the worse model has another schedule, prediction or latent, "
             "wanted one trained alike on the same first stage"
         )
-
-
-def sample_chunk(
-    plan: Plan, models: Models, knobs: Knobs, inputs: Inputs
-) -> tuple[Float[Array, "b h w c"], Float[Array, "b f h w c"]]:
-    """Make the images of one call, and their frames: the program that is compiled."""
-    params, edit = models.params, inputs.edit
-    networks = plan.networks
-    table = make_table(
-        plan.sampler,
-        plan.levels,
-        prediction=networks.prediction,
-        sigma_data=networks.sigma_data,
-        eta=knobs.eta,
-    )
-    start = start_of(
-        networks, params, inputs.keys, edit, levels=plan.levels, whole=plan.whole
-    )
-    trajectory = sample(
-        _predictor(plan, models, knobs, inputs, table),
-        start.x_start,
-        inputs.keys,
-        _prepare_mixed(networks, params, inputs),
-        table=table,
-        known=start.known,
-        num_frames=plan.num_frames,
-    )
-    images = paste(decode(networks, params, trajectory.x_0, tile=plan.tile), edit)
-    frames = jnp.zeros((0, *images.shape), images.dtype)
-    if plan.num_frames:
-        show = functools.partial(decode, networks, params, tile=plan.tile)
-        frames = jax.lax.map(show, trajectory.frames)
-    return images, jnp.moveaxis(frames, 0, 1)
-
-
-def _predictor(
-    plan: Plan, models: Models, knobs: Knobs, inputs: Inputs, table: Table
-) -> Predictor:
-    """Make what the sampler asks: the network, guided if it is to be."""
-    networks, params = plan.networks, models.params
-    denoise = denoiser_of(networks, params)
-    if plan.guide == "none":
-        return unguided(denoise)
-    last = max(plan.levels.num_steps - 1, 1)
-    scales = scales_of_calls(
-        knobs.scale,
-        step=jnp.asarray(table.step / last, jnp.float32),
-        ratio=jnp.asarray(table.ratio, jnp.float32),
-        interval=knobs.interval,
-    )
-    if plan.weak is not None and models.weak is not None:
-        return autoguidance(
-            denoise,
-            denoiser_of(plan.weak, models.weak),
-            weak_cond=_prepare_mixed(plan.weak, models.weak, inputs),
-            scales=scales,
-            rescale=knobs.rescale,
-        )
-    null_cond = prepare(networks, params, inputs.uncond)
-    if inputs.edit.other_cond is not None:
-        null_cond = soften(null_cond, num_classes=networks.num_classes)
-    return classifier_free(
-        denoise, null_cond=null_cond, scales=scales, rescale=knobs.rescale
-    )
-
-
-def _prepare_mixed(
-    networks: Networks, params: SampleParams, inputs: Inputs
-) -> Condition:
-    """Prepare the condition, or one between two."""
-    edit = inputs.edit
-    prepared = prepare(networks, params, inputs.cond)
-    if edit.other_cond is None or edit.weight is None:
-        return prepared
-    other = prepare(networks, params, edit.other_cond)
-    return mix_conditions(
-        prepared, other, edit.weight, num_classes=networks.num_classes
-    )

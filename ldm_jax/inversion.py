@@ -15,6 +15,7 @@ from ldm_jax.networks import (
     SampleParams,
     denoiser_of,
     encode_images,
+    images_a_call,
     in_chunks,
     prepare,
 )
@@ -87,6 +88,7 @@ def make_invert_fn(
         params: SampleParams, images: Float[Array, "b h w c"], cond: ConditionInputs
     ) -> Float[Array, "b h2 w2 d"]:
         fn = functools.partial(invert_chunk, params)
-        return in_chunks(fn, (images, cond), size=networks.chunk)
+        size = images_a_call(networks, jax.default_backend())
+        return in_chunks(fn, (images, cond), size=size)
 
     return invert_fn

@@ -18,19 +18,18 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Float, Key, Real
 
+from ldm_jax.chunk import Inputs, Knobs, Models, Plan, sample_chunk
+from ldm_jax.diffusion.guidance import spread_scale
 from ldm_jax.diffusion.levels import make_levels
 from ldm_jax.edit import Edit
-from ldm_jax.generate import (
-    EVERYWHERE,
-    Inputs,
-    Knobs,
-    Models,
-    Plan,
-    Samples,
-    check_eta,
-    sample_chunk,
+from ldm_jax.generate import EVERYWHERE, Samples, check_eta
+from ldm_jax.networks import (
+    Networks,
+    SampleParams,
+    images_a_call,
+    in_chunks,
+    null_condition,
 )
-from ldm_jax.networks import Networks, SampleParams, in_chunks, null_condition
 from ldm_jax.nn.conditioning import ConditionInputs, null_inputs
 from ldm_jax.rng import image_keys
 from ldm_jax.types import (
@@ -88,8 +87,7 @@ def export_sample_program(
 ) -> bytes:
     """Write a sample function as bytes that any process with JAX can run.
 
-    What they draw equals, bit for bit, what `make_sample_fn` draws on the same machine
-    with `networks.chunk` set to `batch`.
+    What they draw equals, bit for bit, what `make_sample_fn` draws on the same machine.
 
     Args:
       networks: What to sample with.
@@ -98,7 +96,8 @@ def export_sample_program(
       num_steps: Denoising steps, 1 to T.
       spacing: One of `SPACING_NAMES`; None for the schedule's default.
       guided: Whether `guidance_scale` has effect; False saves half of the work.
-      batch: Images the network sees at once; None for `networks.chunk`.
+      batch: Images the network sees at once; None for `networks.chunk`, and for one
+        where a CPU is among the platforms.
       cond: Conditions of one image or more, whose shapes by image are taken. None
         where the model reads labels, tokens or nothing.
       platforms: Some of `PLATFORMS`; None for this machine's.
@@ -109,14 +108,14 @@ def export_sample_program(
     Raises:
       ValueError: If a number is out of range, a name unknown, or the shape of the
         condition is not known.
-      ImportError: If the package `flatbuffers` is missing.
     """
-    batch = networks.chunk if batch is None else batch
     if sampler not in SAMPLER_NAMES:
         raise ValueError(f"sampler: {choices(sampler, SAMPLER_NAMES)}")
+    platforms = [export.default_export_platform()] if platforms is None else platforms
+    if batch is None:
+        batch = min(images_a_call(networks, name) for name in platforms)
     if batch < 1:
         raise ValueError(f"batch: got {batch}, wanted 1 or more")
-    platforms = [export.default_export_platform()] if platforms is None else platforms
     if unknown := [name for name in platforms if name not in PLATFORMS]:
         raise ValueError(
             f"platforms: got {unknown[0]!r}, wanted some of {', '.join(PLATFORMS)}"
@@ -132,14 +131,16 @@ def export_sample_program(
         tile=0,
     )
     key_impl = str(jax.random.key_impl(image_keys([0])))
-    call = blank_call(networks, params, cond, batch=batch)
+    call = blank_call(
+        networks, params, cond, batch=batch, num_steps=plan.levels.num_steps
+    )
     program = jax.jit(flat_program(plan, call, key_impl))
     with no_locations():
         exported = export.export(program, platforms=list(platforms))(by_name(call))
         module = bytes(exported.serialize())
     header = Header(
         sampler=sampler,
-        num_steps=num_steps,
+        num_steps=plan.levels.num_steps,
         guided=guided,
         batch=batch,
         num_classes=networks.num_classes,
@@ -168,7 +169,6 @@ def load_sample_program(data: bytes) -> Callable[..., Samples]:
     Raises:
       InputError: If the bytes are no program, are damaged, or are for another
         platform. The function itself raises it for wrong shapes.
-      ImportError: If the package `flatbuffers` is missing.
     """
     header, module = split_program(data)
     here = export.default_export_platform()
@@ -215,8 +215,11 @@ def load_sample_program(data: bytes) -> Callable[..., Samples]:
                 null_tokens=tuple(header.null_tokens),
             )
         check_keys(keys, (cond, uncond), key_impl=header.key_impl)
-        numbers = (guidance_scale, guidance_rescale, guidance_interval, eta)
-        knobs = Knobs(*(jnp.asarray(x, jnp.float32) for x in numbers))
+        numbers = (guidance_rescale, guidance_interval, eta)
+        knobs = Knobs(
+            spread_scale(guidance_scale, num_steps=header.num_steps),
+            *(jnp.asarray(x, jnp.float32) for x in numbers),
+        )
         params = jax.tree.map(jnp.asarray, params)
         inputs = Inputs(keys, cond, uncond, Edit())
         call = functools.partial(call_program, params, knobs)
@@ -274,6 +277,7 @@ def blank_call(
     cond: ConditionInputs | None,
     *,
     batch: int,
+    num_steps: int,
 ) -> Call:
     """Make inputs of the right shapes, none of whose values matters.
 
@@ -301,7 +305,7 @@ def blank_call(
     cond = ConditionInputs(*(None if x is None else several(x) for x in cond))
     return Call(
         jax.eval_shape(lambda: params),
-        Knobs(*(jnp.zeros(shape) for shape in ((), (), (2,), ()))),
+        Knobs(*(jnp.zeros(shape) for shape in ((num_steps,), (), (2,), ()))),
         jax.random.key_data(image_keys([0] * batch)),
         cond,
         null_condition(networks, cond),

@@ -93,7 +93,7 @@ def objective_of(config: Config, networks: Networks) -> Objective:
         prediction=networks.prediction,
         loss=settings.loss,
         weight=settings.loss_weight,
-        weight_gamma=settings.loss_weight_gamma,
+        weight_gamma=settings.gamma,
         sigma_data=networks.sigma_data,
         offset_noise=settings.offset_noise,
     )

@@ -24,6 +24,7 @@ FLOOR_BY_ROOM = {
     "edit": 4,
     "generate": 4,
     "inversion": 4,
+    "chunk": 4,
     "networks": 4,
     "pictures": 4,
     "programs": 4,

@@ -241,7 +241,7 @@ def test_what_the_mask_keeps_stays_to_the_bit_and_the_hole_does_not(sampler):
     assert not np.allclose(filled[hole], other[hole], atol=1e-3)
 
 
-def test_every_latent_with_a_say_in_the_hole_is_free():
+def test_every_latent_over_the_hole_is_free():
     mask = jnp.zeros((1, 8, 8, 1)).at[0, 3, 4].set(1.0)
     free = np.asarray(free_latents(mask, (4, 4, 2)))[0, ..., 0]
     assert free[1, 2] == 1.0 and free.sum() == 1.0

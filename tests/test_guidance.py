@@ -10,6 +10,7 @@ from ldm_jax.diffusion.guidance import (
     extrapolate,
     rescaled,
     scales_of_calls,
+    spread_scale,
     unguided,
 )
 
@@ -60,10 +61,12 @@ def by_a_worse_one(scales):
 
 
 def spread(scale, step, ratio, interval=EVERYWHERE):
-    arrays = (jnp.asarray(values, jnp.float32) for values in (scale, step, ratio))
-    scale, step, ratio = arrays
+    """Steps are given by their places from 0 to 1; every step has a call or more."""
+    places, index = np.unique(step, return_inverse=True)
+    scales = spread_scale(jnp.asarray(scale, jnp.float32), num_steps=len(places))
     within = jnp.asarray(interval, jnp.float32)
-    return np.asarray(scales_of_calls(scale, step=step, ratio=ratio, interval=within))
+    ratio = np.asarray(ratio, np.float64)
+    return np.asarray(scales_of_calls(scales, step=index, ratio=ratio, interval=within))
 
 
 def test_a_network_is_asked_at_the_calls_level_for_every_image():
@@ -168,7 +171,7 @@ def test_guidance_is_on_within_its_interval_and_at_its_ends():
 
 
 def test_scale_interval_and_rescale_may_be_traced():
-    x, step, ratio = random(0), jnp.asarray([0.0, 1.0]), jnp.asarray([2.0, 0.5])
+    x, step, ratio = random(0), np.asarray([0, 1]), np.asarray([2.0, 0.5])
 
     def guide(scale, rescale, interval):
         scales = scales_of_calls(scale, step=step, ratio=ratio, interval=interval)

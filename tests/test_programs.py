@@ -25,7 +25,6 @@ from ldm_jax.types import InputError
 from tests.commands import ROOT, TIMEOUT
 from tests.models import config_of, model_of
 
-pytest.importorskip("flatbuffers", reason="programs are written with flatbuffers")
 
 LABELS, SEEDS, SCALE = [1, 2, 0], [7, 8, 9], 2.5
 FRESH = f"""

@@ -12,6 +12,8 @@ ConcatName = Literal["none", "low_resolution", "masked_image", "segmentation"]
 ScheduleName = Literal["ldm_linear", "linear", "cosine", "flow", "edm"]
 PredictionName = Literal["eps", "v", "x0", "flow", "edm"]
 
+MIN_SNR_GAMMA, P2_GAMMA = 5.0, 1.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(Checked):
@@ -202,8 +204,8 @@ class DiffusionConfig(Checked):
     loss_weight: Literal["uniform", "min_snr", "p2"] = "uniform"
     """How much the squared error counts at a noise level: the same at all, no more than
     at an SNR of gamma (min-SNR), or less where there is little noise (P2)."""
-    loss_weight_gamma: float = 5.0
-    """Gamma of `loss_weight`, above 0: min-SNR's papers have 5, P2's has 1."""
+    loss_weight_gamma: float | None = None
+    """Gamma of `loss_weight`, above 0; unset: the paper's, 5 of min-SNR and 1 of P2."""
     offset_noise: float = 0.0
     """Weight of noise that all pixels of a channel share, at least 0; 0.1 teaches very
     dark and very bright images."""
@@ -235,6 +237,13 @@ class DiffusionConfig(Checked):
     """Training steps."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """Optimiser."""
+
+    @property
+    def gamma(self) -> float:
+        """Gamma of the weight, as it was given or as its paper has it."""
+        if self.loss_weight_gamma is not None:
+            return self.loss_weight_gamma
+        return P2_GAMMA if self.loss_weight == "p2" else MIN_SNR_GAMMA
 
     def _check(self) -> None:
         self._check_widths()
@@ -281,7 +290,7 @@ class DiffusionConfig(Checked):
             self._want("num_timesteps", self.num_timesteps >= 2, wanted)
 
     def _check_objective(self) -> None:
-        self._want("loss_weight_gamma", self.loss_weight_gamma > 0.0, "above 0")
+        self._want("loss_weight_gamma", self.gamma > 0.0, "above 0")
         self._want_at_least(0, "offset_noise")
         squared = self.loss == "l2" or self.loss_weight == "uniform"
         wanted = f"l2 with loss_weight {self.loss_weight}, a weight of squared errors"

@@ -1,12 +1,14 @@
 """Steering a sample towards its condition.
 
 Every kind of guidance here goes from a worse prediction through a better one and
-beyond: `worse + scale (better - worse)`. 0 is the worse one, 1 the better one alone.
+beyond: `worse + scale (better - worse)`. 0 is the worse one, 1 the better one.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Real
 
 from ldm_jax.diffusion.denoiser import Call, Denoiser, Predictor, ask
 from ldm_jax.types import PyTree
@@ -139,19 +141,37 @@ def rescaled(
     return guided * (1.0 + share * (wanted / jnp.maximum(found, TINY) - 1.0))
 
 
+def spread_scale(
+    scale: Real[Array, "*k"] | float | int, *, num_steps: int
+) -> Float[Array, " t"]:
+    """Give every step its guidance scale, so that all calls have one shape.
+
+    Args:
+      scale: One for all steps; or several, spread evenly from the first step to the
+        last with lines between them.
+      num_steps: Denoising steps.
+
+    Returns:
+      A scale per step, float32.
+    """
+    knots = jnp.atleast_1d(jnp.asarray(scale, jnp.float32))
+    places = jnp.linspace(0.0, 1.0, knots.shape[0], dtype=jnp.float32)
+    steps = jnp.linspace(0.0, 1.0, num_steps, dtype=jnp.float32)
+    return jnp.interp(steps, places, knots)
+
+
 def scales_of_calls(
-    scale: Float[Array, "*k"],
+    scales: Float[Array, " t"],
     *,
-    step: Float[Array, " n"],
-    ratio: Float[Array, " n"],
+    step: Int[Any, " n"],
+    ratio: Float[Any, " n"],
     interval: Float[Array, "2"],
 ) -> Float[Array, " n"]:
     """Say how strongly each network call is guided.
 
     Args:
-      scale: One for all steps; or several, spread evenly from the first step to the
-        last with lines between them.
-      step: Position of each call's step, 0 for the first and 1 for the last.
+      scales: Of each step.
+      step: Of each call.
       ratio: Noise-to-signal ratio sigma / alpha at each call.
       interval: Guide only where `low <= ratio <= high`; elsewhere the scale is 1.
 
@@ -161,8 +181,7 @@ def scales_of_calls(
     Source:
       Kynkäänniemi et al., arXiv:2404.07724, eq. 5 (interval).
     """
-    knots = jnp.atleast_1d(scale)
-    places = jnp.linspace(0.0, 1.0, knots.shape[0], dtype=knots.dtype)
-    by_call = jnp.interp(step, places, knots)
+    by_call = scales[step]
+    ratio = jnp.asarray(ratio, scales.dtype)
     inside = (ratio >= interval[0]) & (ratio <= interval[1])
     return jnp.where(inside, by_call, jnp.asarray(UNGUIDED_SCALE, by_call.dtype))

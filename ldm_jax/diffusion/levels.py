@@ -58,7 +58,8 @@ def make_levels(
     latent.
 
     - `trailing`: evenly, and the first is the noisiest; the default, but for EDM.
-    - `leading`: evenly, and the last is the least noisy; the first is not the noisiest.
+    - `leading`: evenly, and the last is next to the least noisy; the first is not the
+      noisiest.
     - `linspace`: evenly, from the noisiest to the least noisy.
     - `karras`: evenly in the seventh root of the noise-to-signal ratio; EDM's default.
     - `ldm`: latent-diffusion's, which need not have the steps asked for and ends at the

@@ -22,7 +22,7 @@ class Level(NamedTuple):
     """Noise levels: `x_t = alpha x_0 + sigma eps`.
 
     Attributes:
-      t: What the network is asked at; up to T.
+      t: What the network is asked at: an index, or a time that T scales.
       alpha: Weight of the clean latent, at least 0.
       sigma: Weight of unit-variance noise, in [0, 1].
     """

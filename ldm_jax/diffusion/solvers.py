@@ -17,7 +17,7 @@ from ldm_jax.diffusion.tables import (
     slope_of,
     tabulate,
 )
-from ldm_jax.types import TAKES_ETA, SamplerName
+from ldm_jax.types import TAKES_ETA, SamplerName, choices
 
 STOCHASTIC: frozenset[SamplerName] = frozenset(
     {"ddim", "ddpm", "euler_ancestral", "dpmpp_sde_2m", "lcm"}
@@ -49,7 +49,8 @@ def make_table(
       The table: float64 NumPy, but for what depends on a traced `eta`.
 
     Raises:
-      ValueError: If eps is predicted at a first level that has no signal.
+      ValueError: If the sampler is unknown, or eps is predicted at a first level that
+        has no signal.
 
     Source:
       Of each sampler, at its function below.
@@ -59,6 +60,8 @@ def make_table(
             "prediction: got 'eps' at a level without signal, where the noise says "
             "nothing of the image; wanted v, x0, flow or edm"
         )
+    if sampler not in SOLVERS:
+        raise ValueError(f"sampler: {choices(sampler, SOLVERS)}")
     rows = SOLVERS[sampler](levels)
     signal = slope_of(levels) if sampler in FOLLOW_THE_SLOPE else "x0"
     table = tabulate(rows, levels, signal, prediction=prediction, sigma_data=sigma_data)
@@ -108,13 +111,16 @@ def with_eta(table: Table, levels: Levels, eta: Float[Array, ""] | float) -> Tab
       Song et al., DDIM, arXiv:2010.02502, eq. 16.
     """
     xp = jnp if isinstance(eta, Array) else np
-    steps = range(levels.num_steps)
-    renewed = eta * xp.asarray([renewable(levels, i) for i in steps])
-    here = xp.asarray(levels.alpha[:-1]), xp.asarray(levels.sigma[:-1])
-    there = xp.asarray(levels.alpha[1:]), xp.asarray(levels.sigma[1:])
-    kept = xp.sqrt(xp.maximum(1.0 - xp.square(renewed), 0.0)) * there[1] / here[1]
-    mix = xp.stack([kept, there[0] - here[0] * kept], axis=-1)
-    return table._replace(mix=mix[:, None], noise=(renewed * there[1])[:, None])
+    whole = ancestral(levels, fresh=0.0)
+    kept, clean = np.asarray([row.mix[0] for row in whole]).T
+    most = [renewable(levels, i) for i in range(levels.num_steps)]
+    share = xp.square(eta * xp.asarray(most))
+    # What is kept less, in a form that does not cancel: 1 - sqrt(1 - share).
+    less = share / (1.0 + xp.sqrt(xp.maximum(1.0 - share, 0.0)))
+    lost, alpha = xp.asarray(kept) * less, xp.asarray(levels.alpha[:-1])
+    mix = [xp.asarray(kept) - lost, xp.asarray(clean) + alpha * lost]
+    noise = eta * xp.asarray(np.multiply(most, levels.sigma[1:]))
+    return table._replace(mix=xp.stack(mix, axis=-1)[:, None], noise=noise[:, None])
 
 
 def ddim(levels: Levels) -> list[Row]:

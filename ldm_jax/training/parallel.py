@@ -41,6 +41,11 @@ class PmapLayout:
         return len(self.devices) * jax.process_count()
 
     @property
+    def platform(self) -> str:
+        """What the devices are, in JAX's words."""
+        return self.devices[0].platform
+
+    @property
     def emulated(self) -> bool:
         """Whether several devices share one CPU."""
         return len(self.devices) > 1 and self.devices[0].platform == "cpu"

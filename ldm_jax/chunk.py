@@ -1,0 +1,167 @@
+"""The program that makes a chunk of images: what `make_sample_fn` compiles."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ldm_jax.diffusion.denoiser import Predictor
+from ldm_jax.diffusion.guidance import (
+    autoguidance,
+    classifier_free,
+    scales_of_calls,
+    unguided,
+)
+from ldm_jax.diffusion.levels import Levels
+from ldm_jax.diffusion.samplers import sample
+from ldm_jax.diffusion.solvers import Table, make_table
+from ldm_jax.edit import Edit, mix_conditions, paste, soften, start_of
+from ldm_jax.networks import Networks, SampleParams, decode, denoiser_of, prepare
+from ldm_jax.nn.conditioning import Condition, ConditionInputs
+from ldm_jax.types import SamplerName
+
+GuideName = Literal["none", "classifier_free", "autoguidance"]
+
+
+class Models(NamedTuple):
+    """The arrays of the models that a sample function asks.
+
+    Attributes:
+      params: Of the model.
+      weak: Of the worse model of autoguidance, or None.
+    """
+
+    params: SampleParams
+    weak: SampleParams | None
+
+
+class Knobs(NamedTuple):
+    """What may be turned without compiling anew, for all images alike.
+
+    Attributes:
+      scale: Guidance scale of each step.
+      rescale: Share of the contrast's correction, in [0, 1].
+      interval: Noise-to-signal ratios between which there is guidance.
+      eta: DDIM's share of renewed noise, in [0, 1].
+    """
+
+    scale: Float[Array, " t"]
+    rescale: Float[Array, ""]
+    interval: Float[Array, "2"]
+    eta: Float[Array, ""]
+
+
+class Inputs(NamedTuple):
+    """What makes an image, for each image.
+
+    Attributes:
+      keys: All of its randomness.
+      cond: What it shows.
+      uncond: What it is guided away from.
+      edit: What it starts from.
+    """
+
+    keys: Key[Array, " b"]
+    cond: ConditionInputs
+    uncond: ConditionInputs
+    edit: Edit
+
+
+class Plan(NamedTuple):
+    """What is compiled into a sample function.
+
+    Attributes:
+      networks: What to sample with.
+      sampler: Which sampler.
+      levels: The noise levels it visits.
+      whole: Whether those are all; False where an edit begins later.
+      guide: Which kind of guidance.
+      weak: The worse model of autoguidance, or None.
+      num_frames: Latents to keep on the way.
+      tile: Side of the decoder's tiles, in latents; 0 decodes at once.
+    """
+
+    networks: Networks
+    sampler: SamplerName
+    levels: Levels
+    whole: bool
+    guide: GuideName
+    weak: Networks | None
+    num_frames: int
+    tile: int
+
+
+def sample_chunk(
+    plan: Plan, models: Models, knobs: Knobs, inputs: Inputs
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b f h w c"]]:
+    """Make the images of one call, and their frames: the program that is compiled."""
+    params, edit = models.params, inputs.edit
+    networks = plan.networks
+    table = make_table(
+        plan.sampler,
+        plan.levels,
+        prediction=networks.prediction,
+        sigma_data=networks.sigma_data,
+        eta=knobs.eta,
+    )
+    start = start_of(
+        networks, params, inputs.keys, edit, levels=plan.levels, whole=plan.whole
+    )
+    trajectory = sample(
+        _predictor(plan, models, knobs, inputs, table),
+        start.x_start,
+        inputs.keys,
+        _prepare_mixed(networks, params, inputs),
+        table=table,
+        known=start.known,
+        num_frames=plan.num_frames,
+    )
+    images = paste(decode(networks, params, trajectory.x_0, tile=plan.tile), edit)
+    frames = jnp.zeros((0, *images.shape), images.dtype)
+    if plan.num_frames:
+        show = functools.partial(decode, networks, params, tile=plan.tile)
+        frames = jax.lax.map(show, trajectory.frames)
+    return images, jnp.moveaxis(frames, 0, 1)
+
+
+def _predictor(
+    plan: Plan, models: Models, knobs: Knobs, inputs: Inputs, table: Table
+) -> Predictor:
+    """Make what the sampler asks: the network, guided if it is to be."""
+    networks, params = plan.networks, models.params
+    denoise = denoiser_of(networks, params)
+    if plan.guide == "none":
+        return unguided(denoise)
+    scales = scales_of_calls(
+        knobs.scale, step=table.step, ratio=table.ratio, interval=knobs.interval
+    )
+    if plan.weak is not None and models.weak is not None:
+        return autoguidance(
+            denoise,
+            denoiser_of(plan.weak, models.weak),
+            weak_cond=_prepare_mixed(plan.weak, models.weak, inputs),
+            scales=scales,
+            rescale=knobs.rescale,
+        )
+    null_cond = prepare(networks, params, inputs.uncond)
+    if inputs.edit.other_cond is not None:
+        null_cond = soften(null_cond, num_classes=networks.num_classes)
+    return classifier_free(
+        denoise, null_cond=null_cond, scales=scales, rescale=knobs.rescale
+    )
+
+
+def _prepare_mixed(
+    networks: Networks, params: SampleParams, inputs: Inputs
+) -> Condition:
+    """Prepare the condition, or one between two."""
+    edit = inputs.edit
+    prepared = prepare(networks, params, inputs.cond)
+    if edit.other_cond is None or edit.weight is None:
+        return prepared
+    other = prepare(networks, params, edit.other_cond)
+    return mix_conditions(
+        prepared, other, edit.weight, num_classes=networks.num_classes
+    )
