@@ -26,6 +26,7 @@ T = TypeVar("T")
 BAD_INPUT_EXIT_CODE = 2
 FAILED_RUN_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
+MAX_NUMBERS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,10 @@ def parse_list(text: str, *, name: str, low: int, high: int) -> list[int]:
         outside = [end for end in (first, last) if not low <= end <= high]
         if outside:
             raise InputError(f"{name}: got {outside[0]}, wanted {low} to {high}")
+        if last - first >= MAX_NUMBERS:
+            raise InputError(
+                f"{name}: got {part.strip()}, wanted at most {MAX_NUMBERS} numbers"
+            )
         numbers.extend(range(first, last + 1))
     return numbers
 

@@ -15,7 +15,7 @@ from ldm_jax.images import to_float, to_uint8
 from ldm_jax.inversion import InvertFn, make_invert_fn
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
-from ldm_jax.studio import Studio, images_a_call, make_fn
+from ldm_jax.studio import Studio, images_at_once, make_fn, spread_over
 from ldm_jax.subjects import Shown, Subject, condition_inputs, shown_by_source
 from ldm_jax.types import SpacingName
 
@@ -49,15 +49,17 @@ def draw(
     """
     if not subjects:
         return
-    settings, layout = studio.settings, studio.layout
+    settings, layout = studio.settings, spread_over(studio)
     guided = any(subject.shown for subject in subjects) or studio.weak is not None
     sample_fn = make_fn(studio, guided=guided, num_frames=num_frames)
-    params = layout.replicate(studio.run.params)
-    weak_params = layout.replicate(studio.weak.params) if studio.weak else None
+    params = studio.run.params
+    weak_params = studio.weak.params if studio.weak else None
+    if layout is not None:
+        params, weak_params = layout.replicate((params, weak_params))
     given, invert_fn = given_picture(studio), invert_fn_of(studio)
     scale = settings.guidance_scale
     high = EVERYWHERE[1] if settings.guidance_high is None else settings.guidance_high
-    size = images_a_call(studio)
+    size = images_at_once(studio)
     for start in range(0, len(subjects), size):
         part = subjects[start : start + size]
         shown = [subject.shown for subject in part]
@@ -164,12 +166,14 @@ def edit_of(
 def invert(
     studio: Studio, invert_fn: InvertFn, image: Array, subjects: list[Subject]
 ) -> Array:
-    """Find the noise that a picture comes from, whatever it is told to show."""
+    """Find the noise that a picture comes from, once for all it is told to show."""
     config = studio.run.config
     shown = [subject.shown for subject in subjects]
     shown = shown_by_source(config, studio.settings, shown)
-    images = repeated(image, len(subjects))
-    return invert_fn(studio.run.params, images, condition_inputs(config, shown)[0])
+    kinds = [dict(items) for items in dict.fromkeys(tuple(s.items()) for s in shown)]
+    cond = condition_inputs(config, kinds)[0]
+    found = invert_fn(studio.run.params, repeated(image, len(kinds)), cond)
+    return found[np.asarray([kinds.index(one) for one in shown])]
 
 
 def repeated(x: Array, num: int) -> Array:

@@ -13,7 +13,7 @@ from ldm_jax.images import grid, read_png, write_png
 from ldm_jax.pictures import reading
 from ldm_jax.recipes import differences, texts_of, write_recipe
 from ldm_jax.requests import SampleRequest
-from ldm_jax.studio import Studio, images_a_call, open_studio
+from ldm_jax.studio import Studio, images_at_once, open_studio
 from ldm_jax.subjects import Subject, condition_inputs, subjects_of
 from ldm_jax.types import InputError
 
@@ -69,7 +69,11 @@ def write_gallery(request: SampleRequest) -> list[Path]:
         for i, path in enumerate(paths)
         if not (path.exists() and is_made(path, recipe(i), overwrite=request.overwrite))
     }
-    mine = [i for i in share(len(subjects), studio) if i in missing]
+    mine = [
+        i
+        for i in share(len(subjects), studio, turn=request.turn, turns=request.turns)
+        if i in missing
+    ]
     done = len(subjects) - len(missing)
     with tqdm(
         total=done + len(mine), initial=done, unit=" images", mininterval=1.0
@@ -78,7 +82,7 @@ def write_gallery(request: SampleRequest) -> list[Path]:
         for i, picture in zip(mine, pictures, strict=True):
             write_png(paths[i], picture.image, recipe(i))
             bar.update()
-    if studio.layout.process_index:
+    if request.turn:
         return []
     return write_sheets(request, studio, subjects, paths)
 
@@ -131,13 +135,12 @@ def is_whole(picture: Image.Image) -> bool:
     return True
 
 
-def share(num: int, studio: Studio) -> list[int]:
+def share(num: int, studio: Studio, *, turn: int, turns: int) -> list[int]:
     """Take this process' images of all: whole calls, in turn.
 
     Whatever is there already, so that processes that look at different times agree.
     """
-    size, layout = images_a_call(studio), studio.layout
-    turn, turns = layout.process_index, layout.process_count
+    size = images_at_once(studio)
     return [i for i in range(num) if i // size % turns == turn]
 
 
@@ -156,13 +159,14 @@ def write_sheets(
 ) -> list[Path]:
     """Write the grid, and the trajectory if it was asked for."""
     sheet = sheet_of(request, len(subjects))
-    found = [i for i in sheet.indices if paths[i].exists()]
     written = [paths[0], request.out / "grid.png"]
-    images = np.stack([read_png(paths[i]) for i in found])
-    write_png(written[-1], grid(images, columns=sheet.columns))
+    # Another process may not be there yet: its images are left black.
+    blank = np.zeros_like(read_png(paths[0]))
+    images = [read_png(paths[i]) if paths[i].exists() else blank for i in sheet.indices]
+    write_png(written[-1], grid(np.stack(images), columns=sheet.columns))
     if request.trajectory:
         written.append(request.out / "trajectory.png")
-        shown = [subjects[i] for i in found]
+        shown = [subjects[i] for i in sheet.indices]
         write_png(written[-1], trajectories(studio, shown))
     return written
 

@@ -47,13 +47,7 @@ def replay(request: ReplayRequest) -> Replay:
       RunError: If no checkpoint is intact.
     """
     subject, settings, texts = read_recipe(request.image)
-    if request.workdir is not None or request.weights is not None:
-        settings = dataclasses.replace(
-            settings,
-            workdir=None if request.workdir is None else str(request.workdir),
-            weights=None if request.weights is None else str(request.weights),
-        )
-    studio = _reopen(settings)
+    studio = _reopen(dataclasses.replace(settings, **request.moved))
     try:
         check_subject(studio.run.config, subject)
     except InputError as error:

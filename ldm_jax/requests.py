@@ -10,6 +10,7 @@ from ldm_jax.settings import Settings
 from ldm_jax.types import InputError
 
 MAX_SEED = 2**32 - 1
+PLACES = ("workdir", "weights", "tokenizer", "autoguidance", "image", "mask")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class SampleArguments:
     """Folder of the run, as given to train.py."""
     weights: Path | None = None
     """Instead of a run: a diffusers folder, or a file in CompVis naming."""
+    step: int | None = None
+    """Checkpoint of the run to take, by its step; the newest by default."""
     replay: Path | None = None
     """Make an image again from the recipe in its PNG, and compare every pixel."""
     out: Path = Path("samples")
@@ -48,9 +51,9 @@ class SampleArguments:
     karras (EDM's default) or ldm (the original's)."""
     eta: float | None = None
     """DDIM's share of fresh noise, 0 to 1 (default 0); for ddim alone."""
-    guidance_scale: str = "2.0"
-    """0 ignores the label or text, 1 follows it, more exaggerates it. Several, as in
-    1,4,1, are spread over the steps with lines between."""
+    guidance_scale: str | None = None
+    """0 ignores the label or text, 1 follows it, more exaggerates it (default 2; 1 with
+    --invert). Several, as in 1,4,1, are spread over the steps with lines between."""
     guidance_rescale: float = 0.0
     """Share of the contrast's correction under guidance, 0 to 1; 0.7 is usual."""
     guidance_interval: tuple[float, float] | None = None
@@ -80,7 +83,11 @@ class SampleArguments:
     tile: int = 0
     """Decode in tiles of this many latents, for large images; 0 decodes at once."""
     trajectory: bool = False
-    """Also write trajectory.png: the denoising, a row an image."""
+    """Also write trajectory.png: the denoising, a row an image (draws those of the grid
+    a second time)."""
+    process: str = "0/1"
+    """This process' share of the images, as in 0/4, 1/4 ... for four commands that
+    write to one folder; the first one draws the grid of what it finds."""
     config: Path | None = None
     """Config of weights whose file does not hold it."""
     tokenizer: Path | None = None
@@ -101,6 +108,8 @@ class SampleRequest:
       seeds: Seeds for each class or text, in order.
       interpolate: Images from the first to the second, or 0.
       trajectory: Whether the denoising is drawn.
+      turn: Which of the processes this is, from 0.
+      turns: How many share the images.
     """
 
     settings: Settings
@@ -112,6 +121,8 @@ class SampleRequest:
     seeds: list[int]
     interpolate: int
     trajectory: bool
+    turn: int
+    turns: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,13 +131,12 @@ class ReplayRequest:
 
     Attributes:
       image: The PNG.
-      workdir: The run, if it is not where the recipe says; or None.
-      weights: The weights likewise.
+      moved: Where what it was made with is now, by the names of `Settings`; what is
+        not in here is where the recipe says.
     """
 
     image: Path
-    workdir: Path | None
-    weights: Path | None
+    moved: dict[str, str | None]
 
 
 def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
@@ -161,6 +171,7 @@ def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
         raise InputError(f"--out: {given.out} is a file, wanted a folder")
     settings = _settings(given)
     seeds = parse_list(given.seeds, name="--seeds", low=0, high=MAX_SEED)
+    turn, turns = _share(given.process)
     if given.interpolate == 1 or given.interpolate < 0:
         raise InputError(f"--interpolate: got {given.interpolate}, wanted 2 or more")
     if given.interpolate and given.image is not None:
@@ -180,11 +191,13 @@ def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
         seeds=seeds,
         interpolate=given.interpolate,
         trajectory=given.trajectory,
+        turn=turn,
+        turns=turns,
     )
 
 
 def _replay(given: SampleArguments) -> ReplayRequest:
-    may = {"replay", "workdir", "weights"}
+    may = {"replay", *PLACES}
     fields = dataclasses.fields(given)
     for field in fields:
         if field.name not in may and getattr(given, field.name) != field.default:
@@ -197,7 +210,20 @@ def _replay(given: SampleArguments) -> ReplayRequest:
     image = Path(str(given.replay))
     if not image.is_file():
         raise InputError(f"--replay: no file {image}; wanted a PNG that was made here")
-    return ReplayRequest(image=image, workdir=given.workdir, weights=given.weights)
+    moved = {name: _text(getattr(given, name)) for name in PLACES}
+    moved = {name: place for name, place in moved.items() if place is not None}
+    if "workdir" in moved or "weights" in moved:
+        models: dict[str, str | None] = {"workdir": None, "weights": None}
+        return ReplayRequest(image=image, moved={**models, **moved})
+    return ReplayRequest(image=image, moved=dict(moved))
+
+
+def _share(text: str) -> tuple[int, int]:
+    turn, slash, turns = text.partition("/")
+    numbers = slash and turn.isascii() and turn.isdigit() and turns.isdigit()
+    if not numbers or int(turn) >= int(turns):
+        raise InputError(f"--process: got {text!r}, wanted one of several, as in 0/4")
+    return int(turn), int(turns)
 
 
 def _settings(given: SampleArguments) -> Settings:
@@ -211,17 +237,19 @@ def _settings(given: SampleArguments) -> Settings:
             f"--guidance-interval: got {low:g} {high:g}, wanted two rising numbers "
             "from 0 on, as in 0.5 5 or 0.5 inf"
         )
+    usual = "1.0" if given.invert else "2.0"
     try:
         return Settings(
             workdir=_text(given.workdir),
             weights=_text(given.weights),
+            step=given.step,
             config_file=_text(given.config),
             tokenizer=_text(given.tokenizer),
             sampler=given.sampler,
             spacing=given.spacing,
             steps=given.steps,
             eta=given.eta or 0.0,
-            guidance_scale=_scales(given.guidance_scale),
+            guidance_scale=_scales(given.guidance_scale or usual),
             guidance_rescale=given.guidance_rescale,
             guidance_low=low,
             guidance_high=None if high == math.inf else high,

@@ -31,6 +31,7 @@ class Settings(Checked):
     Attributes:
       workdir: Folder of the run, or None.
       weights: Weights from elsewhere, or None.
+      step: Checkpoint of the run's second stage, or None for the newest.
       config_file: Config of the weights, or None.
       tokenizer: Folder of the tokenizer, or None.
       sampler: One of `SAMPLER_NAMES`.
@@ -55,6 +56,7 @@ class Settings(Checked):
 
     workdir: str | None
     weights: str | None
+    step: int | None
     config_file: str | None
     tokenizer: str | None
     sampler: str
@@ -87,6 +89,11 @@ class Settings(Checked):
         if self.spacing is not None and self.spacing not in SPACING_NAMES:
             raise InputError(f"spacing: {choices(self.spacing, SPACING_NAMES)}")
         self._want("steps", self.steps >= 1, "at least 1")
+        if self.step is not None and self.workdir is None:
+            raise InputError(
+                f"step: got {self.step} without --workdir, wanted none: weights have "
+                "no checkpoints"
+            )
         self._want("eta", 0.0 <= self.eta <= 1.0, "0 to 1")
         if self.eta and self.sampler not in TAKES_ETA:
             raise InputError(

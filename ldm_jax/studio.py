@@ -1,6 +1,7 @@
 """A model, its settings and its canvas, ready to draw any number of subjects."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -10,7 +11,7 @@ import numpy as np
 from ldm_jax.config import Config
 from ldm_jax.config import digest as config_digest
 from ldm_jax.generate import SampleFn, make_sample_fn
-from ldm_jax.networks import Networks, downsampling
+from ldm_jax.networks import Networks, downsampling, images_a_call
 from ldm_jax.pictures import Canvas, lay_canvas
 from ldm_jax.run import Run, load_run, load_weights
 from ldm_jax.settings import Settings
@@ -52,6 +53,13 @@ def open_studio(settings: Settings) -> Studio:
       RunError: If no checkpoint is intact.
     """
     run = open_run(settings)
+    if settings.step not in (None, run.step):
+        raise InputError(
+            f"--step: got {settings.step}, but {settings.workdir} holds weights alone, "
+            "without checkpoints; wanted none"
+        )
+    if settings.workdir is not None and run.step:
+        settings = dataclasses.replace(settings, step=run.step)
     check_settings(run.config, settings)
     settings = with_strength(run.config, settings)
     canvas = lay_canvas(run.config, settings)
@@ -62,14 +70,13 @@ def open_studio(settings: Settings) -> Studio:
     )
     weak = open_weak(run, settings)
     layout = PmapLayout()
-    device = layout.devices[0]
     made_with = {
         "checkpoint": run.digest,
         **({"autoguidance_checkpoint": weak.digest} if weak else {}),
         **({"config": config_digest(run.config)} if settings.config_file else {}),
         **canvas.digests,
         "chunk": str(networks.chunk),
-        "platform": f"{device.platform} {device.device_kind}",
+        "platform": platform_text(layout),
     }
     studio = Studio(run, weak, networks, canvas, settings, layout, made_with)
     try:
@@ -151,7 +158,7 @@ def open_run(settings: Settings) -> Run:
     """Load the run or the weights that settings name."""
     tokenizer = None if settings.tokenizer is None else Path(settings.tokenizer)
     if settings.workdir is not None:
-        return load_run(settings.workdir, tokenizer=tokenizer)
+        return load_run(settings.workdir, tokenizer=tokenizer, step=settings.step)
     config = settings.config_file
     return load_weights(
         Path(str(settings.weights)),
@@ -178,10 +185,32 @@ def make_fn(studio: Studio, *, guided: bool, num_frames: int) -> SampleFn:
         strength=1.0 if settings.strength is None else settings.strength,
         num_frames=num_frames,
         tile=settings.tile,
-        layout=studio.layout,
+        layout=spread_over(studio),
     )
 
 
-def images_a_call(studio: Studio) -> int:
+def platform_text(layout: PmapLayout) -> str:
+    """Say what the bits of an image depend on beside the versions: the processor.
+
+    On a CPU also the number of its cores, since XLA cuts its work by them.
+    """
+    device = layout.devices[0]
+    text = f"{layout.platform} {device.device_kind}"
+    if layout.platform != "cpu":
+        return text
+    cores = len(os.sched_getaffinity(0))
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return f"cpu {names[0] if names else device.device_kind}, {cores} cores"
+
+
+def spread_over(studio: Studio) -> PmapLayout | None:
+    """Return the layout where there are several devices, or None for one alone."""
+    return studio.layout if len(studio.layout.devices) > 1 else None
+
+
+def images_at_once(studio: Studio) -> int:
     """Return how many images all devices make at once."""
-    return studio.networks.chunk * len(studio.layout.devices)
+    layout = studio.layout
+    return images_a_call(studio.networks, layout.platform) * len(layout.devices)

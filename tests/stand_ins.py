@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ldm_jax import edit, generate, inversion, studio
+from ldm_jax import chunk, edit, generate, inversion, studio
 from ldm_jax.config import ConditionConfig, Config
 from ldm_jax.nn.tiling import decode_in_tiles
 from ldm_jax.training.parallel import PmapLayout
@@ -95,11 +95,11 @@ def make_once(networks: Any, *, weak: Any, layout: Any, **settings: Any) -> Any:
 def no_networks() -> Iterator[None]:
     """Put the formulas in place, on one device, each kind of sampling traced once."""
     with pytest.MonkeyPatch.context() as patch:
-        for room in (generate, inversion):
+        for room in (chunk, inversion):
             patch.setattr(room, "denoiser_of", denoiser_of)
         for room in (edit, inversion):
             patch.setattr(room, "encode_images", encode_images)
-        patch.setattr(generate, "decode", decode)
+        patch.setattr(chunk, "decode", decode)
         patch.setattr(studio, "PmapLayout", one_device)
         patch.setattr(studio, "make_sample_fn", make_once)
         yield

@@ -10,6 +10,7 @@ import pytest
 from PIL import PngImagePlugin
 
 from ldm_jax import gallery
+from ldm_jax.build import build_networks
 from ldm_jax.drawing import draw
 from ldm_jax.images import read_png, read_texts, write_png
 from ldm_jax.studio import Studio
@@ -226,11 +227,10 @@ def test_processes_share_whole_calls_in_turn(processes):
     shares = []
     for index in range(processes):
         fields: dict[str, Any] = dict.fromkeys(Studio._fields)
-        fields["networks"] = SimpleNamespace(chunk=3)
-        fields["layout"] = SimpleNamespace(
-            devices=[0, 1], process_index=index, process_count=processes
-        )
-        shares.append(gallery.share(num, Studio(**fields)))
+        fields["networks"] = build_networks(config_with())._replace(chunk=3)
+        fields["layout"] = SimpleNamespace(devices=[0, 1], platform="tpu")
+        studio = Studio(**fields)
+        shares.append(gallery.share(num, studio, turn=index, turns=processes))
     assert sorted(i for share in shares for i in share) == list(range(num))
     for index, share in enumerate(shares):
         assert share == sorted(share)
@@ -243,3 +243,13 @@ def test_a_trajectory_comes_beside_images_that_are_there(run, out):
     assert {n: snapshot(out)[n] for n in NAMES} == {n: kept[n] for n in NAMES}
     height, width, _ = read_png(out / "trajectory.png").shape
     assert (height, width) == (6 * 66 + 2, 3 * 66 + 2)
+
+
+def test_several_processes_make_what_one_makes(run, whole, tmp_path):
+    for turn in (1, 2):
+        args = ["--workdir", run, "--out", tmp_path, *REQUEST]
+        sample_here(*args, "--process", f"{turn}/3")
+    assert not (tmp_path / "grid.png").exists()
+    assert not (tmp_path / NAMES[0]).exists()
+    sample_here("--workdir", run, "--out", tmp_path, *REQUEST, "--process", "0/3")
+    assert contents(tmp_path) == contents(whole)

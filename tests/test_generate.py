@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import generate
+from ldm_jax import chunk
 from ldm_jax.build import build_networks
 from ldm_jax.diffusion.levels import make_levels
 from ldm_jax.diffusion.samplers import starting_noise
@@ -95,13 +96,13 @@ def test_one_device_and_eight_draw_the_same_bits():
 
 def test_turning_any_knob_compiles_nothing(monkeypatch):
     traces = []
-    traced = generate.decode
+    traced = chunk.decode
 
     def counted(*args, **kwargs):
         traces.append(1)
         return traced(*args, **kwargs)
 
-    monkeypatch.setattr(generate, "decode", counted)
+    monkeypatch.setattr(chunk, "decode", counted)
     networks, params = model("tiny")
     fn = make_sample_fn(networks, sampler="ddim", num_steps=2)
     rng, drawn = np.random.RandomState(0), []
@@ -111,7 +112,7 @@ def test_turning_any_knob_compiles_nothing(monkeypatch):
             params,
             image_keys([int(seed) for seed in rng.randint(0, 2**31, num)]),
             labels(*(int(label) for label in rng.randint(0, 10, num))),
-            int(rng.randint(0, 9)) if i % 2 else float(rng.uniform(0, 9)),
+            [3, float(rng.uniform(0, 9)), jnp.asarray(rng.rand(i + 1))][i % 3],
             float(rng.uniform(0, 1)),
             labels(*(int(label) for label in rng.randint(0, 11, num))),
             guidance_rescale=float(rng.uniform(0, 1)),
@@ -124,13 +125,13 @@ def test_turning_any_knob_compiles_nothing(monkeypatch):
 
 def test_prompts_are_inputs_too(monkeypatch):
     traces = []
-    traced = generate.decode
+    traced = chunk.decode
 
     def counted(*args, **kwargs):
         traces.append(1)
         return traced(*args, **kwargs)
 
-    monkeypatch.setattr(generate, "decode", counted)
+    monkeypatch.setattr(chunk, "decode", counted)
     networks, params = model("text")
     fn = make_sample_fn(networks, sampler="ddim", num_steps=1)
     for i in range(3):
@@ -210,8 +211,48 @@ def test_what_a_sample_function_cannot_do_is_refused():
         with pytest.raises(ValueError, match=message):
             make(**settings)
     fn = sampler_fn("plms")
-    with pytest.raises(ValueError, match="eta: got 0.3 with plms, which has none"):
+    with pytest.raises(ValueError, match=r"eta: got 0\.3 with plms, which has none"):
         fn(model("tiny")[1], image_keys([0]), labels(0), 1.0, 0.3)
+
+
+def test_inputs_that_do_not_fit_each_other_are_refused():
+    params = model("tiny")[1]
+    fn, keys, tail = sampler_fn(), image_keys([0, 1]), {"strength": 0.5}
+    mask = jnp.ones((2, 8, 8, 1))
+    cases = (
+        (lambda: fn(params, keys, labels(1)), "cond: got .1,. images, wanted 2"),
+        (lambda: fn(params, keys[:0], labels()), "keys: got none"),
+        (lambda: fn(params, keys, labels(1, 77)), "cond.label: got 77, wanted 0 to 10"),
+        (
+            lambda: fn(params, keys, labels(1, 2), weak_params=params),
+            "weak_params: wanted with `weak`",
+        ),
+        (
+            lambda: fn(params, keys, labels(1, 2), guidance_rescale=7),
+            "guidance_rescale: got 7",
+        ),
+        (
+            lambda: fn(params, keys, labels(1, 2), guidance_interval=(2.0, 1.0)),
+            "guidance_interval",
+        ),
+        (
+            lambda: fn(params, keys, labels(1, 2), edit=Edit(weight=jnp.ones(2))),
+            "edit.weight",
+        ),
+        (
+            lambda: fn(
+                params, keys, labels(1, 2), edit=Edit(mask=jnp.ones((2, 8, 8, 1)))
+            ),
+            "edit.mask",
+        ),
+        (
+            lambda: sampler_fn(num_steps=4, **tail)(params, keys, labels(1, 2)),
+            "strength: got below 1",
+        ),
+    )
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_a_picture_starts_as_noisy_as_the_strength_says():
@@ -316,7 +357,7 @@ def test_tiles_cover_everything_and_overlap_by_a_quarter():
     for size in range(8, 70):
         starts = tile_starts(size, 8)
         assert starts[0] == 0 and starts[-1] == size - 8
-        assert all(b - a <= 6 for a, b in zip(starts, starts[1:], strict=False))
+        assert all(b - a <= 6 for a, b in itertools.pairwise(starts))
     assert (ramp(8, tile=8, factor=2) > 0).all()
 
 

@@ -212,3 +212,16 @@ def test_a_model_that_has_moved_is_found_where_it_is_said_to_be(
     sample_here("--replay", plain, "--weights", things / "run")
     said = capsys.readouterr()
     assert "is the same" in said.out and said.err == ""
+
+
+def test_a_picture_that_has_moved_is_found_where_it_is_said_to_be(
+    things, made, capsys, tmp_path
+):
+    path = shutil.copy(made("a hole"), tmp_path / "hole.png")
+    gone = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask")}
+    rewrite(path, **with_setting(read_texts(path), **gone))
+    assert "--image: no file" in refusal(capsys, "--replay", path)
+    args = ["--image", things / "image.png", "--mask", things / "mask.png"]
+    sample_here("--replay", path, *args)
+    said = capsys.readouterr()
+    assert "is the same" in said.out and said.err == ""
