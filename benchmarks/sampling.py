@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,8 +87,10 @@ def draw_model(config: Config) -> Model:
         return np.ones(shape, np.float32)
 
     shapes = network_shapes(config)
-    trees = [jax.tree_util.tree_map_with_path(draw, tree) for tree in shapes]
-    return Model(config, *trees, LATENT_SCALE)
+    first, second, conditioner = (
+        jax.tree_util.tree_map_with_path(draw, tree) for tree in shapes
+    )
+    return Model(config, first, second, conditioner, LATENT_SCALE)
 
 
 class Case(NamedTuple):
@@ -144,6 +146,7 @@ def their_sample(case: Case, folder: Path, *, compiled: bool) -> Draw:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers
+    library: Any = diffusers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")  # JAX's default on GPUs too
@@ -151,10 +154,10 @@ def their_sample(case: Case, folder: Path, *, compiled: bool) -> Draw:
     name = "UNet2DModel" if has_labels else "UNet2DConditionModel"
     parts = [(name, "unet"), ("AutoencoderKL", "vae")]
     unet, vae = (
-        getattr(diffusers, cls).from_pretrained(folder, subfolder=sub).to(device).eval()
+        getattr(library, cls).from_pretrained(folder, subfolder=sub).to(device).eval()
         for cls, sub in parts
     )
-    scheduler = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler = library.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     decoder = vae.decode
     if compiled:
         unet = torch.compile(unet, dynamic=False)
@@ -232,7 +235,9 @@ def take_turns(draws: dict[str, Draw], *, rounds: int) -> dict[str, list[float]]
     return seconds
 
 
-def measure(config: Config, model: Model, folder: Path, args: argparse.Namespace):
+def measure(
+    config: Config, model: Model, folder: Path, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """Measure every batch size; yield a row of figures for each."""
     for batch in args.batches:
         case = make_case(config, model, batch=batch, steps=args.steps)
@@ -282,13 +287,14 @@ def to_text(row: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {seconds:.3f} | {speed:.3g} | {ratio:.2f} | {apart:.0e} |"
         )
-    lines.append(
-        f"a step {row['ms_per_step']:.2f} ms; the network in it {row['ms_network']:.2f} "
-        f"ms (scan {row['scan_overhead']:+.1%}); as one plain batch "
-        f"{row['ms_bare_network']:.2f} ms (network {row['network_over_bare']:+.1%}); "
-        f"decoder {row['ms_decoder']:.1f} ms; {row['gflop_per_step']:.2f} GFLOP a step, "
-        f"{row['gflops_per_second']:.1f} GFLOP/s over the whole sample"
-    )
+    lines += [
+        f"a step {row['ms_per_step']:.2f} ms, of which the network as it is called "
+        f"{row['ms_network']:.2f} ms: the scan adds {row['scan_overhead']:+.1%}",
+        f"the network as one plain batch {row['ms_bare_network']:.2f} ms: as it is "
+        f"called {row['network_over_bare']:+.1%}",
+        f"decoder {row['ms_decoder']:.1f} ms; {row['gflop_per_step']:.2f} GFLOP a "
+        f"step, {row['gflops_per_second']:.1f} GFLOP/s over the whole sample",
+    ]
     return "\n".join(lines)
 
 

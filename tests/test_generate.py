@@ -240,9 +240,7 @@ def test_inputs_that_do_not_fit_each_other_are_refused():
             "edit.weight",
         ),
         (
-            lambda: fn(
-                params, keys, labels(1, 2), edit=Edit(mask=jnp.ones((2, 8, 8, 1)))
-            ),
+            lambda: fn(params, keys, labels(1, 2), edit=Edit(mask=mask)),
             "edit.mask",
         ),
         (
