@@ -161,8 +161,9 @@ def test_condition_dropout_trains_the_null_class_and_only_as_often_as_asked():
         return np.asarray(moved.any(axis=-1))
 
     null = CONFIG.data.num_classes
-    assert not used(0.0)[null] and used(0.0)[:null].any()
-    assert used(1.0)[null] and not used(1.0)[:null].any()
+    never, always = used(0.0), used(1.0)
+    assert not never[null] and never[:null].any()
+    assert always[null] and not always[:null].any()
 
 
 SMALL = {"channel_multipliers": (1,), "attention_downsampling": ()}
