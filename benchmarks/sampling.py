@@ -17,11 +17,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ldm_jax.build import build_networks
 from ldm_jax.cli import load_config_file
@@ -39,8 +40,8 @@ from ldm_jax.interop.write import write_folder
 from ldm_jax.networks import (
     Networks,
     SampleParams,
-    decode,
     denoiser_of,
+    images_a_call,
     null_condition,
     prepare,
 )
@@ -51,7 +52,9 @@ MAX_SCAN_OVERHEAD = 0.03
 MAX_DIFFERENCE = 1e-2
 SCALE = 2.0
 LATENT_SCALE = 0.5
+REST, SHORTEST = 0.3, 0.5
 Draw = Callable[[], Any]
+Pass = Callable[[SampleParams, jax.Array], jax.Array]
 
 
 def text_config() -> Config:
@@ -186,49 +189,64 @@ def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
     """Make the parts of our sample, and count the operations of one forward pass.
 
     Returns:
-      `network`: the network as the sampler calls it, as often as a sample does; `bare`:
-      the same as one plain batch; `decoder`. And the floating-point operations of a
-      bare forward pass of condition and no condition, as XLA counts them.
+      `network`: the passes of the network for the whole batch, in the calls that the
+      sampler makes (on a CPU, an image each); `plain`: the same as one plain batch;
+      `one step`: a sample of one step, for what a sample costs around its steps. And
+      the floating-point operations of a pass of the whole batch, with condition and
+      without, as XLA counts them.
     """
-    networks, params = case.networks, case.params
+    networks, params, batch = case.networks, case.params, len(case.noise)
     null = null_condition(networks, case.cond)
     pair = [prepare(networks, params, inputs) for inputs in (null, case.cond)]
-    cond = jax.tree.map(lambda *rows: jnp.concatenate(rows), *pair)
-    x_t = jnp.concatenate([jnp.asarray(case.noise)] * 2)
-    t = jnp.full(len(x_t), 500.0)
-    decoder = jax.jit(lambda p, x: decode(networks, p, x))
+    size = images_a_call(networks, jax.default_backend())
 
-    def bare(params: SampleParams, x: jax.Array) -> jax.Array:
-        variables = {"params": params.unet}
-        return cast(jax.Array, networks.unet.apply(variables, x, t, cond))
+    def network(num: int) -> tuple[Pass, jax.Array]:
+        cond = jax.tree.map(
+            lambda *rows: jnp.concatenate([r[:num] for r in rows]), *pair
+        )
+        t = jnp.full(2 * num, 500.0)
 
-    def as_called(params: SampleParams, x: jax.Array) -> jax.Array:
-        return denoiser_of(networks, params)(x, t, cond)
+        def forward(params: SampleParams, x: jax.Array) -> jax.Array:
+            return denoiser_of(networks, params)(x, t, cond)
 
-    def repeated(fn: Callable[[SampleParams, jax.Array], jax.Array]) -> Draw:
+        return forward, jnp.concatenate([jnp.asarray(case.noise[:num])] * 2)
+
+    def repeated(num: int) -> Draw:
+        forward, x_t = network(num)
+
         # One program: a call from Python costs 0.2 ms, which no sampler step pays.
         # Each pass needs the one before, and stays near the start.
         @jax.jit
-        def run(params: SampleParams, x: jax.Array) -> jax.Array:
-            step = lambda _, y: x + 1e-3 * fn(params, y)  # noqa: E731
+        def run(params: SampleParams, x: Array) -> Array:
+            def step(_: int, y: jax.Array) -> jax.Array:
+                return x + 1e-3 * forward(params, y)
+
             return jax.lax.fori_loop(0, case.steps, step, x)
 
-        return lambda: jax.block_until_ready(run(params, x_t))
+        def several() -> None:
+            for _ in range(batch // num):
+                jax.block_until_ready(run(params, x_t))
 
-    draws: dict[str, Draw] = {
-        "network": repeated(as_called),
-        "bare": repeated(bare),
-        "decoder": lambda: np.asarray(decoder(params, jnp.asarray(case.noise))),
+        return several
+
+    forward, x_t = network(batch)
+    cost: Any = jax.jit(forward).lower(params, x_t).cost_analysis()
+    parts = {
+        "network": repeated(size),
+        "plain": repeated(batch),
+        "one step": our_sample(case._replace(steps=1)),
     }
-    cost: Any = jax.jit(bare).lower(params, x_t).cost_analysis()
-    return draws, float(cost["flops"])
+    return parts, float(cost["flops"])
 
 
 def take_turns(draws: dict[str, Draw], *, rounds: int) -> dict[str, list[float]]:
     """Time everything once a round, so that a slow moment of the machine hits all.
 
+    Before each the machine rests, as threads of one library linger and disturb the
+    next; what is short is done several times.
+
     Args:
-      draws: What to time; each is called once before.
+      draws: What to time; each was called before.
       rounds: How often.
 
     Returns:
@@ -237,9 +255,13 @@ def take_turns(draws: dict[str, Draw], *, rounds: int) -> dict[str, list[float]]
     seconds: dict[str, list[float]] = {name: [] for name in draws}
     for _ in range(rounds):
         for name, draw in draws.items():
-            began = time.perf_counter()
+            time.sleep(REST)
             draw()
-            seconds[name].append(time.perf_counter() - began)
+            times, began = 0, time.perf_counter()
+            while not times or time.perf_counter() - began < SHORTEST:
+                draw()
+                times += 1
+            seconds[name].append((time.perf_counter() - began) / times)
     return seconds
 
 
@@ -257,11 +279,15 @@ def measure(
         first = {name: draw() for name, draw in (draws | parts).items()}
         seconds = take_turns(draws | parts, rounds=args.rounds)
         median = {name: statistics.median(s) for name, s in seconds.items()}
-        loops = [
-            (whole - decoder) / network - 1
-            for whole, decoder, network in zip(
-                seconds["ours"], seconds["decoder"], seconds["network"], strict=True
-            )
+        rest = case.steps - 1
+        each = [
+            (whole - one) / rest
+            for whole, one in zip(seconds["ours"], seconds["one step"], strict=True)
+        ]
+        step, network = statistics.median(each), median["network"] / case.steps
+        over = [
+            case.steps * one / all_passes - 1
+            for one, all_passes in zip(each, seconds["network"], strict=True)
         ]
         theirs = [name for name in draws if name != "ours"]
         yield {
@@ -273,12 +299,12 @@ def measure(
                 name: float(np.abs(first[name] - first["ours"]).max())
                 for name in theirs
             },
-            "ms_per_step": 1e3 * (median["ours"] - median["decoder"]) / case.steps,
-            "ms_network": 1e3 * median["network"] / case.steps,
-            "ms_bare_network": 1e3 * median["bare"] / case.steps,
-            "ms_decoder": 1e3 * median["decoder"],
-            "scan_overhead": statistics.median(loops),
-            "network_over_bare": median["network"] / median["bare"] - 1,
+            "ms_per_step": 1e3 * step,
+            "ms_network": 1e3 * network,
+            "ms_plain_batch": 1e3 * median["plain"] / case.steps,
+            "ms_around": 1e3 * (median["one step"] - step),
+            "scan_overhead": statistics.median(over),
+            "calls_over_plain": median["network"] / median["plain"] - 1,
             "gflop_per_step": flops / 1e9,
             "gflops_per_second": flops * case.steps / median["ours"] / 1e9,
         }
@@ -298,9 +324,10 @@ def to_text(row: dict[str, Any]) -> str:
     lines += [
         f"a step {row['ms_per_step']:.2f} ms, of which the network as it is called "
         f"{row['ms_network']:.2f} ms: the scan adds {row['scan_overhead']:+.1%}",
-        f"the network as one plain batch {row['ms_bare_network']:.2f} ms: as it is "
-        f"called {row['network_over_bare']:+.1%}",
-        f"decoder {row['ms_decoder']:.1f} ms; {row['gflop_per_step']:.2f} GFLOP a "
+        f"the network as one plain batch {row['ms_plain_batch']:.2f} ms: the calls add "
+        f"{row['calls_over_plain']:+.1%}",
+        f"around the steps, the decoder and Python, {row['ms_around']:.1f} ms a batch",
+        f"{row['gflop_per_step']:.2f} GFLOP a "
         f"step, {row['gflops_per_second']:.1f} GFLOP/s over the whole sample",
     ]
     return "\n".join(lines)

@@ -1,6 +1,5 @@
 """A trained model, static parts and arrays, and what each of its networks does."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Int, Real
 
 from ldm_jax.diffusion.denoiser import Denoiser
 from ldm_jax.diffusion.parameterize import PredictionName
@@ -175,6 +174,13 @@ def in_chunks(fn: Callable[[PyTree], PyTree], inputs: PyTree, *, size: int) -> P
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(inputs)):
         outputs = jax.lax.map(fn, jax.tree.map(lambda x: x[slots], inputs))
         return jax.tree.map(join, outputs)
-    takes = [functools.partial(jnp.take, indices=row, axis=0) for row in slots]
-    parts = [fn(jax.tree.map(take, inputs)) for take in takes]
+    if num == size:
+        return fn(inputs)
+    parts = [fn(_take(inputs, row)) for row in slots]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num], *parts)
+
+
+@jax.jit
+def _take(inputs: PyTree, row: Int[Array, " c"]) -> PyTree:
+    """Take some images of all, in one dispatch."""
+    return jax.tree.map(lambda x: jnp.take(x, row, axis=0), inputs)
