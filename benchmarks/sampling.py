@@ -346,6 +346,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
+    if args.steps < 2 or min(args.batches) < 1 or args.rounds < 1:
+        parser.error("wanted 2 steps or more, and batches and rounds of 1 or more")
     digits = args.model == "digits"
     config = load_config_file("configs/digits.py") if digits else text_config()
     model = draw_model(config)
