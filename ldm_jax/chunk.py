@@ -1,7 +1,7 @@
 """The program that makes a chunk of images: what `make_sample_fn` compiles."""
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,6 @@ from ldm_jax.edit import Edit, mix_conditions, paste, soften, start_of
 from ldm_jax.networks import Networks, SampleParams, decode, denoiser_of, prepare
 from ldm_jax.nn.conditioning import Condition, ConditionInputs
 from ldm_jax.types import SamplerName
-
-GuideName = Literal["none", "classifier_free", "autoguidance"]
 
 
 class Models(NamedTuple):
@@ -77,7 +75,7 @@ class Plan(NamedTuple):
       sampler: Which sampler.
       levels: The noise levels it visits.
       whole: Whether those are all; False where an edit begins later.
-      guide: Which kind of guidance.
+      guided: Whether a sample is guided, by its condition or by a worse model.
       weak: The worse model of autoguidance, or None.
       num_frames: Latents to keep on the way.
       tile: Side of the decoder's tiles, in latents; 0 decodes at once.
@@ -87,7 +85,7 @@ class Plan(NamedTuple):
     sampler: SamplerName
     levels: Levels
     whole: bool
-    guide: GuideName
+    guided: bool
     weak: Networks | None
     num_frames: int
     tile: int
@@ -132,16 +130,17 @@ def _predictor(
     """Make what the sampler asks: the network, guided if it is to be."""
     networks, params = plan.networks, models.params
     denoise = denoiser_of(networks, params)
-    if plan.guide == "none":
+    if not plan.guided:
         return unguided(denoise)
     scales = scales_of_calls(
         knobs.scale, step=table.step, ratio=table.ratio, interval=knobs.interval
     )
-    if plan.weak is not None and models.weak is not None:
+    if plan.weak is not None:
+        weak = cast(SampleParams, models.weak)
         return autoguidance(
             denoise,
-            denoiser_of(plan.weak, models.weak),
-            weak_cond=_prepare_mixed(plan.weak, models.weak, inputs),
+            denoiser_of(plan.weak, weak),
+            weak_cond=_prepare_mixed(plan.weak, weak, inputs),
             scales=scales,
             rescale=knobs.rescale,
         )

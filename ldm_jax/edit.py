@@ -81,11 +81,9 @@ def start_of(
     noise = starting_noise(keys, shape)
     if edit.other_keys is not None and edit.weight is not None:
         noise = slerp(noise, starting_noise(edit.other_keys, shape), edit.weight)
-    x_start = noise if edit.latents is None else edit.latents
-    # Unit data at a first level within a flow has less than unit variance.
-    spread = float(np.hypot(levels.alpha[0], levels.sigma[0]))
-    if edit.latents is None and levels.straight and whole:
-        x_start = spread * x_start
+    # What latents have as deviation at the first level: below 1 within a flow only.
+    spread = np.hypot(networks.sigma_data * levels.alpha[0], levels.sigma[0])
+    x_start = float(spread) * noise if edit.latents is None else edit.latents
     if edit.image is None:
         return Start(x_start, None)
     x_0 = encode_images(networks, params, edit.image)

@@ -22,9 +22,9 @@ from ldm_jax.networks import (
     null_condition,
 )
 from ldm_jax.nn.conditioning import ConditionInputs
-from ldm_jax.nn.tiling import OVERLAP_SHARE
+from ldm_jax.nn.tiling import MIN_TILE
 from ldm_jax.training.parallel import PmapLayout
-from ldm_jax.types import TAKES_ETA, SamplerName, SpacingName
+from ldm_jax.types import TAKES_ETA, InputError, SamplerName, SpacingName
 
 EVERYWHERE = (0.0, float("inf"))
 
@@ -110,24 +110,14 @@ def make_sample_fn(
       ValueError: If a number is out of range, a name unknown, or the worse model was
         trained otherwise.
     """
-    whole = make_levels(networks.schedule, num_steps, spacing=spacing)
-    levels = whole.tail(steps_of_strength(strength, whole.num_steps))
-    most = levels.num_steps + 1
-    if num_frames and not 2 <= num_frames <= most:
-        raise ValueError(f"num_frames: got {num_frames}, wanted 0 or 2 to {most}")
-    if tile and tile < OVERLAP_SHARE:
-        raise ValueError(f"tile: got {tile}, wanted 0, or at least 4 latents")
-    if weak is not None:
-        check_weak(networks, weak)
-    make_table(sampler, levels, prediction=networks.prediction)  # refuses what is bad
-    guide = "classifier_free" if guided else "none"
-    plan = Plan(
-        networks=networks,
+    plan = make_plan(
+        networks,
         sampler=sampler,
-        levels=levels,
-        whole=levels.num_steps == whole.num_steps,
-        guide="autoguidance" if weak is not None else guide,
+        num_steps=num_steps,
+        spacing=spacing,
+        guided=guided,
         weak=weak,
+        strength=strength,
         num_frames=num_frames,
         tile=tile,
     )
@@ -150,24 +140,63 @@ def make_sample_fn(
         weak_params: SampleParams | None = None,
         edit: Edit | None = None,
     ) -> Samples:
-        check_eta(sampler, eta)
-        edit = edit or Edit()
         if uncond is None:
             uncond = null_condition(networks, cond)
-        inputs = Inputs(keys, cond, uncond, edit)
-        check_call(plan, inputs, weak_params)
-        check_knobs(guidance_rescale, guidance_interval)
-        knobs = Knobs(
-            scale=spread_scale(guidance_scale, num_steps=levels.num_steps),
-            rescale=jnp.asarray(guidance_rescale, jnp.float32),
-            interval=jnp.asarray(guidance_interval, jnp.float32),
-            eta=jnp.asarray(eta, jnp.float32),
+        inputs = Inputs(keys, cond, uncond, edit or Edit())
+        check_inputs(inputs, num_classes=networks.num_classes)
+        check_plan(plan, inputs, weak_params)
+        knobs = make_knobs(
+            guidance_scale,
+            guidance_rescale,
+            guidance_interval,
+            eta,
+            sampler=sampler,
+            num_steps=plan.levels.num_steps,
         )
         call = functools.partial(run, Models(params, weak_params), knobs)
         images, frames = in_chunks(call, inputs, size=size)
         return Samples(images, jnp.moveaxis(frames, 1, 0))
 
     return sample_fn
+
+
+def make_plan(
+    networks: Networks,
+    *,
+    sampler: SamplerName,
+    num_steps: int,
+    spacing: SpacingName | None = None,
+    guided: bool = True,
+    weak: Networks | None = None,
+    strength: float = 1.0,
+    num_frames: int = 0,
+    tile: int = 0,
+) -> Plan:
+    """Decide what is compiled into a sample function; see `make_sample_fn`.
+
+    Raises:
+      ValueError: As there.
+    """
+    whole = make_levels(networks.schedule, num_steps, spacing=spacing)
+    levels = whole.tail(steps_of_strength(strength, whole.num_steps))
+    most = levels.num_steps + 1
+    if num_frames and not 2 <= num_frames <= most:
+        raise ValueError(f"num_frames: got {num_frames}, wanted 0 or 2 to {most}")
+    if tile and tile < MIN_TILE:
+        raise ValueError(f"tile: got {tile}, wanted 0, or at least {MIN_TILE} latents")
+    if weak is not None:
+        check_weak(networks, weak)
+    make_table(sampler, levels, prediction=networks.prediction)  # refuses what is bad
+    return Plan(
+        networks=networks,
+        sampler=sampler,
+        levels=levels,
+        whole=levels.num_steps == whole.num_steps,
+        guided=guided or weak is not None,
+        weak=weak,
+        num_frames=num_frames,
+        tile=tile,
+    )
 
 
 def steps_of_strength(strength: float, num_steps: int) -> int:
@@ -181,56 +210,74 @@ def steps_of_strength(strength: float, num_steps: int) -> int:
     return max(1, round(strength * num_steps))
 
 
-def check_eta(sampler: SamplerName, eta: Float[Array, ""] | float | int) -> None:
-    """Raise `ValueError` if eta is out of range, or has no meaning for a sampler."""
-    if isinstance(eta, Tracer):
-        return
-    if not 0.0 <= float(eta) <= 1.0:
-        raise ValueError(f"eta: got {float(eta)}, wanted 0 to 1")
-    if eta and sampler not in TAKES_ETA:
-        raise ValueError(f"eta: got {float(eta)} with {sampler}, which has none")
+def make_knobs(
+    scale: Real[Array, "*k"] | float | int,
+    rescale: Float[Array, ""] | float | int,
+    interval: tuple[float, float] | Float[Array, "2"],
+    eta: Float[Array, ""] | float | int,
+    *,
+    sampler: SamplerName,
+    num_steps: int,
+) -> Knobs:
+    """Check the knobs of a call, as far as they are not traced, and shape them.
+
+    Raises:
+      InputError: If one is out of range, or has no meaning for the sampler.
+    """
+    if not isinstance(eta, Tracer):
+        if not 0.0 <= float(eta) <= 1.0:
+            raise InputError(f"eta: got {float(eta)}, wanted 0 to 1")
+        if eta and sampler not in TAKES_ETA:
+            raise InputError(f"eta: got {float(eta)} with {sampler}, which has none")
+    if not isinstance(rescale, Tracer) and not 0.0 <= float(rescale) <= 1.0:
+        raise InputError(f"guidance_rescale: got {float(rescale)}, wanted 0 to 1")
+    if not isinstance(interval, Tracer) and not interval[0] <= interval[1]:
+        raise InputError(
+            f"guidance_interval: got {float(interval[0])} to {float(interval[1])}, "
+            "wanted the smaller ratio first"
+        )
+    return Knobs(
+        scale=spread_scale(scale, num_steps=num_steps),
+        rescale=jnp.asarray(rescale, jnp.float32),
+        interval=jnp.asarray(interval, jnp.float32),
+        eta=jnp.asarray(eta, jnp.float32),
+    )
 
 
-def check_call(plan: Plan, inputs: Inputs, weak_params: SampleParams | None) -> None:
-    """Raise `ValueError` if the inputs of a call do not fit each other or the plan."""
-    keys, cond, _, edit = inputs
-    num = keys.shape[0]
+def check_inputs(inputs: Inputs, *, num_classes: int) -> None:
+    """Raise `InputError` if the inputs of a call do not fit each other."""
+    num = inputs.keys.shape[0]
     if not num:
-        raise ValueError("keys: got none, wanted one for each image")
+        raise InputError("keys: got none, wanted one for each image")
     for name, tree in zip(inputs._fields, inputs, strict=True):
         for leaf in jax.tree.leaves(tree):
             if leaf.shape[:1] != (num,):
-                raise ValueError(
-                    f"{name}: got {leaf.shape[:1]} images, wanted {num}, one a key"
-                )
-    label = cond.label
+                got = leaf.shape[0] if leaf.shape else "none"
+                raise InputError(f"{name}: got {got} for {num} keys, wanted one each")
+    label = inputs.cond.label
     if label is not None and not isinstance(label, Tracer):
         low, high = int(label.min()), int(label.max())
-        if low < 0 or high > plan.networks.num_classes:
-            raise ValueError(
-                f"cond.label: got {high if low >= 0 else low}, wanted 0 to "
-                f"{plan.networks.num_classes}, the last for none"
+        if low < 0 or high > num_classes:
+            raise InputError(
+                f"cond.label: got {low if low < 0 else high}, wanted 0 to "
+                f"{num_classes}, the last for none"
             )
+
+
+def check_plan(plan: Plan, inputs: Inputs, weak_params: SampleParams | None) -> None:
+    """Raise `InputError` if the inputs of a call do not fit what was compiled."""
+    edit = inputs.edit
     if (plan.weak is None) != (weak_params is None):
-        raise ValueError("weak_params: wanted with `weak`, and only with it")
+        raise InputError("weak_params: wanted with `weak`, and only with it")
     if edit.mask is not None and edit.image is None:
-        raise ValueError("edit.mask: got it without edit.image")
+        raise InputError("edit.mask: got it without edit.image")
     between = edit.other_keys is not None or edit.other_cond is not None
     if between != (edit.weight is not None):
-        raise ValueError("edit.weight: wanted with a second key or condition, and only")
+        raise InputError(
+            "edit.weight: wanted with a second key or condition, and only with one"
+        )
     if not plan.whole and edit.image is None and edit.latents is None:
-        raise ValueError("strength: got below 1 without edit.image or edit.latents")
-
-
-def check_knobs(
-    rescale: Float[Array, ""] | float | int,
-    interval: tuple[float, float] | Float[Array, "2"],
-) -> None:
-    """Raise `ValueError` if a knob of guidance is out of range, where it is known."""
-    if not isinstance(rescale, Tracer) and not 0.0 <= float(rescale) <= 1.0:
-        raise ValueError(f"guidance_rescale: got {float(rescale)}, wanted 0 to 1")
-    if not isinstance(interval, Tracer) and not interval[0] <= interval[1]:
-        raise ValueError("guidance_interval: got the larger ratio first")
+        raise InputError("strength: got below 1 without edit.image or edit.latents")
 
 
 def check_weak(networks: Networks, weak: Networks) -> None:

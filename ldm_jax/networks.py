@@ -136,8 +136,8 @@ def images_a_call(networks: Networks, platform: str) -> int:
 
     On a CPU it is one. XLA cuts a convolution of many images into pieces for its
     threads there, and rounds the last rows of a piece otherwise than the rest, so that
-    an image would depend on its place (measured on 0.10.2). One at a time cost 7 % for
-    guided latents of 8x8, and costs less for larger ones.
+    an image would depend on its place (measured on 0.10.2). What it costs stands in
+    `docs/benchmarks.md`.
 
     Args:
       networks: Of the model.

@@ -19,10 +19,14 @@ from jax import export
 from jaxtyping import Array, Float, Key, Real
 
 from ldm_jax.chunk import Inputs, Knobs, Models, Plan, sample_chunk
-from ldm_jax.diffusion.guidance import spread_scale
-from ldm_jax.diffusion.levels import make_levels
 from ldm_jax.edit import Edit
-from ldm_jax.generate import EVERYWHERE, Samples, check_eta
+from ldm_jax.generate import (
+    EVERYWHERE,
+    Samples,
+    check_inputs,
+    make_knobs,
+    make_plan,
+)
 from ldm_jax.networks import (
     Networks,
     SampleParams,
@@ -33,12 +37,10 @@ from ldm_jax.networks import (
 from ldm_jax.nn.conditioning import ConditionInputs, null_inputs
 from ldm_jax.rng import image_keys
 from ldm_jax.types import (
-    SAMPLER_NAMES,
     InputError,
     PyTree,
     SamplerName,
     SpacingName,
-    choices,
 )
 
 MAGIC = b"ldm_jax sample program 1\n"
@@ -109,8 +111,6 @@ def export_sample_program(
       ValueError: If a number is out of range, a name unknown, or the shape of the
         condition is not known.
     """
-    if sampler not in SAMPLER_NAMES:
-        raise ValueError(f"sampler: {choices(sampler, SAMPLER_NAMES)}")
     platforms = [export.default_export_platform()] if platforms is None else platforms
     if batch is None:
         batch = min(images_a_call(networks, name) for name in platforms)
@@ -120,15 +120,8 @@ def export_sample_program(
         raise ValueError(
             f"platforms: got {unknown[0]!r}, wanted some of {', '.join(PLATFORMS)}"
         )
-    plan = Plan(
-        networks=networks,
-        sampler=sampler,
-        levels=make_levels(networks.schedule, num_steps, spacing=spacing),
-        whole=True,
-        guide="classifier_free" if guided else "none",
-        weak=None,
-        num_frames=0,
-        tile=0,
+    plan = make_plan(
+        networks, sampler=sampler, num_steps=num_steps, spacing=spacing, guided=guided
     )
     key_impl = str(jax.random.key_impl(image_keys([0])))
     call = blank_call(
@@ -207,21 +200,25 @@ def load_sample_program(data: bytes) -> Callable[..., Samples]:
         guidance_rescale: Float[Array, ""] | float | int = 0.0,
         guidance_interval: tuple[float, float] | Float[Array, "2"] = EVERYWHERE,
     ) -> Samples:
-        check_eta(header.sampler, eta)
+        if (impl := str(jax.random.key_impl(keys))) != header.key_impl:
+            raise InputError(f"keys: got {impl}, wanted {header.key_impl}")
         if uncond is None:
             uncond = null_inputs(
                 cond,
                 num_classes=header.num_classes,
                 null_tokens=tuple(header.null_tokens),
             )
-        check_keys(keys, (cond, uncond), key_impl=header.key_impl)
-        numbers = (guidance_rescale, guidance_interval, eta)
-        knobs = Knobs(
-            spread_scale(guidance_scale, num_steps=header.num_steps),
-            *(jnp.asarray(x, jnp.float32) for x in numbers),
+        inputs = Inputs(keys, cond, uncond, Edit())
+        check_inputs(inputs, num_classes=header.num_classes)
+        knobs = make_knobs(
+            guidance_scale,
+            guidance_rescale,
+            guidance_interval,
+            eta,
+            sampler=header.sampler,
+            num_steps=header.num_steps,
         )
         params = jax.tree.map(jnp.asarray, params)
-        inputs = Inputs(keys, cond, uncond, Edit())
         call = functools.partial(call_program, params, knobs)
         images, frames = in_chunks(call, inputs, size=header.batch)
         return Samples(images, jnp.moveaxis(frames, 1, 0))
@@ -346,21 +343,6 @@ def split_program(data: bytes) -> tuple[Header, bytes]:
     if header is None or hashlib.sha256(module).hexdigest() != header.sha256:
         raise InputError("program: damaged or cut short; export it anew")
     return header, module
-
-
-def check_keys(
-    keys: Key[Array, " b"], conds: tuple[ConditionInputs, ...], *, key_impl: str
-) -> None:
-    """Raise `InputError` if keys are of another kind, or conditions not one each."""
-    if str(jax.random.key_impl(keys)) != key_impl:
-        raise InputError(
-            f"keys: got {jax.random.key_impl(keys)}, wanted {key_impl}; try image_keys"
-        )
-    for leaf in jax.tree.leaves(conds):
-        if len(leaf) != len(keys):
-            raise InputError(
-                f"cond: got {len(leaf)} for {len(keys)} keys, wanted one each"
-            )
 
 
 def check_arrays(arrays: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -210,12 +210,13 @@ def _replay(given: SampleArguments) -> ReplayRequest:
     image = Path(str(given.replay))
     if not image.is_file():
         raise InputError(f"--replay: no file {image}; wanted a PNG that was made here")
-    moved = {name: _text(getattr(given, name)) for name in PLACES}
-    moved = {name: place for name, place in moved.items() if place is not None}
-    if "workdir" in moved or "weights" in moved:
-        models: dict[str, str | None] = {"workdir": None, "weights": None}
-        return ReplayRequest(image=image, moved={**models, **moved})
-    return ReplayRequest(image=image, moved=dict(moved))
+    moved = {name: getattr(given, name) for name in PLACES}
+    moved = {name: str(place) for name, place in moved.items() if place is not None}
+    models: dict[str, str | None] = {"workdir": None, "weights": None}
+    model_moved = not models.keys().isdisjoint(moved)
+    return ReplayRequest(
+        image=image, moved={**(models if model_moved else {}), **moved}
+    )
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -238,32 +239,18 @@ def _settings(given: SampleArguments) -> Settings:
             "from 0 on, as in 0.5 5 or 0.5 inf"
         )
     usual = "1.0" if given.invert else "2.0"
+    kept = {field.name for field in dataclasses.fields(Settings)}
+    values = {name: value for name, value in vars(given).items() if name in kept}
+    values |= {
+        "config_file": given.config,
+        "eta": given.eta or 0.0,
+        "guidance_scale": _scales(given.guidance_scale or usual),
+        "guidance_low": low,
+        "guidance_high": None if high == math.inf else high,
+    }
+    paths = {k: str(value) for k, value in values.items() if isinstance(value, Path)}
     try:
-        return Settings(
-            workdir=_text(given.workdir),
-            weights=_text(given.weights),
-            step=given.step,
-            config_file=_text(given.config),
-            tokenizer=_text(given.tokenizer),
-            sampler=given.sampler,
-            spacing=given.spacing,
-            steps=given.steps,
-            eta=given.eta or 0.0,
-            guidance_scale=_scales(given.guidance_scale or usual),
-            guidance_rescale=given.guidance_rescale,
-            guidance_low=low,
-            guidance_high=None if high == math.inf else high,
-            autoguidance=_text(given.autoguidance),
-            autoguidance_step=given.autoguidance_step,
-            image=_text(given.image),
-            mask=_text(given.mask),
-            strength=given.strength,
-            invert=given.invert,
-            source=given.source,
-            outpaint=given.outpaint,
-            size=given.size,
-            tile=given.tile,
-        )
+        return Settings(**{**values, **paths})
     except InputError as error:
         field, colon, told = str(error).partition(":")
         flag = field.replace("_", "-").removeprefix("--")
@@ -292,7 +279,3 @@ def _scales(text: str) -> tuple[float, ...]:
             f"--guidance-scale: got {text}, wanted 0 or more, or several as in 1,4,1"
         )
     return scales
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -7,16 +7,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ldm_jax import chunk, edit, generate, inversion, studio
 from ldm_jax.config import ConditionConfig, Config
+from ldm_jax.images import write_png
 from ldm_jax.nn.tiling import decode_in_tiles
 from ldm_jax.training.parallel import PmapLayout
 from tests import tiny
 
+SIDE = 8  # of the images of `tests.tiny`
 FACTOR = 2  # of the autoencoder of `tests.tiny`
 MADE: dict[Any, Any] = {}
+
+
+def picture(path: Any, *, height: int = SIDE, width: int = SIDE, seed: int = 0) -> Any:
+    """Write a grey picture of noise."""
+    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 1))
+    write_png(path, pixels.astype(np.uint8))
+    return path
 
 
 def config_with(condition: ConditionConfig | None = None, **diffusion: Any) -> Config:

@@ -10,10 +10,8 @@ from ldm_jax.images import read_png, write_png
 from ldm_jax.requests import SampleRequest, parse_sample
 from ldm_jax.studio import with_strength
 from tests.commands import sample_here, write_run
-from tests.stand_ins import config_with, no_networks
+from tests.stand_ins import SIDE, config_with, no_networks, picture
 from tests.test_tokenizer import write_clip
-
-SIDE = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,12 +23,6 @@ def formulas():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(config_with(), tmp_path_factory.mktemp("runs") / "run")
-
-
-def picture(path, *, height=SIDE, width=SIDE, seed=0):
-    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 1))
-    write_png(path, pixels.astype(np.uint8))
-    return path
 
 
 def made(run, out, *args, labels="1", seeds="0"):

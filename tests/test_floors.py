@@ -25,6 +25,7 @@ FLOOR_BY_ROOM = {
     "generate": 4,
     "inversion": 4,
     "chunk": 4,
+    "comparison": 4,
     "networks": 4,
     "pictures": 4,
     "programs": 4,

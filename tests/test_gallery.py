@@ -5,19 +5,17 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import PngImagePlugin
 
 from ldm_jax import gallery
 from ldm_jax.build import build_networks
 from ldm_jax.drawing import draw
-from ldm_jax.images import read_png, read_texts, write_png
+from ldm_jax.images import read_png, read_texts
 from ldm_jax.studio import Studio
 from tests.commands import refusal, sample_here, write_run
-from tests.stand_ins import config_with, no_networks
+from tests.stand_ins import config_with, no_networks, picture
 
-SIDE = 8
 REQUEST = ["--labels", "1,2", "--seeds", "0-2", "--steps", 2]
 NAMES = [f"{i:06d}.png" for i in range(6)]  # two calls of four, the last one short
 
@@ -57,12 +55,6 @@ def snapshot(folder):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def picture(path, *, height=SIDE, width=SIDE, seed=0):
-    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 1))
-    write_png(path, pixels.astype(np.uint8))
-    return path
 
 
 # An interrupted command, given again.

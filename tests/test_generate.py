@@ -94,15 +94,20 @@ def test_one_device_and_eight_draw_the_same_bits():
         assert np.array_equal(fn(*args, 2.0).images, one)
 
 
-def test_turning_any_knob_compiles_nothing(monkeypatch):
-    traces = []
-    traced = chunk.decode
+@pytest.fixture
+def traces(monkeypatch):
+    """Grows by one each time a sample function is traced."""
+    times, traced = [], chunk.decode
 
     def counted(*args, **kwargs):
-        traces.append(1)
+        times.append(1)
         return traced(*args, **kwargs)
 
     monkeypatch.setattr(chunk, "decode", counted)
+    return times
+
+
+def test_turning_any_knob_compiles_nothing(traces):
     networks, params = model("tiny")
     fn = make_sample_fn(networks, sampler="ddim", num_steps=2)
     rng, drawn = np.random.RandomState(0), []
@@ -123,15 +128,7 @@ def test_turning_any_knob_compiles_nothing(monkeypatch):
     assert len(set(drawn)) == 20
 
 
-def test_prompts_are_inputs_too(monkeypatch):
-    traces = []
-    traced = chunk.decode
-
-    def counted(*args, **kwargs):
-        traces.append(1)
-        return traced(*args, **kwargs)
-
-    monkeypatch.setattr(chunk, "decode", counted)
+def test_prompts_are_inputs_too(traces):
     networks, params = model("text")
     fn = make_sample_fn(networks, sampler="ddim", num_steps=1)
     for i in range(3):
@@ -220,7 +217,10 @@ def test_inputs_that_do_not_fit_each_other_are_refused():
     fn, keys, tail = sampler_fn(), image_keys([0, 1]), {"strength": 0.5}
     mask = jnp.ones((2, 8, 8, 1))
     cases = (
-        (lambda: fn(params, keys, labels(1)), "cond: got .1,. images, wanted 2"),
+        (
+            lambda: fn(params, keys, labels(1)),
+            "cond: got 1 for 2 keys, wanted one each",
+        ),
         (lambda: fn(params, keys[:0], labels()), "keys: got none"),
         (lambda: fn(params, keys, labels(1, 77)), "cond.label: got 77, wanted 0 to 10"),
         (

@@ -10,76 +10,24 @@ network.
 """
 
 import argparse
-import dataclasses
 import json
 import math
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from jaxtyping import Float
-from tqdm import tqdm
 
 from ldm_jax.cli import OneLineParser, run_main
 from ldm_jax.config import Config, read_config
-from ldm_jax.evaluation.components import (
-    fit_projection,
-    moments_of,
-    small_images,
-)
-from ldm_jax.evaluation.frechet import frechet_distance
 from ldm_jax.evaluation.trade_off import (
+    LIMIT_SAMPLER,
     TOLERANCE,
-    Measured,
+    StepsRequest,
     cheapest,
     in_words,
     plot,
     to_table,
 )
-from ldm_jax.types import (
-    SAMPLER_NAMES,
-    SPACING_NAMES,
-    InputError,
-    SamplerName,
-    SpacingName,
-    choices,
-)
+from ldm_jax.types import SAMPLER_NAMES, SPACING_NAMES, InputError, choices
 
 PROG = "python -m ldm_jax.evaluation.steps"
-MAX_REAL_IMAGES = 10_000
-LIMIT_SAMPLER: SamplerName = "dpmpp_2m"
-GREY_LEVELS = 127.5
-"""From -1 to 1 lie 255 grey levels."""
-SECONDS_BETWEEN_LINES = 5.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepsRequest:
-    """What is to be compared.
-
-    Attributes:
-      workdir: Folder of the run.
-      samplers: Which samplers.
-      steps: Numbers of denoising steps, each in [1, T].
-      spacing: How they are spaced; None for the schedule's default.
-      num_images: Images of each setting, at least 2.
-      guidance_scale: At least 0; 1 guides nothing.
-      limit_steps: Steps of the images that stand for the converged ones; the most
-        there are where that is more.
-      out: Folder of what is written.
-    """
-
-    workdir: Path
-    samplers: tuple[SamplerName, ...]
-    steps: tuple[int, ...]
-    spacing: SpacingName | None
-    num_images: int
-    guidance_scale: float
-    limit_steps: int
-    out: Path
 
 
 def parse(args: list[str]) -> StepsRequest:
@@ -168,174 +116,12 @@ def check_run(config: Config, given: argparse.Namespace) -> None:
         )
 
 
-class Comparison(NamedTuple):
-    """All that was measured.
-
-    Attributes:
-      rows: The settings.
-      floor: Fréchet distance of the held-out split to the training split.
-      num_held_out: Images of the held-out split.
-      digest: Of the checkpoint.
-      platform: What it ran on.
-      limit_steps: Steps of the converged images.
-    """
-
-    rows: list[Measured]
-    floor: float
-    num_held_out: int
-    digest: str
-    platform: str
-    limit_steps: int
-
-
-class Setting(NamedTuple):
-    """A sampler with a number of steps, ready to draw.
-
-    Attributes:
-      sampler: Which sampler.
-      steps: Denoising steps.
-      calls: Network calls of an image.
-      draws_noise: Whether it draws noise on the way.
-      draw: From where to begin among the seeds to the images of a call, in [-1, 1].
-    """
-
-    sampler: SamplerName
-    steps: int
-    calls: int
-    draws_noise: bool
-    draw: Callable[[int], np.ndarray]
-
-
-def compare(request: StepsRequest) -> Comparison:
-    """Draw the same seeds with every setting, and measure.
-
-    Raises:
-      InputError: If the run cannot be read, or a spacing has no meaning for it.
-      RunError: If no checkpoint is intact.
-    """
-    # Only now: help and bad input need not wait for JAX.
-    import jax
-
-    from ldm_jax.build import load_split
-    from ldm_jax.images import to_uint8
-    from ldm_jax.run import load_run
-
-    run = load_run(request.workdir)
-    limit_steps = min(request.limit_steps, run.networks.schedule.num_timesteps)
-    try:
-        limit = make_setting(request, run, LIMIT_SAMPLER, limit_steps)
-        settings = [
-            make_setting(request, run, sampler, steps)
-            for sampler in request.samplers
-            for steps in request.steps
-        ]
-    except ValueError as error:
-        raise InputError(f"--{error}") from None
-    train, test = (
-        small_images(load_split(run.config, split, limit=MAX_REAL_IMAGES).image)
-        for split in ("train", "test")
-    )
-    projection = fit_projection(train)
-    real = moments_of(projection, train)
-    starts = list(range(0, request.num_images, run.networks.chunk))
-    total = sum(setting.calls for setting in [limit, *settings]) * len(starts)
-    rows: list[Measured] = []
-    with tqdm(total=total, unit="calls", mininterval=SECONDS_BETWEEN_LINES) as bar:
-        converged, _ = draw_all(limit, starts, bar)
-        for setting in settings:
-            images, seconds = draw_all(setting, starts, bar)
-            found = moments_of(projection, small_images(to_uint8(images)))
-            error = GREY_LEVELS * math.sqrt(np.square(images - converged).mean())
-            rows.append(
-                Measured(
-                    sampler=setting.sampler,
-                    steps=setting.steps,
-                    calls=setting.calls,
-                    seconds=seconds / min(run.networks.chunk, request.num_images),
-                    distance=frechet_distance(found, real),
-                    error=None if setting.draws_noise else error,
-                )
-            )
-    floor = frechet_distance(moments_of(projection, test), real)
-    platform = jax.default_backend()
-    return Comparison(rows, floor, len(test), run.digest, platform, limit_steps)
-
-
-def make_setting(
-    request: StepsRequest, run: Any, sampler: SamplerName, steps: int
-) -> Setting:
-    """Make what draws the seeds of a request with a sampler.
-
-    Args:
-      request: Which seeds, and how.
-      run: A `Run`, whose module loads JAX.
-      sampler: Which sampler.
-      steps: Denoising steps.
-
-    Returns:
-      The setting.
-
-    Raises:
-      ValueError: If the spacing has no meaning for the run.
-    """
-    import jax.numpy as jnp
-
-    from ldm_jax.diffusion.levels import make_levels
-    from ldm_jax.diffusion.solvers import make_table
-    from ldm_jax.generate import make_sample_fn
-    from ldm_jax.nn.conditioning import ConditionInputs
-    from ldm_jax.rng import image_keys
-
-    networks, config = run.networks, run.config
-    levels = make_levels(networks.schedule, steps, spacing=request.spacing)
-    table = make_table(sampler, levels, prediction=networks.prediction)
-    sample_fn = make_sample_fn(
-        networks,
-        sampler=sampler,
-        num_steps=steps,
-        spacing=request.spacing,
-        guided=request.guidance_scale != 1.0,
-    )
-
-    def draw(start: int) -> np.ndarray:
-        seeds = list(range(start, min(start + networks.chunk, request.num_images)))
-        cond, scale = ConditionInputs(), request.guidance_scale
-        if config.diffusion.condition.uses_classes:
-            label = [seed % config.data.num_classes for seed in seeds]
-            cond = ConditionInputs(label=jnp.asarray(label, jnp.int32))
-        return np.asarray(sample_fn(run.params, image_keys(seeds), cond, scale).images)
-
-    return Setting(sampler, steps, table.num_calls, bool(table.noise.any()), draw)
-
-
-def draw_all(
-    setting: Setting, starts: list[int], bar: tqdm
-) -> tuple[Float[np.ndarray, "n h w c"], float]:
-    """Draw every call of a setting.
-
-    Args:
-      setting: Of whom.
-      starts: Where each call begins among the seeds.
-      bar: Progress, in network calls.
-
-    Returns:
-      The images in [-1, 1], and the median seconds of a call.
-    """
-    bar.set_description(f"{setting.sampler} {setting.steps}")
-    setting.draw(starts[0])  # compiles
-    images, seconds = [], []
-    for start in starts:
-        began = time.perf_counter()
-        images.append(setting.draw(start))
-        seconds.append(time.perf_counter() - began)
-        bar.update(setting.calls)
-    return np.concatenate(images), statistics.median(seconds)
-
-
 def main(args: list[str]) -> None:
     """Parse, measure, say what was found."""
     request = parse(args)
-    request.out.mkdir(parents=True, exist_ok=True)
+    # Only now: help and bad input need not wait for JAX.
+    from ldm_jax.comparison import compare
+
     found = compare(request)
     chosen = cheapest(found.rows)
     report = {

@@ -1,10 +1,40 @@
 """Quality against cost: the rows, the choice among them, their table and their plot."""
 
+import dataclasses
 import operator
 from pathlib import Path
 from typing import NamedTuple
 
+from ldm_jax.types import SamplerName, SpacingName
+
 TOLERANCE = 0.05
+LIMIT_SAMPLER: SamplerName = "dpmpp_2m"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepsRequest:
+    """What is to be compared.
+
+    Attributes:
+      workdir: Folder of the run.
+      samplers: Which samplers.
+      steps: Numbers of denoising steps, each in [1, T].
+      spacing: How they are spaced; None for the schedule's default.
+      num_images: Images of each setting, at least 2.
+      guidance_scale: At least 0; 1 guides nothing.
+      limit_steps: Steps of the images that stand for the converged ones; the most
+        there are where that is more.
+      out: Folder of what is written.
+    """
+
+    workdir: Path
+    samplers: tuple[SamplerName, ...]
+    steps: tuple[int, ...]
+    spacing: SpacingName | None
+    num_images: int
+    guidance_scale: float
+    limit_steps: int
+    out: Path
 
 
 class Measured(NamedTuple):

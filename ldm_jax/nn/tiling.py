@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-OVERLAP_SHARE = 4
+OVERLAP_SHARE = MIN_TILE = 4  # a quarter of the smallest is one latent
 
 
 def decode_in_tiles(
@@ -36,8 +36,8 @@ def decode_in_tiles(
     Raises:
       ValueError: If a tile is smaller than 4.
     """
-    if tile < OVERLAP_SHARE:
-        raise ValueError(f"tile: got {tile}, wanted at least {OVERLAP_SHARE} latents")
+    if tile < MIN_TILE:
+        raise ValueError(f"tile: got {tile}, wanted at least {MIN_TILE} latents")
     batch, height, width, channels = latents.shape
     if max(height, width) <= tile:
         return decode(latents)
