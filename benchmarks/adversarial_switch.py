@@ -54,8 +54,8 @@ def measure(config: Config) -> Switch:
     perceptual = load_perceptual(config)
     stage = autoencoder_stage(config, networks, Path(), perceptual=perceptual)
     psnr = make_psnr(config)
-    state, frozen = layout.replicate(stage.init()), layout.replicate(stage.frozen)
-    key, step = layout.replicate(root_key(config.seed)), layout.map_step(stage.step)
+    state, frozen = layout.place(stage.init()), layout.place(stage.frozen)
+    key, step = layout.place(root_key(config.seed)), layout.map_step(stage.step)
     iterator = open_iterator(config, batch_size=stage.batch_size, layout=layout)
     start = config.autoencoder.adversary.start_step
     values, pending, told, finite = [], [], {}, True

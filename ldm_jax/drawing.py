@@ -55,7 +55,7 @@ def draw(
     params = studio.run.params
     weak_params = studio.weak.params if studio.weak else None
     if layout is not None:
-        params, weak_params = layout.replicate((params, weak_params))
+        params, weak_params = layout.place((params, weak_params))
     given, invert_fn = given_picture(studio), invert_fn_of(studio)
     scale = settings.guidance_scale
     high = EVERYWHERE[1] if settings.guidance_high is None else settings.guidance_high

@@ -76,6 +76,7 @@ def autoencoder_stage(
         ),
         adversary=adversary,
         ema_decay=settings.optim.ema_decay,
+        accumulate=config.parallel.accumulate,
     )
     reconstruct = make_reconstruct(networks)
 
@@ -220,7 +221,7 @@ def measure_latent_scale(
             latent_shape=networks.latent_shape,
         )
     )
-    state, key = layout.replicate(params), layout.replicate(root_key(config.seed))
+    state, key = layout.place(params), layout.place(root_key(config.seed))
     rows = []
     try:
         for _ in range(config.autoencoder.scale_batches):

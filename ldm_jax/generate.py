@@ -100,7 +100,7 @@ def make_sample_fn(
       num_frames: Latents to keep on the way, 0 or 2 to the number of steps + 1.
       tile: Decode in tiles of this many latents; 0 decodes at once.
       layout: Split the images over its devices by `pmap`; `params` (and `weak_params`)
-        are then given as `layout.replicate` makes them, once.
+        are then given as `layout.place` makes them, once.
 
     Returns:
       The function. Its `cond` holds what the model reads, by image; `uncond` what it

@@ -53,6 +53,7 @@ def diffusion_stage(
         null_tokens=networks.null_tokens,
         condition_dropout=settings.condition_dropout,
         ema_decay=settings.optim.ema_decay,
+        accumulate=config.parallel.accumulate,
     )
     sample_fn = make_sample_fn(
         networks, sampler="ddim", num_steps=config.sampling.grid_steps

@@ -99,8 +99,8 @@ def run(config, devices, steps, rate=None):
     """
     layout, stage = PmapLayout(jax.devices()[:devices]), build(config)
     start, step = descend(config, rate) if rate else (stage.init(), stage.step)
-    state, mapped = layout.replicate(start), layout.map_step(step)
-    key = layout.replicate(root_key(config.seed))
+    state, mapped = layout.place(start), layout.map_step(step)
+    key = layout.place(root_key(config.seed))
     states, rows = [jax.device_get(layout.local(state))], []
     for batch in batches(steps):
         state, metrics = mapped(state, None, layout.split(batch), key)

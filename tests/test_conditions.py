@@ -80,8 +80,8 @@ def stage_of(kind, **fields):
 
 def train(stage, state, batch, *, devices=1, steps=1):
     layout = PmapLayout(jax.devices()[:devices])
-    state, frozen = layout.replicate(state), layout.replicate(stage.frozen)
-    mapped, key = layout.map_step(stage.step), layout.replicate(root_key(0))
+    state, frozen = layout.place(state), layout.place(stage.frozen)
+    mapped, key = layout.map_step(stage.step), layout.place(root_key(0))
     losses = []
     for _ in range(steps):
         state, metrics = mapped(state, frozen, layout.split(batch), key)

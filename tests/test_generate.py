@@ -90,7 +90,7 @@ def test_one_device_and_eight_draw_the_same_bits():
         fn = make_sample_fn(
             model("tiny")[0], sampler=sampler, num_steps=3, layout=layout
         )
-        args = (layout.replicate(model("tiny")[1]), image_keys(seeds), labels(*numbers))
+        args = (layout.place(model("tiny")[1]), image_keys(seeds), labels(*numbers))
         assert np.array_equal(fn(*args, 2.0).images, one)
 
 

@@ -69,9 +69,9 @@ def run(name, devices, steps, config=CONFIG):
     """Train for a few steps; return the state and the metrics of every step."""
     layout = PmapLayout(jax.devices()[:devices])
     built = stage(name, config)
-    state = layout.replicate(built.init())
-    key = layout.replicate(root_key(config.seed))
-    frozen = layout.replicate(built.frozen)
+    state = layout.place(built.init())
+    key = layout.place(root_key(config.seed))
+    frozen = layout.place(built.frozen)
     mapped = layout.map_step(built.step)
     rows = []
     for batch in batches(steps, layout):
@@ -101,10 +101,10 @@ def test_every_device_holds_the_same_state(name):
     built = stage(name)
     mapped = layout.map_step(built.step)
     state, _ = mapped(
-        layout.replicate(built.init()),
-        layout.replicate(built.frozen),
+        layout.place(built.init()),
+        layout.place(built.frozen),
         layout.split(batches(1, layout)[0]),
-        layout.replicate(root_key(0)),
+        layout.place(root_key(0)),
     )
     for leaf in jax.tree.leaves(state):
         shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
@@ -114,10 +114,10 @@ def test_every_device_holds_the_same_state(name):
 def test_the_state_is_donated():
     layout = PmapLayout(jax.devices()[:2])
     built = stage("diffusion")
-    state = layout.replicate(built.init())
+    state = layout.place(built.init())
     mapped = layout.map_step(built.step)
-    batch, key = layout.split(batches(1, layout)[0]), layout.replicate(root_key(0))
-    after, _ = mapped(state, layout.replicate(built.frozen), batch, key)
+    batch, key = layout.split(batches(1, layout)[0]), layout.place(root_key(0))
+    after, _ = mapped(state, layout.place(built.frozen), batch, key)
     jax.block_until_ready(after)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 

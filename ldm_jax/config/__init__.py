@@ -25,8 +25,10 @@ from ldm_jax.config.storage import (
 from ldm_jax.config.training import (
     CheckpointConfig,
     DataConfig,
+    LayoutName,
     LogConfig,
     OptimConfig,
+    ParallelConfig,
     SamplingConfig,
 )
 
@@ -41,8 +43,10 @@ __all__ = [
     "DataConfig",
     "DiffusionConfig",
     "DtypeName",
+    "LayoutName",
     "LogConfig",
     "OptimConfig",
+    "ParallelConfig",
     "SamplingConfig",
     "TextConfig",
     "differences",

@@ -9,6 +9,7 @@ from ldm_jax.config.training import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
+    ParallelConfig,
     SamplingConfig,
     StageName,
 )
@@ -25,6 +26,8 @@ class Config(Checked):
     """Stages to train, in order; `autoencoder` alone ends after stage 1."""
     first_stage: str | None = None
     """Run folder or weights whose autoencoder is taken as it is; unset: trained."""
+    max_skipped_steps: int = 0
+    """Steps of a stage that may change nothing, as a loss or gradient is not finite."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Where the images come from."""
     autoencoder: AutoencoderConfig = dataclasses.field(
@@ -39,6 +42,8 @@ class Config(Checked):
     """When numbers and pictures are written."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """How images are made."""
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    """How it is spread over chips and hosts; no part of what the run is."""
 
     @property
     def latent_side(self) -> int:
@@ -60,6 +65,7 @@ class Config(Checked):
 
     def _check(self) -> None:
         self._want("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
+        self._want_at_least(0, "max_skipped_steps")
         allowed = (("autoencoder",), ("autoencoder", "diffusion"))
         self._want("stages", self.stages in allowed, "autoencoder, or both in order")
         if self.first_stage is not None and "diffusion" not in self.stages:
@@ -84,6 +90,23 @@ class Config(Checked):
             )
         if "diffusion" in self.stages:
             self._check_diffusion()
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        adversary = self.autoencoder.adversary
+        if self.first_stage is not None or not adversary.enabled:
+            return
+        if self.parallel.accumulate > 1:
+            raise InputError(
+                f"parallel.accumulate: got {self.parallel.accumulate}, wanted 1 with an "
+                "adversary, whose weight is that of a whole batch; try a smaller batch "
+                "or more devices"
+            )
+        if self.parallel.layout == "fsdp" and not adversary.sync_batch_norm:
+            raise InputError(
+                "autoencoder.adversary.sync_batch_norm: got False, wanted True under "
+                "parallel.layout fsdp, which knows the whole batch only"
+            )
 
     def _check_diffusion(self) -> None:
         deepest = 2 ** (len(self.diffusion.channel_multipliers) - 1)

@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
 
-LATER_FIELDS = frozenset(
+PARALLEL = "parallel"
+"""Field that says where a run is computed, not what: it may differ when one goes on."""
+
+LATER_FIELDS = frozenset({PARALLEL, "max_skipped_steps"}) | frozenset(
     f"diffusion.{name}"
     for name in (
         "loss_weight",
@@ -82,7 +85,8 @@ def _from_tree(cls: type[T], tree: Any, path: str) -> T:
 def digest(config: Config) -> str:
     """Return the sha256 of a config, the same for equal configs of any version."""
     tree, default = dataclasses.asdict(config), flatten(Config())
-    for path in LATER_FIELDS:
+    del tree[PARALLEL]
+    for path in LATER_FIELDS - {PARALLEL}:
         *parents, name = path.split(".")
         leaf = functools.reduce(dict.__getitem__, parents, tree)
         if leaf[name] == default[path]:
@@ -105,12 +109,15 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Name the fields in which two configs differ, with both values."""
+    """Name the fields in which two runs differ, with both values.
+
+    Where they are computed is no difference.
+    """
     left, right = flatten(ours), flatten(theirs)
     return [
         f"{name} ({left[name]!r} there, {right[name]!r} here)"
         for name in left
-        if left[name] != right[name]
+        if left[name] != right[name] and not name.startswith(f"{PARALLEL}.")
     ]
 
 

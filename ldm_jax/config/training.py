@@ -5,6 +5,8 @@ from typing import Literal
 
 from ldm_jax.config.checked import Checked
 
+LayoutName = Literal["pmap", "fsdp"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Checked):
@@ -106,6 +108,27 @@ class SamplingConfig(Checked):
     def _check(self) -> None:
         self._want_at_least(1, "chunk", "grid_steps")
         self._want_at_least(0, "grid_guidance_scale")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Checked):
+    """How a run is spread over chips and hosts; it may change when a run goes on."""
+
+    layout: LayoutName = "pmap"
+    """`pmap`: every chip holds the whole state. `fsdp`: each holds a part of it."""
+    accumulate: int = 1
+    """Parts a batch is computed in, one after the other; divides each chip's share."""
+    steps_per_dispatch: int = 1
+    """Steps a chip makes before the host is asked again, where nothing is due."""
+    peer_timeout: int = 100
+    """Seconds without a sign of life after which a process counts as dead."""
+    stall_timeout: int = 1800
+    """Seconds a step may take before every thread's stack is printed; 0: never."""
+
+    def _check(self) -> None:
+        self._want_at_least(1, "accumulate", "steps_per_dispatch")
+        self._want_at_least(10, "peer_timeout")
+        self._want_at_least(0, "stall_timeout")
 
 
 StageName = Literal["autoencoder", "diffusion"]

@@ -1,5 +1,6 @@
 """Stage 1: one update of the autoencoder and its adversary; the scale of latents."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -19,12 +20,14 @@ from ldm_jax.nn.bottleneck import (
     perplexity,
 )
 from ldm_jax.rng import Stream, example_keys, normal
-from ldm_jax.training.adversary import Adversary, contend, mean_over
+from ldm_jax.training.adversary import Adversary, Contest, contend, mean_over
 from ldm_jax.training.autoencoder_loss import (
+    Likeness,
     Objective,
     likeness_loss,
     regularization_loss,
 )
+from ldm_jax.training.dispatch import mean_over_parts
 from ldm_jax.training.state import AdversarialState, AnyState, apply_gradients
 from ldm_jax.types import PyTree
 
@@ -69,6 +72,26 @@ class AutoencoderMetrics(NamedTuple):
     critic_gradient_norm: Float[Array, ""] | None = None
 
 
+class Learned(NamedTuple):
+    """What one batch teaches the autoencoder, each a mean over its examples.
+
+    Attributes:
+      loss: What the autoencoder minimises.
+      likeness: The parts of the reconstruction term.
+      gradients: Of the loss, in the autoencoder's parameters.
+      penalty: The bottleneck's term before weighting.
+      moments: Of the latents.
+      usage: Share of the latents that fell on each code; None without a codebook.
+    """
+
+    loss: Float[Array, ""]
+    likeness: Likeness
+    gradients: PyTree
+    penalty: Float[Array, ""]
+    moments: "LatentMoments"
+    usage: Float[Array, " n"] | None
+
+
 def autoencoder_step(
     state: AnyState,
     frozen: PyTree,
@@ -82,12 +105,9 @@ def autoencoder_step(
     objective: Objective,
     adversary: Adversary | None,
     ema_decay: float,
+    accumulate: int,
 ) -> tuple[AnyState, AutoencoderMetrics]:
     """Make one update of the autoencoder and, if it has one, of its adversary.
-
-    Forward once, backward once: the losses are differentiated down to the
-    reconstructions, where the adversary's share is weighed by a look at the last
-    layer alone, and their sum is sent back through the autoencoder.
 
     Args:
       state: The stage's state; with an adversary, one that holds it.
@@ -101,6 +121,8 @@ def autoencoder_step(
       objective: The numbers of the losses.
       adversary: The rules of the game; None without one.
       ema_decay: Of the average of the weights.
+      accumulate: Parts the batch is computed in, one after the other; 1 with an
+        adversary.
 
     Returns:
       The next state, and the numbers of this step.
@@ -110,6 +132,60 @@ def autoencoder_step(
 
     Source:
       Rombach et al., arXiv:2112.10752, sec. 3.1 and eq. 25.
+    """
+    if adversary is not None and not isinstance(state, AdversarialState):
+        raise ValueError("adversary: given, but the state holds none")
+    learn = functools.partial(
+        _learn,
+        state,
+        frozen,
+        root_key,
+        axis_name=axis_name,
+        autoencoder=autoencoder,
+        latent_shape=latent_shape,
+        objective=objective,
+        adversary=adversary,
+    )
+    learned, contest = mean_over_parts(learn, batch, parts=accumulate)
+    learned = mean_over(learned, axis_name)
+    told: dict[str, Float[Array, ""]] = {}
+    if contest is not None:
+        state = cast(AdversarialState, state)._replace(critic=contest.critic)
+        told = contest.metrics._asdict()
+    metrics = AutoencoderMetrics(
+        loss=learned.loss,
+        gradient_norm=optax.tree.norm(learned.gradients),
+        **learned.likeness._asdict(),
+        **_latent_metrics(learned),
+        **told,
+    )
+    state = apply_gradients(
+        state, learned.gradients, optimizer=optimizer, ema_decay=ema_decay
+    )
+    return state, metrics
+
+
+def _learn(
+    state: AnyState,
+    frozen: PyTree,
+    root_key: Key[Array, ""],
+    batch: Batch,
+    *,
+    axis_name: str | None,
+    autoencoder: Autoencoder,
+    latent_shape: tuple[int, int, int],
+    objective: Objective,
+    adversary: Adversary | None,
+) -> tuple[Learned, Contest | None]:
+    """Differentiate the losses of one batch.
+
+    Forward once, backward once: the losses are differentiated down to the
+    reconstructions, where the adversary's share is weighed by a look at the last
+    layer alone, and their sum is sent back through the autoencoder.
+
+    Returns:
+      What was learned, over this device's part of the batch; and the contest with the
+      adversary, which is over all devices already.
     """
     images = to_float(batch.image)
     keys = example_keys(
@@ -129,13 +205,11 @@ def autoencoder_step(
     is_kl = autoencoder.regularizer == "kl"
     penalty_weight = objective.kl_weight if is_kl else objective.codebook_weight
     loss = loss + penalty_weight * penalty
-    told = {}
+    contest = None
     if adversary is not None:
-        if not isinstance(state, AdversarialState):
-            raise ValueError("adversary: given, but the state holds none")
         contest = contend(
             adversary,
-            state.critic,
+            cast(AdversarialState, state).critic,
             state.step,
             images,
             made.images,
@@ -144,19 +218,12 @@ def autoencoder_step(
             axis_name=axis_name,
         )
         loss, pull = loss + contest.loss, pull + contest.pull
-        state = state._replace(critic=contest.critic)
-        told = contest.metrics._asdict()
     (gradients,) = backward((pull, jnp.full_like(penalty, penalty_weight)))
-    loss, likeness, gradients = mean_over((loss, likeness, gradients), axis_name)
-    metrics = AutoencoderMetrics(
-        loss=loss,
-        gradient_norm=optax.tree.norm(gradients),
-        **likeness._asdict(),
-        **_latent_metrics(made, penalty, autoencoder.codebook_size, axis_name),
-        **told,
-    )
-    state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=ema_decay)
-    return state, metrics
+    usage = None
+    if isinstance(made.bottleneck, Quantized):
+        usage = code_usage(made.bottleneck.indices, size=autoencoder.codebook_size)
+    moments = _moments(made.latents)
+    return Learned(loss, likeness, gradients, penalty, moments, usage), contest
 
 
 def last_kernel_gradient(
@@ -183,29 +250,21 @@ def last_kernel_gradient(
     return lambda pull: backward(pull)[0]
 
 
-def _latent_metrics(
-    made: Reconstruction,
-    penalty: Float[Array, ""],
-    codebook_size: int,
-    axis_name: str | None,
-) -> dict[str, Float[Array, ""]]:
+def _latent_metrics(learned: Learned) -> dict[str, Float[Array, ""]]:
     """Return the fields of `AutoencoderMetrics` that tell of latents and codes."""
-    moments = _moments(made.latents)
-    penalty, moments = mean_over((penalty, moments), axis_name)
+    moments = learned.moments
     variance = moments.mean_square - jnp.square(moments.mean)
     told = {
         "latent_mean": moments.mean,
         "latent_std": jnp.sqrt(jnp.maximum(variance, 0.0)),
     }
-    if not isinstance(made.bottleneck, Quantized):
-        return {**told, "kl": penalty}
-    usage = code_usage(made.bottleneck.indices, size=codebook_size)
-    usage = mean_over(usage, axis_name)
+    if learned.usage is None:
+        return {**told, "kl": learned.penalty}
     return {
         **told,
-        "codebook": penalty,
-        "perplexity": perplexity(usage),
-        "dead_codes": (usage == 0.0).sum().astype(jnp.float32),
+        "codebook": learned.penalty,
+        "perplexity": perplexity(learned.usage),
+        "dead_codes": (learned.usage == 0.0).sum().astype(jnp.float32),
     }
 
 

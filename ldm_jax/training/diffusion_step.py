@@ -36,6 +36,7 @@ from ldm_jax.training.conditions import (
     low_resolution,
     random_holes,
 )
+from ldm_jax.training.dispatch import mean_over_parts
 from ldm_jax.training.state import TrainState, apply_gradients
 from ldm_jax.types import PyTree
 
@@ -118,6 +119,7 @@ def diffusion_step(
     null_tokens: tuple[int, ...],
     condition_dropout: float,
     ema_decay: float,
+    accumulate: int,
 ) -> tuple[TrainState, DiffusionMetrics]:
     """Minimise the error of the prediction on one batch.
 
@@ -138,6 +140,7 @@ def diffusion_step(
       null_tokens: Tokens of the empty prompt.
       condition_dropout: Probability of training an example without its condition.
       ema_decay: Of the average of the weights.
+      accumulate: Parts the batch is computed in, one after the other.
 
     Returns:
       The next state, and the numbers of this step.
@@ -146,6 +149,45 @@ def diffusion_step(
       Rombach et al., arXiv:2112.10752, eq. 2 and 3; Ho & Salimans, arXiv:2207.12598,
       algorithm 1.
     """
+    learn = functools.partial(
+        _learn,
+        state,
+        frozen,
+        root_key,
+        autoencoder=autoencoder,
+        unet=unet,
+        conditioner=conditioner,
+        objective=objective,
+        latent_shape=latent_shape,
+        condition=condition,
+        num_classes=num_classes,
+        null_tokens=null_tokens,
+        condition_dropout=condition_dropout,
+    )
+    value, gradients = mean_over_parts(learn, batch, parts=accumulate)
+    if axis_name is not None:
+        value, gradients = jax.lax.pmean((value, gradients), axis_name)
+    state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=ema_decay)
+    return state, DiffusionMetrics(value, optax.tree.norm(gradients))
+
+
+def _learn(
+    state: TrainState,
+    frozen: Frozen,
+    root_key: Key[Array, ""],
+    batch: Batch,
+    *,
+    autoencoder: Autoencoder,
+    unet: UNet,
+    conditioner: Conditioner,
+    objective: Objective,
+    latent_shape: tuple[int, int, int],
+    condition: ConditionConfig,
+    num_classes: int,
+    null_tokens: tuple[int, ...],
+    condition_dropout: float,
+) -> tuple[Float[Array, ""], Denoising]:
+    """Draw what a batch needs and differentiate its loss: the loss and its gradient."""
 
     def keys(stream: Stream) -> Key[Array, " b"]:
         return example_keys(root_key, stream, state.step, batch.example_index)
@@ -173,13 +215,7 @@ def diffusion_step(
     loss_of = functools.partial(
         prediction_loss, unet=unet, conditioner=conditioner, objective=objective
     )
-    value, gradients = jax.value_and_grad(loss_of)(
-        state.params, frozen, x_0, level, eps, inputs
-    )
-    if axis_name is not None:
-        value, gradients = jax.lax.pmean((value, gradients), axis_name)
-    state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=ema_decay)
-    return state, DiffusionMetrics(value, optax.tree.norm(gradients))
+    return jax.value_and_grad(loss_of)(state.params, frozen, x_0, level, eps, inputs)
 
 
 def prediction_loss(

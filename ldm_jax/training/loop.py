@@ -185,8 +185,8 @@ def _run_steps(
         done, before = found.step, found.notes["seconds"]
         state, extra = found.tree["state"], found.tree["extra"]
         iterator.set_state(found.notes["data"])
-    state = layout.replicate(state)
-    keys, frozen = layout.replicate(root_key), layout.replicate(stage.frozen)
+    state = layout.place(state)
+    keys, frozen = layout.place(root_key), layout.place(stage.frozen)
     mapped = layout.map_step(stage.step)
     batches = Prefetch(iterator, layout)
     pending = PendingMetrics(stage, log, layout, progress=done)
