@@ -18,23 +18,29 @@ from ldm_jax.build import (
 from ldm_jax.config import Config
 from ldm_jax.data.pipeline import Batch
 from ldm_jax.first_stage import autoencoder_stage
+from ldm_jax.networks import Networks
 from ldm_jax.rng import root_key
 from ldm_jax.second_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.loop import Stage
-from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.training.parallel import Layout
 from ldm_jax.types import PyTree
 
 
-def check_batches(config: Config, layout: PmapLayout) -> None:
+def check_batches(config: Config, layout: Layout) -> None:
     """Raise `InputError` if a batch does not divide by the devices."""
+    parts = config.parallel.accumulate
     if config.first_stage is None:
-        layout.check_batch_size(config.autoencoder.batch_size, "autoencoder.batch_size")
+        layout.check_batch_size(
+            config.autoencoder.batch_size, "autoencoder.batch_size", accumulate=parts
+        )
     if "diffusion" in config.stages:
-        layout.check_batch_size(config.diffusion.batch_size, "diffusion.batch_size")
+        layout.check_batch_size(
+            config.diffusion.batch_size, "diffusion.batch_size", accumulate=parts
+        )
 
 
-def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
+def describe(config: Config, layout: Layout) -> dict[str, Any]:
     """Build everything by shape only and say how large it is.
 
     Args:
@@ -52,24 +58,16 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
     """
     check_batches(config, layout)
     networks = build_networks(config)
-    nowhere = Path()
-    first = jax.eval_shape(lambda: init_autoencoder(config, networks))
+    stages = stages_by_shape(config, networks)
     report: dict[str, Any] = {
         "digest": config_lib.digest(config),
-        "parameters": {"autoencoder": _count(first)},
+        "parameters": {"autoencoder": _count(first_shapes(config, networks))},
         "state_bytes": {},
         "batch_per_device": {},
         "steps_per_epoch": {},
     }
-    stages: list[Stage] = []
-    if config.first_stage is None:
-        stages.append(autoencoder_stage(config, networks, nowhere))
     if "diffusion" in config.stages:
-        conditioner = jax.eval_shape(lambda: init_conditioner(config, networks))
-        trained = config.diffusion.condition.trained
-        scale = shape_of((), jnp.float32)
-        frozen = Frozen(first, scale, {} if trained else conditioner)
-        stages.append(diffusion_stage(config, networks, frozen, nowhere))
+        conditioner = conditioner_shapes(config, networks)
         if jax.tree.leaves(conditioner):
             report["parameters"]["conditioner"] = _count(conditioner)
     for stage in stages:
@@ -79,8 +77,8 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
         local = stage.batch_size // layout.num_devices
         step = functools.partial(stage.step, axis_name=None)
         key = jax.eval_shape(lambda: root_key(0))
-        jax.eval_shape(step, state, stage.frozen, _batch_shapes(config, local), key)
-        report["state_bytes"][stage.name] = _bytes(state)
+        jax.eval_shape(step, state, stage.frozen, batch_shapes(config, local), key)
+        report["state_bytes"][stage.name] = tree_bytes(state)
         report["batch_per_device"][stage.name] = local
         report["steps_per_epoch"][stage.name] = (
             config.data.num_train_examples // stage.batch_size
@@ -90,7 +88,47 @@ def describe(config: Config, layout: PmapLayout) -> dict[str, Any]:
     return report
 
 
-def _batch_shapes(config: Config, size: int) -> Batch:
+def stages_by_shape(config: Config, networks: Networks) -> list[Stage]:
+    """Build the stages that would be trained, of shapes where a run has arrays.
+
+    Args:
+      config: Of the run.
+      networks: Of the run.
+
+    Returns:
+      Stage 1 unless it is taken from elsewhere, and stage 2 if there is one; all can be
+      done with them but run.
+
+    Raises:
+      InputError: If the images are too small for LPIPS or the adversary.
+    """
+    nowhere = Path()
+    stages: list[Stage] = []
+    if config.first_stage is None:
+        stages.append(autoencoder_stage(config, networks, nowhere))
+    if "diffusion" in config.stages:
+        trained = config.diffusion.condition.trained
+        frozen = Frozen(
+            first_shapes(config, networks),
+            shape_of((), jnp.float32),
+            {} if trained else conditioner_shapes(config, networks),
+        )
+        stages.append(diffusion_stage(config, networks, frozen, nowhere))
+    return stages
+
+
+def first_shapes(config: Config, networks: Networks) -> PyTree:
+    """Return the shapes of the autoencoder's parameters."""
+    return jax.eval_shape(lambda: init_autoencoder(config, networks))
+
+
+def conditioner_shapes(config: Config, networks: Networks) -> PyTree:
+    """Return the shapes of the conditioner's parameters; {} if it has none."""
+    return jax.eval_shape(lambda: init_conditioner(config, networks))
+
+
+def batch_shapes(config: Config, size: int) -> Batch:
+    """Return the shapes of a batch of `size` examples."""
     data = config.data
     inputs = jax.eval_shape(lambda: blank_inputs(config, batch_size=size))
     image = (size, data.image_size, data.image_size)
@@ -109,5 +147,6 @@ def _count(params: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _bytes(tree: PyTree) -> int:
+def tree_bytes(tree: PyTree) -> int:
+    """Count the bytes of a tree of arrays or their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

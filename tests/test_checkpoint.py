@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.training.checkpoint import CheckpointStore, tree_digest
+from ldm_jax.training.checkpoint import CheckpointStore
+from ldm_jax.training.digests import join_digests, leaf_digests, tree_digest
 from ldm_jax.types import RunError
 
 
@@ -36,7 +37,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_notes(store):
     digest = store.save(5, tree(0.1), {"data": {"next_index": 7}, "seconds": 1.5})
     found = reopened(store).restore(TARGET)
     assert found.step == 5
-    assert found.digest == digest == tree_digest(tree(0.1))
+    assert found.digest == digest
     assert found.notes["data"] == {"next_index": 7}
     same = jax.tree.map(
         lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), found.tree, tree(0.1)

@@ -43,9 +43,11 @@ FLOOR_BY_ROOM = {
     "pretrained": 4,
     "run": 4,
     "gallery": 4,
+    "flops": 4,
+    "planning": 4,
 }
 ROOF = 5
-DOORS = {"evaluation/steps.py"}
+DOORS = {"evaluation/steps.py", "plan.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,10 +1,11 @@
 """Checkpoints: the whole state of a stage, whole or not at all, and proven intact."""
 
-import hashlib
+import contextlib
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ldm_jax.training.digests import join_digests, leaf_digests, tree_digest
+from ldm_jax.training.hosts import first_alone, gather_texts
 from ldm_jax.types import InputError, PyTree, RunError
 
 
@@ -31,23 +34,13 @@ class Checkpoint(NamedTuple):
     digest: str
 
 
-def tree_digest(tree: PyTree) -> str:
-    """Return the sha256 over path, dtype, shape and bytes of every leaf."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        name = jax.tree_util.keystr(path)
-        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        total.update(array.tobytes())
-    return total.hexdigest()
-
-
 class CheckpointStore:
-    """The checkpoints of one stage in one folder.
+    """The checkpoints of one stage in one folder, of one process or of several.
 
     A step counts once its writing is complete (Orbax renames a finished folder into
-    place) and as long as its leaves have the digest that was noted when it was saved:
-    Orbax alone restores flipped bits without a word.
+    place) and as long as its leaves have the digests that were noted when it was
+    saved: Orbax alone restores flipped bits without a word. Where there are several
+    processes, all of them call every method.
     """
 
     def __init__(self, directory: Path, *, keep: int, read_only: bool = False) -> None:
@@ -57,10 +50,16 @@ class CheckpointStore:
           directory: Of this stage alone.
           keep: How many steps to keep.
           read_only: Only restore.
+
+        Raises:
+          InputError: If it is a file.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = directory.absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise InputError(f"{directory}: a file, wanted a folder of checkpoints")
         self._read_only = read_only
+        self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
@@ -68,9 +67,7 @@ class CheckpointStore:
             cleanup_tmp_directories=not read_only,
         )
         self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_names=("state", "notes"),
+            self.directory, options=options, item_names=("state", "notes")
         )
 
     def save(self, step: int, tree: PyTree, notes: dict[str, Any]) -> str:
@@ -78,34 +75,66 @@ class CheckpointStore:
 
         Args:
           step: Its name.
-          tree: Arrays.
+          tree: Arrays over all processes.
           notes: JSON-compatible values.
 
         Returns:
           The digest of the tree.
 
         Raises:
-          RunError: If a leaf is not finite: such a state is never written.
+          RunError: If the step before could not be written, or a leaf is not finite:
+            such a state is never written.
         """
-        self._manager.wait_until_finished()
-        host = jax.device_get(tree)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(host):
-            if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
+        self.wait()
+        leaves = leaf_digests(tree)
+        for path, leaf in leaves.items():
+            if not leaf.finite:
                 raise RunError(
-                    f"step {step}: {jax.tree_util.keystr(path)} is not finite; nothing "
+                    f"step {step}: {path} is not finite; nothing "
                     "was written for this step; try a lower learning rate"
                 )
-        digest = tree_digest(host)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(host),
-                notes=ocp.args.JsonSave({**notes, "digest": digest}),
-            ),
-        )
+        digest = join_digests(tree, leaves)
+        notes = {
+            **notes,
+            "digest": digest,
+            "leaves": {
+                path: [str(leaf.dtype), list(leaf.shape), leaves[path].digest]
+                for path, leaf in _leaves(tree)
+            },
+        }
+        self._saving = step
+        with self._told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(tree), notes=ocp.args.JsonSave(notes)
+                ),
+            )
         return digest
 
-    def restore(self, target: PyTree, *, step: int | None = None) -> Checkpoint | None:
+    def check(self) -> None:
+        """Raise what went wrong with a save in the background, without waiting.
+
+        Raises:
+          RunError: If it could not be written.
+        """
+        with self._told():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+          RunError: If it could not be written.
+        """
+        with self._told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        self._saving = None
+
+    def restore(
+        self, target: PyTree, *, step: int | None = None, shardings: PyTree = None
+    ) -> Checkpoint | None:
         """Restore the newest intact checkpoint, or that of one step.
 
         A damaged one is moved into `damaged/` (unless read-only), and the one before
@@ -114,12 +143,13 @@ class CheckpointStore:
         Args:
           target: Shapes and dtypes, as `jax.eval_shape` gives them.
           step: Which one; None for the newest.
+          shardings: Where each array is to lie; None reads to the host.
 
         Returns:
           The checkpoint, or None if none was ever completed.
 
         Raises:
-          InputError: If there is none of that step.
+          InputError: If there is none of that step, or it is one of another model.
           RunError: If there are checkpoints and none is intact.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -131,10 +161,19 @@ class CheckpointStore:
         steps = steps if step is None else [step]
         reasons: list[str] = []
         for at in steps:
+            found, reason = None, ""
             try:
-                found = self._read(at, target)
+                notes = self._read_notes(at)
+                self._check_model(at, target, notes)
+                tree = self._read(at, target, shardings)
+                found = Checkpoint(at, tree, notes, verified_digest(tree, notes))
+            except InputError:
+                raise
             except Exception as error:
-                reasons.append(f"step {at}: {' '.join(str(error).split())[:200]}")
+                reason = " ".join(str(error).split())[:200]
+            told = [text for text in gather_texts(reason) if text]
+            if told or found is None:
+                reasons.append(f"step {at}: {told[0] if told else reason}")
                 continue
             for reason in reasons:
                 logging.getLogger(__name__).warning("damaged checkpoint: %s", reason)
@@ -149,34 +188,106 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Wait for the last save and raise what went wrong with it."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
-    def _read(self, step: int, target: PyTree) -> Checkpoint:
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), notes=ocp.args.JsonRestore()
-            ),
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what a writing thread raised into one line."""
+        try:
+            yield
+        except Exception as error:
+            failed, self._saving = self._saving, None
+            steps = [at for at in self._manager.all_steps() if at != failed]
+            left = f"that of step {max(steps)} is intact" if steps else "there is none"
+            raise RunError(
+                f"{self.directory}: the checkpoint of step {failed} could not be "
+                f"written ({' '.join(str(error).split())[:300]}); of those before it, "
+                f"{left}"
+            ) from error
+
+    def _check_model(self, step: int, target: PyTree, notes: dict[str, Any]) -> None:
+        """Raise `InputError` if a checkpoint has other leaves than the target."""
+        if "leaves" not in notes:
+            return
+        there = {path: tuple(shape) for path, (_, shape, _) in notes["leaves"].items()}
+        here = {path: tuple(leaf.shape) for path, leaf in _leaves(target)}
+        for path in [*here, *(there.keys() - here.keys())]:
+            if there.get(path) != here.get(path):
+                raise InputError(
+                    f"{self.directory}: the checkpoint of step {step} is of another "
+                    f"model: {path} is {there.get(path, 'missing')} there, "
+                    f"{here.get(path, 'missing')} here; try the config it was made with"
+                )
+
+    def _read_notes(self, step: int) -> dict[str, Any]:
+        items = ocp.args.Composite(notes=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["notes"]
+
+    def _read(self, step: int, target: PyTree, shardings: PyTree) -> PyTree:
+        if shardings is None:
+            to_host = ocp.RestoreArgs(restore_type=np.ndarray)
+            restore_args = jax.tree.map(lambda _: to_host, target)
+        else:
+            restore_args = jax.tree.map(_sharded, target, shardings)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
         )
-        tree, notes = restored["state"], restored["notes"]
+        return self._manager.restore(step, args=items)["state"]
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps or self._read_only:
+            return
+        first_alone(lambda: self._move(steps))
+        self._manager.reload()
+
+    def _move(self, steps: list[int]) -> None:
+        damaged = self.directory / "damaged"
+        damaged.mkdir(exist_ok=True)
+        for step in steps:
+            target = damaged / f"{step}-{time.time_ns()}"
+            os.rename(self.directory / str(step), target)
+
+
+def verified_digest(tree: PyTree, notes: dict[str, Any]) -> str:
+    """Return the digest of what was restored.
+
+    Args:
+      tree: The arrays.
+      notes: With the digests of when it was saved; an early version noted one sha256
+        over everything.
+
+    Raises:
+      ValueError: If a leaf has another digest now: which, and how many.
+    """
+    if "leaves" not in notes:
         digest = tree_digest(tree)
         if digest != notes["digest"]:
             raise ValueError(
                 f"its arrays have the digest {digest[:12]}, saved as "
                 f"{notes['digest'][:12]}"
             )
-        return Checkpoint(step, tree, notes, digest)
+        return digest
+    leaves = leaf_digests(tree)
+    saved = {path: digest for path, (_, _, digest) in notes["leaves"].items()}
+    bad = [path for path, leaf in leaves.items() if leaf.digest != saved.get(path)]
+    if bad:
+        others = f", nor are {len(bad) - 1} other leaves" if len(bad) > 1 else ""
+        raise ValueError(f"{bad[0]} is not what was saved{others}")
+    return join_digests(tree, leaves)
 
-    def _set_aside(self, steps: list[int]) -> None:
-        if not steps or self._read_only:
-            return
-        damaged = self.directory / "damaged"
-        damaged.mkdir(exist_ok=True)
-        for step in steps:
-            target = damaged / f"{step}-{time.time_ns()}"
-            os.rename(self.directory / str(step), target)
-        self._manager.reload()
+
+def _sharded(leaf: Any, sharding: Any) -> ocp.ArrayRestoreArgs:
+    return ocp.ArrayRestoreArgs(
+        sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
+    )
+
+
+def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
 
 
 def write_json(path: Path, value: Any) -> None:
