@@ -6,28 +6,34 @@ python train.py --config configs/digits.py --workdir runs/digits
 import json
 
 from ldm_jax.cli import parse_train, run_main
+from ldm_jax.launch import start
 
 
 def main(args: list[str]) -> None:
     """Parse, train, say finished."""
     arguments = parse_train(args)
     # Only now: help and misspelt flags need not wait for JAX.
+    start(arguments.launch, peer_timeout=arguments.config.parallel.peer_timeout)
     from ldm_jax.describe import describe
     from ldm_jax.run import train
-    from ldm_jax.training.parallel import PmapLayout
+    from ldm_jax.training.hosts import is_first
+    from ldm_jax.training.parallel import make_layout
 
-    if arguments.workdir is None:
-        print(json.dumps(describe(arguments.config, PmapLayout())))
+    config, workdir = arguments.config, arguments.workdir
+    if workdir is None:
+        print(json.dumps(describe(config, make_layout(config.parallel))))
         return
-    outcome = train(arguments.config, arguments.workdir)
+    outcome = train(config, workdir, profile=arguments.profile)
+    if not is_first():
+        return
     final = outcome.final
     if not outcome.trained:
-        print(f"finished: {arguments.workdir} has nothing left to train")
+        print(f"finished: {workdir} has nothing left to train")
     else:
         seconds = ", ".join(
             f"{name} {value:.0f} s" for name, value in final["seconds_by_stage"].items()
         )
-        print(f"finished: {arguments.workdir} ({seconds})")
+        print(f"finished: {workdir} ({seconds})")
     print(f"digest {final['digest']}")
 
 

@@ -35,7 +35,7 @@ from ldm_jax.nn.conditioning import (
 from ldm_jax.nn.text import ClipTextTransformer, TextTransformer
 from ldm_jax.nn.unet import UNet
 from ldm_jax.rng import Stream, root_key, stream_key
-from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.training.parallel import Layout
 from ldm_jax.types import InputError, PyTree
 
 Split = Literal["train", "test"]
@@ -316,9 +316,7 @@ def check_example(config: Config, example: Mapping[str, Any]) -> None:
             )
 
 
-def open_iterator(
-    config: Config, *, batch_size: int, layout: PmapLayout
-) -> BatchIterator:
+def open_iterator(config: Config, *, batch_size: int, layout: Layout) -> BatchIterator:
     """Open this process' part of the endless training stream, at its start."""
     return make_iterator(
         open_split(config, "train").examples,

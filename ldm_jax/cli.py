@@ -19,13 +19,16 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from ldm_jax.config import Config, flatten
-from ldm_jax.types import InputError, RunError
+from ldm_jax.launch import Launch, add_flags, check_launch
+from ldm_jax.types import InputError, Preempted, RunError
 
 T = TypeVar("T")
 
 BAD_INPUT_EXIT_CODE = 2
 FAILED_RUN_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
+PREEMPTED_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on."""
 MAX_NUMBERS = 10_000_000
 
 
@@ -36,10 +39,14 @@ class TrainArguments:
     Attributes:
       config: The config file with the flags applied.
       workdir: Folder of the run; None for a dry run, which writes nothing.
+      launch: How the program starts.
+      profile: Steps of each stage between which a trace is written, or None.
     """
 
     config: Config
     workdir: Path | None
+    launch: Launch
+    profile: tuple[int, int] | None
 
 
 def parse_train(args: list[str]) -> TrainArguments:
@@ -68,6 +75,12 @@ def parse_train(args: list[str]) -> TrainArguments:
         action="store_true",
         help="build everything by shape only and print one line of JSON",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="steps between which to write a trace for TensorBoard and Perfetto",
+    )
+    add_flags(parser)
     own, rest = parser.parse_known_args(args)
     wants_help = not {"-h", "--help"}.isdisjoint(rest)
     if own.config is None and not wants_help:
@@ -82,7 +95,33 @@ def parse_train(args: list[str]) -> TrainArguments:
     if own.workdir is None and not own.dry_run:
         raise InputError("--workdir: not given, wanted a folder; try --workdir runs/x")
     workdir = None if own.dry_run else Path(str(own.workdir))
-    return TrainArguments(config=config, workdir=workdir)
+    launch = check_launch(
+        pod=own.pod,
+        coordinator=own.coordinator,
+        num_processes=own.num_processes,
+        process_id=own.process_id,
+        compilation_cache=own.compilation_cache,
+        beside=workdir,
+    )
+    profile = None if own.profile is None else parse_span(own.profile)
+    return TrainArguments(
+        config=config, workdir=workdir, launch=launch, profile=profile
+    )
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """Read `START:STOP`, the steps of a profile.
+
+    Raises:
+      InputError: If it is no such thing.
+    """
+    start, _, stop = text.partition(":")
+    numbers = start.isascii() and start.isdigit() and stop.isascii() and stop.isdigit()
+    if not numbers or int(start) >= int(stop):
+        raise InputError(
+            f"--profile: got {text!r}, wanted START:STOP, the smaller first; try 10:15"
+        )
+    return int(start), int(stop)
 
 
 def parse_flags(
@@ -233,6 +272,10 @@ def run_main(main: Callable[[list[str]], None], prog: str) -> NoReturn:
     code, message = 0, ""
     try:
         main(sys.argv[1:])
+    except Preempted as stop:
+        sys.stdout.flush()
+        sys.stderr.write(f"\n{prog}: preempted: {stop}; the same command goes on\n")
+        sys.exit(PREEMPTED_EXIT_CODE)
     except InputError as error:
         code, message = BAD_INPUT_EXIT_CODE, str(error)
     except RunError as error:

@@ -23,7 +23,7 @@ from ldm_jax.training.adversary import Adversary
 from ldm_jax.training.autoencoder_loss import Objective
 from ldm_jax.training.autoencoder_step import autoencoder_step, latent_moments
 from ldm_jax.training.loop import Stage
-from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.training.parallel import Layout
 from ldm_jax.training.state import (
     AnyState,
     init_adversarial_state,
@@ -87,9 +87,9 @@ def autoencoder_stage(
         critic = init_critic(config, adversary.critic)
         return init_adversarial_state(params, optimizer, critic, adversary.optimizer)
 
-    def draw(state: AnyState, step_number: int) -> None:
+    def draw(ema: PyTree, step_number: int) -> None:
         images = load_split(config, "test", limit=NUM_RECONSTRUCTIONS).image
-        outputs = reconstruct(state.ema, images)
+        outputs = reconstruct(ema, images)
         rows = [
             part[i : i + GRID_COLUMNS]
             for i in range(0, len(images), GRID_COLUMNS)
@@ -191,7 +191,7 @@ def perceptual_shapes(config: Config) -> PyTree:
 
 
 def measure_latent_scale(
-    config: Config, networks: Networks, params: PyTree, layout: PmapLayout
+    config: Config, networks: Networks, params: PyTree, layout: Layout
 ) -> Float[Array, ""]:
     """Measure one over the standard deviation of the sampled latents.
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,13 +39,21 @@ from ldm_jax.second_stage import diffusion_stage, sample_params
 from ldm_jax.training.checkpoint import write_json
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.digests import tree_digest
+from ldm_jax.training.hosts import (
+    StopSignal,
+    check_same,
+    first_alone,
+    gather_texts,
+    stop_signal,
+    together,
+)
 from ldm_jax.training.loop import (
     Finished,
     Stage,
     Watch,
     run_stage,
 )
-from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.training.parallel import Layout, make_layout
 from ldm_jax.types import InputError, PyTree
 
 STAGE_NAMES = ("autoencoder", "diffusion")
@@ -64,37 +73,53 @@ class Outcome(NamedTuple):
     trained: bool
 
 
-def train(config: Config, workdir: Path) -> Outcome:
+def train(
+    config: Config, workdir: Path, *, profile: tuple[int, int] | None = None
+) -> Outcome:
     """Run the stages of a run that are not finished, and write `final.json`.
 
+    On several processes, each calls this, with the same arguments and a folder that
+    all of them see.
+
     Args:
-      config: Of the run; must equal the one the folder was made with.
+      config: Of the run; must equal the one the folder was made with, `parallel` aside.
       workdir: Its folder; made if it is not there.
+      profile: Steps of each stage between which a trace is written; None for none.
 
     Returns:
       How it ended.
 
     Raises:
       InputError: If the folder belongs to another config or another process, a batch
-        does not divide by the devices, or the data cannot be read.
+        does not divide by the devices, the data cannot be read, or the processes
+        differ.
+      Preempted: If this process was told to stop (SIGTERM), once the state is saved.
       RunError: If a loss is not finite, or no checkpoint is intact.
       OSError: If something cannot be written.
     """
-    layout = PmapLayout()
-    check_batches(config, layout)
-    check_workdir(config, workdir)
+    layout = make_layout(config.parallel)
+    check_same(facts_of(config, layout))
     final_path = workdir / FINAL_FILE
-    networks = build_networks(config)
     # Before the folder is taken: what is missing must not leave a run behind.
-    taken = None
-    if not final_path.exists():
+    with together():
+        check_batches(config, layout)
+        check_workdir(config, workdir)
+        networks = build_networks(config)
+    if gather_texts(str(final_path.exists()))[0] == str(True):
+        return Outcome(json.loads(final_path.read_text()), trained=False)
+    with together():
         taken = take_from_elsewhere(config, networks, workdir)
         open_split(config, "test")
-    with open_workdir(config, workdir):
-        if taken is None:
-            return Outcome(json.loads(final_path.read_text()), trained=False)
-        keep_taken(taken, workdir)
-        run = functools.partial(_run, config=config, workdir=workdir, layout=layout)
+    with open_workdir(config, workdir), stop_signal() as stop:
+        first_alone(lambda: keep_taken(taken, workdir))
+        run = functools.partial(
+            _run,
+            config=config,
+            workdir=workdir,
+            layout=layout,
+            profile=profile,
+            stop=stop,
+        )
         done: dict[str, StageOutcome] = {}
         if taken.first_stage is None:
             stage = autoencoder_stage(
@@ -102,7 +127,7 @@ def train(config: Config, workdir: Path) -> Outcome:
             )
             finished = run(stage)
             done["autoencoder"] = StageOutcome(finished.digest, finished.seconds)
-            params = finished.state.ema
+            params = finished.ema
             scale = _latent_scale(config, networks, params, layout, workdir)
         else:
             params, scale = taken.first_stage
@@ -118,8 +143,21 @@ def train(config: Config, workdir: Path) -> Outcome:
             "latent_scale": float(scale),
             "config_digest": config_lib.digest(config),
         }
-        write_json(final_path, final)
+        first_alone(lambda: write_json(final_path, final))
         return Outcome(final, trained=True)
+
+
+def facts_of(config: Config, layout: Layout) -> dict[str, Any]:
+    """Collect what must be the same on every process of a run."""
+    return {
+        **config_lib.flatten(config),
+        "ldm_jax": version("ldm_jax"),
+        "jax": version("jax"),
+        "jaxlib": version("jaxlib"),
+        "flax": version("flax"),
+        "optax": version("optax"),
+        "devices": f"{len(layout.devices)} {layout.devices[0].device_kind}",
+    }
 
 
 class StageOutcome(NamedTuple):
@@ -279,7 +317,7 @@ def check_workdir(config: Config, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
-    """Take a run's folder for this process alone, and write or check its config.
+    """Take a run's folder for these processes alone, and write or check its config.
 
     Args:
       config: Of the run.
@@ -290,6 +328,13 @@ def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
         another process is training in it.
       OSError: If it cannot be written.
     """
+    with contextlib.ExitStack() as held:
+        first_alone(lambda: held.enter_context(_taken(config, workdir)))
+        yield
+
+
+@contextlib.contextmanager
+def _taken(config: Config, workdir: Path) -> Iterator[None]:
     check_workdir(config, workdir)
     path = workdir / CONFIG_FILE
     workdir.mkdir(parents=True, exist_ok=True)
@@ -298,8 +343,8 @@ def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"--workdir: another process is training in {workdir}; wait for it or "
-                "try another --workdir"
+                f"--workdir: another process is training in {workdir}; wait for it, "
+                "try another --workdir, or --pod if they are to train together"
             ) from None
         if not path.exists():
             part = path.with_name(path.name + ".part")
@@ -309,15 +354,29 @@ def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
 
 
 def _run(
-    stage: Stage, *, config: Config, workdir: Path, layout: PmapLayout
+    stage: Stage,
+    *,
+    config: Config,
+    workdir: Path,
+    layout: Layout,
+    profile: tuple[int, int] | None,
+    stop: StopSignal,
 ) -> Finished:
     return run_stage(
         stage,
-        watch=Watch(workdir, config.checkpoint, config.log),
+        watch=Watch(
+            workdir,
+            config.checkpoint,
+            config.log,
+            config.parallel,
+            config.max_skipped_steps,
+            profile,
+        ),
         layout=layout,
         iterator=open_iterator(config, batch_size=stage.batch_size, layout=layout),
         root_key=root_key(config.seed),
         notes={"config": json.loads(config_lib.to_json(config))},
+        stop=stop,
     )
 
 
@@ -325,13 +384,14 @@ def _latent_scale(
     config: Config,
     networks: Networks,
     params: PyTree,
-    layout: PmapLayout,
+    layout: Layout,
     workdir: Path,
 ) -> Float[Array, ""]:
     """Measure the latent scale once; a killed run finds it in the folder."""
     path = workdir / "autoencoder" / SCALE_FILE
-    if path.exists():
-        return jnp.asarray(json.loads(path.read_text())["latent_scale"], jnp.float32)
-    scale = measure_latent_scale(config, networks, jax.device_put(params), layout)
-    write_json(path, {"latent_scale": float(scale)})
+    known = gather_texts(path.read_text() if path.exists() else "")[0]
+    if known:
+        return jnp.asarray(json.loads(known)["latent_scale"], jnp.float32)
+    scale = measure_latent_scale(config, networks, params, layout)
+    first_alone(lambda: write_json(path, {"latent_scale": float(scale)}))
     return scale

@@ -24,7 +24,6 @@ from ldm_jax.training.diffusion_step import (
 )
 from ldm_jax.training.loop import Stage
 from ldm_jax.training.state import (
-    TrainState,
     init_state,
     learning_rate_schedule,
     make_optimizer,
@@ -59,11 +58,11 @@ def diffusion_stage(
         networks, sampler="ddim", num_steps=config.sampling.grid_steps
     )
 
-    def draw(state: TrainState, step_number: int) -> None:
+    def draw(ema: Denoising, step_number: int) -> None:
         cond, columns = grid_inputs(config, networks, frozen)
         cond = jax.tree.map(lambda x: jnp.concatenate([x] * GRID_SEEDS), cond)
         samples = sample_fn(
-            sample_params(frozen, state.ema),
+            sample_params(frozen, ema),
             image_keys([seed for seed in range(GRID_SEEDS) for _ in range(columns)]),
             cond,
             config.sampling.grid_guidance_scale,

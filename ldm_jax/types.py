@@ -43,3 +43,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had to stop, told in one line: why, where, and what is kept."""
+
+
+class Preempted(Exception):
+    """A run that was told to stop, and has saved its state: where."""

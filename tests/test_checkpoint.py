@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.training.checkpoint import CheckpointStore
-from ldm_jax.training.digests import join_digests, leaf_digests, tree_digest
+from ldm_jax.training.digests import tree_digest
 from ldm_jax.types import RunError
 
 

@@ -30,6 +30,7 @@ from ldm_jax.rng import Stream, example_keys, normal, root_key
 from ldm_jax.second_stage import diffusion_stage
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.hosts import StopSignal
 from ldm_jax.training.loop import Watch, run_stage, stage_target
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.training.state import (
@@ -355,6 +356,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_p
             iterator=open_iterator(CONFIG, batch_size=8, layout=layout),
             root_key=root_key(0),
             notes={},
+            stop=StopSignal(),
         )
     store = CheckpointStore(tmp_path / "autoencoder" / "checkpoints", keep=2)
     assert store.restore(stage_target(built, root_key(0))).step == 4

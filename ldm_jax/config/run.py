@@ -98,9 +98,9 @@ class Config(Checked):
             return
         if self.parallel.accumulate > 1:
             raise InputError(
-                f"parallel.accumulate: got {self.parallel.accumulate}, wanted 1 with an "
-                "adversary, whose weight is that of a whole batch; try a smaller batch "
-                "or more devices"
+                f"parallel.accumulate: got {self.parallel.accumulate}, wanted 1 with "
+                "an adversary, whose weight is that of a whole batch; try a smaller "
+                "batch or more devices"
             )
         if self.parallel.layout == "fsdp" and not adversary.sync_batch_norm:
             raise InputError(

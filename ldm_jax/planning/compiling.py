@@ -93,7 +93,7 @@ def compile_program(
             raise RunError(f"the compiler refuses {label}: {lines[0]}") from None
         seconds = time.perf_counter() - start
         return Compiled(seconds, None, shortage, 0.0, 0.0, 0, [])
-    program = parse_program(compiled.as_text())
+    program = parse_program(compiled.as_text() or "")
     cost = compiled.cost_analysis() or {}
     return Compiled(
         seconds=time.perf_counter() - start,

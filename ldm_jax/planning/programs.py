@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from ldm_jax.build import blank_inputs, build_networks, init_unet
+from ldm_jax.build import blank_inputs, build_networks, init_unet, shape_of
 from ldm_jax.chunk import Inputs, Knobs, Models, sample_chunk
 from ldm_jax.config import Config
 from ldm_jax.describe import (
@@ -27,6 +27,7 @@ from ldm_jax.networks import SampleParams, images_a_call, null_condition
 from ldm_jax.planning.request import Request, batch_size_of, change
 from ldm_jax.planning.topology import Topology
 from ldm_jax.rng import image_keys
+from ldm_jax.training.dispatch import skip_nonfinite
 from ldm_jax.training.loop import Stage
 from ldm_jax.training.parallel import Layout, make_layout
 from ldm_jax.types import InputError, PyTree
@@ -104,9 +105,10 @@ def step_work(config: Config, request: Request, devices: list[Any] | None) -> Wo
     batch = batch_shapes(config, stage.batch_size)
     placed = layout.stand_ins(state, stage.frozen, batch)
     local = stage.batch_size // layout.num_devices
+    step = skip_nonfinite(stage.step) if config.max_skipped_steps else stage.step
     share = functools.partial(_share, num_devices=_copies(layout))
     return Work(
-        lower=functools.partial(layout.lower, stage.step, state, stage.frozen, batch),
+        lower=functools.partial(layout.lower, step, state, stage.frozen, batch),
         num_devices=layout.num_devices,
         images=local,
         state_bytes=share(placed[0]),
@@ -151,12 +153,12 @@ def sample_work(config: Config, request: Request, devices: list[Any] | None) -> 
             first_shapes(config, networks),
             jax.eval_shape(lambda: init_unet(config, networks)),
             conditioner_shapes(config, networks),
-            jax.ShapeDtypeStruct((), jnp.float32),
+            shape_of((), jnp.float32),
         ),
         None,
     )
     shapes = ((plan.levels.num_steps,), (), (2,), ())
-    knobs = Knobs(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    knobs = Knobs(*(shape_of(shape, jnp.float32) for shape in shapes))
     inputs = Inputs(
         jax.eval_shape(lambda: image_keys([0] * images)),
         cond,
@@ -195,7 +197,7 @@ def _share(tree: PyTree, *, num_devices: int) -> float:
     """Count the bytes of a placed tree that lie on one device."""
     total = 0.0
     for leaf in jax.tree.leaves(tree):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue
         shape, parts = leaf.shape, num_devices
         if getattr(leaf, "sharding", None) is not None:

@@ -1,4 +1,4 @@
-"""Several processes as one run: join, agree, wait, stop together, say who is missing.
+"""Several processes as one run: agree, wait, stop together.
 
 Everything here is a collective: every process calls it, in the same order. On one
 process each call is what it says, without a collective.
@@ -8,7 +8,7 @@ import contextlib
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,54 +17,6 @@ from jax.experimental import multihost_utils
 from ldm_jax.types import InputError, RunError
 
 T = TypeVar("T")
-
-CONNECT_TIMEOUT = 300
-"""Seconds to wait for the others when joining."""
-
-
-class Pod(NamedTuple):
-    """How to find the other processes; all None asks the cluster.
-
-    Attributes:
-      coordinator: `HOST:PORT` of process 0.
-      num_processes: How many there are.
-      process_id: Which one this is.
-    """
-
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-
-
-def join(pod: Pod | None, *, peer_timeout: int) -> None:
-    """Join the other processes, if there are any.
-
-    Args:
-      pod: How to find them; None for a run of one process.
-      peer_timeout: Seconds without a sign of life after which one counts as dead. Then
-        the others end themselves too, and name it.
-
-    Raises:
-      InputError: If the cluster does not say how, or the others do not come.
-    """
-    if pod is None or jax.distributed.is_initialized():
-        return
-    try:
-        jax.distributed.initialize(
-            coordinator_address=pod.coordinator,
-            num_processes=pod.num_processes,
-            process_id=pod.process_id,
-            initialization_timeout=CONNECT_TIMEOUT,
-            heartbeat_timeout_seconds=peer_timeout,
-        )
-    except (ValueError, RuntimeError) as error:
-        where = pod.coordinator or "what the cluster says"
-        raise InputError(
-            f"--pod: could not join the others at {where} "
-            f"({' '.join(str(error).split())[:200]}); try --coordinator HOST:PORT "
-            "--num-processes N --process-id I"
-        ) from None
-
 
 def is_first() -> bool:
     """Say whether this is the process that writes logs and pictures."""
@@ -166,10 +118,11 @@ class StopSignal:
     def agreed(self) -> bool:
         """Say whether all stop here; every process asks once a dispatch."""
         self._questions += 1
-        if jax.process_count() == 1:
-            return self._heard
-        # JAX's own handler hears it, on any process, and picks a question to come.
-        return multihost_utils.reached_preemption_sync_point(self._questions)
+        if jax.process_count() > 1 and not self._heard:
+            # JAX's own handler hears it, on any process, and picks a question to come.
+            question = self._questions
+            self._heard = multihost_utils.reached_preemption_sync_point(question)
+        return self._heard
 
 
 @contextlib.contextmanager

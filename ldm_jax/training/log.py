@@ -15,39 +15,64 @@ BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postf
 
 
 class MetricsLog:
-    """`metrics.jsonl`, and TensorBoard where `tensorboardX` is installed."""
+    """`metrics.jsonl`, and TensorBoard where `tensorboardX` is installed.
 
-    def __init__(self, workdir: Path) -> None:
-        """Open the log of a run for appending."""
+    Attributes:
+      path: Of the metrics.
+      fault_path: Of the steps that were not finite.
+    """
+
+    def __init__(self, workdir: Path, *, writes: bool = True) -> None:
+        """Open the log of a run for appending.
+
+        Args:
+          workdir: Folder of the run.
+          writes: False on all processes but one, whose log stays silent.
+        """
         self.path = workdir / "metrics.jsonl"
-        self._board = _open_board(workdir / "tensorboard")
+        self.fault_path = workdir / "not_finite.jsonl"
+        self._writes = writes
+        self._board = _open_board(workdir / "tensorboard") if writes else None
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what a killed run logged of `stage` after `step`, and torn lines."""
-        if not self.path.exists():
+        if not self._writes:
             return
-        kept = [
-            record
-            for record in read_metrics(self.path)
-            if record["stage"] != stage or record["step"] <= step
-        ]
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(part, self.path)
+        for path in (self.path, self.fault_path):
+            if not path.exists():
+                continue
+            kept = [
+                record
+                for record in read_metrics(path)
+                if record["stage"] != stage or record["step"] <= step
+            ]
+            part = path.with_name(path.name + ".part")
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(part, path)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Append one record."""
-        record = {"stage": stage, "step": step, **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if not self._writes:
+            return
+        _append(self.path, {"stage": stage, "step": step, **values})
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{stage}/{name}", value, step)
+
+    def write_fault(self, record: Mapping[str, Any]) -> None:
+        """Append what is known of a step that was not finite."""
+        if self._writes:
+            _append(self.fault_path, record)
 
     def close(self) -> None:
         """Flush what is buffered."""
         if self._board is not None:
             self._board.close()
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -100,10 +125,11 @@ def plot_losses(log: Path, path: Path) -> None:
     os.replace(part, path)
 
 
-def progress_bar(stage: str, *, num_steps: int, done: int) -> tqdm:
+def progress_bar(stage: str, *, num_steps: int, done: int, shown: bool) -> tqdm:
     """Make a bar that shows step, loss, images/s and the time left.
 
-    Away from a terminal it prints a line now and then instead of thousands.
+    Away from a terminal it prints a line now and then instead of thousands; where it
+    is not `shown`, nothing.
     """
     quiet = not sys.stderr.isatty()
     return tqdm(
@@ -114,6 +140,7 @@ def progress_bar(stage: str, *, num_steps: int, done: int) -> tqdm:
         mininterval=10.0 if quiet else 0.2,
         maxinterval=20.0 if quiet else 1.0,
         file=sys.stderr,
+        disable=not shown,
     )
 
 

@@ -1,22 +1,26 @@
 """The loop: when to save, draw, step, log and stop. The same for every stage."""
 
-import contextlib
+import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, UInt32
 
-from ldm_jax.config import CheckpointConfig, LogConfig
+from ldm_jax.config import CheckpointConfig, LogConfig, ParallelConfig
 from ldm_jax.data.pipeline import BatchIterator, to_batch
 from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
+from ldm_jax.training.dispatch import several_steps, skip_nonfinite
+from ldm_jax.training.hosts import StopSignal, check_same, first_alone, is_first
+from ldm_jax.training.layout import Layout
 from ldm_jax.training.log import MetricsLog, plot_losses, progress_bar
-from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.training.pending import Dispatch, PendingMetrics
 from ldm_jax.training.state import AnyState
-from ldm_jax.types import PyTree, RunError
+from ldm_jax.training.watching import Profile, StallClock
+from ldm_jax.types import Preempted, PyTree
 
 CHECKPOINTS = "checkpoints"
 
@@ -33,7 +37,7 @@ class Stage(NamedTuple):
       frozen: Arrays the step reads and never changes, or None.
       extra: More arrays that belong into the checkpoint.
       learning_rate: Of a step, for the log.
-      draw: Writes the pictures of a state.
+      draw: Writes the pictures of averaged parameters at a step.
     """
 
     name: str
@@ -48,58 +52,82 @@ class Stage(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """When the loop writes, and where.
+    """When the loop writes, where, and what it bears.
 
     Attributes:
       workdir: Folder of the run.
       checkpoint: When the state is written.
       log: When numbers and pictures are.
+      parallel: Steps a dispatch, and how long one may take.
+      max_skipped: Steps that may be skipped for not being finite.
+      profile: Steps between which a trace is written; None for none.
     """
 
     workdir: Path
     checkpoint: CheckpointConfig
     log: LogConfig
+    parallel: ParallelConfig = ParallelConfig()
+    max_skipped: int = 0
+    profile: tuple[int, int] | None = None
 
 
 class Finished(NamedTuple):
     """A stage that has made all its steps.
 
     Attributes:
-      state: Its last state, on this process' first device.
-      extra: The arrays kept beside it.
+      ema: Its averaged parameters, whole on this process.
+      extra: The arrays kept beside its state.
       digest: sha256 over every leaf of what was saved.
       seconds: Wall time, interruptions left out.
     """
 
-    state: AnyState
+    ema: PyTree
     extra: dict[str, Any]
     digest: str
     seconds: float
 
 
 class Prefetch:
-    """One batch ahead on the device; its position is that of what was handed out."""
+    """Batches one dispatch ahead on the devices.
 
-    def __init__(self, iterator: BatchIterator, layout: PmapLayout) -> None:
+    The position is that of what was handed out.
+    """
+
+    def __init__(self, iterator: BatchIterator, layout: Layout) -> None:
         """Wrap an iterator; nothing is read yet."""
         self._iterator = iterator
         self._layout = layout
-        self._next: PyTree = None
+        self._next: tuple[PyTree, UInt32[np.ndarray, "k b"]] | None = None
         self._position = iterator.get_state()
 
     def position(self) -> Any:
         """Return the state from which the next batch would be read again."""
         return self._position
 
-    def take(self, *, last: bool) -> PyTree:
-        """Hand out a batch and, unless it is the `last`, start sending the next."""
-        batch = self._read() if self._next is None else self._next
+    def take(
+        self, num_steps: int, *, then: int
+    ) -> tuple[PyTree, UInt32[np.ndarray, "k b"]]:
+        """Hand out the batches of a dispatch and start sending the next.
+
+        Args:
+          num_steps: Of this dispatch, as was announced by the one before.
+          then: Of the next; 0 if this is the last.
+
+        Returns:
+          The batches on the devices, and the indices of this process' examples.
+        """
+        batch = self._read(num_steps) if self._next is None else self._next
         self._position = self._iterator.get_state()
-        self._next = None if last else self._read()
+        self._next = self._read(then) if then else None
         return batch
 
-    def _read(self) -> PyTree:
-        return self._layout.split(to_batch(next(self._iterator)))
+    def _read(self, num_steps: int) -> tuple[PyTree, UInt32[np.ndarray, "k b"]]:
+        rows = [to_batch(next(self._iterator)) for _ in range(num_steps)]
+        indices = np.stack([row.example_index for row in rows])
+        if num_steps == 1:
+            return self._layout.split(rows[0]), indices
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+        return self._layout.split(stacked, stacked=True), indices
 
 
 def checkpoint_tree(
@@ -114,14 +142,33 @@ def stage_target(stage: Stage, root_key: Key[Array, ""]) -> PyTree:
     return jax.eval_shape(lambda: checkpoint_tree(stage.init(), root_key, stage.extra))
 
 
+def dispatch_size(done: int, *, num_steps: int, watch: Watch) -> int:
+    """Return how many steps to make at once after `done` of them.
+
+    As many as are asked for, if nothing is due before they are made; else one. A
+    function of `done` alone, so that a run that is stopped anywhere and goes on makes
+    the dispatches that the unbroken run makes.
+
+    Args:
+      done: Steps made.
+      num_steps: Of the stage.
+      watch: When something is due.
+    """
+    every = (watch.checkpoint.every, watch.log.every, watch.log.images_every)
+    due = min(num_steps, *(done - done % n + n for n in every))
+    size = watch.parallel.steps_per_dispatch
+    return size if done + size <= due else min(1, num_steps - done)
+
+
 def run_stage(
     stage: Stage,
     *,
     watch: Watch,
-    layout: PmapLayout,
+    layout: Layout,
     iterator: BatchIterator,
     root_key: Key[Array, ""],
     notes: dict[str, Any],
+    stop: StopSignal,
 ) -> Finished:
     """Run a stage to its end, from its newest checkpoint if there is one.
 
@@ -132,190 +179,174 @@ def run_stage(
       iterator: The stage's batches, from the first; set to its place on a resume.
       root_key: The run's.
       notes: JSON saved with every checkpoint (the config).
+      stop: Whether the machine is about to be taken away.
 
     Returns:
       The finished stage.
 
     Raises:
-      RunError: If a loss is not finite, or no checkpoint is intact.
+      Preempted: If it is, once the state is saved.
+      RunError: If a loss is not finite, no checkpoint is intact, or one could not be
+        written.
       OSError: If something cannot be written.
     """
     directory = watch.workdir / stage.name
-    directory.mkdir(exist_ok=True)
+    first_alone(lambda: directory.mkdir(exist_ok=True))
     store = CheckpointStore(directory / CHECKPOINTS, keep=watch.checkpoint.keep)
-    log = MetricsLog(watch.workdir)
+    log = MetricsLog(watch.workdir, writes=is_first())
+    clock = StallClock(watch.parallel.stall_timeout)
+    profile = Profile(watch.workdir / "profile" / stage.name, watch.profile)
     try:
-        found = store.restore(stage_target(stage, root_key))
+        target = stage_target(stage, root_key)
+        shardings = layout.restore_shardings(target)
+        found = store.restore(target, shardings=shardings)
         if found is not None and found.step == stage.num_steps:
-            return _finished(found)
+            kept = found.tree["state"].ema, found.tree["extra"]
+            ema, extra = kept if shardings is None else layout.local(kept)
+            return Finished(ema, extra, found.digest, found.notes["seconds"])
         log.rewind(stage.name, found.step if found else 0)
-        return _run_steps(
-            stage, found, watch, layout, iterator, root_key, notes, store, log
-        )
+        trainer = Trainer(stage, watch, layout, root_key, notes, store, log)
+        trainer.begin(found, iterator)
+        del found
+        return trainer.run(stop, clock, profile)
     finally:
+        profile.close()
+        clock.close()
         log.close()
         iterator.close()
         store.close()
 
 
-def _finished(found: Checkpoint) -> Finished:
-    return Finished(
-        state=found.tree["state"],
-        extra=found.tree["extra"],
-        digest=found.digest,
-        seconds=found.notes["seconds"],
-    )
-
-
-def _run_steps(
-    stage: Stage,
-    found: Checkpoint | None,
-    watch: Watch,
-    layout: PmapLayout,
-    iterator: BatchIterator,
-    root_key: Key[Array, ""],
-    notes: dict[str, Any],
-    store: CheckpointStore,
-    log: MetricsLog,
-) -> Finished:
-    start = time.perf_counter()
-    done, before = 0, 0.0
-    state, extra = (stage.init(), stage.extra)
-    if found is not None:
-        done, before = found.step, found.notes["seconds"]
-        state, extra = found.tree["state"], found.tree["extra"]
-        iterator.set_state(found.notes["data"])
-    state = layout.place(state)
-    keys, frozen = layout.place(root_key), layout.place(stage.frozen)
-    mapped = layout.map_step(stage.step)
-    batches = Prefetch(iterator, layout)
-    pending = PendingMetrics(stage, log, layout, progress=done)
-    digest = ""
-
-    def save(step: int) -> str:
-        return store.save(
-            step,
-            checkpoint_tree(layout.local(state), root_key, extra),
-            {
-                **notes,
-                "data": batches.position(),
-                "seconds": before + time.perf_counter() - start,
-            },
-        )
-
-    with progress_bar(stage.name, num_steps=stage.num_steps, done=done) as bar:
-        for step in range(done + 1, stage.num_steps + 1):
-            batch = batches.take(last=step == stage.num_steps)
-            state, metrics = mapped(state, frozen, batch, keys)
-            pending.add(step, metrics)
-            is_last = step == stage.num_steps
-            save_due = is_last or step % watch.checkpoint.every == 0
-            draw_due = is_last or step % watch.log.images_every == 0
-            if is_last or step % watch.log.every == 0:
-                bar.set_postfix_str(pending.log(), refresh=False)
-            bar.update()
-            if save_due or draw_due:
-                pending.check()
-                with pending.paused():
-                    # Pictures first: a kill in between draws them again.
-                    if draw_due:
-                        stage.draw(layout.local(state), step)
-                        plot_losses(log.path, watch.workdir / "loss.png")
-                    if save_due:
-                        digest = save(step)
-    return Finished(
-        state=layout.local(state),
-        extra=extra,
-        digest=digest,
-        seconds=before + time.perf_counter() - start,
-    )
-
-
-class PendingMetrics:
-    """Metrics still on the device; read together, so that no step waits for them."""
+class Trainer:
+    """One stage on its way: the only thing here that changes."""
 
     def __init__(
-        self, stage: Stage, log: MetricsLog, layout: PmapLayout, *, progress: int
+        self,
+        stage: Stage,
+        watch: Watch,
+        layout: Layout,
+        root_key: Key[Array, ""],
+        notes: dict[str, Any],
+        store: CheckpointStore,
+        log: MetricsLog,
     ) -> None:
-        """Start with nothing pending and the clock running."""
-        self._stage = stage
-        self._log = log
-        self._layout = layout
-        self._rows: list[tuple[int, Any]] = []
-        self._last: tuple[int, Any] | None = None
-        self._logged = progress
-        self._clock = time.perf_counter()
+        """Keep what does not change."""
+        self._stage, self._watch, self._layout = stage, watch, layout
+        self._root_key, self._notes = root_key, notes
+        self._store, self._log = store, log
+        self._started = time.perf_counter()
+        self._digest = ""
+        self._checked: set[int] = set()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what happens inside out of the images per second."""
-        start = time.perf_counter()
-        yield
-        self._clock += time.perf_counter() - start
-
-    def add(self, step: int, metrics: Any) -> None:
-        """Keep the metrics of a step; wait for those of the step before.
-
-        Two steps in flight hide the host's work. Emulated devices get one: they share
-        their threads, and queued steps can dead-lock.
-        """
-        if self._layout.emulated:
-            jax.block_until_ready(metrics)
-        elif self._rows:
-            jax.block_until_ready(self._rows[-1][1])
-        self._rows.append((step, metrics))
-
-    def check(self) -> None:
-        """Read what is pending.
-
-        Raises:
-          RunError: If a metric of any step is not finite.
-        """
-        rows = jax.device_get(
-            [(step, self._layout.local(metrics)) for step, metrics in self._rows]
+    def begin(self, found: Checkpoint | None, iterator: BatchIterator) -> None:
+        """Lay out the state before the first step, or where a run stopped."""
+        stage, layout = self._stage, self._layout
+        self._done, self._before, skipped = 0, 0.0, 0
+        if found is None:
+            state, self._extra = layout.init(stage.init), stage.extra
+        else:
+            self._done, self._before = found.step, found.notes["seconds"]
+            skipped = found.notes.get("skipped", 0)
+            state, self._extra = layout.place(found.tree["state"]), found.tree["extra"]
+            iterator.set_state(found.notes["data"])
+        self._state = state
+        self._keys, self._frozen = (
+            layout.place(self._root_key),
+            layout.place(stage.frozen),
         )
-        self._rows = []
-        for step, metrics in rows:
-            bad = [
-                f"{name} = {value}"
-                for name, value in _told(metrics).items()
-                if not np.isfinite(value)
-            ]
-            if bad:
-                raise RunError(
-                    f"{self._stage.name} step {step}: {', '.join(bad)} is not finite; "
-                    "the last checkpoint before it is kept; try a lower "
-                    f"--{self._stage.name}.optim.lr in a new --workdir"
-                )
-            self._last = (step, metrics)
-
-    def log(self) -> str:
-        """Check what is pending, log the last step, and say how it goes.
-
-        Returns:
-          Loss, images per second and time left, for the progress bar.
-
-        Raises:
-          RunError: If a metric of any step is not finite.
-        """
-        self.check()
-        if self._last is None:
-            return ""
-        step, metrics = self._last
-        now = time.perf_counter()
-        steps_per_second = (step - self._logged) / max(now - self._clock, 1e-9)
-        values = {name: float(value) for name, value in _told(metrics).items()}
-        values["learning_rate"] = float(self._stage.learning_rate(step - 1))
-        values["images_per_second"] = steps_per_second * self._stage.batch_size
-        self._log.write(self._stage.name, step, values)
-        self._logged, self._clock = step, now
-        left = (self._stage.num_steps - step) / max(steps_per_second, 1e-9)
-        return (
-            f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
-            f"{int(left) // 60}:{int(left) % 60:02d} left"
+        self._batches = Prefetch(iterator, layout)
+        self._pending = PendingMetrics(
+            stage,
+            self._log,
+            layout,
+            progress=self._done,
+            skipped=skipped,
+            max_skipped=self._watch.max_skipped,
         )
+        step = stage.step
+        if self._watch.max_skipped:
+            step = skip_nonfinite(step)
+        self._one = layout.map_step(step)
+        self._several = layout.map_step(several_steps(step))
 
+    def run(self, stop: StopSignal, clock: StallClock, profile: Profile) -> Finished:
+        """Make what is left of the steps."""
+        stage, watch = self._stage, self._watch
+        with progress_bar(
+            stage.name, num_steps=stage.num_steps, done=self._done, shown=is_first()
+        ) as bar:
+            if stop.agreed():
+                raise Preempted(f"{stage.name} step {self._done}: nothing new to save")
+            while self._done < stage.num_steps:
+                profile.at(self._done)
+                before = self._done
+                self._dispatch()
+                clock.alive()
+                self._store.check()
+                done, stopping = self._done, stop.agreed()
+                is_last = done == stage.num_steps
+                if is_last or done % watch.log.every == 0:
+                    bar.set_postfix_str(self._pending.log(), refresh=False)
+                bar.update(done - before)
+                draw_due = is_last or done % watch.log.images_every == 0
+                save_due = is_last or stopping or done % watch.checkpoint.every == 0
+                if draw_due or save_due:
+                    self._pending.check()
+                    with self._pending.paused():
+                        # Pictures first: a kill in between draws them again.
+                        if draw_due:
+                            self._draw()
+                        if save_due:
+                            self._save()
+                if stopping and not is_last:
+                    self._store.wait()
+                    raise Preempted(f"{stage.name} step {done} is saved")
+        ema = self._layout.local(self._state.ema)
+        return Finished(ema, self._extra, self._digest, self._seconds())
 
-def _told(metrics: Any) -> dict[str, Any]:
-    """Name the metrics of a step; None marks one that this run does not have."""
-    return {k: value for k, value in metrics._asdict().items() if value is not None}
+    def _dispatch(self) -> None:
+        size = self._size(self._done)
+        batch, indices = self._batches.take(size, then=self._size(self._done + size))
+        mapped = self._one if size == 1 else self._several
+        if size not in self._checked:
+            self._check_program(mapped, batch)
+            self._checked.add(size)
+        self._state, metrics = mapped(self._state, self._frozen, batch, self._keys)
+        self._done += size
+        self._pending.add(Dispatch(self._done, metrics, indices))
+
+    def _size(self, done: int) -> int:
+        return dispatch_size(done, num_steps=self._stage.num_steps, watch=self._watch)
+
+    def _check_program(self, mapped: Any, batch: PyTree) -> None:
+        """Stop if the processes would not run the same program."""
+        if self._layout.process_count == 1:
+            return
+        lowered = mapped.lower(self._state, self._frozen, batch, self._keys)
+        text = lowered.as_text().encode()
+        check_same({f"{self._stage.name} step": hashlib.sha256(text).hexdigest()})
+
+    def _draw(self) -> None:
+        ema = self._layout.local(self._state.ema)
+
+        def draw() -> None:
+            self._stage.draw(ema, self._done)
+            plot_losses(self._log.path, self._watch.workdir / "loss.png")
+
+        first_alone(draw)
+
+    def _save(self) -> None:
+        tree = checkpoint_tree(
+            self._layout.saved(self._state), self._root_key, self._extra
+        )
+        beside = {name: jax.device_get(tree[name]) for name in ("root_key", "extra")}
+        notes = {
+            **self._notes,
+            "data": self._batches.position(),
+            "seconds": self._seconds(),
+            "skipped": self._pending.skipped,
+        }
+        self._digest = self._store.save(self._done, {**tree, **beside}, notes)
+
+    def _seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started

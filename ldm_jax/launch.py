@@ -1,0 +1,149 @@
+"""How a program finds its fellow processes, and where compiled programs are kept.
+
+Nothing here imports JAX before `start`: help and bad input answer at once.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from ldm_jax.types import InputError
+
+CACHE_FOLDER = ".compiled"
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+MIN_COMPILE_SECONDS = 0.5
+JOIN_TIMEOUT = 300
+"""Seconds to wait for the others when joining."""
+
+
+class Launch(NamedTuple):
+    """How a program starts.
+
+    Attributes:
+      pod: Whether it is one of several processes.
+      coordinator: `HOST:PORT` of process 0; None asks the cluster.
+      num_processes: How many there are; None asks the cluster.
+      process_id: Which one this is; None asks the cluster.
+      cache: Folder of compiled programs; None keeps none.
+    """
+
+    pod: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    cache: Path | None = None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a program starts."""
+    parser.add_argument(
+        "--pod",
+        action="store_true",
+        help="join the other processes of a TPU pod, SLURM step or Kubernetes job",
+    )
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, to join by hand"
+    )
+    parser.add_argument("--num-processes", type=int, metavar="N", help="how many")
+    parser.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="folder of compiled programs, or none; default: beside --workdir",
+    )
+
+
+def check_launch(
+    *,
+    pod: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    compilation_cache: str | None,
+    beside: Path | None,
+) -> Launch:
+    """Check the flags that say how a program starts.
+
+    Args:
+      pod: `--pod`.
+      coordinator: `--coordinator`.
+      num_processes: `--num-processes`.
+      process_id: `--process-id`.
+      compilation_cache: `--compilation-cache`.
+      beside: What the cache lies beside if no folder is given; None for none.
+
+    Returns:
+      How the program starts.
+
+    Raises:
+      InputError: If some of the three that go together are missing, or out of range.
+    """
+    three = {
+        "--coordinator": coordinator,
+        "--num-processes": num_processes,
+        "--process-id": process_id,
+    }
+    missing = [flag for flag, value in three.items() if value is None]
+    if missing and len(missing) < len(three):
+        raise InputError(
+            f"{missing[0]}: not given, wanted it with the other two of "
+            "--coordinator HOST:PORT --num-processes N --process-id I"
+        )
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        host, colon, port = coordinator.rpartition(":")
+        if not (host and colon and port.isdigit()):
+            raise InputError(
+                f"--coordinator: got {coordinator!r}, wanted HOST:PORT; try "
+                "localhost:12345"
+            )
+        if num_processes < 1:
+            raise InputError(f"--num-processes: got {num_processes}, wanted 1 or more")
+        if not 0 <= process_id < num_processes:
+            raise InputError(
+                f"--process-id: got {process_id}, wanted 0 to {num_processes - 1}"
+            )
+    cache = None
+    if compilation_cache is not None:
+        cache = None if compilation_cache == "none" else Path(compilation_cache)
+    elif beside is not None:
+        cache = beside.absolute().parent / CACHE_FOLDER
+    return Launch(
+        pod or coordinator is not None, coordinator, num_processes, process_id, cache
+    )
+
+
+def start(launch: Launch, *, peer_timeout: int) -> None:
+    """Start JAX: set the cache, join the others.
+
+    Args:
+      launch: How.
+      peer_timeout: Seconds without a sign of life after which a process counts as
+        dead. Then the others end themselves too, and name it.
+
+    Raises:
+      InputError: If the cluster does not say how to join, or the others do not come.
+    """
+    import jax
+
+    if launch.cache is not None and CACHE_VARIABLE not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(launch.cache))
+        seconds = "jax_persistent_cache_min_compile_time_secs"
+        jax.config.update(seconds, MIN_COMPILE_SECONDS)
+    if not launch.pod or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator_address=launch.coordinator,
+            num_processes=launch.num_processes,
+            process_id=launch.process_id,
+            initialization_timeout=JOIN_TIMEOUT,
+            heartbeat_timeout_seconds=peer_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        where = launch.coordinator or "the place the cluster names"
+        raise InputError(
+            f"--pod: could not join the others at {where} "
+            f"({' '.join(str(error).split())[:200]}); try --coordinator HOST:PORT "
+            "--num-processes N --process-id I"
+        ) from None
