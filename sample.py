@@ -6,6 +6,7 @@ python sample.py --workdir runs/digits --labels 0-9 --seeds 0-9 --out samples
 import sys
 
 from ldm_jax.cli import run_main
+from ldm_jax.launch import PEER_TIMEOUT, start
 from ldm_jax.requests import ReplayRequest, parse_sample
 from ldm_jax.types import RunError
 
@@ -17,6 +18,7 @@ def main(args: list[str]) -> None:
     if isinstance(request, ReplayRequest):
         compare(request)
         return
+    start(request.launch, peer_timeout=PEER_TIMEOUT)
     from ldm_jax.gallery import write_gallery
 
     for path in write_gallery(request):

@@ -1,8 +1,10 @@
 """Images on disk: every subject once, each with its recipe, whatever interrupts."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -15,6 +17,7 @@ from ldm_jax.recipes import differences, texts_of, write_recipe
 from ldm_jax.requests import SampleRequest
 from ldm_jax.studio import Studio, images_at_once, open_studio
 from ldm_jax.subjects import Subject, condition_inputs, subjects_of
+from ldm_jax.training.hosts import wait_for_all
 from ldm_jax.types import InputError
 
 MAX_GRID_SIDE = 20
@@ -38,7 +41,7 @@ def write_gallery(request: SampleRequest) -> list[Path]:
 
     An image that is there already with the same recipe is kept; so an interrupted
     command, given again, makes the rest. Several processes share the work, and the
-    first one draws the grid of what it finds.
+    first one draws the grid: of all, if they have joined, or of what it finds.
 
     Args:
       request: What to make.
@@ -54,6 +57,9 @@ def write_gallery(request: SampleRequest) -> list[Path]:
       RunError: If no checkpoint is intact.
       OSError: If an image cannot be written; those before it stay.
     """
+    if jax.process_count() > 1:
+        turn, turns = jax.process_index(), jax.process_count()
+        request = dataclasses.replace(request, turn=turn, turns=turns)
     studio = open_studio(request.settings)
     subjects = subjects_of(studio.run.config, request)
     condition_inputs(studio.run.config, [subjects[0].shown])  # a tokenizer is missing
@@ -82,6 +88,7 @@ def write_gallery(request: SampleRequest) -> list[Path]:
         for i, picture in zip(mine, pictures, strict=True):
             write_png(paths[i], picture.image, recipe(i))
             bar.update()
+    wait_for_all("images")
     if request.turn:
         return []
     return write_sheets(request, studio, subjects, paths)

@@ -13,6 +13,8 @@ from ldm_jax.types import InputError
 CACHE_FOLDER = ".compiled"
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 MIN_COMPILE_SECONDS = 0.5
+PEER_TIMEOUT = 100
+"""Seconds without a sign of life after which a process counts as dead."""
 JOIN_TIMEOUT = 300
 """Seconds to wait for the others when joining."""
 

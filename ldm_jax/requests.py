@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ldm_jax.cli import parse_flags, parse_list
 from ldm_jax.config import Config, read_config
+from ldm_jax.launch import Launch, check_launch
 from ldm_jax.settings import Settings
 from ldm_jax.types import InputError
 
@@ -88,6 +89,17 @@ class SampleArguments:
     process: str = "0/1"
     """This process' share of the images, as in 0/4, 1/4 ... for four commands that
     write to one folder; the first one draws the grid of what it finds."""
+    pod: bool = False
+    """Join the other processes of a TPU pod, SLURM step or Kubernetes job and share the
+    images with them."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, to join by hand."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+    compilation_cache: str | None = None
+    """Folder of compiled programs, or none; beside --workdir by default."""
     config: Path | None = None
     """Config of weights whose file does not hold it."""
     tokenizer: Path | None = None
@@ -110,6 +122,7 @@ class SampleRequest:
       trajectory: Whether the denoising is drawn.
       turn: Which of the processes this is, from 0.
       turns: How many share the images.
+      launch: How the program starts; the processes of a pod share the images.
     """
 
     settings: Settings
@@ -123,6 +136,7 @@ class SampleRequest:
     trajectory: bool
     turn: int
     turns: int
+    launch: Launch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,6 +186,19 @@ def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
     settings = _settings(given)
     seeds = parse_list(given.seeds, name="--seeds", low=0, high=MAX_SEED)
     turn, turns = _share(given.process)
+    launch = check_launch(
+        pod=given.pod,
+        coordinator=given.coordinator,
+        num_processes=given.num_processes,
+        process_id=given.process_id,
+        compilation_cache=given.compilation_cache,
+        beside=given.workdir,
+    )
+    if launch.pod and turns > 1:
+        raise InputError(
+            f"--process: got {given.process} in a pod, wanted none: its processes "
+            "share the images by themselves"
+        )
     if given.interpolate == 1 or given.interpolate < 0:
         raise InputError(f"--interpolate: got {given.interpolate}, wanted 2 or more")
     if given.interpolate and given.image is not None:
@@ -193,6 +220,7 @@ def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
         trajectory=given.trajectory,
         turn=turn,
         turns=turns,
+        launch=launch,
     )
 
 

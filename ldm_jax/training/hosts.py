@@ -18,6 +18,7 @@ from ldm_jax.types import InputError, RunError
 
 T = TypeVar("T")
 
+
 def is_first() -> bool:
     """Say whether this is the process that writes logs and pictures."""
     return jax.process_index() == 0

@@ -35,10 +35,9 @@ class PmapLayout(Layout):
     def place(self, tree: PyTree) -> PyTree:
         """Give every device a copy of a tree of arrays."""
 
-        def stack(leaf: Array) -> Array:
+        def stack(leaf: Any) -> Array:
             shape = (len(self.devices), *np.shape(leaf))
-            row = jax.numpy.asarray(leaf)[None]
-            copies = [jax.device_put(row, device) for device in self.devices]
+            copies = [jax.device_put(leaf[None], device) for device in self.devices]
             return jax.make_array_from_single_device_arrays(
                 shape, self._stacked, copies
             )

@@ -1,0 +1,35 @@
+"""One process of several: runs the toy stage with real checkpoints, says its digest.
+
+python tests/pod_worker.py WORKDIR LAYOUT NUM_STEPS COORDINATOR NUM ID [SECONDS_A_STEP]
+"""
+
+import time
+from pathlib import Path
+
+from ldm_jax.cli import run_main
+from ldm_jax.launch import Launch, start
+
+
+def main(args):
+    workdir, layout, num_steps, coordinator, num, this = args[:6]
+    slow = float(args[6]) if len(args) > 6 else 0.0
+    start(Launch(True, coordinator, int(num), int(this)), peer_timeout=10)
+    from ldm_jax.config import ParallelConfig
+    from ldm_jax.training import loop
+    from tests.toys import run_toy, toy_stage
+
+    add = loop.PendingMetrics.add
+
+    def slowly(self, dispatch):
+        add(self, dispatch)
+        print("step", dispatch.step, flush=True)
+        time.sleep(slow)
+
+    loop.PendingMetrics.add = slowly
+    stage = toy_stage(num_steps=int(num_steps))
+    found = run_toy(Path(workdir), stage, parallel=ParallelConfig(layout=layout))
+    print("digest", found.digest, flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main, "pod_worker.py")
