@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo quality adversary test parity recipes lint types
+.PHONY: setup demo quality adversary test faults torture parity recipes lint types
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,8 @@ help:
 	@echo "make quality  measure what the demo made"
 	@echo "make adversary  train through the switch of the discriminator, and measure"
 	@echo "make test     run the tests"
+	@echo "make faults   kill, stop and starve runs of one process and of two"
+	@echo "make torture  the same, ten times as often"
 	@echo "make parity   compare with diffusers, transformers and PyTorch (installs them)"
 	@echo "make recipes  dry-run every recipe; compare every table of names"
 	@echo "make lint     ruff; make types: the type checker"
@@ -40,7 +42,13 @@ adversary: setup
 	$(RUN) benchmarks/adversarial_switch.py --seeds 0 --check
 
 test: setup
-	$(RUN) -m pytest --ignore=tests/parity -n 2 --dist loadfile
+	$(RUN) -m pytest --ignore=tests/parity --ignore=tests/faults -n 2 --dist loadfile
+
+faults: setup
+	$(RUN) -m pytest tests/faults -n 2 --dist load
+
+torture: setup
+	LDM_JAX_KILLS=200 $(RUN) -m pytest tests/faults -n 2 --dist load
 
 parity: setup
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[parity]'

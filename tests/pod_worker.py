@@ -1,6 +1,6 @@
 """One process of several: runs the toy stage with real checkpoints, says its digest.
 
-python tests/pod_worker.py WORKDIR LAYOUT NUM_STEPS COORDINATOR NUM ID [SECONDS_A_STEP]
+python -m tests.pod_worker WORKDIR LAYOUT NUM_STEPS COORDINATOR NUM ID [SECONDS_A_STEP]
 """
 
 import time
@@ -13,7 +13,9 @@ from ldm_jax.launch import Launch, start
 def main(args):
     workdir, layout, num_steps, coordinator, num, this = args[:6]
     slow = float(args[6]) if len(args) > 6 else 0.0
-    start(Launch(True, coordinator, int(num), int(this)), peer_timeout=10)
+    together = coordinator != "none"
+    launch = Launch(True, coordinator, int(num), int(this)) if together else Launch()
+    start(launch, peer_timeout=10)
     from ldm_jax.config import ParallelConfig
     from ldm_jax.training import loop
     from tests.toys import run_toy, toy_stage

@@ -223,7 +223,7 @@ def test_a_digest_sees_a_flip_a_swap_and_a_sign_of_zero():
 
 def test_steps_that_are_not_finite_are_skipped_as_often_as_is_allowed(tmp_path):
     stage = toy_stage(nan_at=(2, 5))
-    with pytest.raises(RunError, match="diffusion step 6: loss = nan.*after 1 that"):
+    with pytest.raises(RunError, match=r"diffusion step 6: loss = nan.*after 1 that"):
         run_toy(tmp_path, stage, max_skipped=1)
     found = run_toy(tmp_path / "more", stage, max_skipped=2)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.ema))
@@ -272,7 +272,7 @@ def test_a_save_that_fails_is_told_and_the_one_before_is_good(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    with pytest.raises(RunError, match="step 2 could not be written .*No space left"):
+    with pytest.raises(RunError, match=r"step 2 could not be written .*No space left"):
         store.save(2, {"w": jnp.ones(8)}, {})
     monkeypatch.undo()
     found = store.restore(jax.eval_shape(lambda: {"w": jnp.ones(8)}))

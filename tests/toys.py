@@ -96,7 +96,7 @@ def run_toy(workdir, stage, *, parallel=None, devices=None, stop=None, **watch):
     Path(workdir).mkdir(exist_ok=True)
     config = get_config()
     settings = {
-        "checkpoint": CheckpointConfig(every=4, keep=3),
+        "checkpoint": CheckpointConfig(every=stage.num_steps // 3, keep=3),
         "log": LogConfig(every=2, images_every=100),
         **watch,
     }

@@ -36,8 +36,13 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
-"""What lets libtpu compile where there is no TPU, and keeps it quiet."""
+"""What lets libtpu compile where there is no TPU, and keeps it quiet.
+
+Programs for devices that are not here are written to JAX's cache and cannot be read
+back (0.10.2), so there is none.
+"""
 
 
 class Topology(NamedTuple):

@@ -1,0 +1,71 @@
+"""Processes killed at random moments, during saves too, end as if never stopped.
+
+LDM_JAX_KILLS says how often; `make torture` strikes ten times as often.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from ldm_jax.training.checkpoint import CheckpointStore
+from ldm_jax.training.loop import stage_target
+from tests.pods import alone, digest_of, ended, pair, wait_for_step
+from tests.toys import root_key, run_toy, toy_stage
+
+KILLS = int(os.environ.get("LDM_JAX_KILLS", "20"))
+STEPS = 60 * KILLS
+
+
+@pytest.mark.timeout(120 * KILLS)
+def test_killed_at_random_moments_a_run_ends_as_if_never_stopped(tmp_path):
+    whole = run_toy(tmp_path / "whole", toy_stage(num_steps=STEPS))
+    chance, killed = random.Random(0), 0
+    workdir = tmp_path / "killed"
+    for _ in range(KILLS):
+        process = alone(workdir, STEPS, 0.005)
+        wait_for_step(process, 1)
+        time.sleep(chance.uniform(0.0, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+    assert killed == KILLS
+    ((code, out, err),) = ended([alone(workdir, STEPS)])
+    assert code == 0, err
+    assert digest_of(out) == whole.digest
+    assert rows(workdir) == rows(tmp_path / "whole")
+
+
+def rows(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def test_both_processes_told_to_stop_save_one_step(tmp_path):
+    processes = pair(tmp_path / "run", "pmap", 400, 0.1)
+    wait_for_step(processes[0], 3)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    told = time.monotonic()
+    found = ended(processes)
+    assert [code for code, _, _ in found] == [75, 75], found
+    assert time.monotonic() - told < 30
+    store = CheckpointStore(tmp_path / "run/diffusion/checkpoints", keep=3)
+    stage = toy_stage(num_steps=400)
+    step = store.restore(stage_target(stage, root_key(0))).step
+    store.close()
+    assert all(f"step {step} is saved" in err for _, _, err in found)
+
+
+def test_a_process_that_dies_is_named_by_the_other(tmp_path):
+    first, second = pair(tmp_path / "run", "pmap", 4000, 0.05)
+    wait_for_step(first, 3)
+    second.send_signal(signal.SIGKILL)
+    struck = time.monotonic()
+    ((code, _, err), _) = ended([first, second])
+    assert code != 0
+    assert time.monotonic() - struck < 60
+    assert "unhealthy" in err and "\n1\n" in err
