@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from ldm_jax.config import Config, flatten
-from ldm_jax.launch import Launch, add_flags, check_launch
+from ldm_jax.launch import Launch, add_flags, check_launch, check_local
 from ldm_jax.types import InputError, Preempted, RunError
 
 T = TypeVar("T")
@@ -95,6 +95,7 @@ def parse_train(args: list[str]) -> TrainArguments:
     if own.workdir is None and not own.dry_run:
         raise InputError("--workdir: not given, wanted a folder; try --workdir runs/x")
     workdir = None if own.dry_run else Path(str(own.workdir))
+    check_local(workdir, "--workdir")
     launch = check_launch(
         pod=own.pod,
         coordinator=own.coordinator,

@@ -5,6 +5,7 @@ Nothing here imports JAX before `start`: help and bad input answer at once.
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of compiled programs, or none; default: beside --workdir",
     )
+
+
+def check_local(path: Path | None, flag: str) -> None:
+    """Raise `InputError` if a path is the address of a bucket, not a folder."""
+    if path is not None and re.match(r"[a-z0-9]{2,}:/", str(path)):
+        raise InputError(
+            f"{flag}: got {path}, wanted a folder of a mounted file system; try to "
+            "mount the bucket (gcsfuse, s3fs) and give the place"
+        )
 
 
 def check_launch(

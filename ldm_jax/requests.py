@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ldm_jax.cli import parse_flags, parse_list
 from ldm_jax.config import Config, read_config
-from ldm_jax.launch import Launch, check_launch
+from ldm_jax.launch import Launch, check_launch, check_local
 from ldm_jax.settings import Settings
 from ldm_jax.types import InputError
 
@@ -185,6 +185,8 @@ def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
         raise InputError(f"--out: {given.out} is a file, wanted a folder")
     settings = _settings(given)
     seeds = parse_list(given.seeds, name="--seeds", low=0, high=MAX_SEED)
+    check_local(given.workdir, "--workdir")
+    check_local(given.out, "--out")
     turn, turns = _share(given.process)
     launch = check_launch(
         pod=given.pod,

@@ -87,16 +87,6 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
-def test_losses_are_the_same_on_one_two_and_eight_devices(name):
-    _, one = run(name, 1, 5)
-    for devices in (2, 8):
-        _, many = run(name, devices, 5)
-        for a, b in zip(one, many, strict=True):
-            assert a.loss == pytest.approx(b.loss, rel=1e-5)
-            assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
 def test_every_device_holds_the_same_state(name):
     layout = PmapLayout(jax.devices()[:4])
     built = stage(name)

@@ -1,0 +1,43 @@
+"""The lines of docs/pods.md for two processes on one machine, as they stand there."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+from tests.commands import ROOT, environment
+
+TIMEOUT = 280
+
+
+def test_the_lines_for_two_processes_train_and_sample(tmp_path):
+    text = (ROOT / "docs/pods.md").read_text()
+    block = text[text.index("Two processes on this machine:\n") :].split("\n\n")[1]
+    lines = re.sub(r"(?m)^    ", "", block)
+    assert len(lines.splitlines()) == 6
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        lines = lines.replace("12345", str(free.getsockname()[1]))
+    lines = lines.replace("configs/digits.py", "tests/tiny.py")
+    lines = lines.replace("runs/digits", str(tmp_path / "run"))
+    lines = lines.replace(
+        "runs/samples", f"{tmp_path / 'samples'} --steps 2 --seeds 0-1"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -e\nset -x\n{lines}"],
+        cwd=ROOT,
+        env={
+            **environment(devices=4),
+            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("finished:") == 1
+    digest = json.loads((tmp_path / "run/final.json").read_text())["digest"]
+    assert f"digest {digest}" in done.stdout
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 20

@@ -1,0 +1,47 @@
+"""Real networks: the losses are the same whatever computes them."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from ldm_jax.config import ParallelConfig
+from ldm_jax.rng import root_key
+from ldm_jax.training.parallel import make_layout
+from tests.test_training import CONFIG, batches, stage
+
+STEPS = 20
+
+
+def losses(name, parallel, devices):
+    config = dataclasses.replace(CONFIG, parallel=parallel)
+    layout = make_layout(parallel, jax.devices()[:devices])
+    built = stage(name, config)
+    state, frozen = layout.init(built.init), layout.place(built.frozen)
+    key, mapped = layout.place(root_key(config.seed)), layout.map_step(built.step)
+    rows = []
+    for batch in batches(STEPS, layout):
+        state, metrics = mapped(state, frozen, layout.split(batch), key)
+        told = jax.device_get(layout.local(metrics))
+        rows.append((told.loss, told.gradient_norm))
+    return np.asarray(rows).T
+
+
+@functools.cache
+def on_one(name):
+    return losses(name, ParallelConfig(), 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "devices", "accumulate"),
+    [("pmap", 8, 1), ("pmap", 2, 4), ("fsdp", 8, 1), ("fsdp", 4, 2)],
+)
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
+def test_twenty_losses_are_the_same_on_any_machine(name, layout, devices, accumulate):
+    parallel = ParallelConfig(layout=layout, accumulate=accumulate)
+    loss, norm = losses(name, parallel, devices)
+    one_loss, one_norm = on_one(name)
+    assert np.abs(loss / one_loss - 1.0).max() < 1e-5
+    assert np.abs(norm / one_norm - 1.0).max() < 1e-4

@@ -1,0 +1,75 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from ldm_jax.cli import parse_train
+from ldm_jax.config import to_json
+from ldm_jax.launch import Launch
+from ldm_jax.requests import parse_sample
+from ldm_jax.training import hosts
+from ldm_jax.types import InputError, RunError
+from tests.tiny import get_config
+
+TRAIN = ["--config", "tests/tiny.py", "--workdir", "runs/x"]
+THREE = ["--coordinator", "localhost:1234", "--num-processes", "2", "--process-id", "1"]
+
+
+def test_a_run_is_alone_unless_it_is_told_of_others():
+    found = parse_train(TRAIN).launch
+    assert found == Launch(cache=Path("runs/.compiled").absolute())
+    assert parse_train([*TRAIN, "--pod"]).launch.pod
+    joined = parse_train([*TRAIN, *THREE, "--compilation-cache", "none"]).launch
+    assert joined == Launch(True, "localhost:1234", 2, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (THREE[:4], "--process-id: not given"),
+        ([*THREE[:4], "--process-id", "2"], "--process-id: got 2, wanted 0 to 1"),
+        (
+            ["--coordinator", "here", *THREE[2:]],
+            "--coordinator: got 'here', wanted HOST",
+        ),
+        (["--profile", "5:5"], "--profile: got '5:5', wanted START:STOP"),
+        (["--workdir", "gs://bucket/run"], "--workdir: got gs:/bucket/run, wanted a"),
+        (["--parallel.peer-timeout", "1"], "peer_timeout: got 1, wanted at least 10"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(args, told):
+    with pytest.raises(InputError, match=told):
+        parse_train([*TRAIN, *args])
+
+
+def test_the_processes_of_a_pod_share_images_by_themselves(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(get_config()))
+    request = ["--workdir", str(tmp_path), *THREE]
+    assert parse_sample(request).launch.process_id == 1
+    with pytest.raises(InputError, match="--process: got 0/2 in a pod"):
+        parse_sample([*request, "--process", "0/2"])
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Another process, which tells what the test puts here."""
+    theirs = []
+    monkeypatch.setattr(hosts, "gather_texts", lambda text: [text, theirs[0] or text])
+    return theirs
+
+
+def test_processes_that_differ_are_told_in_what(two):
+    two.append(json.dumps({"seed": 1, "jax": "0.10.2"}))
+    with pytest.raises(InputError, match=r"seed \(0 on process 0, 1 on process 1\)"):
+        hosts.check_same({"seed": 0, "jax": "0.10.2"})
+    two[0] = None
+    hosts.check_same({"seed": 0})
+
+
+def test_what_fails_on_another_process_is_told_here(two):
+    two.append(json.dumps(["RunError", "no checkpoint is intact"]))
+    with pytest.raises(RunError, match="process 1: no checkpoint is intact"):
+        hosts.first_alone(lambda: None)
+    two[0] = None
+    with pytest.raises(InputError, match="mine"), hosts.together():
+        raise InputError("mine")
