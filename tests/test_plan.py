@@ -74,6 +74,16 @@ backend_config={"window_config":{"estimated_cycles":"100"}}
   ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
 }
 
+%body.2 (state: (s32[])) -> (s32[]) {
+  %more = f32[64]{0} add(%a, %b), backend_config={"estimated_cycles":"1000"}
+}
+
+%condition.2 (state: (s32[])) -> pred[] {
+  %constant.9 = s32[]{:T(128)} constant(3)
+  %counter = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%counter, %constant.9), direction=LT
+}
+
 ENTRY %main.2_spmd (a: f32[64]) -> f32[64] {
   %a = f32[64]{0:T(128)} parameter(0)
   %copy.1 = f32[64]{0:T(128)S(1)} copy(%a), \
@@ -83,6 +93,7 @@ backend_config={"flag_configs":[],"window_config":{"estimated_cycles":"7"}}
 calls=%async_collective_fusion.8, backend_config={"estimated_cycles":"30"}
   %loop = (s32[], f32[64]) while(%t), condition=%condition.1, body=%body.1, \
 backend_config={"known_trip_count":{"n":"5"}}
+  %scan = (s32[]) while(%t2), condition=%condition.2, body=%body.2
   %all-reduce.3 = (f32[2,3]{1,0:T(8,128)S(1)}, /*index=1*/f32[]{:T(128)}) \
 all-reduce(%copy.1, %s), channel_id=1, replica_groups=[2,2]<=[4], to_apply=%add.1
   %collective-permute-start = (f32[10]{0}, f32[10]{0}, u32[]{:S(2)}, u32[]{:S(2)}) \
@@ -114,7 +125,7 @@ def test_each_collective_counts_once_and_loops_count_their_rounds():
 
 
 def test_cycles_of_a_loop_count_its_rounds():
-    assert estimated_cycles(parse_program(PROGRAM)) == 7 + 30 + 5 * 100
+    assert estimated_cycles(parse_program(PROGRAM)) == 7 + 30 + 5 * 100 + 3 * 1000
 
 
 def test_a_text_without_entry_is_refused():

@@ -32,6 +32,7 @@ _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r"constant\((\d+)\)")
 _CALLED = re.compile(
     r"\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
@@ -213,8 +214,7 @@ def _executed(program: Program) -> Iterator[tuple[Instruction, int]]:
         for instruction in program.computations.get(name, []):
             yield instruction, times
             if instruction.opcode == "while":
-                trips = _TRIPS.search(instruction.text)
-                inner = times * (int(trips[1]) if trips else 1)
+                inner = times * _trips(program, instruction)
                 todo += [
                     (called, inner)
                     for role, called in _CALLED.findall(instruction.text)
@@ -225,6 +225,24 @@ def _executed(program: Program) -> Iterator[tuple[Instruction, int]]:
                 if listed := _BRANCHES.search(instruction.text):
                     names += [n.strip(" %") for n in listed[1].split(",")]
                 todo += [(called, times) for called in names]
+
+
+def _trips(program: Program, loop: Instruction) -> int:
+    """Return the rounds of a loop: told, or what its counter is compared with.
+
+    A TPU's program does not tell; JAX's scans count from 0 up to a constant. 1 where
+    neither is found.
+    """
+    if told := _TRIPS.search(loop.text):
+        return int(told[1])
+    called = dict(_CALLED.findall(loop.text))
+    condition = program.computations.get(called.get("condition", ""), [])
+    compared = [
+        i for i in condition if i.opcode == "compare" and "direction=LT" in i.text
+    ]
+    limits = [_CONSTANT.search(i.text) for i in condition if i.opcode == "constant"]
+    found = [int(limit[1]) for limit in limits if limit]
+    return found[0] if len(compared) == len(found) == 1 else 1
 
 
 def _within(

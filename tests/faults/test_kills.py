@@ -14,6 +14,7 @@ import pytest
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.loop import stage_target
 from tests.pods import alone, digest_of, ended, pair, wait_for_step
+from tests.test_pod import check_a_pair
 from tests.toys import root_key, run_toy, toy_stage
 
 KILLS = int(os.environ.get("LDM_JAX_KILLS", "20"))
@@ -42,6 +43,10 @@ def test_killed_at_random_moments_a_run_ends_as_if_never_stopped(tmp_path):
 def rows(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def test_two_processes_that_share_the_state_are_one_run_too(tmp_path):
+    check_a_pair(tmp_path, "fsdp")
 
 
 def test_both_processes_told_to_stop_save_one_step(tmp_path):
