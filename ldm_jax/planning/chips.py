@@ -2,7 +2,9 @@
 
 Sources: Google's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)"
 under https://docs.cloud.google.com/tpu/docs, and NVIDIA's data sheets of A100, H100,
-H200 and B200 (dense bfloat16). Two columns are not on those pages:
+H200 and B200 (dense bfloat16). The links of v4, links and bandwidth of TPU7x, and the
+GPUs were not read again from there: check them before you rely on them. Two columns
+are not on those pages:
 
 * `usable` is what the compiler of libtpu 0.0.52 says it may fill (it names the number
   in the error of a program that is too large); None leaves the data sheet's.

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from ldm_jax.training.layout import Layout
+from ldm_jax.training.state import AdversarialState, TrainState
 from ldm_jax.types import PyTree
 
 AXES = ("rows", "columns")
@@ -102,6 +103,11 @@ class FsdpLayout(Layout):
         def whole(
             state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]
         ) -> tuple[PyTree, Any]:
+            # Whole while they are used: left to itself the compiler cuts activations
+            # along widths, and gathers those of the whole batch.
+            used = (parameters_of(state), frozen)
+            params, frozen = jax.lax.with_sharding_constraint(used, self._everywhere)
+            state = with_parameters(state, params)
             after, metrics = step(state, frozen, batch, root_key, axis_name=None)
             # The same places as before, or its buffers could not be donated.
             after = jax.lax.with_sharding_constraint(after, self.shardings(after))
@@ -123,6 +129,21 @@ class FsdpLayout(Layout):
             jax.tree.map(lambda leaf: at(leaf, cut), batch),
             at(key, self._everywhere),
         )
+
+
+def parameters_of(state: Any) -> PyTree:
+    """Return what a step computes with of a state: its parameters, the critic's too."""
+    if isinstance(state, AdversarialState):
+        return state.params, state.critic.params
+    return state.params if isinstance(state, TrainState) else state
+
+
+def with_parameters(state: Any, params: PyTree) -> Any:
+    """Return a state with other parameters, as `parameters_of` gives them."""
+    if isinstance(state, AdversarialState):
+        own, critics = params
+        return state._replace(params=own, critic=state.critic._replace(params=critics))
+    return state._replace(params=params) if isinstance(state, TrainState) else params
 
 
 def make_mesh(devices: list[Any]) -> Mesh:
