@@ -96,14 +96,7 @@ def parse_train(args: list[str]) -> TrainArguments:
         raise InputError("--workdir: not given, wanted a folder; try --workdir runs/x")
     workdir = None if own.dry_run else Path(str(own.workdir))
     check_local(workdir, "--workdir")
-    launch = check_launch(
-        pod=own.pod,
-        coordinator=own.coordinator,
-        num_processes=own.num_processes,
-        process_id=own.process_id,
-        compilation_cache=own.compilation_cache,
-        beside=workdir,
-    )
+    launch = check_launch(own, beside=workdir)
     profile = None if own.profile is None else parse_span(own.profile)
     return TrainArguments(
         config=config, workdir=workdir, launch=launch, profile=profile

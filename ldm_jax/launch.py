@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ldm_jax.types import InputError
 
@@ -66,23 +66,11 @@ def check_local(path: Path | None, flag: str) -> None:
         )
 
 
-def check_launch(
-    *,
-    pod: bool,
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    compilation_cache: str | None,
-    beside: Path | None,
-) -> Launch:
+def check_launch(given: Any, *, beside: Path | None) -> Launch:
     """Check the flags that say how a program starts.
 
     Args:
-      pod: `--pod`.
-      coordinator: `--coordinator`.
-      num_processes: `--num-processes`.
-      process_id: `--process-id`.
-      compilation_cache: `--compilation-cache`.
+      given: The flags of `add_flags`, as attributes.
       beside: What the cache lies beside if no folder is given; None for none.
 
     Returns:
@@ -91,6 +79,8 @@ def check_launch(
     Raises:
       InputError: If some of the three that go together are missing, or out of range.
     """
+    coordinator = given.coordinator
+    num_processes, process_id = given.num_processes, given.process_id
     three = {
         "--coordinator": coordinator,
         "--num-processes": num_processes,
@@ -116,12 +106,17 @@ def check_launch(
                 f"--process-id: got {process_id}, wanted 0 to {num_processes - 1}"
             )
     cache = None
-    if compilation_cache is not None:
-        cache = None if compilation_cache == "none" else Path(compilation_cache)
+    if given.compilation_cache is not None:
+        named = given.compilation_cache
+        cache = None if named == "none" else Path(named)
     elif beside is not None:
         cache = beside.absolute().parent / CACHE_FOLDER
     return Launch(
-        pod or coordinator is not None, coordinator, num_processes, process_id, cache
+        given.pod or coordinator is not None,
+        coordinator,
+        num_processes,
+        process_id,
+        cache,
     )
 
 

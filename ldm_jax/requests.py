@@ -188,14 +188,7 @@ def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
     check_local(given.workdir, "--workdir")
     check_local(given.out, "--out")
     turn, turns = _share(given.process)
-    launch = check_launch(
-        pod=given.pod,
-        coordinator=given.coordinator,
-        num_processes=given.num_processes,
-        process_id=given.process_id,
-        compilation_cache=given.compilation_cache,
-        beside=given.workdir,
-    )
+    launch = check_launch(given, beside=given.workdir)
     if launch.pod and turns > 1:
         raise InputError(
             f"--process: got {given.process} in a pod, wanted none: its processes "

@@ -1,11 +1,8 @@
 """A run and its folder: train what is not finished, seal it, load it again."""
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ldm_jax import config as config_lib
 from ldm_jax.build import build_networks, open_iterator, open_split, shape_of
-from ldm_jax.config import CONFIG_FILE, Config
+from ldm_jax.config import Config
 from ldm_jax.describe import check_batches
 from ldm_jax.exchange import open_weights, to_sample_params
 from ldm_jax.first_stage import (
@@ -55,10 +52,10 @@ from ldm_jax.training.loop import (
 )
 from ldm_jax.training.parallel import Layout, make_layout
 from ldm_jax.types import InputError, PyTree
+from ldm_jax.workdir import check_workdir, open_workdir
 
 STAGE_NAMES = ("autoencoder", "diffusion")
 FINAL_FILE = "final.json"
-LOCK_FILE = ".lock"
 
 
 class Outcome(NamedTuple):
@@ -295,62 +292,6 @@ def run_digest(digest_by_stage: dict[str, str]) -> str:
         if name in digest_by_stage
     )
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def check_workdir(config: Config, workdir: Path) -> None:
-    """Check that a folder is free, or belongs to this config.
-
-    Raises:
-      InputError: If it was made with another config, or is a file.
-    """
-    path = workdir / CONFIG_FILE
-    if path.exists():
-        theirs = config_lib.from_json(path.read_text())
-        if fields := config_lib.differences(theirs, config):
-            raise InputError(
-                f"--workdir: {workdir} was made with a different config: "
-                f"{', '.join(fields)}; try another --workdir or the same values"
-            )
-    elif workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir: {workdir} is a file, wanted a folder")
-
-
-@contextlib.contextmanager
-def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
-    """Take a run's folder for these processes alone, and write or check its config.
-
-    Args:
-      config: Of the run.
-      workdir: Its folder; made if it is not there.
-
-    Raises:
-      InputError: If it was made with another config, holds something else, or
-        another process is training in it.
-      OSError: If it cannot be written.
-    """
-    with contextlib.ExitStack() as held:
-        first_alone(lambda: held.enter_context(_taken(config, workdir)))
-        yield
-
-
-@contextlib.contextmanager
-def _taken(config: Config, workdir: Path) -> Iterator[None]:
-    check_workdir(config, workdir)
-    path = workdir / CONFIG_FILE
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK_FILE).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--workdir: another process is training in {workdir}; wait for it, "
-                "try another --workdir, or --pod if they are to train together"
-            ) from None
-        if not path.exists():
-            part = path.with_name(path.name + ".part")
-            part.write_text(config_lib.to_json(config))
-            part.replace(path)
-        yield
 
 
 def _run(

@@ -1,6 +1,7 @@
 """One process of several: runs the toy stage with real checkpoints, says its digest.
 
-python -m tests.pod_worker WORKDIR LAYOUT NUM_STEPS COORDINATOR NUM ID [SECONDS_A_STEP]
+python -m tests.pod_worker WORKDIR LAYOUT NUM_STEPS COORDINATOR NUM ID
+    [SECONDS_A_STEP [SAVE_EVERY]]
 """
 
 import time
@@ -16,7 +17,7 @@ def main(args):
     together = coordinator != "none"
     launch = Launch(True, coordinator, int(num), int(this)) if together else Launch()
     start(launch, peer_timeout=10)
-    from ldm_jax.config import ParallelConfig
+    from ldm_jax.config import CheckpointConfig, ParallelConfig
     from ldm_jax.training import loop
     from tests.toys import run_toy, toy_stage
 
@@ -29,7 +30,13 @@ def main(args):
 
     loop.PendingMetrics.add = slowly
     stage = toy_stage(num_steps=int(num_steps))
-    found = run_toy(Path(workdir), stage, parallel=ParallelConfig(layout=layout))
+    every = int(args[7]) if len(args) > 7 else int(num_steps) // 3
+    found = run_toy(
+        Path(workdir),
+        stage,
+        parallel=ParallelConfig(layout=layout),
+        checkpoint=CheckpointConfig(every=every, keep=3),
+    )
     print("digest", found.digest, flush=True)
 
 

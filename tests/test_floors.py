@@ -43,6 +43,7 @@ FLOOR_BY_ROOM = {
     "exchange": 4,
     "pretrained": 4,
     "run": 4,
+    "workdir": 4,
     "gallery": 4,
     "flops": 4,
     "planning": 4,

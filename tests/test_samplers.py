@@ -26,6 +26,7 @@ from tests.gaussian import (
     SCHEDULES,
     STD,
     TWO,
+    Mixture,
     answer,
     follow,
     moments,
@@ -136,6 +137,44 @@ def test_samples_have_the_moments_of_the_closed_form(sampler):
     num = x_0.size  # 32,000 independent pixels: five standard errors
     assert x_0.mean() == pytest.approx(mean, abs=5 * std / num**0.5)
     assert x_0.std() == pytest.approx(std, rel=5 / (2 * num) ** 0.5)
+
+
+@pytest.mark.parametrize("sampler", sorted(STOCHASTIC))
+def test_samples_have_the_covariance_of_the_closed_form(sampler):
+    """Two channels that go together: along its axes a Gaussian is two single ones."""
+    levels, stds, turn = make_levels(LDM, NUM_STEPS), (0.9, 0.3), np.pi / 5
+    eta = {"eta": 0.5} if sampler in TAKES_ETA else {}
+    table = make_table(sampler, levels, prediction="x0", **eta)
+    axes = np.asarray([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    rows = float32(Level(*levels[:3]))
+
+    def denoise(x_t, t, cond):
+        place = jnp.argmin(jnp.abs(rows.t - t[0]))
+        alpha, sigma = rows.alpha[place], rows.sigma[place]
+        variance = jnp.square(jnp.asarray(stds, jnp.float32))
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        turned = jnp.asarray(axes, jnp.float32)
+        return ((x_t - alpha * MEAN) @ turned * gain) @ turned.T + MEAN
+
+    keys, num = image_keys(list(range(500))), 500 * 64
+    start = starting_noise(keys, (8, 8, 2))
+    x_0 = jax.jit(
+        lambda x, keys: (
+            sample(unguided(denoise), x, keys, jnp.zeros(500), table=table).x_0
+        )
+    )(start, keys)
+    pixels = np.asarray(x_0, np.float64).reshape(num, 2)
+    ends = []
+    for std, centre in zip(stds, axes.T @ np.full(2, MEAN), strict=True):
+        one = Mixture(np.ones(1), np.asarray([centre]), np.asarray([std]))
+        means, variances = moments(table, network(levels, "x0", one), 0.0, 1.0)
+        ends.append((means[-1, 0], variances[-1, 0]))
+    mean = axes @ np.asarray([end[0] for end in ends])
+    wanted = axes @ np.diag([end[1] for end in ends]) @ axes.T
+    error = np.sqrt((np.outer(*[wanted.diagonal()] * 2) + wanted**2) / num)
+    assert abs(wanted[0, 1]) > 50 * error[0, 1]  # or it would say nothing
+    assert np.all(abs(pixels.mean(0) - mean) < 5 * np.sqrt(wanted.diagonal() / num))
+    assert np.all(abs(np.cov(pixels.T) - wanted) < 5 * error)
 
 
 def test_starting_from_noise_instead_of_the_noisiest_level_costs_its_signal():

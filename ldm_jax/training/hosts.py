@@ -43,11 +43,6 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def all_agree(fine: bool) -> bool:
-    """Say whether it is fine on every process."""
-    return all(text == "1" for text in gather_texts("1" if fine else "0"))
-
-
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Do a part of the run that can fail on one process alone.

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from ldm_jax.types import InputError, PyTree
 
@@ -125,8 +124,3 @@ class Layout(abc.ABC):
           The program that training runs, ready to be compiled.
         """
         return self.map_step(step).lower(*self.stand_ins(state, frozen, batch))
-
-
-def to_host(tree: PyTree) -> PyTree:
-    """Copy a tree of fully addressable arrays to the host."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))

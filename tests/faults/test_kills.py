@@ -19,22 +19,25 @@ from tests.toys import root_key, run_toy, toy_stage
 
 KILLS = int(os.environ.get("LDM_JAX_KILLS", "20"))
 STEPS = 60 * KILLS
+SAVE_EVERY = 4
 
 
 @pytest.mark.timeout(120 * KILLS)
 def test_killed_at_random_moments_a_run_ends_as_if_never_stopped(tmp_path):
     whole = run_toy(tmp_path / "whole", toy_stage(num_steps=STEPS))
-    chance, killed = random.Random(0), 0
+    chance, killed, torn = random.Random(0), 0, 0
     workdir = tmp_path / "killed"
     for _ in range(KILLS):
-        process = alone(workdir, STEPS, 0.005)
+        process = alone(workdir, STEPS, 0.005, SAVE_EVERY)
         wait_for_step(process, 1)
         time.sleep(chance.uniform(0.0, 1.0))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
+        torn += any((workdir / "diffusion/checkpoints").glob("*tmp*"))
     assert killed == KILLS
-    ((code, out, err),) = ended([alone(workdir, STEPS)])
+    assert torn, "no save was struck"
+    ((code, out, err),) = ended([alone(workdir, STEPS, 0, SAVE_EVERY)])
     assert code == 0, err
     assert digest_of(out) == whole.digest
     assert rows(workdir) == rows(tmp_path / "whole")

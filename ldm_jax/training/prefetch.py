@@ -1,0 +1,54 @@
+"""Batches on their way to the devices while a step is still running."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt32
+
+from ldm_jax.data.pipeline import BatchIterator, to_batch
+from ldm_jax.training.layout import Layout
+from ldm_jax.types import PyTree
+
+
+class Prefetch:
+    """Batches one dispatch ahead on the devices.
+
+    The position is that of what was handed out.
+    """
+
+    def __init__(self, iterator: BatchIterator, layout: Layout) -> None:
+        """Wrap an iterator; nothing is read yet."""
+        self._iterator = iterator
+        self._layout = layout
+        self._next: tuple[PyTree, UInt32[np.ndarray, "k b"]] | None = None
+        self._position = iterator.get_state()
+
+    def position(self) -> Any:
+        """Return the state from which the next batch would be read again."""
+        return self._position
+
+    def take(
+        self, num_steps: int, *, then: int
+    ) -> tuple[PyTree, UInt32[np.ndarray, "k b"]]:
+        """Hand out the batches of a dispatch and start sending the next.
+
+        Args:
+          num_steps: Of this dispatch, as was announced by the one before.
+          then: Of the next; 0 if this is the last.
+
+        Returns:
+          The batches on the devices, and the indices of this process' examples.
+        """
+        batch = self._read(num_steps) if self._next is None else self._next
+        self._position = self._iterator.get_state()
+        self._next = self._read(then) if then else None
+        return batch
+
+    def _read(self, num_steps: int) -> tuple[PyTree, UInt32[np.ndarray, "k b"]]:
+        rows = [to_batch(next(self._iterator)) for _ in range(num_steps)]
+        indices = np.stack([row.example_index for row in rows])
+        if num_steps == 1:
+            return self._layout.split(rows[0]), indices
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+        return self._layout.split(stacked, stacked=True), indices
