@@ -55,7 +55,7 @@ parity: setup
 	$(RUN) -m pytest tests/parity -n 2 --dist loadfile
 
 recipes: setup
-	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k the_dry_run_of_every
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k dry_run_of
 	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_compvis_names.py
 
 lint: setup

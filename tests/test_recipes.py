@@ -146,6 +146,7 @@ def test_a_conditioner_has_the_published_number_of_parameters(name):
     assert count(params) == LDMS[name].conditioner
 
 
+@slow
 @pytest.mark.parametrize("name", LARGEST)
 def test_a_dry_run_of_the_largest_stays_below_4_gib(name):
     (path,) = (path for path in RECIPES if path.stem == name)

@@ -11,6 +11,7 @@ from ldm_jax.config import ParallelConfig
 from ldm_jax.rng import root_key
 from ldm_jax.training.parallel import make_layout
 from tests.test_adversary import RATE, distance, make_config, run, told
+from tests.test_conditions import batch_of, moved, stage_of, train
 from tests.test_training import CONFIG, batches, stage
 
 STEPS = 20
@@ -62,3 +63,14 @@ def test_both_players_learn_the_same_on_one_two_and_eight_devices(regularizer):
                 before, after = player(states[i]), player(states[i + 1])
                 error = distance(after, player(others[i + 1]))
                 assert error <= 1e-4 * distance(after, before)
+
+
+def test_a_text_transformer_trains_with_the_unet_on_any_number_of_devices():
+    config, stage, state = stage_of("text", condition_dropout=0.5)
+    batch = batch_of(config)
+    one, first = train(stage, state, batch, devices=1, steps=3)
+    _, many = train(stage, state, batch, devices=4, steps=3)
+    assert many == pytest.approx(first, rel=1e-5)
+    before, after = (s.params.conditioner["encoder"] for s in (state, one))
+    assert moved(before["layer_0"]["attention"], after["layer_0"]["attention"])
+    assert moved(before["norm_out"], one.ema.conditioner["encoder"]["norm_out"])
