@@ -21,6 +21,7 @@ from ldm_jax.first_stage import autoencoder_stage
 from ldm_jax.networks import Networks
 from ldm_jax.rng import root_key
 from ldm_jax.second_stage import diffusion_stage
+from ldm_jax.training.averaging import average_here
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.loop import Stage
 from ldm_jax.training.parallel import Layout
@@ -75,7 +76,7 @@ def describe(config: Config, layout: Layout) -> dict[str, Any]:
         if stage.name == "diffusion":
             report["parameters"]["unet"] = _count(state.params.unet)
         local = stage.batch_size // layout.num_devices
-        step = functools.partial(stage.step, axis_name=None)
+        step = functools.partial(stage.step, average=average_here)
         key = jax.eval_shape(lambda: root_key(0))
         jax.eval_shape(step, state, stage.frozen, batch_shapes(config, local), key)
         report["state_bytes"][stage.name] = tree_bytes(state)

@@ -21,6 +21,7 @@ from ldm_jax.training.adversary import (
     play,
     vanilla_loss,
 )
+from ldm_jax.training.averaging import average_here
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.loop import checkpoint_tree, stage_target
 from ldm_jax.training.parallel import PmapLayout
@@ -91,13 +92,13 @@ def descend(config, rate):
 
 
 @functools.cache
-def run(config, devices, steps, rate=None):
+def run(config, devices, steps, rate=None, layout=PmapLayout):
     """Train a few steps; return the state before and after each, and the metrics.
 
     Adam, or plain descent at a rate: Adam makes of a gradient of nothing but rounding
     errors, such as a bias before a norm has, a full step in either direction.
     """
-    layout, stage = PmapLayout(jax.devices()[:devices]), build(config)
+    layout, stage = layout(jax.devices()[:devices]), build(config)
     start, step = descend(config, rate) if rate else (stage.init(), stage.step)
     state, mapped = layout.place(start), layout.map_step(step)
     key = layout.place(root_key(config.seed))
@@ -183,7 +184,8 @@ def plain_update(config):
 def test_one_pass_back_is_the_gradient_of_the_whole_loss(regularizer, fields):
     config = make_config(regularizer, **fields)
     state, step = descend(config, 1.0)
-    step, plain = jax.jit(functools.partial(step, axis_name=None)), plain_update(config)
+    step = jax.jit(functools.partial(step, average=average_here))
+    plain = plain_update(config)
     for done in (START - 1, START):
         before = state._replace(step=jnp.asarray(done, jnp.int32))
         after, metrics = step(before, None, batches(1)[0], root_key(0))
@@ -250,7 +252,7 @@ def test_every_number_stays_finite_through_the_switch(regularizer):
 def test_a_run_tells_what_it_has_and_no_more(regularizer, enabled, present, absent):
     config = make_config(regularizer, enabled=enabled)
     stage = build(config)
-    step = functools.partial(stage.step, axis_name=None)
+    step = functools.partial(stage.step, average=average_here)
     state = jax.eval_shape(stage.init)
     _, metrics = jax.eval_shape(step, state, None, batches(1)[0], root_key(0))
     names = [name for name, value in metrics._asdict().items() if value is not None]
@@ -347,7 +349,7 @@ def test_the_state_of_both_players_survives_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
 def test_bfloat16_keeps_parameters_and_numbers_in_float32(regularizer):
     stage = build(make_config(regularizer, dtype="bfloat16"))
-    step = functools.partial(stage.step, axis_name=None)
+    step = functools.partial(stage.step, average=average_here)
     state = jax.eval_shape(stage.init)
     after, metrics = jax.eval_shape(step, state, None, batches(1)[0], root_key(0))
     assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(

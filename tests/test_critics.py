@@ -15,6 +15,7 @@ from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.nn.critics import BatchNorm, Lpips, PatchDiscriminator
 from ldm_jax.rng import root_key
 from ldm_jax.training.autoencoder_loss import Objective, likeness_loss
+from ldm_jax.training.averaging import average_here
 from ldm_jax.types import InputError
 from tests.lpips_files import CONV_INDICES, heads, torchvision, under_slices
 from tests.tiny import get_config
@@ -263,7 +264,7 @@ def test_a_dry_run_knows_lpips_by_its_shapes():
         jnp.zeros((2,), jnp.int32),
         jnp.zeros((2,), jnp.uint32),
     )
-    step = functools.partial(stage.step, axis_name=None)
+    step = functools.partial(stage.step, average=average_here)
     state = jax.eval_shape(stage.init)
     _, metrics = jax.eval_shape(step, state, stage.frozen, batch, root_key(0))
     assert metrics.perceptual.shape == ()

@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec
 
 from ldm_jax.config import CheckpointConfig, LogConfig, ParallelConfig
 from ldm_jax.data.pipeline import Batch
+from ldm_jax.training.averaging import mean_over_parts
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.digests import LANES, leaf_digests
-from ldm_jax.training.dispatch import mean_over_parts
 from ldm_jax.training.fsdp import AXES, FsdpLayout, make_mesh, spec_of
 from ldm_jax.training.hosts import StopSignal
 from ldm_jax.training.loop import Watch, dispatch_size

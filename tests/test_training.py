@@ -28,6 +28,7 @@ from ldm_jax.first_stage import (
 from ldm_jax.images import to_float
 from ldm_jax.rng import Stream, example_keys, normal, root_key
 from ldm_jax.second_stage import diffusion_stage
+from ldm_jax.training.averaging import average_here
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.hosts import StopSignal
@@ -117,7 +118,7 @@ def test_the_step_under_pmap_is_the_step_without_it():
     built = stage("diffusion")
     layout = PmapLayout(jax.devices()[:1])
     batch = jax.tree.map(jnp.asarray, batches(1, layout)[0])
-    plain, metrics = jax.jit(functools.partial(built.step, axis_name=None))(
+    plain, metrics = jax.jit(functools.partial(built.step, average=average_here))(
         built.init(), built.frozen, batch, root_key(0)
     )
     mapped, rows = run("diffusion", 1, 1)
@@ -163,7 +164,7 @@ SMALL = {"channel_multipliers": (1,), "attention_downsampling": ()}
 def plain_step(config):
     """The step of stage 2 on one device, and what it is given at the start."""
     built = stage("diffusion", config)
-    step = jax.jit(functools.partial(built.step, axis_name=None))
+    step = jax.jit(functools.partial(built.step, average=average_here))
     batch = jax.tree.map(jnp.asarray, batches(1, PmapLayout(jax.devices()[:1]))[0])
     return step, built, batch
 

@@ -14,8 +14,8 @@ from ldm_jax.build import open_iterator
 from ldm_jax.config import CheckpointConfig, LogConfig, ParallelConfig
 from ldm_jax.diffusion.schedules import draw_levels, make_schedule
 from ldm_jax.rng import Stream, example_keys, normal, root_key, uniform
+from ldm_jax.training.averaging import Learned
 from ldm_jax.training.diffusion_step import DiffusionMetrics
-from ldm_jax.training.dispatch import mean_over_parts
 from ldm_jax.training.hosts import stop_signal
 from ldm_jax.training.loop import Stage, Watch, run_stage
 from ldm_jax.training.parallel import make_layout
@@ -37,8 +37,8 @@ def drunk(bits):
     return (jax.lax.bitcast_convert_type(bits, jnp.uint32) >> 11 & 0xFFF).astype("f4")
 
 
-def toy_step(state, frozen, batch, root, *, axis_name, accumulate=1, nan_at=()):
-    def learn(batch):
+def toy_step(state, frozen, batch, root, *, average, accumulate=1, nan_at=()):
+    def learn(state, frozen, batch, root, *, axis_name):
         def keys(stream):
             return example_keys(root, stream, state.step, batch.example_index)
 
@@ -47,26 +47,27 @@ def toy_step(state, frozen, batch, root, *, axis_name, accumulate=1, nan_at=()):
         dropped = drunk(uniform(keys(Stream.CONDITION_DROPOUT)))
         pictures = batch.image.astype(jnp.float32).sum((1, 2, 3))
         rows = jnp.stack([noise, times, dropped, pictures]) / 2**16
-        return rows.mean(axis=1)
+        told = rows.mean(axis=1)
+        for bad in nan_at:
+            told = jnp.where(state.step == bad, jnp.nan, told)
+        gradient = jnp.concatenate([told, jnp.full(4, 0.5 * told.sum())])
+        of = functools.partial(jnp.broadcast_to, gradient)
+        gradients = jax.tree.map(lambda w: of(w.shape), state.params)
+        return Learned(gradients, (told, gradient))
 
-    told = mean_over_parts(learn, batch, parts=accumulate)
-    if axis_name is not None:
-        told = jax.lax.pmean(told, axis_name)
-    for bad in nan_at:
-        told = jnp.where(state.step == bad, jnp.nan, told)
-    gradient = jnp.concatenate([told, jnp.full(4, 0.5 * told.sum())])
-
-    def fall(w):
-        return w - jnp.broadcast_to(gradient, w.shape) / 64
-
-    params = jax.tree.map(fall, state.params)
+    learned = average(learn, state, frozen, batch, root, parts=accumulate)
+    told, gradient = learned.means
+    params = jax.tree.map(lambda w, g: w - g / 64, state.params, learned.gradients)
     ema = jax.tree.map(lambda old, new: 0.5 * (old + new), state.ema, params)
     state = TrainState(state.step + 1, params, ema, {"last": gradient})
     return state, DiffusionMetrics(told.sum(), told[0])
 
 
 def toy_state():
-    params = {"w": jnp.zeros((64, 16, 8)), "b": jnp.zeros(8)}
+    # Noise, which cannot be squeezed: in a checkpoint it lies in files of the process
+    # that wrote it, where zeros would fit into the index that all of them read.
+    noise = jax.random.bits(root_key(0), (64, 16, 8)) >> 20
+    params = {"w": noise.astype(jnp.float32) / 2**12, "b": jnp.zeros(8)}
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, {"last": jnp.zeros(8)})
 

@@ -40,7 +40,10 @@ class PatchDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b h w c"], *, axis_name: str | None
+        self,
+        images: Float[Array, "b h w c"],
+        *,
+        axis_name: str | tuple[str, ...] | None,
     ) -> Float[Array, "b h2 w2"]:
         """Return a logit for each patch.
 
@@ -97,7 +100,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], axis_name: str | None
+        self, x: Float[Array, "b h w c"], axis_name: str | tuple[str, ...] | None
     ) -> Float[Array, "b h w c"]:
         """Normalise over batch and pixels, and over the device axis if it is named."""
 

@@ -27,6 +27,7 @@ from ldm_jax.networks import SampleParams, images_a_call, null_condition
 from ldm_jax.planning.request import Request, batch_size_of, change
 from ldm_jax.planning.topology import Topology
 from ldm_jax.rng import image_keys
+from ldm_jax.training.averaging import average_here
 from ldm_jax.training.dispatch import skip_nonfinite
 from ldm_jax.training.loop import Stage
 from ldm_jax.training.parallel import Layout, make_layout
@@ -124,7 +125,7 @@ def step_flops(config: Config, request: Request, images: int) -> int:
     plain = change(config, request.work, remat=False, accumulate=1)
     stage = _stage(plain, request)
     return count_flops(
-        functools.partial(stage.step, axis_name=None),
+        functools.partial(stage.step, average=average_here),
         jax.eval_shape(stage.init),
         stage.frozen,
         batch_shapes(plain, images),

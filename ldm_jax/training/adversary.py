@@ -1,7 +1,7 @@
 """The other player of stage 1: a discriminator that learns as it is fooled."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ldm_jax.nn.critics import PatchDiscriminator
+from ldm_jax.training.averaging import AxisName, mean_over
 from ldm_jax.training.state import CriticState, apply_critic_gradients
 from ldm_jax.types import PyTree
 
@@ -64,7 +65,7 @@ def play(
     images: Float[Array, "b h w c"],
     reconstructions: Float[Array, "b h w c"],
     *,
-    axis_name: str | None,
+    axis_name: AxisName,
 ) -> Round:
     """Show a batch to the discriminator once, and ask both players' gradients.
 
@@ -156,7 +157,7 @@ def contend(
     likeness_pull: Float[Array, "b h w c"],
     *,
     to_kernel: Callable[[Float[Array, "b h w c"]], Float[Array, "h w c d"]],
-    axis_name: str | None,
+    axis_name: AxisName,
 ) -> Contest:
     """Weigh the adversary's term, and let the discriminator learn.
 
@@ -201,11 +202,6 @@ def contend(
             critic_gradient_norm=optax.tree.norm(gradients),
         ),
     )
-
-
-def mean_over(tree: Any, axis_name: str | None) -> Any:
-    """Average every leaf over the devices of an axis; None leaves them alone."""
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def train_critic(

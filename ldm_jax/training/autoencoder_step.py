@@ -20,14 +20,14 @@ from ldm_jax.nn.bottleneck import (
     perplexity,
 )
 from ldm_jax.rng import Stream, example_keys, normal
-from ldm_jax.training.adversary import Adversary, Contest, contend, mean_over
+from ldm_jax.training.adversary import Adversary, contend
 from ldm_jax.training.autoencoder_loss import (
     Likeness,
     Objective,
     likeness_loss,
     regularization_loss,
 )
-from ldm_jax.training.dispatch import mean_over_parts
+from ldm_jax.training.averaging import Average, AxisName, Learned
 from ldm_jax.training.state import AdversarialState, AnyState, apply_gradients
 from ldm_jax.types import PyTree
 
@@ -72,13 +72,12 @@ class AutoencoderMetrics(NamedTuple):
     critic_gradient_norm: Float[Array, ""] | None = None
 
 
-class Learned(NamedTuple):
-    """What one batch teaches the autoencoder, each a mean over its examples.
+class Lesson(NamedTuple):
+    """What one batch tells of the autoencoder, each a mean over its examples.
 
     Attributes:
       loss: What the autoencoder minimises.
       likeness: The parts of the reconstruction term.
-      gradients: Of the loss, in the autoencoder's parameters.
       penalty: The bottleneck's term before weighting.
       moments: Of the latents.
       usage: Share of the latents that fell on each code; None without a codebook.
@@ -86,7 +85,6 @@ class Learned(NamedTuple):
 
     loss: Float[Array, ""]
     likeness: Likeness
-    gradients: PyTree
     penalty: Float[Array, ""]
     moments: "LatentMoments"
     usage: Float[Array, " n"] | None
@@ -98,7 +96,7 @@ def autoencoder_step(
     batch: Batch,
     root_key: Key[Array, ""],
     *,
-    axis_name: str | None,
+    average: Average,
     autoencoder: Autoencoder,
     optimizer: optax.GradientTransformation,
     latent_shape: tuple[int, int, int],
@@ -114,7 +112,7 @@ def autoencoder_step(
       frozen: Parameters of LPIPS; None without it.
       batch: This device's part of the batch.
       root_key: The run's.
-      axis_name: Name of the device axis to average over; None for one device.
+      average: Takes means over the devices.
       autoencoder: The network.
       optimizer: The one that made the state.
       latent_shape: Height, width and channels of a latent.
@@ -137,26 +135,23 @@ def autoencoder_step(
         raise ValueError("adversary: given, but the state holds none")
     learn = functools.partial(
         _learn,
-        state,
-        frozen,
-        root_key,
-        axis_name=axis_name,
         autoencoder=autoencoder,
         latent_shape=latent_shape,
         objective=objective,
         adversary=adversary,
     )
-    learned, contest = mean_over_parts(learn, batch, parts=accumulate)
-    learned = mean_over(learned, axis_name)
+    learned = average(learn, state, frozen, batch, root_key, parts=accumulate)
+    lesson, contest = learned.means, learned.agreed
     told: dict[str, Float[Array, ""]] = {}
     if contest is not None:
-        state = cast(AdversarialState, state)._replace(critic=contest.critic)
-        told = contest.metrics._asdict()
+        critic, metrics = contest
+        state = cast(AdversarialState, state)._replace(critic=critic)
+        told = metrics._asdict()
     metrics = AutoencoderMetrics(
-        loss=learned.loss,
+        loss=lesson.loss,
         gradient_norm=optax.tree.norm(learned.gradients),
-        **learned.likeness._asdict(),
-        **_latent_metrics(learned),
+        **lesson.likeness._asdict(),
+        **_latent_metrics(lesson),
         **told,
     )
     state = apply_gradients(
@@ -168,15 +163,15 @@ def autoencoder_step(
 def _learn(
     state: AnyState,
     frozen: PyTree,
-    root_key: Key[Array, ""],
     batch: Batch,
+    root_key: Key[Array, ""],
     *,
-    axis_name: str | None,
+    axis_name: AxisName,
     autoencoder: Autoencoder,
     latent_shape: tuple[int, int, int],
     objective: Objective,
     adversary: Adversary | None,
-) -> tuple[Learned, Contest | None]:
+) -> Learned:
     """Differentiate the losses of one batch.
 
     Forward once, backward once: the losses are differentiated down to the
@@ -184,8 +179,8 @@ def _learn(
     layer alone, and their sum is sent back through the autoencoder.
 
     Returns:
-      What was learned, over this device's part of the batch; and the contest with the
-      adversary, which is over all devices already.
+      The gradients, a `Lesson`, and the adversary's next state and metrics, which are
+      over all devices already; None without one.
     """
     images = to_float(batch.image)
     keys = example_keys(
@@ -223,7 +218,8 @@ def _learn(
     if isinstance(made.bottleneck, Quantized):
         usage = code_usage(made.bottleneck.indices, size=autoencoder.codebook_size)
     moments = _moments(made.latents)
-    return Learned(loss, likeness, gradients, penalty, moments, usage), contest
+    agreed = None if contest is None else (contest.critic, contest.metrics)
+    return Learned(gradients, Lesson(loss, likeness, penalty, moments, usage), agreed)
 
 
 def last_kernel_gradient(
@@ -250,21 +246,21 @@ def last_kernel_gradient(
     return lambda pull: backward(pull)[0]
 
 
-def _latent_metrics(learned: Learned) -> dict[str, Float[Array, ""]]:
+def _latent_metrics(lesson: Lesson) -> dict[str, Float[Array, ""]]:
     """Return the fields of `AutoencoderMetrics` that tell of latents and codes."""
-    moments = learned.moments
+    moments = lesson.moments
     variance = moments.mean_square - jnp.square(moments.mean)
     told = {
         "latent_mean": moments.mean,
         "latent_std": jnp.sqrt(jnp.maximum(variance, 0.0)),
     }
-    if learned.usage is None:
-        return {**told, "kl": learned.penalty}
+    if lesson.usage is None:
+        return {**told, "kl": lesson.penalty}
     return {
         **told,
-        "codebook": learned.penalty,
-        "perplexity": perplexity(learned.usage),
-        "dead_codes": (learned.usage == 0.0).sum().astype(jnp.float32),
+        "codebook": lesson.penalty,
+        "perplexity": perplexity(lesson.usage),
+        "dead_codes": (lesson.usage == 0.0).sum().astype(jnp.float32),
     }
 
 
@@ -286,7 +282,7 @@ def latent_moments(
     batch: Batch,
     root_key: Key[Array, ""],
     *,
-    axis_name: str | None,
+    average: Average,
     autoencoder: Autoencoder,
     latent_shape: tuple[int, int, int],
 ) -> tuple[PyTree, LatentMoments]:
@@ -300,18 +296,29 @@ def latent_moments(
       frozen: Nothing.
       batch: This device's part of the batch.
       root_key: The run's.
-      axis_name: Name of the device axis to average over; None for one device.
+      average: Takes means over the devices.
       autoencoder: The network.
       latent_shape: Height, width and channels of a latent.
 
     Returns:
       `params`, and the moments over the global batch.
     """
-    del frozen
-    posterior = encode(autoencoder, params, to_float(batch.image))
-    keys = example_keys(root_key, Stream.LATENT_SCALE, 0, batch.example_index)
-    latents = posterior.sample(normal(keys, latent_shape))
-    return params, mean_over(_moments(latents), axis_name)
+
+    def measure(
+        state: PyTree,
+        frozen: None,
+        batch: Batch,
+        root_key: Key[Array, ""],
+        *,
+        axis_name: AxisName,
+    ) -> Learned:
+        del frozen, axis_name
+        posterior = encode(autoencoder, state, to_float(batch.image))
+        keys = example_keys(root_key, Stream.LATENT_SCALE, 0, batch.example_index)
+        latents = posterior.sample(normal(keys, latent_shape))
+        return Learned(None, _moments(latents))
+
+    return params, average(measure, params, frozen, batch, root_key, parts=1).means
 
 
 def encode(

@@ -29,6 +29,7 @@ from ldm_jax.nn.conditioning import (
 from ldm_jax.nn.unet import UNet
 from ldm_jax.rng import Stream, example_keys, normal, uniform
 from ldm_jax.training.autoencoder_step import encode
+from ldm_jax.training.averaging import Average, AxisName, Learned
 from ldm_jax.training.conditions import (
     cut_holes,
     drop_conditions,
@@ -36,7 +37,6 @@ from ldm_jax.training.conditions import (
     low_resolution,
     random_holes,
 )
-from ldm_jax.training.dispatch import mean_over_parts
 from ldm_jax.training.state import TrainState, apply_gradients
 from ldm_jax.types import PyTree
 
@@ -107,7 +107,7 @@ def diffusion_step(
     batch: Batch,
     root_key: Key[Array, ""],
     *,
-    axis_name: str | None,
+    average: Average,
     autoencoder: Autoencoder,
     unet: UNet,
     conditioner: Conditioner,
@@ -128,7 +128,7 @@ def diffusion_step(
       frozen: The first stage and what else is not trained.
       batch: This device's part of the batch.
       root_key: The run's.
-      axis_name: Name of the device axis to average over; None for one device.
+      average: Takes means over the devices.
       autoencoder: The first stage's network.
       unet: The network in training.
       conditioner: Prepares what it is conditioned on; trained jointly, or frozen.
@@ -151,9 +151,6 @@ def diffusion_step(
     """
     learn = functools.partial(
         _learn,
-        state,
-        frozen,
-        root_key,
         autoencoder=autoencoder,
         unet=unet,
         conditioner=conditioner,
@@ -164,19 +161,19 @@ def diffusion_step(
         null_tokens=null_tokens,
         condition_dropout=condition_dropout,
     )
-    value, gradients = mean_over_parts(learn, batch, parts=accumulate)
-    if axis_name is not None:
-        value, gradients = jax.lax.pmean((value, gradients), axis_name)
+    learned = average(learn, state, frozen, batch, root_key, parts=accumulate)
+    gradients = learned.gradients
     state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=ema_decay)
-    return state, DiffusionMetrics(value, optax.tree.norm(gradients))
+    return state, DiffusionMetrics(learned.means, optax.tree.norm(gradients))
 
 
 def _learn(
     state: TrainState,
     frozen: Frozen,
-    root_key: Key[Array, ""],
     batch: Batch,
+    root_key: Key[Array, ""],
     *,
+    axis_name: AxisName,
     autoencoder: Autoencoder,
     unet: UNet,
     conditioner: Conditioner,
@@ -186,8 +183,9 @@ def _learn(
     num_classes: int,
     null_tokens: tuple[int, ...],
     condition_dropout: float,
-) -> tuple[Float[Array, ""], Denoising]:
-    """Draw what a batch needs and differentiate its loss: the loss and its gradient."""
+) -> Learned:
+    """Draw what a batch needs and differentiate its loss."""
+    del axis_name  # nothing here is of more than one example
 
     def keys(stream: Stream) -> Key[Array, " b"]:
         return example_keys(root_key, stream, state.step, batch.example_index)
@@ -215,7 +213,10 @@ def _learn(
     loss_of = functools.partial(
         prediction_loss, unet=unet, conditioner=conditioner, objective=objective
     )
-    return jax.value_and_grad(loss_of)(state.params, frozen, x_0, level, eps, inputs)
+    value, gradients = jax.value_and_grad(loss_of)(
+        state.params, frozen, x_0, level, eps, inputs
+    )
+    return Learned(gradients, value)
 
 
 def prediction_loss(

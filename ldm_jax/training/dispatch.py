@@ -1,17 +1,17 @@
-"""Around a pure step: skip what is not finite, several steps a dispatch, in parts."""
+"""Around a pure step: skip what is not finite, several steps a dispatch."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
+from ldm_jax.training.averaging import Average
 from ldm_jax.training.state import AnyState
 from ldm_jax.types import PyTree
 
 Step = Callable[..., tuple[AnyState, Any]]
-T = TypeVar("T")
 
 
 def skip_nonfinite(step: Step) -> Step:
@@ -32,9 +32,9 @@ def skip_nonfinite(step: Step) -> Step:
         batch: PyTree,
         root_key: Key[Array, ""],
         *,
-        axis_name: str | None,
+        average: Average,
     ) -> tuple[AnyState, Any]:
-        after, metrics = step(state, frozen, batch, root_key, axis_name=axis_name)
+        after, metrics = step(state, frozen, batch, root_key, average=average)
         good = all_finite(metrics)
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
         return kept._replace(step=after.step), metrics
@@ -65,41 +65,11 @@ def several_steps(step: Step) -> Step:
         batches: PyTree,
         root_key: Key[Array, ""],
         *,
-        axis_name: str | None,
+        average: Average,
     ) -> tuple[AnyState, Any]:
         def body(state: AnyState, batch: PyTree) -> tuple[AnyState, Any]:
-            return step(state, frozen, batch, root_key, axis_name=axis_name)
+            return step(state, frozen, batch, root_key, average=average)
 
         return jax.lax.scan(body, state, batches)
 
     return steps
-
-
-def mean_over_parts(fn: Callable[[PyTree], T], batch: PyTree, *, parts: int) -> T:
-    """Average what a function says of the parts of a batch, one after the other.
-
-    A part takes every `parts`-th example, so that each device has its share of every
-    part without moving an example.
-
-    Args:
-      fn: From a batch to arrays, each a mean over its examples.
-      batch: Arrays with a leading axis of examples, which `parts` divides.
-      parts: How many; 1 calls `fn` once.
-
-    Returns:
-      What `fn` would say of the whole batch, up to rounding.
-    """
-    if parts == 1:
-        return fn(batch)
-
-    def cut(leaf: Array) -> Array:
-        return leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
-
-    def add(total: T, part: PyTree) -> tuple[T, None]:
-        return jax.tree.map(jnp.add, total, fn(part)), None
-
-    cuts = jax.tree.map(cut, batch)
-    shapes = jax.eval_shape(fn, jax.tree.map(lambda leaf: leaf[0], cuts))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, cuts)
-    return jax.tree.map(lambda leaf: leaf / jnp.asarray(parts, leaf.dtype), total)

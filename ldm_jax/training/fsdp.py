@@ -1,9 +1,10 @@
 """The layout of fully sharded data parallelism: each device holds a part of the state.
 
 One `jit` over a mesh of two axes. Parameters, optimiser state, average and whatever
-is frozen are cut along both, batches along their product; the compiler gathers what a
-layer needs and scatters the gradients back. Two axes, since the widths of these
-networks divide by 16 twice and not by 256 once.
+is frozen are cut along both, batches along their product. Parameters are gathered where
+examples are learned from, gradients are reduced and scattered, and every device updates
+its part. Two axes, since the widths of these networks divide by 16 twice and not by 256
+once.
 
 Source: Rajbhandari et al., arXiv:1910.02054 (ZeRO, stage 3); Xu et al.,
 arXiv:2105.04663 (GSPMD).
@@ -21,6 +22,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from ldm_jax.training.averaging import Learn, Learned, mean_over, mean_over_parts
 from ldm_jax.training.layout import Layout
 from ldm_jax.training.state import AdversarialState, TrainState
 from ldm_jax.types import PyTree
@@ -103,17 +105,67 @@ class FsdpLayout(Layout):
         def whole(
             state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]
         ) -> tuple[PyTree, Any]:
-            # Whole while they are used: left to itself the compiler cuts activations
-            # along widths, and gathers those of the whole batch.
-            used = (parameters_of(state), frozen)
-            params, frozen = jax.lax.with_sharding_constraint(used, self._everywhere)
-            state = with_parameters(state, params)
-            after, metrics = step(state, frozen, batch, root_key, axis_name=None)
+            after, metrics = step(state, frozen, batch, root_key, average=self._average)
             # The same places as before, or its buffers could not be donated.
             after = jax.lax.with_sharding_constraint(after, self.shardings(after))
             return after, jax.lax.with_sharding_constraint(metrics, self._everywhere)
 
         return jax.jit(whole, donate_argnums=0)
+
+    def _average(
+        self,
+        learn: Learn,
+        state: PyTree,
+        frozen: PyTree,
+        batch: PyTree,
+        root_key: Key[Array, ""],
+        *,
+        parts: int,
+    ) -> Learned:
+        """Learn on every device from whole parameters; give each its part of the mean.
+
+        Explicit, since the compiler left to itself cuts activations along widths, and
+        sends every device all gradients.
+        """
+        seen = what_is_read(state)
+        specs = self._specs((seen, frozen))
+        cuts = self._specs(state.params) if is_state(state) else None
+
+        def local(kept: PyTree, batch: PyTree, root_key: Key[Array, ""]) -> Learned:
+            state, frozen = jax.tree.map(gather, kept, specs)
+
+            def of(part: PyTree) -> Learned:
+                learned = learn(state, frozen, part, root_key, axis_name=AXES)
+                gradients = jax.tree.map(self._scatter, learned.gradients, cuts)
+                return learned._replace(gradients=gradients)
+
+            learned = mean_over_parts(of, batch, parts=parts)
+            return learned._replace(means=mean_over(learned.means, AXES))
+
+        replicated = PartitionSpec()
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(specs, PartitionSpec(AXES), replicated),
+            out_specs=Learned(cuts, replicated, replicated),
+            check_vma=False,  # gradients are each device's own until they are scattered
+        )((seen, frozen), batch, root_key)
+
+    def _specs(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: spec_of(np.shape(leaf), self.mesh), tree)
+
+    def _scatter(self, leaf: Array, spec: PartitionSpec) -> Array:
+        """Average a leaf over all devices, and keep this one's part of it."""
+        left: list[str] = list(AXES)
+        for axis, names in enumerate(spec):
+            for name in names_of(names):
+                # One axis of the mesh at a time: over two, a TPU's compiler makes an
+                # all-reduce of it, which sends twice as much.
+                leaf = jax.lax.psum_scatter(
+                    leaf, name, scatter_dimension=axis, tiled=True
+                )
+                left.remove(name)
+        return (jax.lax.psum(leaf, left) if left else leaf) / self.num_devices
 
     def stand_ins(self, state: PyTree, frozen: PyTree, batch: PyTree) -> tuple:
         """Say of every shape where it lies."""
@@ -131,19 +183,27 @@ class FsdpLayout(Layout):
         )
 
 
-def parameters_of(state: Any) -> PyTree:
-    """Return what a step computes with of a state: its parameters, the critic's too."""
-    if isinstance(state, AdversarialState):
-        return state.params, state.critic.params
-    return state.params if isinstance(state, TrainState) else state
+def is_state(tree: Any) -> bool:
+    """Say whether a tree is trained, and not only measured."""
+    return isinstance(tree, TrainState | AdversarialState)
 
 
-def with_parameters(state: Any, params: PyTree) -> Any:
-    """Return a state with other parameters, as `parameters_of` gives them."""
-    if isinstance(state, AdversarialState):
-        own, critics = params
-        return state._replace(params=own, critic=state.critic._replace(params=critics))
-    return state._replace(params=params) if isinstance(state, TrainState) else params
+def what_is_read(state: Any) -> PyTree:
+    """Return a state with what is learned from alone: no average, no optimiser's."""
+    return state._replace(ema=None, opt_state=None) if is_state(state) else state
+
+
+def gather(leaf: Array, spec: PartitionSpec) -> Array:
+    """Put the parts of a leaf together, on every device."""
+    for axis, names in enumerate(spec):
+        if names is not None:
+            leaf = jax.lax.all_gather(leaf, names, axis=axis, tiled=True)
+    return leaf
+
+
+def names_of(names: Any) -> tuple[str, ...]:
+    """Return the axes of the mesh that an axis of a leaf is cut along, outer first."""
+    return () if names is None else (names,) if isinstance(names, str) else names
 
 
 def make_mesh(devices: list[Any]) -> Mesh:

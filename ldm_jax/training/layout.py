@@ -96,7 +96,7 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def map_step(self, step: Callable[..., tuple[PyTree, Any]]) -> Any:
-        """Map `step(state, frozen, batch, root_key, *, axis_name)` over the devices.
+        """Map `step(state, frozen, batch, root_key, *, average)` over the devices.
 
         The state is donated: its buffers become those of the next state.
         """

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from ldm_jax.training.averaging import average_over
 from ldm_jax.training.layout import Layout
 from ldm_jax.types import PyTree
 
@@ -91,11 +92,12 @@ class PmapLayout(Layout):
 
     def map_step(self, step: Callable[..., tuple[PyTree, Any]]) -> Any:
         """Map a step by `jax.pmap`."""
+        average = average_over(AXIS_NAME)
 
         def named(
             state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]
         ) -> tuple[PyTree, Any]:
-            return step(state, frozen, batch, root_key, axis_name=AXIS_NAME)
+            return step(state, frozen, batch, root_key, average=average)
 
         return jax.pmap(
             named, axis_name=AXIS_NAME, devices=self._all_devices, donate_argnums=0

@@ -9,7 +9,7 @@ import pytest
 
 from ldm_jax.config import ParallelConfig
 from ldm_jax.rng import root_key
-from ldm_jax.training.parallel import make_layout
+from ldm_jax.training.parallel import FsdpLayout, PmapLayout, make_layout
 from tests.test_adversary import RATE, distance, make_config, run, told
 from tests.test_conditions import batch_of, moved, stage_of, train
 from tests.test_training import CONFIG, batches, stage
@@ -53,8 +53,8 @@ def test_twenty_losses_are_the_same_on_any_machine(name, layout, devices, accumu
 def test_both_players_learn_the_same_on_one_two_and_eight_devices(regularizer):
     config = make_config(regularizer)
     states, one = run(config, 1, 4, RATE)
-    for devices in (2, 8):
-        others, many = run(config, devices, 4, RATE)
+    for devices, layout in ((2, PmapLayout), (8, PmapLayout), (4, FsdpLayout)):
+        others, many = run(config, devices, 4, RATE, layout)
         for a, b in zip(one, many, strict=True):
             assert told(a) == pytest.approx(told(b), rel=1e-4, abs=1e-6)
             assert a.loss == pytest.approx(b.loss, rel=1e-5)
