@@ -44,7 +44,8 @@ HloModule jit_step, is_scheduled=true
 %fused_computation.7 (p: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {
   %p = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %all-gather.1 = bf16[32,4]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=5, \
-replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}
+replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}, \
+frontend_attributes={chain_id="0"}
   ROOT %custom-call.1 = (bf16[8,4]{1,0}, bf16[32,4]{1,0}, u32[]{:S(2)}) \
 custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
@@ -52,7 +53,11 @@ custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 %async_collective_fusion.8 (p: bf16[8,4]) -> (f32[2], bf16[32,4]) {
   %p = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %all-gather.2 = bf16[32,4]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=5, \
-replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}
+replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}, \
+frontend_attributes={chain_id="0"}
+  %all-gather.4 = bf16[64,4]{1,0:T(8,128)(2,1)} all-gather(%r), channel_id=5, \
+replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}, \
+frontend_attributes={chain_id="1"}
   ROOT %tuple = (f32[2]{0}, bf16[32,4]{1,0}) tuple(%q, %all-gather.2)
 }
 
@@ -115,13 +120,14 @@ def test_bytes_of_a_type_leave_out_the_padding_of_its_layout():
 
 
 def test_each_collective_counts_once_and_loops_count_their_rounds():
-    found = {row.kind: row for row in collectives(parse_program(PROGRAM))}
-    assert found == {
-        "all-gather": Collective("all-gather", 32 * 4 * 2, 4, True, 1),
-        "reduce-scatter": Collective("reduce-scatter", 256, 4, False, 5),
-        "all-reduce": Collective("all-reduce", 28, 2, False, 1),
-        "collective-permute": Collective("collective-permute", 40, 2, True, 1),
+    assert set(collectives(parse_program(PROGRAM))) == {
+        Collective("all-gather", 32 * 4 * 2, 4, True, 1),
+        Collective("all-gather", 64 * 4 * 2, 4, True, 1),
+        Collective("reduce-scatter", 256, 4, False, 5),
+        Collective("all-reduce", 28, 2, False, 1),
+        Collective("collective-permute", 40, 2, True, 1),
     }
+    assert len(collectives(parse_program(PROGRAM))) == 5
 
 
 def test_cycles_of_a_loop_count_its_rounds():

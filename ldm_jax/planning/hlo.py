@@ -38,6 +38,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _ITERATIONS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
@@ -170,7 +171,9 @@ def collectives(program: Program) -> list[Collective]:
             row = _collective(
                 kind, inner, _starts(program, name, instruction.opcode), times
             )
-            key = f"{kind} {channel[1] if channel else name}"
+            chain = _CHAIN.search(inner.text)  # a channel may be that of many
+            told = channel[1] if channel else name
+            key = f"{kind} {told} {chain[1] if chain else 0}"
             if key in fused:  # carried on in another fusion
                 known = rows[fused[key]]
                 both = known.asynchronous or row.asynchronous
