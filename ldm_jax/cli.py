@@ -7,10 +7,12 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,15 @@ INTERRUPTED_EXIT_CODE = 130
 PREEMPTED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on."""
 MAX_NUMBERS = 10_000_000
+SECONDS_TO_END = 5
+REMEDIES = {
+    errno.ENOSPC: "make room there and give the same command",
+    errno.EDQUOT: "make room there and give the same command",
+    errno.EFBIG: "raise the limit (ulimit -f) and give the same command",
+    errno.EROFS: "make it writable and give the same command, or try another folder",
+    errno.EIO: "look after the disk and give the same command",
+}
+"""What to do where a disk, and no flag, is at fault."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,12 +288,32 @@ def run_main(main: Callable[[list[str]], None], prog: str) -> NoReturn:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code, message = BAD_INPUT_EXIT_CODE, f"{where}{error.strerror or error}"
+        if remedy := REMEDIES.get(error.errno or 0):
+            code, message = FAILED_RUN_EXIT_CODE, f"{message}; {remedy}"
     except KeyboardInterrupt:
         code, message = INTERRUPTED_EXIT_CODE, "interrupted; the same command resumes"
+    except SystemExit:
+        raise
+    except BaseException:
+        _end_soon(FAILED_RUN_EXIT_CODE)
+        raise
     if code:
+        _end_soon(code)
         sys.stdout.flush()
         sys.stderr.write(f"\n{prog}: error: {_one_line(message)}\n")
     sys.exit(code)
+
+
+def _end_soon(code: int) -> None:
+    """End a process that failed alone, though it waits for others that wait for it."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return
+    # Process 0 last: the others would print that they miss it.
+    seconds = SECONDS_TO_END + 2 * (jax.process_index() == 0)
+    end = threading.Timer(seconds, os._exit, [code])
+    end.daemon = True
+    end.start()
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -1,16 +1,20 @@
 """A run's folder: whose it is, and that no one else trains in it."""
 
 import contextlib
+import dataclasses
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
 from ldm_jax import config as config_lib
 from ldm_jax.config import CONFIG_FILE, Config
+from ldm_jax.training.checkpoint import write_text
 from ldm_jax.training.hosts import first_alone
 from ldm_jax.types import InputError
 
 LOCK_FILE = ".lock"
+MAY_CHANGE = "max_skipped_steps"
+"""What a run bears may be told once it has met it: what it computes stays the same."""
 
 
 def check_workdir(config: Config, workdir: Path) -> None:
@@ -22,6 +26,9 @@ def check_workdir(config: Config, workdir: Path) -> None:
     path = workdir / CONFIG_FILE
     if path.exists():
         theirs = config_lib.from_json(path.read_text())
+        theirs = dataclasses.replace(
+            theirs, **{MAY_CHANGE: getattr(config, MAY_CHANGE)}
+        )
         if fields := config_lib.differences(theirs, config):
             raise InputError(
                 f"--workdir: {workdir} was made with a different config: "
@@ -63,7 +70,5 @@ def _taken(config: Config, workdir: Path) -> Iterator[None]:
                 "try another --workdir, or --pod if they are to train together"
             ) from None
         if not path.exists():
-            part = path.with_name(path.name + ".part")
-            part.write_text(config_lib.to_json(config))
-            part.replace(path)
+            write_text(path, config_lib.to_json(config))
         yield

@@ -43,7 +43,11 @@ def alone(workdir, num_steps, *args):
 
 
 def ended(processes):
-    outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # nothing, where it has ended
     return [
         (process.returncode, out, err)
         for process, (out, err) in zip(processes, outputs, strict=True)

@@ -1,21 +1,30 @@
 """Checkpoints: the whole state of a stage, whole or not at all, and proven intact."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from ldm_jax.training.digests import join_digests, leaf_digests, tree_digest
-from ldm_jax.training.hosts import first_alone, gather_texts
+from ldm_jax.training.hosts import first_alone, gather_texts, together
 from ldm_jax.types import InputError, PyTree, RunError
+
+T = TypeVar("T")
+
+MAX_REASON = 300
+SECONDS_BETWEEN_CHECKS = 0.005
+SAVING_THREAD = "async_save"
+"""What Orbax calls the thread that writes."""
 
 
 class Checkpoint(NamedTuple):
@@ -38,9 +47,9 @@ class CheckpointStore:
     """The checkpoints of one stage in one folder, of one process or of several.
 
     A step counts once its writing is complete (Orbax renames a finished folder into
-    place) and as long as its leaves have the digests that were noted when it was
-    saved: Orbax alone restores flipped bits without a word. Where there are several
-    processes, all of them call every method.
+    place) and as long as its leaves and its notes have the digests that were noted
+    when it was saved: Orbax alone restores flipped bits without a word. Where there
+    are several processes, all of them call every method.
     """
 
     def __init__(self, directory: Path, *, keep: int, read_only: bool = False) -> None:
@@ -54,20 +63,36 @@ class CheckpointStore:
         Raises:
           InputError: If it is a file.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = directory.absolute()
         if self.directory.exists() and not self.directory.is_dir():
             raise InputError(f"{directory}: a file, wanted a folder of checkpoints")
         self._read_only = read_only
         self._saving: int | None = None
+        self._failed = False
+        self._overheard = Overheard(self.directory)
+        _quieten(self._overheard)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            # Made in the background, one that cannot be made keeps the threads that
+            # want to write into it, and so the process, for twenty minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=("state", "notes")
+        )
+        # The manager's own reader waits for all processes at its end, for ever where
+        # one of them found its files torn.
+        this = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=this,
+            active_processes={this},
+            barrier_sync_key_prefix=f"process {this}",
+        )
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
         )
 
     def save(self, step: int, tree: PyTree, notes: dict[str, Any]) -> str:
@@ -102,8 +127,10 @@ class CheckpointStore:
                 for path, leaf in _leaves(tree)
             },
         }
-        self._saving = step
+        notes["sha256"] = _notes_digest(notes)
+        self._saving, self._overheard.error = step, None
         with self._told():
+            first_alone(lambda: self._probe(step))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -113,24 +140,36 @@ class CheckpointStore:
         return digest
 
     def check(self) -> None:
-        """Raise what went wrong with a save in the background, without waiting.
+        """Raise what went wrong with a save in the background, as soon as it is known.
+
+        It costs nothing while nothing is being written.
 
         Raises:
-          RunError: If it could not be written.
+          RunError: If it could not be written, here or on another process.
         """
-        with self._told():
-            self._manager.check_for_errors()
+        if self._saving is None:
+            return
+        heard, ended = self._overheard.error, not self._manager.is_saving_in_progress()
+        # It ends at a moment of its own on each process; they stop at the same step.
+        states = set(gather_texts("failed" if heard else "ended" if ended else ""))
+        if "failed" in states:
+            self._failed = True
+            with together(), self._told():
+                if heard:
+                    raise heard
+        if states == {"ended"}:
+            with together():
+                self._join()
 
     def wait(self) -> None:
         """Wait for the last save.
 
         Raises:
-          RunError: If it could not be written.
+          RunError: If it could not be written, here or on another process.
         """
-        with self._told():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        self._saving = None
+        while self._saving is not None:
+            self.check()
+            time.sleep(SECONDS_BETWEEN_CHECKS)
 
     def restore(
         self, target: PyTree, *, step: int | None = None, shardings: PyTree = None
@@ -161,19 +200,9 @@ class CheckpointStore:
         steps = steps if step is None else [step]
         reasons: list[str] = []
         for at in steps:
-            found, reason = None, ""
-            try:
-                notes = self._read_notes(at)
-                self._check_model(at, target, notes)
-                tree = self._read(at, target, shardings)
-                found = Checkpoint(at, tree, notes, verified_digest(tree, notes))
-            except InputError:
-                raise
-            except Exception as error:
-                reason = " ".join(str(error).split())[:200]
-            told = [text for text in gather_texts(reason) if text]
-            if told or found is None:
-                reasons.append(f"step {at}: {told[0] if told else reason}")
+            found, reason = self._intact(at, target, shardings)
+            if found is None:
+                reasons.append(f"step {at}: {reason}")
                 continue
             for reason in reasons:
                 logging.getLogger(__name__).warning("damaged checkpoint: %s", reason)
@@ -187,11 +216,41 @@ class CheckpointStore:
         return None
 
     def close(self) -> None:
-        """Wait for the last save and raise what went wrong with it."""
+        """Wait for this process' part of the last save and raise what went wrong.
+
+        Raises:
+          RunError: If it could not be written, and nobody was told yet.
+        """
         try:
-            self.wait()
+            if not self._failed:
+                self._join()
         finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._reader.close()
+        if not self._failed:
             self._manager.close()
+            logging.getLogger("absl").removeFilter(self._overheard)
+        elif jax.process_count() == 1:
+            # It has been told of, and Orbax may raise more of it. Where there are
+            # others it may wait for them for twenty minutes.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    def _join(self) -> None:
+        if self._saving is None:
+            return
+        with self._told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        self._saving = None
+
+    def _probe(self, step: int) -> None:
+        """Fail alone, where Orbax would while the other processes wait for this one."""
+        probe = self.directory / f"{step}.probe"
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -199,14 +258,37 @@ class CheckpointStore:
         try:
             yield
         except Exception as error:
-            failed, self._saving = self._saving, None
+            failed, self._saving, self._failed = self._saving, None, True
             steps = [at for at in self._manager.all_steps() if at != failed]
-            left = f"that of step {max(steps)} is intact" if steps else "there is none"
+            left = (
+                f"that of step {max(steps)} is kept, and the same command goes on from "
+                "there once it can be written"
+                if steps
+                else "there is none; try again once it can be written"
+            )
             raise RunError(
                 f"{self.directory}: the checkpoint of step {failed} could not be "
-                f"written ({' '.join(str(error).split())[:300]}); of those before it, "
-                f"{left}"
+                f"written ({_reason(error)}); of those before it, {left}"
             ) from error
+
+    def _intact(
+        self, step: int, target: PyTree, shardings: PyTree
+    ) -> tuple[Checkpoint | None, str]:
+        """Read a step; where that fails on any process, say to all of them why.
+
+        They agree after each part, as the next one may be a collective.
+        """
+        notes, reason = _agreed(lambda: self._read_notes(step))
+        if notes is None:
+            return None, reason
+        self._check_model(step, target, notes)
+        tree, reason = _agreed(lambda: self._read(step, target, shardings))
+        if tree is None:
+            return None, reason
+        digest, reason = _agreed(lambda: verified_digest(tree, notes))
+        if digest is None:
+            return None, reason
+        return Checkpoint(step, tree, notes, digest), ""
 
     def _check_model(self, step: int, target: PyTree, notes: dict[str, Any]) -> None:
         """Raise `InputError` if a checkpoint has other leaves than the target."""
@@ -224,7 +306,11 @@ class CheckpointStore:
 
     def _read_notes(self, step: int) -> dict[str, Any]:
         items = ocp.args.Composite(notes=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=items)["notes"]
+        notes = dict(self._reader.restore(self._folder(step), args=items)["notes"])
+        saved = notes.pop("sha256", None)  # an early version noted none
+        if saved is not None and saved != _notes_digest(notes):
+            raise ValueError("its notes are not what was saved")
+        return notes
 
     def _read(self, step: int, target: PyTree, shardings: PyTree) -> PyTree:
         if shardings is None:
@@ -235,7 +321,10 @@ class CheckpointStore:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
         )
-        return self._manager.restore(step, args=items)["state"]
+        return self._reader.restore(self._folder(step), args=items)["state"]
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps or self._read_only:
@@ -248,7 +337,7 @@ class CheckpointStore:
         damaged.mkdir(exist_ok=True)
         for step in steps:
             target = damaged / f"{step}-{time.time_ns()}"
-            os.rename(self.directory / str(step), target)
+            os.rename(self._folder(step), target)
 
 
 def verified_digest(tree: PyTree, notes: dict[str, Any]) -> str:
@@ -279,6 +368,76 @@ def verified_digest(tree: PyTree, notes: dict[str, Any]) -> str:
     return join_digests(tree, leaves)
 
 
+def _agreed(do: Callable[[], T]) -> tuple[T | None, str]:
+    """Do a part of a restore; None on all processes, and why, if it failed on one."""
+    found, reason = None, ""
+    try:
+        found = do()
+    except Exception as error:
+        reason = _reason(error)
+    told = [text for text in gather_texts(reason) if text]
+    return (None, told[0]) if told else (found, "")
+
+
+def _reason(error: Exception) -> str:
+    """Say what went wrong: tensorstore names the array first and the cause last."""
+    if isinstance(error.__cause__, Exception):
+        return _reason(error.__cause__)
+    text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0]
+    text = text or type(error).__name__
+    if len(text) <= MAX_REASON:
+        return text
+    return f"{text[: MAX_REASON // 2]} ... {text[-MAX_REASON // 2 :]}"
+
+
+def _notes_digest(notes: dict[str, Any]) -> str:
+    """Return the sha256 of notes, however their JSON is laid out."""
+    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
+
+
+class Overheard(logging.Filter):
+    """Keeps what Orbax logs of its failures out of a run's output.
+
+    It raises them too, and one line tells them; but where it has to wait for other
+    processes, only once it has done so, in twenty minutes.
+
+    Attributes:
+      error: What went wrong with a save into the folder; None if nothing did.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Listen for failures of one folder."""
+        super().__init__()
+        self.error: BaseException | None = None
+        self._directory = str(directory)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Drop a record, and keep its exception."""
+        error = record.exc_info[1] if record.exc_info else None
+        saving = record.threadName == SAVING_THREAD
+        if saving and error is not None and self._directory in record.getMessage():
+            self.error = self.error or error
+        return False
+
+
+def _quieten(overheard: Overheard) -> None:
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").addFilter(overheard)
+    logging.getLogger("asyncio").addFilter(_is_not_orbax)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.getMessage()
+
+
+def _unraisable(told: Any) -> None:
+    # Of tensorstore's work on a step that ends when Orbax has given the step up.
+    if str(told.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(told)
+
+
 def _sharded(leaf: Any, sharding: Any) -> ocp.ArrayRestoreArgs:
     return ocp.ArrayRestoreArgs(
         sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
@@ -290,12 +449,33 @@ def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file in the failure to write it: `write` itself does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text whole or not at all.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    with naming(part):
+        part.write_text(text)
+    os.replace(part, path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all.
 
     Raises:
       OSError: If it cannot be written.
     """
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(part, path)
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ldm_jax.training.checkpoint import naming, write_text
+
 MIN_PLOTTED = 1e-12
 BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}"
 
@@ -46,9 +48,7 @@ class MetricsLog:
                 for record in read_metrics(path)
                 if record["stage"] != stage or record["step"] <= step
             ]
-            part = path.with_name(path.name + ".part")
-            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(part, path)
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Append one record."""
@@ -71,18 +71,20 @@ class MetricsLog:
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a log; a line torn by a kill is left out."""
+    """Read the records of a log; a line torn by a kill or a full disk is left out."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and {"stage", "step"} <= record.keys():
+            records.append(record)
     return records
 
 
@@ -120,8 +122,11 @@ def plot_losses(log: Path, path: Path) -> None:
         axes.legend()
     figure.tight_layout()
     part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
-    pyplot.close(figure)
+    try:
+        with naming(part):
+            figure.savefig(part, format="png")
+    finally:
+        pyplot.close(figure)
     os.replace(part, path)
 
 

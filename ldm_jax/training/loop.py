@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 
 from ldm_jax.config import CheckpointConfig, LogConfig, ParallelConfig
 from ldm_jax.data.pipeline import BatchIterator
-from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
+from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore, naming
 from ldm_jax.training.dispatch import several_steps, skip_nonfinite
 from ldm_jax.training.hosts import StopSignal, check_same, first_alone, is_first
 from ldm_jax.training.layout import Layout
@@ -161,7 +161,8 @@ def run_stage(
             kept = found.tree["state"].ema, found.tree["extra"]
             ema, extra = kept if shardings is None else layout.local(kept)
             return Finished(ema, extra, found.digest, found.notes["seconds"])
-        log.rewind(stage.name, found.step if found else 0)
+        done = found.step if found else 0
+        first_alone(lambda: log.rewind(stage.name, done))
         trainer = Trainer(stage, watch, layout, root_key, notes, store, log)
         trainer.begin(found, iterator)
         del found
@@ -253,8 +254,9 @@ class Trainer:
                             self._draw()
                         if save_due:
                             self._save()
-                if stopping and not is_last:
+                if is_last or stopping:
                     self._store.wait()
+                if stopping and not is_last:
                     raise Preempted(f"{stage.name} step {done} is saved")
         ema = self._layout.local(self._state.ema)
         return Finished(ema, self._extra, self._digest, self._seconds())
@@ -285,7 +287,8 @@ class Trainer:
         ema = self._layout.local(self._state.ema)
 
         def draw() -> None:
-            self._stage.draw(ema, self._done)
+            with naming(self._watch.workdir / self._stage.name):
+                self._stage.draw(ema, self._done)
             plot_losses(self._log.path, self._watch.workdir / "loss.png")
 
         first_alone(draw)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt32
 
-from ldm_jax.training.hosts import gather_texts
+from ldm_jax.training.hosts import first_alone, gather_texts
 from ldm_jax.training.layout import Layout
 from ldm_jax.training.log import MetricsLog
 from ldm_jax.types import RunError
@@ -101,14 +101,13 @@ class PendingMetrics:
     ) -> None:
         """Write down a step that was not finite, so that it can be made again."""
         everyone = gather_texts(",".join(map(str, indices)))
-        self._log.write_fault(
-            {
-                "stage": self._stage.name,
-                "step": step,
-                "metrics": {name: repr(value) for name, value in values.items()},
-                "example_index": [[int(i) for i in t.split(",")] for t in everyone],
-            }
-        )
+        record = {
+            "stage": self._stage.name,
+            "step": step,
+            "metrics": {name: repr(value) for name, value in values.items()},
+            "example_index": [[int(i) for i in t.split(",")] for t in everyone],
+        }
+        first_alone(lambda: self._log.write_fault(record))
         self.skipped += 1
         if self.skipped <= self._max_skipped:
             return
@@ -140,7 +139,7 @@ class PendingMetrics:
         steps_per_second = (step - self._logged) / max(now - self._clock, 1e-9)
         values["learning_rate"] = float(self._stage.learning_rate(step - 1))
         values["images_per_second"] = steps_per_second * self._stage.batch_size
-        self._log.write(self._stage.name, step, values)
+        first_alone(lambda: self._log.write(self._stage.name, step, values))
         self._logged, self._clock, self._last = step, now, None
         left = (self._stage.num_steps - step) / max(steps_per_second, 1e-9)
         return (

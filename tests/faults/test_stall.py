@@ -1,0 +1,81 @@
+"""A step that hangs tells where, and one that is not finite of what.
+
+python -m tests.faults.test_stall WORKDIR is a run whose disk hangs once.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ldm_jax.cli import run_main
+from ldm_jax.config import ParallelConfig
+from ldm_jax.data import pipeline
+from tests.commands import ROOT, environment, error_line, train
+from tests.pods import digest_of, ended
+from tests.toys import BATCH, run_toy, toy_stage
+
+HANGS_AT = 6 * BATCH
+HANGS_FOR = 5.0
+STALL_TIMEOUT = 2
+
+prepare_example = pipeline.prepare_example
+
+
+def read_from_a_disk_that_hangs(example, **sizes):
+    if example["index"] == HANGS_AT:
+        time.sleep(HANGS_FOR)
+    return prepare_example(example, **sizes)
+
+
+def main(args):
+    pipeline.prepare_example = read_from_a_disk_that_hangs
+    parallel = ParallelConfig(stall_timeout=STALL_TIMEOUT)
+    found = run_toy(Path(args[0]), toy_stage(), parallel=parallel)
+    sys.stdout.write(f"digest {found.digest}\n")
+
+
+@pytest.mark.timeout(120)
+def test_a_step_that_hangs_prints_where_and_the_run_goes_on(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.faults.test_stall", tmp_path / "stalled"],
+        cwd=ROOT,
+        env=environment(devices=4),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ((code, out, err),) = ended([process])
+    assert code == 0, err
+    told = [part for part in err.split("Timeout (0:00:02)!")[1:] if "hangs" in part]
+    # Again and again, with the thread that hangs and the one that waits for it.
+    assert len(told) >= 2, err
+    assert all(" in read_from_a_disk_that_hangs\n" in part for part in told)
+    assert all(" in take\n" in part for part in told)
+    assert digest_of(out) == run_toy(tmp_path / "unbroken", toy_stage()).digest
+
+
+@pytest.mark.timeout(240)
+def test_steps_that_are_not_finite_are_told_and_borne_as_often_as_is_asked(tmp_path):
+    lost = ["--autoencoder.optim.lr", "1e30", "--stages", "autoencoder"]
+    lost += ["--autoencoder.steps", "3"]
+    line = error_line(train(tmp_path, *lost))
+    assert re.search(r"autoencoder step 2: loss = nan.* not_finite\.jsonl", line)
+    assert faults(tmp_path) == [(2, [list(range(8, 16))])]
+    # The same run goes on, to its end, where there is nothing to make latents with.
+    line = error_line(train(tmp_path, *lost, "--max-skipped-steps", "2"))
+    assert "the scale of its latents is nan" in line
+    assert [step for step, _ in faults(tmp_path)] == [2, 3]
+
+
+def faults(workdir):
+    lines = (workdir / "not_finite.jsonl").read_text().splitlines()
+    return [(row["step"], row["example_index"]) for row in map(json.loads, lines)]
+
+
+if __name__ == "__main__":
+    run_main(main, "test_stall.py")

@@ -1,0 +1,224 @@
+"""A disk that fills, stops taking writes or limits them ends a run in one line.
+
+Nothing written before is harmed, and the same command goes on when the cause is gone.
+"""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from ldm_jax.training.checkpoint import CheckpointStore
+from ldm_jax.training.log import plot_losses
+from ldm_jax.training.loop import stage_target
+from tests.commands import error_line, train
+from tests.pods import alone, digest_of, ended, pair, wait_for_step
+from tests.toys import root_key, run_toy, toy_stage
+
+STEPS = 120
+SOON = 20.0
+"""Seconds; a save or a line of the log is due several times in them."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The digest of a run whose disk is well, and what it logged."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    return run_toy(workdir, toy_stage(num_steps=STEPS)).digest, logged(workdir)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system that nothing else writes to, of four megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount here")
+    made = mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", place)
+    if made.returncode:
+        pytest.skip(f"nothing may be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def mount(*args):
+    command = ["mount", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def logged(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def fill(disk):
+    """Leave no byte free; return the file that takes them."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+def failed(*processes):
+    """Wait for a run that has to fail soon; return its last step and its lines."""
+    start = time.monotonic()
+    found = ended(processes)
+    assert time.monotonic() - start < SOON
+    assert [code for code, _, _ in found] == [1] * len(processes), found
+    steps = re.findall(r"^step (\d+)$", found[0][1], re.MULTILINE)
+    lines = [
+        error_line(subprocess.CompletedProcess("", code, out, err))
+        for code, out, err in found
+    ]
+    return int(steps[-1]) if steps else 0, *lines
+
+
+def wait_until(done):
+    start = time.monotonic()
+    while not done():
+        assert time.monotonic() - start < SOON
+        time.sleep(0.01)
+
+
+def wait_for_checkpoint(workdir, step):
+    wait_until((workdir / "diffusion/checkpoints" / str(step)).is_dir)
+
+
+def newest(workdir):
+    """Return the step of the newest checkpoint, read as another process would."""
+    place = workdir / "diffusion/checkpoints"
+    store = CheckpointStore(place, keep=3, read_only=True)
+    found = store.restore(stage_target(toy_stage(num_steps=STEPS), root_key(0)))
+    store.close()
+    return found.step
+
+
+def content(folder):
+    """Return all that lies in a folder."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def check_it_goes_on(workdir, unbroken, *args):
+    """Give the same command again: it ends as the run that nothing happened to."""
+    step = newest(workdir)
+    ((code, out, err),) = ended([alone(workdir, STEPS, *args)])
+    assert code == 0, err
+    assert f"step {step}\n" not in out and f"step {step + 1}\n" in out
+    assert (digest_of(out), logged(workdir)) == unbroken
+
+
+@pytest.mark.timeout(180)
+def test_a_disk_that_is_full_ends_a_run_until_there_is_room(disk, unbroken):
+    workdir = disk / "run"
+    process = alone(workdir, STEPS, 0.02, 4)
+    wait_for_step(process, 14)
+    filler = fill(disk)
+    last, line = failed(process)
+    assert re.search("could not be written .*No space left .* goes on from there", line)
+    told = re.search(r"step (\d+) could not be .*step (\d+) is kept", line)
+    assert newest(workdir) == int(told[2]) == int(told[1]) - 4
+    assert last < int(told[1]) + 4
+    _, line = failed(alone(workdir, STEPS, 0, 4))
+    assert "metrics.jsonl.part: No space left on device; make room" in line
+    filler.unlink()
+    check_it_goes_on(workdir, unbroken, 0, 4)
+
+
+@pytest.mark.timeout(180)
+def test_a_line_that_a_full_disk_tore_is_told_and_written_again(disk, unbroken):
+    workdir = disk / "run"
+    process = alone(workdir, STEPS, 0.02, 40)
+    wait_for_step(process, 44)
+    wait_for_checkpoint(workdir, 40)
+    # What is left of the log's last page takes a few more lines, and part of one.
+    filler = fill(disk)
+    _, line = failed(process)
+    assert f"{workdir / 'metrics.jsonl'}: No space left on device; make room" in line
+    assert not (workdir / "metrics.jsonl").read_bytes().endswith(b"\n")
+    with pytest.raises(OSError, match=r"No space left on device: '.*loss.png.part'"):
+        plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
+    filler.unlink()
+    check_it_goes_on(workdir, unbroken, 0, 40)
+
+
+@pytest.mark.timeout(180)
+def test_a_disk_that_takes_no_more_writes_ends_a_run_and_is_left_alone(disk, unbroken):
+    workdir = disk / "run"
+    process = alone(workdir, STEPS, 0.02, 4)
+    wait_for_step(process, 14)
+    # Refused while a file is open for writing.
+    wait_until(lambda: mount("-o", "remount,ro", disk).returncode == 0)
+    before = content(workdir)
+    _, line = failed(process)
+    assert "Read-only file system" in line
+    _, line = failed(alone(workdir, STEPS, 0, 4))
+    assert "metrics.jsonl.part: Read-only file system; make it writable" in line
+    line = error_line(train(disk / "new"))
+    assert f"{disk / 'new'}: Read-only file system; make it writable" in line
+    assert content(workdir) == before
+    assert mount("-o", "remount,rw", disk).returncode == 0
+    check_it_goes_on(workdir, unbroken, 0, 4)
+
+
+# A limit of the size of files needs no file system of its own. It leaves the log alone,
+# and strikes the arrays of a checkpoint, which a thread writes while steps go on.
+
+
+def limit(process):
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (16384, 16384))
+
+
+@pytest.mark.timeout(180)
+def test_a_save_that_fails_in_the_background_is_told_at_the_next_step(
+    tmp_path, unbroken
+):
+    workdir = tmp_path / "run"
+    process = alone(workdir, STEPS, 0.05, 20)
+    wait_for_step(process, 25)
+    wait_for_checkpoint(workdir, 20)
+    limit(process)
+    last, line = failed(process)
+    assert re.search(r"step 40 could not be written .*File too large.*step 20 is", line)
+    assert 40 < last < 60  # when the next save is due
+    assert newest(workdir) == 20
+    check_it_goes_on(workdir, unbroken, 0, 20)
+
+
+@pytest.mark.timeout(180)
+def test_a_save_that_fails_on_one_process_alone_is_told_by_both(tmp_path, unbroken):
+    workdir = tmp_path / "run"
+    processes = pair(workdir, "fsdp", STEPS, 0.05, 20)
+    wait_for_step(processes[0], 25)
+    wait_for_checkpoint(workdir, 20)
+    limit(processes[1])
+    last, first, second = failed(*processes)
+    assert 40 < last < 60  # when the next save is due
+    assert re.search(r"step 40 could not be written .*File too large.*step 20", second)
+    assert "process 1: " in first and first.endswith(second.partition("error: ")[2])
+    assert newest(workdir) == 20
+    check_it_goes_on(workdir, unbroken, 0, 20)
+
+
+@pytest.mark.timeout(180)
+def test_a_folder_of_checkpoints_that_is_taken_away_ends_a_run(tmp_path):
+    workdir = tmp_path / "run"
+    process = alone(workdir, STEPS, 0.02, 20)
+    wait_for_step(process, 25)
+    wait_for_checkpoint(workdir, 20)
+    place, elsewhere = workdir / "diffusion/checkpoints", tmp_path / "elsewhere"
+    place.rename(elsewhere)
+    place.write_text("")
+    last, line = failed(process)
+    assert re.search(r"step 40 could not be written .*step 20 is kept", line)
+    assert last == 40
+    place.unlink()
+    elsewhere.rename(place)
+    assert newest(workdir) == 20
