@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import ConditionConfig, Config
+from ldm_jax.data.byte_pairs import empty_prompt, load_byte_pairs
+from ldm_jax.data.captions import Tokenized
 from ldm_jax.data.pipeline import Batch, BatchIterator, load_all, make_iterator
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.data.tokenizer import (
+    TOKENIZER_FILE,
+    WORDPIECE_FILE,
     Tokenizer,
     load_bert_tokenizer,
     load_clip_tokenizer,
@@ -150,6 +154,8 @@ def null_tokens(config: Config) -> tuple[int, ...]:
     condition = config.diffusion.condition
     if condition.tokenizer is None:
         return (0,) * condition.num_tokens
+    if condition.learns_tokenizer:
+        return empty_prompt(condition.num_tokens)
     tokens = open_tokenizer(condition).encode([""])[0]
     return tuple(int(token) for token in tokens)
 
@@ -165,8 +171,14 @@ def open_tokenizer(condition: ConditionConfig) -> Tokenizer:
             "diffusion.condition.tokenizer: not given, wanted the folder of the "
             "tokenizer's files to read words; try --tokenizer FOLDER"
         )
-    load = load_clip_tokenizer if condition.context == "clip" else load_bert_tokenizer
-    tokenizer = load(Path(condition.tokenizer), length=condition.num_tokens)
+    folder = Path(condition.tokenizer)
+    if condition.context == "clip":
+        load = load_clip_tokenizer
+    elif (folder / TOKENIZER_FILE).exists() and not (folder / WORDPIECE_FILE).exists():
+        load = load_byte_pairs
+    else:
+        load = load_bert_tokenizer
+    tokenizer = load(folder, length=condition.num_tokens)
     if tokenizer.vocab_size > condition.vocab_size:
         raise InputError(
             f"diffusion.condition.tokenizer: {condition.tokenizer} has "
@@ -273,7 +285,14 @@ def open_split(config: Config, split: Split) -> Source:
             raise InputError(
                 f"data.{name}: got {getattr(data, name)}, but {data.source} has {value}"
             )
-    check_example(config, source.examples[0])
+    condition, first = config.diffusion.condition, source.examples[0]
+    if condition.uses_tokens and "tokens" not in first and "caption" in first:
+        if condition.learns_tokenizer:  # there are captions: that is all to check yet
+            first = {**first, "tokens": null_tokens(config)}
+        else:
+            words = Tokenized(source.examples, open_tokenizer(condition))
+            source, first = source._replace(examples=words), words[0]
+    check_example(config, first)
     return source
 
 

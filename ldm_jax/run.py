@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,8 @@ from ldm_jax.training.loop import (
     run_stage,
 )
 from ldm_jax.training.parallel import Layout, make_layout
-from ldm_jax.types import InputError, PyTree
+from ldm_jax.types import InputError, PyTree, RunError
+from ldm_jax.words import keep_tokenizer, own_tokenizer
 from ldm_jax.workdir import check_workdir, open_workdir
 
 STAGE_NAMES = ("autoencoder", "diffusion")
@@ -109,6 +111,8 @@ def train(
         open_split(config, "test")
     with open_workdir(config, workdir), stop_signal() as stop:
         first_alone(lambda: keep_taken(taken, workdir))
+        first_alone(lambda: keep_tokenizer(config, workdir))
+        opened = with_tokenizer(config, own_tokenizer(config, workdir))
         run = functools.partial(
             _run,
             config=config,
@@ -120,18 +124,18 @@ def train(
         done: dict[str, StageOutcome] = {}
         if taken.first_stage is None:
             stage = autoencoder_stage(
-                config, networks, workdir, perceptual=taken.perceptual
+                opened, networks, workdir, perceptual=taken.perceptual
             )
             finished = run(stage)
             done["autoencoder"] = StageOutcome(finished.digest, finished.seconds)
             params = finished.ema
-            scale = _latent_scale(config, networks, params, layout, workdir)
+            scale = _latent_scale(opened, networks, params, layout, workdir)
         else:
             params, scale = taken.first_stage
             done["autoencoder"] = StageOutcome(tree_digest(taken[1:]), 0.0)
         if "diffusion" in config.stages:
             frozen = Frozen(params, scale, taken.conditioner)
-            finished = run(diffusion_stage(config, networks, frozen, workdir))
+            finished = run(diffusion_stage(opened, networks, frozen, workdir))
             done["diffusion"] = StageOutcome(finished.digest, finished.seconds)
         final = {
             "digest": run_digest({k: v.digest for k, v in done.items()}),
@@ -208,7 +212,8 @@ def load_run(
     workdir = Path(workdir)
     if (workdir / WEIGHTS_FILE).exists():
         return load_weights(workdir, tokenizer=tokenizer)
-    config = with_tokenizer(config_lib.read_config(workdir), tokenizer)
+    config = config_lib.read_config(workdir)
+    config = with_tokenizer(config, tokenizer or own_tokenizer(config, workdir))
     if "diffusion" not in config.stages:
         raise InputError(
             f"--workdir: {workdir} is a run of an autoencoder alone, wanted one with a "
@@ -314,7 +319,11 @@ def _run(
             profile,
         ),
         layout=layout,
-        iterator=open_iterator(config, batch_size=stage.batch_size, layout=layout),
+        iterator=open_iterator(
+            with_tokenizer(config, own_tokenizer(config, workdir)),
+            batch_size=stage.batch_size,
+            layout=layout,
+        ),
         root_key=root_key(config.seed),
         notes={"config": json.loads(config_lib.to_json(config))},
         stop=stop,
@@ -334,5 +343,10 @@ def _latent_scale(
     if known:
         return jnp.asarray(json.loads(known)["latent_scale"], jnp.float32)
     scale = measure_latent_scale(config, networks, params, layout)
+    if not 0.0 < float(scale) < math.inf:
+        raise RunError(
+            f"autoencoder: the scale of its latents is {float(scale)}, wanted a "
+            "positive number; try a lower --autoencoder.optim.lr in a new --workdir"
+        )
     first_alone(lambda: write_json(path, {"latent_scale": float(scale)}))
     return scale

@@ -12,6 +12,9 @@ ConcatName = Literal["none", "low_resolution", "masked_image", "segmentation"]
 ScheduleName = Literal["ldm_linear", "linear", "cosine", "flow", "edm"]
 PredictionName = Literal["eps", "v", "x0", "flow", "edm"]
 
+CAPTIONS = "captions"
+"""In the place of a tokenizer's folder: learn it from the captions."""
+
 MIN_SNR_GAMMA, P2_GAMMA = 5.0, 1.0
 
 
@@ -97,7 +100,8 @@ class ConditionConfig(Checked):
     weights: str | None = None
     """File or folder of a frozen conditioner's weights."""
     tokenizer: str | None = None
-    """Folder with the tokenizer's files, for prompts as words."""
+    """Folder with the tokenizer's files, for prompts as words; `captions`: learn one
+    from the data's captions, and keep it in the run's folder."""
     low_resolution_factor: int = 4
     """How much smaller the low-resolution image is (`concat low_resolution`)."""
     num_segments: int = 182
@@ -116,6 +120,11 @@ class ConditionConfig(Checked):
     def uses_tokens(self) -> bool:
         """Whether tokens are read."""
         return self.context in ("text", "clip")
+
+    @property
+    def learns_tokenizer(self) -> bool:
+        """Whether the tokenizer is learned from the data's captions."""
+        return self.tokenizer == CAPTIONS
 
     @property
     def num_tokens(self) -> int:
@@ -156,6 +165,8 @@ class ConditionConfig(Checked):
         counts = "class_width embedding_width embedding_length low_resolution_factor"
         self._want_at_least(1, *counts.split(), "num_segments", "rescale_channels")
         self._want_at_least(0, "rescale_stages")
+        learns = not self.learns_tokenizer or self.context == "text"
+        self._want("tokenizer", learns, "a folder, or `captions` with `context text`")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

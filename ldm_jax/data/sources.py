@@ -1,6 +1,8 @@
 """Data sets on disk, as random access to single examples."""
 
 import contextlib
+import difflib
+import importlib
 import io
 import logging
 from collections.abc import Iterator, Mapping
@@ -11,6 +13,13 @@ from ldm_jax.types import InputError
 
 MAX_BYTES_IN_MEMORY = 64 * 2**20
 """Smaller data sets are decoded once and kept: decoding is most of the reading."""
+
+
+OWN_BUILDERS = {
+    "digits": "ldm_jax.data.builders.digits.digits_dataset_builder",
+    "scenes": "ldm_jax.data.builders.scenes.scenes_dataset_builder",
+}
+"""Data sets that are drawn or shipped here, by name; prepared when first opened."""
 
 
 @runtime_checkable
@@ -31,26 +40,33 @@ class Source(NamedTuple):
 
     Attributes:
       examples: The split.
-      num_classes: Classes of the data set.
+      class_names: What its classes are called; () if it has none.
       channels: Channels of its images.
     """
 
     examples: Examples
-    num_classes: int
+    class_names: tuple[str, ...]
     channels: int
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set."""
+        return len(self.class_names)
 
 
 def open_source(name: str, split: str, *, directory: str | None) -> Source:
     """Open a split of a TFDS data set; the digits are prepared first.
 
     Args:
-      name: `tfds:NAME`; `tfds:digits` is this package's own.
+      name: `tfds:NAME` or `tfds:NAME/CONFIG`; `digits` and `scenes` are this package's
+        own.
       split: Which part, in TFDS' notation.
       directory: Where TFDS keeps prepared data; None for TFDS' own default.
 
     Returns:
       The split, decoded image by image on access. Its examples have an `image` and,
-      where the data set has them, `label`, `tokens`, `embedding`, `segmentation`.
+      where the data set has them, `label`, `caption`, `tokens`, `embedding`,
+      `segmentation`.
 
     Raises:
       InputError: If the data set is not prepared there, cannot be read, or has no
@@ -76,9 +92,54 @@ def open_source(name: str, split: str, *, directory: str | None) -> Source:
         )
     return Source(
         examples=examples,
-        num_classes=features["label"].num_classes if "label" in features else 0,
+        class_names=tuple(features["label"].names) if "label" in features else (),
         channels=features["image"].shape[-1],
     )
+
+
+def read_captions(name: str, split: str, *, directory: str | None) -> list[str]:
+    """Read the captions of a split, without decoding its pictures.
+
+    Args:
+      name: As for `open_source`.
+      split: Likewise.
+      directory: Likewise.
+
+    Raises:
+      InputError: As `open_source`; or if there are no captions, or one is not UTF-8.
+    """
+    import tensorflow_datasets as tfds
+
+    where = str(Path(directory).expanduser()) if directory else tfds_directory()
+    with _quiet():
+        builder = _builder(name, where)
+        if "caption" not in builder.info.features:
+            raise InputError(
+                f"data.source: {name} has no feature 'caption' but "
+                f"{', '.join(builder.info.features)}"
+            )
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        rows = builder.as_data_source(split, decoders=decoders)
+        return [caption_of(rows[i], f"{name}, example {i}") for i in range(len(rows))]
+
+
+def caption_of(example: Mapping[str, Any], where: str) -> str:
+    """Return the caption of an example as text.
+
+    Args:
+      example: With a `caption`, text or bytes.
+      where: What to call the example.
+
+    Raises:
+      InputError: If it is not UTF-8.
+    """
+    caption = example["caption"]
+    if isinstance(caption, str):
+        return caption
+    try:
+        return bytes(caption).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: its caption is not UTF-8 ({error})") from None
 
 
 def _open_split(builder: Any, name: str, split: str) -> Any:
@@ -92,22 +153,33 @@ def _open_split(builder: Any, name: str, split: str) -> Any:
 
 
 def _builder(name: str, where: str) -> Any:
-    """Find the builder of a prepared data set; prepare the digits."""
+    """Find the builder of a prepared data set; prepare our own."""
     import tensorflow_datasets as tfds
 
-    if name == "tfds:digits":
-        from ldm_jax.data.builders.digits.digits_dataset_builder import Builder
-
-        builder: Any = Builder(data_dir=where, file_format="array_record")
+    plain = name.removeprefix("tfds:")
+    own, _, config = plain.partition("/")
+    if own in OWN_BUILDERS:
+        cls: Any = importlib.import_module(OWN_BUILDERS[own]).Builder
+        known = list(cls.builder_configs)
+        if config and config not in known:
+            raise InputError(
+                f"data.source: got {name}, wanted a config of {own}: "
+                f"{', '.join(known) or 'it has none'}{_nearest(config, known)}"
+            )
+        builder: Any = cls(
+            config=config or None, data_dir=where, file_format="array_record"
+        )
         builder.download_and_prepare()
         return builder
-    plain = name.removeprefix("tfds:")
     try:
         builder = tfds.builder(plain, data_dir=where, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split()).split(" Available datasets")[0][:160]
+        known = [*OWN_BUILDERS, *tfds.list_builders(with_community_datasets=False)]
+        nearest = _nearest(own, known) or "; see its catalogue for the names"
         raise InputError(
             f"data.source: got {name}, which TFDS does not find in {where} "
-            f"({' '.join(str(error).split())[:160]}); see its catalogue for the names"
+            f"({reason}){nearest}"
         ) from error
     if not builder.is_prepared():
         raise InputError(
@@ -115,6 +187,12 @@ def _builder(name: str, where: str) -> Any:
             f"--data_dir {where} --file_format array_record"
         )
     return builder
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Return "; try NAME" for the known name most like a wrong one; "" if none is."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; try {found[0]}" if found else ""
 
 
 def tfds_directory() -> str:

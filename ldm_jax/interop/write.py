@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm_jax.config import Config, to_json
-from ldm_jax.data.tokenizer import tokenizer_files
+from ldm_jax.data.tokenizer import WORDPIECE_FILE, tokenizer_files
 from ldm_jax.interop import compvis, diffusers
 from ldm_jax.interop.model import (
     CONFIG_METADATA,
@@ -135,8 +135,11 @@ def _write_tokenizer(config: Config, out: Path) -> None:
     settings = out / "tokenizer" / "tokenizer_config.json"
     if not settings.exists():
         length = config.diffusion.condition.num_tokens
-        is_clip = config.diffusion.condition.context == "clip"
-        name = "CLIPTokenizer" if is_clip else "BertTokenizer"
+        name = "PreTrainedTokenizerFast"
+        if config.diffusion.condition.context == "clip":
+            name = "CLIPTokenizer"
+        elif (out / "tokenizer" / WORDPIECE_FILE).exists():
+            name = "BertTokenizer"
         kind = {"tokenizer_class": name, "model_max_length": length}
         _write_json(settings, kind)
 

@@ -1,0 +1,81 @@
+"""Text to image: one coloured shape, 32x32, on two CPU cores.
+
+    python train.py --config configs/scenes.py --workdir runs/scenes
+    python sample.py --workdir runs/scenes --prompt "a red circle" --seeds 0-7
+
+The pictures are drawn and captioned by the data set itself (`tfds:scenes/one`); some
+pairs of colour and shape never occur in them, to be asked for afterwards. Byte pairs
+are learned from the captions. The figures it reaches stand in docs/benchmarks.md.
+"""
+
+from ldm_jax.config import (
+    AutoencoderConfig,
+    CheckpointConfig,
+    ConditionConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    LogConfig,
+    OptimConfig,
+    SamplingConfig,
+    TextConfig,
+)
+
+
+def get_config() -> Config:
+    """Return the config."""
+    return Config(
+        seed=0,
+        data=DataConfig(
+            source="tfds:scenes/one",
+            image_size=32,
+            image_channels=3,
+            num_classes=64,
+            num_train_examples=20_000,
+        ),
+        autoencoder=AutoencoderConfig(
+            channels=24,
+            channel_multipliers=(1, 2, 2),
+            num_res_blocks=1,
+            mid_attention=False,
+            latent_channels=4,
+            num_groups=8,
+            reconstruction_loss="l2",
+            kl_weight=1e-6,
+            batch_size=16,
+            steps=1500,
+            scale_batches=40,
+            optim=OptimConfig(
+                lr=2e-3, warmup_steps=20, decay_steps=600, b2=0.99, ema_decay=0.99
+            ),
+        ),
+        diffusion=DiffusionConfig(
+            channels=64,
+            channel_multipliers=(1, 2),
+            num_res_blocks=1,
+            attention_downsampling=(1, 2),
+            num_heads=4,
+            transformer_depth=1,
+            num_groups=16,
+            condition=ConditionConfig(
+                context="text",
+                text=TextConfig(
+                    vocab_size=512,
+                    length=24,
+                    width=128,
+                    depth=2,
+                    num_heads=4,
+                    head_width=32,
+                ),
+                tokenizer="captions",
+            ),
+            batch_size=32,
+            steps=3000,
+            optim=OptimConfig(
+                lr=1e-3, warmup_steps=100, decay_steps=1000, ema_decay=0.998
+            ),
+        ),
+        checkpoint=CheckpointConfig(every=500, keep=2),
+        log=LogConfig(every=20, images_every=1000),
+        sampling=SamplingConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
+    )

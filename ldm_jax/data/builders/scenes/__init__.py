@@ -1,0 +1,1 @@
+"""Captioned scenes as a TFDS data set."""
