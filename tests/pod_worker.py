@@ -7,6 +7,8 @@ python -m tests.pod_worker WORKDIR LAYOUT NUM_STEPS COORDINATOR NUM ID
 import time
 from pathlib import Path
 
+import jax
+
 from ldm_jax.cli import run_main
 from ldm_jax.launch import Launch, start
 
@@ -19,6 +21,7 @@ def main(args):
     start(launch, peer_timeout=10)
     from ldm_jax.config import CheckpointConfig, ParallelConfig
     from ldm_jax.training import loop
+    from ldm_jax.training.parallel import FsdpLayout, PmapLayout
     from tests.toys import run_toy, toy_stage
 
     add = loop.PendingMetrics.add
@@ -29,6 +32,7 @@ def main(args):
         time.sleep(slow)
 
     loop.PendingMetrics.add = slowly
+    kept = [count_kept(layout_class) for layout_class in (FsdpLayout, PmapLayout)]
     stage = toy_stage(num_steps=int(num_steps))
     every = int(args[7]) if len(args) > 7 else int(num_steps) // 3
     found = run_toy(
@@ -37,7 +41,27 @@ def main(args):
         parallel=ParallelConfig(layout=layout),
         checkpoint=CheckpointConfig(every=every, keep=3),
     )
+    print("kept", sum(map(sum, kept)), "in", sum(map(len, kept)), "steps", flush=True)
     print("digest", found.digest, flush=True)
+
+
+def count_kept(layout_class):
+    """Count the arrays of a state that a step leaves behind, instead of taking them."""
+    map_step, kept = layout_class.map_step, []
+
+    def counted(self, step):
+        mapped = map_step(self, step)
+
+        def call(state, *rest):
+            after = mapped(state, *rest)
+            kept.append(sum(not x.is_deleted() for x in jax.tree.leaves(state)))
+            return after
+
+        call.lower = mapped.lower
+        return call
+
+    layout_class.map_step = counted
+    return kept
 
 
 if __name__ == "__main__":

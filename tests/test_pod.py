@@ -30,5 +30,8 @@ def check_a_pair(tmp_path, layout):
     found = ended(pair(workdir, layout, 200))
     assert [code for code, _, _ in found] == [0, 0], found
     assert {digest_of(out) for _, out, _ in found} == {whole.digest}
+    # Every step took the buffers of the state it was given: it is never held twice.
+    left = 200 - int(saved[0])
+    assert all(f"kept 0 in {left} steps" in out for _, out, _ in found), found
     steps = [int(n) for n in re.findall(r"step (\d+)", found[0][1])]
     assert steps == list(range(int(saved[0]) + 1, 201))

@@ -59,7 +59,9 @@ def toy_step(state, frozen, batch, root, *, average, accumulate=1, nan_at=()):
     told, gradient = learned.means
     params = jax.tree.map(lambda w, g: w - g / 64, state.params, learned.gradients)
     ema = jax.tree.map(lambda old, new: 0.5 * (old + new), state.ema, params)
-    state = TrainState(state.step + 1, params, ema, {"last": gradient})
+    # Read, as an optimiser does: what a step does not read, it does not take over.
+    last = jnp.where(state.step < 0, state.opt_state["last"], gradient)
+    state = TrainState(state.step + 1, params, ema, {"last": last})
     return state, DiffusionMetrics(told.sum(), told[0])
 
 

@@ -191,6 +191,7 @@ class CheckpointStore:
           InputError: If there is none of that step, or it is one of another model.
           RunError: If there are checkpoints and none is intact.
         """
+        self.wait()  # for a step that is being written
         steps = sorted(self._manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
             raise InputError(
