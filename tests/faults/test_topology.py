@@ -50,10 +50,10 @@ def test_twenty_losses_are_the_same_on_any_machine(name, layout, devices, accumu
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_both_players_learn_the_same_on_one_two_and_eight_devices(regularizer):
+def test_both_players_learn_the_same_on_one_four_and_eight_devices(regularizer):
     config = make_config(regularizer)
     states, one = run(config, 1, 4, RATE)
-    for devices, layout in ((2, PmapLayout), (8, PmapLayout), (4, FsdpLayout)):
+    for devices, layout in ((8, PmapLayout), (4, FsdpLayout)):
         others, many = run(config, devices, 4, RATE, layout)
         for a, b in zip(one, many, strict=True):
             assert told(a) == pytest.approx(told(b), rel=1e-4, abs=1e-6)
