@@ -46,7 +46,7 @@ def main(args):
 
 
 def count_kept(layout_class):
-    """Note of each step whether it leaves arrays of its state, and does not take them."""
+    """Note of each step whether it left arrays of its state and did not take them."""
     map_step, kept, last = layout_class.map_step, [], [None]
 
     def counted(self, step):
