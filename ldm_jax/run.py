@@ -34,9 +34,9 @@ from ldm_jax.pretrained import (
 )
 from ldm_jax.rng import root_key
 from ldm_jax.second_stage import diffusion_stage, sample_params
-from ldm_jax.training.checkpoint import write_json
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.digests import tree_digest
+from ldm_jax.training.files import write_json
 from ldm_jax.training.hosts import (
     StopSignal,
     check_same,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm_jax import config as config_lib
 from ldm_jax.config import CONFIG_FILE, Config
-from ldm_jax.training.checkpoint import write_text
+from ldm_jax.training.files import write_text
 from ldm_jax.training.hosts import first_alone
 from ldm_jax.types import InputError
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,14 +16,12 @@ import orbax.checkpoint as ocp
 
 from ldm_jax.training.digests import join_digests, leaf_digests, tree_digest
 from ldm_jax.training.hosts import first_alone, gather_texts, together
+from ldm_jax.training.overheard import Overheard, quieten, reason_of
 from ldm_jax.types import InputError, PyTree, RunError
 
 T = TypeVar("T")
 
-MAX_REASON = 300
 SECONDS_BETWEEN_CHECKS = 0.005
-SAVING_THREAD = "async_save"
-"""What Orbax calls the thread that writes."""
 
 
 class Checkpoint(NamedTuple):
@@ -70,7 +67,7 @@ class CheckpointStore:
         self._saving: int | None = None
         self._failed = False
         self._overheard = Overheard(self.directory)
-        _quieten(self._overheard)
+        quieten(self._overheard)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
@@ -269,7 +266,7 @@ class CheckpointStore:
             )
             raise RunError(
                 f"{self.directory}: the checkpoint of step {failed} could not be "
-                f"written ({_reason(error)}); of those before it, {left}"
+                f"written ({reason_of(error)}); of those before it, {left}"
             ) from error
 
     def _intact(
@@ -375,68 +372,14 @@ def _agreed(do: Callable[[], T]) -> tuple[T | None, str]:
     try:
         found = do()
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of(error)
     told = [text for text in gather_texts(reason) if text]
     return (None, told[0]) if told else (found, "")
-
-
-def _reason(error: Exception) -> str:
-    """Say what went wrong: tensorstore names the array first and the cause last."""
-    if isinstance(error.__cause__, Exception):
-        return _reason(error.__cause__)
-    text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0]
-    text = text or type(error).__name__
-    if len(text) <= MAX_REASON:
-        return text
-    return f"{text[: MAX_REASON // 2]} ... {text[-MAX_REASON // 2 :]}"
 
 
 def _notes_digest(notes: dict[str, Any]) -> str:
     """Return the sha256 of notes, however their JSON is laid out."""
     return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
-
-
-class Overheard(logging.Filter):
-    """Keeps what Orbax logs of its failures out of a run's output.
-
-    It raises them too, and one line tells them; but where it has to wait for other
-    processes, only once it has done so, in twenty minutes.
-
-    Attributes:
-      error: What went wrong with a save into the folder; None if nothing did.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        """Listen for failures of one folder."""
-        super().__init__()
-        self.error: BaseException | None = None
-        self._directory = str(directory)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Drop a record, and keep its exception."""
-        error = record.exc_info[1] if record.exc_info else None
-        saving = record.threadName == SAVING_THREAD
-        if saving and error is not None and self._directory in record.getMessage():
-            self.error = self.error or error
-        return False
-
-
-def _quieten(overheard: Overheard) -> None:
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    logging.getLogger("absl").addFilter(overheard)
-    logging.getLogger("asyncio").addFilter(_is_not_orbax)
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _unraisable
-
-
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.getMessage()
-
-
-def _unraisable(told: Any) -> None:
-    # Of tensorstore's work on a step that ends when Orbax has given the step up.
-    if str(told.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(told)
 
 
 def _sharded(leaf: Any, sharding: Any) -> ocp.ArrayRestoreArgs:
@@ -448,35 +391,3 @@ def _sharded(leaf: Any, sharding: Any) -> ocp.ArrayRestoreArgs:
 def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name a file in the failure to write it: `write` itself does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text whole or not at all.
-
-    Raises:
-      OSError: If it cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    with naming(part):
-        part.write_text(text)
-    os.replace(part, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all.
-
-    Raises:
-      OSError: If it cannot be written.
-    """
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm_jax.training.checkpoint import naming, write_text
+from ldm_jax.training.files import naming, write_text
 
 MIN_PLOTTED = 1e-12
 BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}"

@@ -11,8 +11,9 @@ from jaxtyping import Array, Key
 
 from ldm_jax.config import CheckpointConfig, LogConfig, ParallelConfig
 from ldm_jax.data.pipeline import BatchIterator
-from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore, naming
+from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
 from ldm_jax.training.dispatch import several_steps, skip_nonfinite
+from ldm_jax.training.files import naming
 from ldm_jax.training.hosts import StopSignal, check_same, first_alone, is_first
 from ldm_jax.training.layout import Layout
 from ldm_jax.training.log import MetricsLog, plot_losses, progress_bar
