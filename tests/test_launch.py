@@ -67,9 +67,13 @@ def test_processes_that_differ_are_told_in_what(two):
 
 
 def test_what_fails_on_another_process_is_told_here(two):
-    two.append(json.dumps(["RunError", "no checkpoint is intact"]))
+    two.append(json.dumps(["RunError", "no checkpoint is intact", None]))
     with pytest.raises(RunError, match="process 1: no checkpoint is intact"):
         hosts.first_alone(lambda: None)
+    two[0] = json.dumps(["OSError", "[Errno 28] No space left: 'log'", 28])
+    with pytest.raises(OSError, match="process 1: .*No space left") as found:
+        hosts.first_alone(lambda: None)
+    assert found.value.errno == 28  # so that it ends with the same code, and advice
     two[0] = None
     with pytest.raises(InputError, match="mine"), hosts.together():
         raise InputError("mine")

@@ -50,6 +50,7 @@ def together() -> Iterator[None]:
     Raises:
       InputError: If it did, here or elsewhere; on every process the same line.
       RunError: Likewise.
+      OSError: Likewise, with the same number.
     """
     failure: Exception | None = None
     try:
@@ -57,13 +58,16 @@ def together() -> Iterator[None]:
     except (InputError, RunError, OSError) as error:
         failure = error
     kind = "" if failure is None else type(failure).__name__
-    told = gather_texts(json.dumps([kind, str(failure or "")]))
+    number = failure.errno if isinstance(failure, OSError) else None
+    told = gather_texts(json.dumps([kind, str(failure or ""), number]))
     if failure is not None:
         raise failure
-    for process, (kind, message) in enumerate(map(json.loads, told)):
+    for process, (kind, message, number) in enumerate(map(json.loads, told)):
+        line = f"process {process}: {message}"
+        if number is not None:
+            raise OSError(number, line)
         if kind:
-            error = RunError if kind == "RunError" else InputError
-            raise error(f"process {process}: {message}")
+            raise RunError(line) if kind == "RunError" else InputError(line)
 
 
 def first_alone(do: Callable[[], T]) -> T | None:
