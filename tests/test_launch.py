@@ -71,7 +71,7 @@ def test_what_fails_on_another_process_is_told_here(two):
     with pytest.raises(RunError, match="process 1: no checkpoint is intact"):
         hosts.first_alone(lambda: None)
     two[0] = json.dumps(["OSError", "[Errno 28] No space left: 'log'", 28])
-    with pytest.raises(OSError, match="process 1: .*No space left") as found:
+    with pytest.raises(OSError, match=r"process 1: .*No space left") as found:
         hosts.first_alone(lambda: None)
     assert found.value.errno == 28  # so that it ends with the same code, and advice
     two[0] = None
