@@ -286,7 +286,8 @@ def open_split(config: Config, split: Split) -> Source:
                 f"data.{name}: got {getattr(data, name)}, but {data.source} has {value}"
             )
     condition, first = config.diffusion.condition, source.examples[0]
-    if condition.uses_tokens and "tokens" not in first and "caption" in first:
+    reads_text = "diffusion" in config.stages and condition.uses_tokens
+    if reads_text and "tokens" not in first and "caption" in first:
         if condition.learns_tokenizer:  # there are captions: that is all to check yet
             first = {**first, "tokens": null_tokens(config)}
         else:

@@ -53,7 +53,7 @@ from ldm_jax.training.loop import (
 )
 from ldm_jax.training.parallel import Layout, make_layout
 from ldm_jax.types import InputError, PyTree, RunError
-from ldm_jax.words import keep_tokenizer, own_tokenizer
+from ldm_jax.words import keep_tokenizer, with_own_tokenizer
 from ldm_jax.workdir import check_workdir, open_workdir
 
 STAGE_NAMES = ("autoencoder", "diffusion")
@@ -112,7 +112,7 @@ def train(
     with open_workdir(config, workdir), stop_signal() as stop:
         first_alone(lambda: keep_taken(taken, workdir))
         first_alone(lambda: keep_tokenizer(config, workdir))
-        opened = with_tokenizer(config, own_tokenizer(config, workdir))
+        opened = with_own_tokenizer(config, workdir)
         run = functools.partial(
             _run,
             config=config,
@@ -213,7 +213,7 @@ def load_run(
     if (workdir / WEIGHTS_FILE).exists():
         return load_weights(workdir, tokenizer=tokenizer)
     config = config_lib.read_config(workdir)
-    config = with_tokenizer(config, tokenizer or own_tokenizer(config, workdir))
+    config = with_tokenizer(with_own_tokenizer(config, workdir), tokenizer)
     if "diffusion" not in config.stages:
         raise InputError(
             f"--workdir: {workdir} is a run of an autoencoder alone, wanted one with a "
@@ -320,7 +320,7 @@ def _run(
         ),
         layout=layout,
         iterator=open_iterator(
-            with_tokenizer(config, own_tokenizer(config, workdir)),
+            with_own_tokenizer(config, workdir),
             batch_size=stage.batch_size,
             layout=layout,
         ),

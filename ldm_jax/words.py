@@ -8,14 +8,21 @@ from ldm_jax.data.byte_pairs import load_byte_pairs, train_byte_pairs, write_byt
 from ldm_jax.data.captions import count_cut
 from ldm_jax.data.sources import read_captions
 from ldm_jax.data.tokenizer import TOKENIZER_FILE
+from ldm_jax.interop.model import with_tokenizer
 
 FOLDER = "tokenizer"
 
 
 def own_tokenizer(config: Config, workdir: Path) -> Path | None:
     """Return the folder of the tokenizer a run learns; None if it learns none."""
-    learns = config.diffusion.condition.learns_tokenizer
-    return workdir / FOLDER if learns else None
+    if "diffusion" not in config.stages:
+        return None
+    return workdir / FOLDER if config.diffusion.condition.learns_tokenizer else None
+
+
+def with_own_tokenizer(config: Config, workdir: Path) -> Config:
+    """Return the config with the tokenizer that the run learned, if it learns one."""
+    return with_tokenizer(config, own_tokenizer(config, workdir))
 
 
 def keep_tokenizer(config: Config, workdir: Path) -> None:

@@ -18,10 +18,10 @@ from ldm_jax.data.byte_pairs import (
 )
 from ldm_jax.data.captions import count_cut
 from ldm_jax.data.sources import caption_of, open_source, read_captions
-from ldm_jax.interop.model import with_tokenizer
+from ldm_jax.interop.model import without_tokenizer
 from ldm_jax.run import load_run, train
 from ldm_jax.types import InputError
-from ldm_jax.words import keep_tokenizer, own_tokenizer
+from ldm_jax.words import keep_tokenizer, own_tokenizer, with_own_tokenizer
 from tests.commands import sample_here
 from tests.tiny import get_config
 
@@ -147,7 +147,7 @@ def test_a_run_learns_its_words_from_the_captions_it_trains_on(
     assert len(captions) == 24
     kept = (tmp_path / "tokenizer/tokenizer.json").read_text()
     assert kept == train_byte_pairs(captions, vocab_size=300)
-    opened = with_tokenizer(config, own_tokenizer(config, tmp_path))
+    opened = with_own_tokenizer(config, tmp_path)
     tokenizer = open_tokenizer(opened.diffusion.condition)
     cut = count_cut(captions, tokenizer)
     assert 0 < cut < 24
@@ -162,6 +162,12 @@ def test_a_run_learns_its_words_from_the_captions_it_trains_on(
     (tmp_path / "tokenizer/tokenizer.json").write_text(kept + "\n")
     keep_tokenizer(config, tmp_path)
     assert (tmp_path / "tokenizer/tokenizer.json").read_text() == kept + "\n"
+
+
+def test_a_first_stage_alone_reads_no_words(config, tmp_path):
+    alone = dataclasses.replace(config, stages=("autoencoder",))
+    assert own_tokenizer(alone, tmp_path) is None
+    assert "tokens" not in open_split(without_tokenizer(alone), "train").examples[0]
 
 
 def test_pictures_without_captions_cannot_be_read_as_text(config):

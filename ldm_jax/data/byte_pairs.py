@@ -9,9 +9,8 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers.processors import BertProcessing
 
-from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, finish
 from ldm_jax.types import InputError
 
 PAD, BEGIN, END = "[PAD]", "[BEGIN]", "[END]"
@@ -64,7 +63,11 @@ def empty_prompt(length: int) -> tuple[int, ...]:
 
 
 def write_byte_pairs(text: str, folder: Path) -> None:
-    """Write the file of a tokenizer, whole or not at all."""
+    """Write the file of a tokenizer, whole or not at all.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
     folder.mkdir(exist_ok=True)
     part = folder / f"{TOKENIZER_FILE}.part"
     part.write_text(text, encoding="utf-8")
@@ -98,17 +101,4 @@ def load_byte_pairs(folder: Path, *, length: int) -> Tokenizer:
             f"{path}: got no {', '.join(missing)}, wanted a tokenizer learned from "
             "captions; try the folder of a run that was trained on them"
         )
-    if length < 2:
-        raise InputError(
-            f"tokenizer length: got {length}, wanted at least 2, for begin and end"
-        )
-    backend.post_processor = BertProcessing((END, ids[END]), (BEGIN, ids[BEGIN]))
-    backend.enable_truncation(max_length=length)
-    backend.enable_padding(length=length, pad_id=ids[PAD], pad_token=PAD)
-    return Tokenizer(
-        backend=backend,
-        length=length,
-        vocab_size=len(ids),
-        pad_id=ids[PAD],
-        eos_id=ids[END],
-    )
+    return finish(backend, bos=BEGIN, eos=END, pad=PAD, length=length)

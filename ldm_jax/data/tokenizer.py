@@ -107,7 +107,7 @@ def load_clip_tokenizer(directory: Path, *, length: int = 77) -> Tokenizer:
                 f"{directory}: added token {content!r} is stated with id {stated_id}, "
                 f"wanted {got}, the next one free; {ONE_MODEL}"
             )
-    return _finish(
+    return finish(
         backend,
         bos=names["bos_token"],
         eos=names["eos_token"],
@@ -149,7 +149,7 @@ def load_bert_tokenizer(path: Path, *, length: int = 77) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     mask = [BERT_MASK] if BERT_MASK in vocabulary else []
     backend.add_special_tokens([*BERT_SPECIAL, *mask])
-    return _finish(backend, bos="[CLS]", eos="[SEP]", pad="[PAD]", length=length)
+    return finish(backend, bos="[CLS]", eos="[SEP]", pad="[PAD]", length=length)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -170,10 +170,24 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return found
 
 
-def _finish(
+def finish(
     backend: tokenizers.Tokenizer, *, bos: str, eos: str, pad: str, length: int
 ) -> Tokenizer:
-    """Add the begin and end tokens, truncation and padding."""
+    """Add the begin and end tokens, truncation and padding.
+
+    Args:
+      backend: Knows the three tokens; it is changed.
+      bos: Begins every text.
+      eos: Ends every text, also a truncated one.
+      pad: Fills a row.
+      length: Tokens of every row, at least 2.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      InputError: If the length has no room for begin and end.
+    """
     if length < 2:
         raise InputError(
             f"tokenizer length: got {length}, wanted at least 2, for begin and end"
