@@ -1,0 +1,199 @@
+"""Does a text-to-image run draw what the words ask for: read by an exact checker.
+
+    python benchmarks/scenes_quality.py --workdir runs/scenes --grid scenes.png
+
+Captions come from two splits that it never saw: `test`, of the pairs of colour and
+shape it was trained on, and `held_out`, of the others. Prints a table, and JSON with
+--json FILE. With --check it exits 1 when the run falls short of what the README says.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from ldm_jax.build import open_tokenizer
+from ldm_jax.config import Config
+from ldm_jax.data.sources import open_source
+from ldm_jax.evaluation.scenes import Reading, Verdict, check, read_scenes
+from ldm_jax.first_stage import make_reconstruct
+from ldm_jax.generate import make_sample_fn
+from ldm_jax.images import to_uint8, write_png
+from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.rng import image_keys
+from ldm_jax.run import Run, load_run
+from ldm_jax.scene.captions import parse_caption
+
+SPLITS = {"test": "training pairs", "held_out": "held-out pairs"}
+MIN_REAL, MIN_RECONSTRUCTED = 0.99, 0.98
+MIN_DRAWN = {1: {"test": 0.97, "held_out": 0.95}, 2: {"test": 0.85}}
+"""Of samples right, by things in a picture."""
+Images = UInt8[np.ndarray, "b h w 3"]
+
+
+class Asked(NamedTuple):
+    """Pictures and what they show, of one split.
+
+    Attributes:
+      images: As they are drawn.
+      captions: One for each.
+    """
+
+    images: Images
+    captions: list[str]
+
+
+def read_split(config: Config, split: str, *, things: int, num: int) -> Asked:
+    """Take the first pictures of a split with so many things.
+
+    Of two things or more, only those whose caption says how they stand.
+    """
+    data = config.data
+    examples = open_source(data.source, split, directory=data.directory).examples
+    images: list[np.ndarray] = []
+    captions: list[str] = []
+    for i in range(len(examples)):
+        caption = bytes(examples[i]["caption"]).decode()
+        wanted = parse_caption(caption)
+        says_all = things == 1 or wanted.relation is not None
+        if len(wanted.things) == things and says_all:
+            images.append(examples[i]["image"])
+            captions.append(caption)
+        if len(captions) == num:
+            break
+    return Asked(np.stack(images), captions)
+
+
+def draw(run: Run, captions: list[str], *, steps: int, scale: float) -> Images:
+    """Draw each caption once; the seeds are 0, 1, 2 ..."""
+    tokens = open_tokenizer(run.config.diffusion.condition).encode(captions)
+    sample_fn = make_sample_fn(
+        run.networks, sampler="ddim", num_steps=steps, guided=scale != 1.0
+    )
+    cond = ConditionInputs(tokens=jnp.asarray(tokens))
+    keys = image_keys(list(range(len(captions))))
+    samples = sample_fn(run.params, keys, cond, scale, 0.0)
+    return to_uint8(np.asarray(samples.images))
+
+
+def judge(captions: list[str], images: Images) -> list[Verdict]:
+    """Check every picture against its caption."""
+    readings: list[Reading] = read_scenes(images)
+    return [check(c, r) for c, r in zip(captions, readings, strict=True)]
+
+
+def share(verdicts: list[Verdict], right: Callable[[Verdict], bool]) -> float:
+    """Return the part of verdicts that are right."""
+    return float(np.mean([right(verdict) for verdict in verdicts]))
+
+
+def pair_is_right(verdict: Verdict) -> bool:
+    """Say whether shapes and colours are as asked, and nothing else is there."""
+    return verdict.number and verdict.pairs
+
+
+def measure(
+    run: Run, *, things: int, num: int, steps: int, scale: float, grid: Path | None
+) -> dict[str, float]:
+    """Measure a run; all figures but the PSNR are parts of 1.
+
+    Args:
+      run: Trained.
+      things: In each picture.
+      num: Captions of each split.
+      steps: DDIM steps.
+      scale: Guidance scale.
+      grid: Where to write the first samples of both splits.
+    """
+    found: dict[str, float] = {}
+    first: list[Images] = []
+    for split, name in SPLITS.items():
+        asked = read_split(run.config, split, things=things, num=num)
+        output = make_reconstruct(run.networks)(run.params.autoencoder, asked.images)
+        error = np.square(output.astype(np.float64) - asked.images).mean()
+        real, again = judge(asked.captions, asked.images), judge(asked.captions, output)
+        found[f"{name}: real pictures read right"] = share(real, lambda v: v.all)
+        found[f"{name}: reconstructions read right"] = share(again, lambda v: v.all)
+        found[f"{name}: reconstructions, PSNR"] = float(10 * np.log10(255**2 / error))
+        drawn = draw(run, asked.captions, steps=steps, scale=scale)
+        verdicts = judge(asked.captions, drawn)
+        found[f"{name}: samples with shape and colour right"] = share(
+            verdicts, pair_is_right
+        )
+        found[f"{name}: samples with everything right"] = share(
+            verdicts, lambda v: v.all
+        )
+        for field in Verdict._fields[:-1]:
+            found[f"{name}: samples, {field}"] = float(
+                np.mean([getattr(verdict, field) for verdict in verdicts])
+            )
+        first.append(drawn)
+    if grid is not None:
+        write_png(grid, sheet(np.concatenate([images[:32] for images in first])))
+    return found
+
+
+def sheet(images: Images, *, columns: int = 16, zoom: int = 3) -> np.ndarray:
+    """Lay pictures in rows, enlarged without smoothing."""
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    whole = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    return whole.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def shortfalls(found: dict[str, float], *, things: int) -> list[str]:
+    """List what is below what the README says."""
+    kind = "shape and colour" if things == 1 else "everything"
+    bounds: dict[str, float] = {}
+    for split, name in SPLITS.items():
+        bounds[f"{name}: real pictures read right"] = MIN_REAL
+        bounds[f"{name}: reconstructions read right"] = MIN_RECONSTRUCTED
+        if split in MIN_DRAWN[things]:
+            bounds[f"{name}: samples with {kind} right"] = MIN_DRAWN[things][split]
+    return [
+        f"{name} {found[name]:.3f} (wanted {bound})"
+        for name, bound in bounds.items()
+        if found[name] < bound
+    ]
+
+
+def main() -> int:
+    """Measure, print, and judge if asked to."""
+    parser = argparse.ArgumentParser(description="Measure a run of scenes.")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--things", type=int, choices=sorted(MIN_DRAWN), default=1)
+    parser.add_argument("--num", type=int, default=500, help="captions of each split")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--grid", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    found = measure(
+        load_run(arguments.workdir),
+        things=arguments.things,
+        num=arguments.num,
+        steps=arguments.steps,
+        scale=arguments.guidance_scale,
+        grid=arguments.grid,
+    )
+    print("| measure | value |\n|---|---:|")
+    for name, value in found.items():
+        text = f"{value:.2f} dB" if "PSNR" in name else f"{100 * value:.1f} %"
+        print(f"| {name} | {text} |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    short = shortfalls(found, things=arguments.things)
+    if arguments.check and short:
+        print(f"falls short: {'; '.join(short)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
