@@ -1,0 +1,1 @@
+"""Emoji, drawn from a font of this machine."""
