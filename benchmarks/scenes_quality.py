@@ -8,8 +8,10 @@ shape it was trained on, and `held_out`, of the others. Prints a table, and JSON
 """
 
 import argparse
+import itertools
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
 
 from ldm_jax.build import open_tokenizer
 from ldm_jax.config import Config
@@ -34,7 +37,26 @@ SPLITS = {"test": "training pairs", "held_out": "held-out pairs"}
 MIN_REAL, MIN_RECONSTRUCTED = 0.99, 0.98
 MIN_DRAWN = {1: {"test": 0.97, "held_out": 0.95}, 2: {"test": 0.85}}
 """Of samples right, by things in a picture."""
+NUM_COLUMNS, ROWS = 8, 2
+"""Samples shown of each split."""
+TILE, GAP, LINE, LINES, WIDTH = 128, 16, 15, 3, 22
+FONT_SIZE = 12
+PAPER, INK, FRAME, RED = (255, 255, 255), (40, 40, 40), (225, 225, 225), (220, 30, 30)
 Images = UInt8[np.ndarray, "b h w 3"]
+
+
+class Row(NamedTuple):
+    """Samples to show, side by side.
+
+    Attributes:
+      images: The samples.
+      captions: What was asked for.
+      right: Whether it is there.
+    """
+
+    images: Images
+    captions: list[str]
+    right: list[bool]
 
 
 class Asked(NamedTuple):
@@ -112,7 +134,7 @@ def measure(
       grid: Where to write the first samples of both splits.
     """
     found: dict[str, float] = {}
-    first: list[Images] = []
+    rows: list[Row] = []
     for split, name in SPLITS.items():
         asked = read_split(run.config, split, things=things, num=num)
         output = make_reconstruct(run.networks)(run.params.autoencoder, asked.images)
@@ -133,17 +155,32 @@ def measure(
             found[f"{name}: samples, {field}"] = float(
                 np.mean([getattr(verdict, field) for verdict in verdicts])
             )
-        first.append(drawn)
+        right = [verdict.all for verdict in verdicts]
+        for start in range(0, min(num, ROWS * NUM_COLUMNS), NUM_COLUMNS):
+            part = slice(start, start + NUM_COLUMNS)
+            rows.append(Row(drawn[part], asked.captions[part], right[part]))
     if grid is not None:
-        write_png(grid, sheet(np.concatenate([images[:32] for images in first])))
+        write_png(grid, sheet(rows))
     return found
 
 
-def sheet(images: Images, *, columns: int = 16, zoom: int = 3) -> np.ndarray:
-    """Lay pictures in rows, enlarged without smoothing."""
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    whole = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    return whole.repeat(zoom, axis=0).repeat(zoom, axis=1)
+def sheet(rows: list[Row]) -> UInt8[np.ndarray, "h w 3"]:
+    """Draw samples above their captions; a red frame is round what is not as asked."""
+    cell_w, cell_h = TILE + GAP, TILE + LINES * LINE + GAP
+    size = (NUM_COLUMNS * cell_w + GAP, len(rows) * cell_h + GAP)
+    page = Image.new("RGB", size, PAPER)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
+    places = itertools.product(range(len(rows)), range(NUM_COLUMNS))
+    for row, column in places:
+        image, right = rows[row].images[column], rows[row].right[column]
+        left, top = GAP + column * cell_w, GAP + row * cell_h
+        enlarged = Image.fromarray(image).resize((TILE, TILE), Image.Resampling.NEAREST)
+        page.paste(enlarged, (left, top))
+        box = (left - 1, top - 1, left + TILE, top + TILE)
+        pen.rectangle(box, outline=FRAME if right else RED, width=1 if right else 3)
+        lines = textwrap.wrap(rows[row].captions[column], WIDTH)[:LINES]
+        pen.multiline_text((left, top + TILE + 3), "\n".join(lines), INK, font)
+    return np.asarray(page)
 
 
 def shortfalls(found: dict[str, float], *, things: int) -> list[str]:
@@ -167,7 +204,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure a run of scenes.")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--things", type=int, choices=sorted(MIN_DRAWN), default=1)
-    parser.add_argument("--num", type=int, default=500, help="captions of each split")
+    parser.add_argument(
+        "--num", type=int, default=500, help="captions of each split, at least 8"
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--grid", type=Path)
