@@ -19,6 +19,13 @@ def main(args: list[str]) -> None:
         compare(request)
         return
     start(request.launch, peer_timeout=PEER_TIMEOUT)
+    if request.as_dataset:
+        from ldm_jax.synthetic import write_dataset
+
+        outcome = write_dataset(request)
+        for line in (*outcome.written, *outcome.notes):
+            print(line)
+        return
     from ldm_jax.gallery import write_gallery
 
     for path in write_gallery(request):

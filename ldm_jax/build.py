@@ -12,8 +12,15 @@ import numpy as np
 from ldm_jax.config import ConditionConfig, Config
 from ldm_jax.data.byte_pairs import empty_prompt, load_byte_pairs
 from ldm_jax.data.captions import Tokenized
-from ldm_jax.data.pipeline import Batch, BatchIterator, load_all, make_iterator
-from ldm_jax.data.sources import Source, open_source
+from ldm_jax.data.folders import Need
+from ldm_jax.data.pipeline import (
+    Augment,
+    Batch,
+    BatchIterator,
+    load_all,
+    make_iterator,
+)
+from ldm_jax.data.sources import Source, open_source, reading_threads
 from ldm_jax.data.tokenizer import (
     TOKENIZER_FILE,
     WORDPIECE_FILE,
@@ -107,6 +114,7 @@ def build_unet(config: Config) -> UNet:
         head_channels=second.head_channels,
         transformer_depth=second.transformer_depth,
         num_classes=config.data.num_classes if second.condition.label else 0,
+        pooled_context=second.condition.pooled,
         scale_shift_norm=second.scale_shift_norm,
         resblock_updown=second.resblock_updown,
         num_groups=second.num_groups,
@@ -274,20 +282,28 @@ def open_split(config: Config, split: Split) -> Source:
     """
     data = config.data
     name = data.train_split if split == "train" else data.test_split
-    source = open_source(data.source, name, directory=data.directory)
+    needs = needs_of(config)
+    source = open_source(
+        data.source,
+        name,
+        directory=data.directory,
+        needs=needs,
+        image_size=data.image_size,
+        max_broken_files=data.max_broken_files,
+    )
     found = {}
-    if config.diffusion.condition.uses_classes:
+    if "label" in needs:
         found["num_classes"] = source.num_classes
     if split == "train" and data.num_train_examples:
         found["num_train_examples"] = len(source.examples)
     for name, value in found.items():
         if getattr(data, name) != value:
             raise InputError(
-                f"data.{name}: got {getattr(data, name)}, but {data.source} has {value}"
+                f"data.{name}: got {getattr(data, name)}, but {data.source} has "
+                f"{value}; try --data.{name.replace('_', '-')} {value}"
             )
     condition, first = config.diffusion.condition, source.examples[0]
-    reads_text = "diffusion" in config.stages and condition.uses_tokens
-    if reads_text and "tokens" not in first and "caption" in first:
+    if "caption" in needs and "tokens" not in first and "caption" in first:
         if condition.learns_tokenizer:  # there are captions: that is all to check yet
             first = {**first, "tokens": null_tokens(config)}
         else:
@@ -295,6 +311,18 @@ def open_split(config: Config, split: Split) -> Source:
             source, first = source._replace(examples=words), words[0]
     check_example(config, first)
     return source
+
+
+def needs_of(config: Config) -> tuple[Need, ...]:
+    """Return what a run trains stage 2 on beside images."""
+    if "diffusion" not in config.stages:
+        return ()
+    condition = config.diffusion.condition
+    needs: dict[Need, bool] = {
+        "label": condition.uses_classes,
+        "caption": condition.uses_tokens,
+    }
+    return tuple(need for need, needed in needs.items() if needed)
 
 
 def check_example(config: Config, example: Mapping[str, Any]) -> None:
@@ -338,6 +366,8 @@ def check_example(config: Config, example: Mapping[str, Any]) -> None:
 
 def open_iterator(config: Config, *, batch_size: int, layout: Layout) -> BatchIterator:
     """Open this process' part of the endless training stream, at its start."""
+    data = config.data
+    augment = Augment(config.seed, crop=data.crop == "random", flip=data.flip)
     return make_iterator(
         open_split(config, "train").examples,
         batch_size=batch_size,
@@ -346,6 +376,8 @@ def open_iterator(config: Config, *, batch_size: int, layout: Layout) -> BatchIt
         seed=config.seed,
         process_index=layout.process_index,
         process_count=layout.process_count,
+        augment=augment if augment.crop or augment.flip else None,
+        num_threads=reading_threads(data.source),
     )
 
 

@@ -15,8 +15,9 @@ from ldm_jax.build import (
     init_conditioner,
     shape_of,
 )
+from ldm_jax.caching.reading import with_states
 from ldm_jax.config import Config
-from ldm_jax.data.pipeline import Batch
+from ldm_jax.data.pipeline import Batch, LatentBatch
 from ldm_jax.first_stage import autoencoder_stage
 from ldm_jax.networks import Networks
 from ldm_jax.rng import root_key
@@ -78,7 +79,8 @@ def describe(config: Config, layout: Layout) -> dict[str, Any]:
         local = stage.batch_size // layout.num_devices
         step = functools.partial(stage.step, average=average_here)
         key = jax.eval_shape(lambda: root_key(0))
-        jax.eval_shape(step, state, stage.frozen, batch_shapes(config, local), key)
+        batch = batch_shapes(config, stage.name, local)
+        jax.eval_shape(step, state, stage.frozen, batch, key)
         report["state_bytes"][stage.name] = tree_bytes(state)
         report["batch_per_device"][stage.name] = local
         report["steps_per_epoch"][stage.name] = (
@@ -114,7 +116,10 @@ def stages_by_shape(config: Config, networks: Networks) -> list[Stage]:
             shape_of((), jnp.float32),
             {} if trained else conditioner_shapes(config, networks),
         )
-        stages.append(diffusion_stage(config, networks, frozen, nowhere))
+        null_state = null_state_shape(config)
+        stages.append(
+            diffusion_stage(config, networks, frozen, nowhere, null_state=null_state)
+        )
     return stages
 
 
@@ -128,13 +133,16 @@ def conditioner_shapes(config: Config, networks: Networks) -> PyTree:
     return jax.eval_shape(lambda: init_conditioner(config, networks))
 
 
-def batch_shapes(config: Config, size: int) -> Batch:
-    """Return the shapes of a batch of `size` examples."""
+def batch_shapes(config: Config, stage: str, size: int) -> Batch | LatentBatch:
+    """Return the shapes of a batch of `size` examples of a stage."""
     data = config.data
+    of_latents = data.latents is not None and stage == "diffusion"
+    if of_latents and config.diffusion.condition.freezes_text:
+        config = with_states(config)
     inputs = jax.eval_shape(lambda: blank_inputs(config, batch_size=size))
     image = (size, data.image_size, data.image_size)
     segmented = config.diffusion.condition.concat == "segmentation"
-    return Batch(
+    batch = Batch(
         image=shape_of((*image, data.image_channels), jnp.uint8),
         label=shape_of((size,), jnp.int32),
         example_index=shape_of((size,), jnp.uint32),
@@ -142,6 +150,21 @@ def batch_shapes(config: Config, size: int) -> Batch:
         embedding=inputs.embedding,
         segmentation=shape_of(image, jnp.int32) if segmented else None,
     )
+    if not of_latents:
+        return batch
+    return LatentBatch(shape_of((size, *config.moments_shape), jnp.float32), *batch[1:])
+
+
+def null_state_shape(config: Config) -> Any:
+    """Return the shape of a cache's null state; None if a config reads none.
+
+    Reads no cache: it is taken to hold text states if the text encoder is frozen.
+    """
+    condition = config.diffusion.condition
+    if config.data.latents is None or not condition.freezes_text:
+        return None
+    vectors = condition.as_vectors()
+    return shape_of((vectors.embedding_length, vectors.embedding_width), jnp.float32)
 
 
 def _count(params: PyTree) -> int:

@@ -1,6 +1,8 @@
 """Stage 1, built: its step, its pictures, and the scale of its latents."""
 
 import functools
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +24,8 @@ from ldm_jax.rng import Stream, root_key, stream_key
 from ldm_jax.training.adversary import Adversary
 from ldm_jax.training.autoencoder_loss import Objective
 from ldm_jax.training.autoencoder_step import autoencoder_step, latent_moments
+from ldm_jax.training.files import write_json
+from ldm_jax.training.hosts import first_alone, gather_texts
 from ldm_jax.training.loop import Stage
 from ldm_jax.training.parallel import Layout
 from ldm_jax.training.state import (
@@ -31,10 +35,11 @@ from ldm_jax.training.state import (
     learning_rate_schedule,
     make_optimizer,
 )
-from ldm_jax.types import InputError, PyTree
+from ldm_jax.types import InputError, PyTree, RunError
 
 NUM_RECONSTRUCTIONS = 16
 GRID_COLUMNS = 8
+SCALE_FILE = "latent_scale.json"
 MIN_CRITIC_SIDE = 3
 """Smallest map that the discriminator's last two layers make a logit of."""
 
@@ -232,6 +237,43 @@ def measure_latent_scale(
         iterator.close()
     mean, mean_square = np.asarray(rows, np.float64).mean(axis=0)
     return jnp.asarray(1.0 / np.sqrt(mean_square - mean**2), jnp.float32)
+
+
+def known_latent_scale(
+    config: Config,
+    networks: Networks,
+    params: PyTree,
+    layout: Layout,
+    workdir: Path,
+) -> Float[Array, ""]:
+    """Measure the latent scale once; a killed run finds it in the folder.
+
+    Args:
+      config: The run's.
+      networks: The run's.
+      params: The first stage's averaged parameters.
+      layout: Where to compute.
+      workdir: Folder of the run.
+
+    Returns:
+      The scale, float32.
+
+    Raises:
+      RunError: If it is no positive number.
+      OSError: If it cannot be written.
+    """
+    path = workdir / "autoencoder" / SCALE_FILE
+    known = gather_texts(path.read_text() if path.exists() else "")[0]
+    if known:
+        return jnp.asarray(json.loads(known)["latent_scale"], jnp.float32)
+    scale = measure_latent_scale(config, networks, params, layout)
+    if not 0.0 < float(scale) < math.inf:
+        raise RunError(
+            f"autoencoder: the scale of its latents is {float(scale)}, wanted a "
+            "positive number; try a lower --autoencoder.optim.lr in a new --workdir"
+        )
+    first_alone(lambda: write_json(path, {"latent_scale": float(scale)}))
+    return scale
 
 
 def make_reconstruct(

@@ -36,6 +36,20 @@ class Sheet(NamedTuple):
     columns: int
 
 
+class Work(NamedTuple):
+    """What a request comes to.
+
+    Attributes:
+      request: It; in a pod, with this process' turn.
+      studio: What draws.
+      subjects: What is drawn, in order.
+    """
+
+    request: SampleRequest
+    studio: Studio
+    subjects: list[Subject]
+
+
 def write_gallery(request: SampleRequest) -> list[Path]:
     """Make every label or text with every seed, row by row, and write them.
 
@@ -57,29 +71,63 @@ def write_gallery(request: SampleRequest) -> list[Path]:
       RunError: If no checkpoint is intact.
       OSError: If an image cannot be written; those before it stay.
     """
+    work = open_work(request)
+    paths = [request.out / f"{i:06d}.png" for i in range(len(work.subjects))]
+    draw_missing(work, paths)
+    if work.request.turn:
+        return []
+    return [paths[0], *write_sheets(work, paths)]
+
+
+def open_work(request: SampleRequest) -> Work:
+    """Load the model of a request, and see what it draws.
+
+    Raises:
+      InputError: As `write_gallery`; likewise `RunError`.
+    """
     if jax.process_count() > 1:
         turn, turns = jax.process_index(), jax.process_count()
         request = dataclasses.replace(request, turn=turn, turns=turns)
     studio = open_studio(request.settings)
     subjects = subjects_of(studio.run.config, request)
     condition_inputs(studio.run.config, [subjects[0].shown])  # a tokenizer is missing
-    request.out.mkdir(parents=True, exist_ok=True)
-    paths = [request.out / f"{i:06d}.png" for i in range(len(subjects))]
+    return Work(request, studio, subjects)
+
+
+def draw_missing(work: Work, paths: list[Path]) -> int:
+    """Make this process' share of the images that are not there; wait for the others.
+
+    Args:
+      work: The request.
+      paths: Where each image goes; folders are made.
+
+    Returns:
+      How many were made.
+
+    Raises:
+      InputError: If an image is there that was made otherwise.
+      OSError: If an image cannot be written; those before it stay.
+    """
+    request, studio, subjects = work
 
     def recipe(i: int) -> dict[str, str]:
         return write_recipe(subjects[i], studio.settings, studio.made_with)
 
+    def is_there(i: int) -> bool:
+        path, flag = paths[i], request.out_flag
+        return path.exists() and is_made(
+            path, recipe(i), overwrite=request.overwrite, flag=flag
+        )
+
     # All are looked at before the first is written: what was made otherwise stops here.
-    missing = {
-        i
-        for i, path in enumerate(paths)
-        if not (path.exists() and is_made(path, recipe(i), overwrite=request.overwrite))
-    }
+    missing = {i for i in range(len(paths)) if not is_there(i)}
     mine = [
         i
         for i in share(len(subjects), studio, turn=request.turn, turns=request.turns)
         if i in missing
     ]
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
     done = len(subjects) - len(missing)
     with tqdm(
         total=done + len(mine), initial=done, unit=" images", mininterval=1.0
@@ -89,18 +137,19 @@ def write_gallery(request: SampleRequest) -> list[Path]:
             write_png(paths[i], picture.image, recipe(i))
             bar.update()
     wait_for_all("images")
-    if request.turn:
-        return []
-    return write_sheets(request, studio, subjects, paths)
+    return len(mine)
 
 
-def is_made(path: Path, recipe: dict[str, str], *, overwrite: bool) -> bool:
+def is_made(
+    path: Path, recipe: dict[str, str], *, overwrite: bool, flag: str = "--out"
+) -> bool:
     """Say whether what stands in an image's place is that image, whole.
 
     Args:
       path: What is there.
       recipe: Of the image that is wanted.
       overwrite: Whether anything else may be replaced.
+      flag: That named the folder, for messages.
 
     Returns:
       True for the image; False for what is to be replaced: an empty file, a damaged
@@ -114,13 +163,13 @@ def is_made(path: Path, recipe: dict[str, str], *, overwrite: bool) -> bool:
     if path.stat().st_size == 0:
         return False
     try:
-        with reading(path, flag="--out"), Image.open(path) as picture:
+        with reading(path, flag=flag), Image.open(path) as picture:
             changed = differences(recipe, texts_of(picture))
             whole = is_whole(picture)
     except InputError as error:
         if overwrite:
             return False
-        raise InputError(f"{error}; try another --out, or --overwrite") from None
+        raise InputError(f"{error}; try another {flag}, or --overwrite") from None
     if not changed:
         return whole
     if overwrite:
@@ -129,7 +178,8 @@ def is_made(path: Path, recipe: dict[str, str], *, overwrite: bool) -> bool:
         f"{word}: {there} there, {here} here" for word, (here, there) in changed.items()
     )
     raise InputError(
-        f"--out: {path} was made otherwise ({told}); try another --out, or --overwrite"
+        f"{flag}: {path} was made otherwise ({told}); try another {flag}, or "
+        "--overwrite"
     )
 
 
@@ -161,20 +211,24 @@ def sheet_of(request: SampleRequest, num: int) -> Sheet:
     return Sheet(indices, columns)
 
 
-def write_sheets(
-    request: SampleRequest, studio: Studio, subjects: list[Subject], paths: list[Path]
-) -> list[Path]:
-    """Write the grid, and the trajectory if it was asked for."""
+def sheet_paths(request: SampleRequest) -> list[Path]:
+    """Return where the grid goes, and the trajectory if it was asked for."""
+    names = ["grid.png", *(["trajectory.png"] if request.trajectory else [])]
+    return [request.out / name for name in names]
+
+
+def write_sheets(work: Work, paths: list[Path]) -> list[Path]:
+    """Write the grid, and the trajectory if it was asked for; return where they are."""
+    request, studio, subjects = work
     sheet = sheet_of(request, len(subjects))
-    written = [paths[0], request.out / "grid.png"]
+    written = sheet_paths(request)
     # Another process may not be there yet: its images are left black.
     blank = np.zeros_like(read_png(paths[0]))
     images = [read_png(paths[i]) if paths[i].exists() else blank for i in sheet.indices]
-    write_png(written[-1], grid(np.stack(images), columns=sheet.columns))
+    write_png(written[0], grid(np.stack(images), columns=sheet.columns))
     if request.trajectory:
-        written.append(request.out / "trajectory.png")
         shown = [subjects[i] for i in sheet.indices]
-        write_png(written[-1], trajectories(studio, shown))
+        write_png(written[1], trajectories(studio, shown))
     return written
 
 

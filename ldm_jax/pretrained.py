@@ -18,17 +18,17 @@ from ldm_jax.exchange import (
     import_first_stage,
     is_run,
 )
-from ldm_jax.first_stage import autoencoder_stage, load_perceptual
+from ldm_jax.first_stage import SCALE_FILE, autoencoder_stage, load_perceptual
 from ldm_jax.interop.names import flatten
 from ldm_jax.interop.native import LATENT_SCALE, read_own
 from ldm_jax.interop.weights import match_keys, open_tensors, write_safetensors
 from ldm_jax.networks import Networks
 from ldm_jax.rng import root_key
 from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
+from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.loop import CHECKPOINTS, Stage, stage_target
 from ldm_jax.types import InputError, PyTree
 
-SCALE_FILE = "latent_scale.json"
 TAKEN_FILE = "taken.safetensors"
 
 
@@ -170,6 +170,35 @@ def load_first_stage(
     if path.exists():
         scale = jnp.asarray(json.loads(path.read_text())["latent_scale"], jnp.float32)
     return found.tree["state"].ema, scale, found.digest
+
+
+def load_finished(config: Config, networks: Networks, workdir: Path) -> Frozen:
+    """Load what stage 2 of a run learns with: its own first stage, or what it took.
+
+    Args:
+      config: Of the run.
+      networks: Of the run.
+      workdir: Its folder.
+
+    Returns:
+      Its first stage, and its frozen conditioner if it has one.
+
+    Raises:
+      InputError: If stage 1 is not finished.
+      RunError: If no checkpoint is intact.
+    """
+    taken = Taken(None, None, {})
+    if "diffusion" in config.stages:
+        taken = load_taken(config, networks, workdir)
+    if taken.first_stage is not None:
+        return Frozen(*taken.first_stage, taken.conditioner)
+    params, scale, _ = load_first_stage(config, workdir)
+    if scale is None:
+        raise InputError(
+            f"--workdir: stage 1 of {workdir} is not finished; run train.py there to "
+            "its end first"
+        )
+    return Frozen(params, scale, taken.conditioner)
 
 
 def take_first_stage(config: Config) -> tuple[PyTree, Float[Array, ""]]:

@@ -16,6 +16,8 @@ from ldm_jax.types import TAKES_ETA, InputError
 
 VERSIONED_PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "numpy")
 SHOWN = ("label", "prompt", "negative_prompt")
+WANTED = frozenset({"settings", "seed"})
+"""Without these texts there is no recipe."""
 OTHER = "other_"
 PLACES = frozenset({"workdir", "weights", "config_file", "image", "mask"})
 """Settings that are paths to what a recipe has the digest of."""
@@ -80,6 +82,15 @@ def texts_of(picture: Image.Image) -> dict[str, str]:
     return {str(word): str(text) for word, text in found if isinstance(text, str)}
 
 
+def has_recipe(path: Path) -> bool:
+    """Say whether a file is a picture that was made here, without decoding it."""
+    try:
+        with reading(path, flag="--as-dataset"), Image.open(path) as picture:
+            return texts_of(picture).keys() >= WANTED
+    except InputError:
+        return False
+
+
 def read_recipe(path: Path) -> tuple[Subject, Settings, dict[str, str]]:
     """Read how an image was made.
 
@@ -94,7 +105,7 @@ def read_recipe(path: Path) -> tuple[Subject, Settings, dict[str, str]]:
     """
     with reading(path, flag="--replay"), Image.open(path) as picture:
         texts = texts_of(picture)
-    if "settings" not in texts or "seed" not in texts:
+    if not texts.keys() >= WANTED:
         raise InputError(
             f"--replay: {path} has no recipe, wanted a PNG that sample.py wrote "
             "(other programs drop the text when they save it)"

@@ -11,6 +11,7 @@ from ldm_jax.settings import Settings
 from ldm_jax.types import InputError
 
 MAX_SEED = 2**32 - 1
+DEFAULT_OUT = Path("samples")
 PLACES = ("workdir", "weights", "tokenizer", "autoguidance", "image", "mask")
 
 
@@ -29,9 +30,12 @@ class SampleArguments:
     """Checkpoint of the run to take, by its step; the newest by default."""
     replay: Path | None = None
     """Make an image again from the recipe in its PNG, and compare every pixel."""
-    out: Path = Path("samples")
-    """Folder for 000000.png ... and grid.png. Images that are there already, made the
-    same way, are kept; made otherwise, they stop the command."""
+    out: Path | None = None
+    """Folder for 000000.png ... and grid.png (default: samples). Images that are there
+    already, made the same way, are kept; made otherwise, they stop the command."""
+    as_dataset: Path | None = None
+    """Instead of --out: folder for a labelled data set, as a folder of images in
+    images/ and as tfds:synthetic in tfds/ (docs/sampling.md)."""
     overwrite: bool = False
     """Replace images that were made otherwise."""
     labels: str | None = None
@@ -113,6 +117,7 @@ class SampleRequest:
     Attributes:
       settings: How images are made.
       out: Folder for the images.
+      as_dataset: Whether they become a labelled data set there.
       overwrite: Whether images made otherwise are replaced.
       labels: Classes as they were given, or None.
       prompts: Texts, in order.
@@ -127,6 +132,7 @@ class SampleRequest:
 
     settings: Settings
     out: Path
+    as_dataset: bool
     overwrite: bool
     labels: str | None
     prompts: tuple[str, ...]
@@ -137,6 +143,11 @@ class SampleRequest:
     turn: int
     turns: int
     launch: Launch
+
+    @property
+    def out_flag(self) -> str:
+        """The flag that names the folder, for messages."""
+        return "--as-dataset" if self.as_dataset else "--out"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,12 +192,10 @@ def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
             raise InputError(
                 "--config: got it beside --workdir, wanted none: a run has its own"
             )
-    if given.out.exists() and not given.out.is_dir():
-        raise InputError(f"--out: {given.out} is a file, wanted a folder")
+    out = _out(given)
     settings = _settings(given)
     seeds = parse_list(given.seeds, name="--seeds", low=0, high=MAX_SEED)
     check_local(given.workdir, "--workdir")
-    check_local(given.out, "--out")
     turn, turns = _share(given.process)
     launch = check_launch(given, beside=given.workdir)
     if launch.pod and turns > 1:
@@ -205,7 +214,8 @@ def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
         )
     return SampleRequest(
         settings=settings,
-        out=given.out,
+        out=out,
+        as_dataset=given.as_dataset is not None,
         overwrite=given.overwrite,
         labels=None if given.labels == "all" else given.labels,
         prompts=given.prompt,
@@ -240,6 +250,29 @@ def _replay(given: SampleArguments) -> ReplayRequest:
     return ReplayRequest(
         image=image, moved={**(models if model_moved else {}), **moved}
     )
+
+
+def _out(given: SampleArguments) -> Path:
+    """Check where the images go, and what a data set cannot be made of."""
+    flag, out = "--out", given.out or DEFAULT_OUT
+    if given.as_dataset is not None:
+        flag, out = "--as-dataset", given.as_dataset
+        if given.out is not None:
+            raise InputError("--out: got it beside --as-dataset, wanted one of the two")
+        if given.interpolate:
+            raise InputError(
+                "--interpolate: got it beside --as-dataset, wanted none: what lies "
+                "between two classes or texts has no label"
+            )
+        if given.image is not None:
+            raise InputError(
+                "--image: got it beside --as-dataset, wanted none: a data set is drawn "
+                "from noise alone"
+            )
+    check_local(out, flag)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{flag}: {out} is a file, wanted a folder")
+    return out
 
 
 def _share(text: str) -> tuple[int, int]:

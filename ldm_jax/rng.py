@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from ldm_jax.types import InputError
@@ -35,6 +36,8 @@ class Stream(enum.IntEnum):
     HOLE = 11
     INIT_CRITIC = 12
     OFFSET_NOISE = 13
+    CROP = 14
+    FLIP = 15
 
 
 def root_key(seed: int) -> Key[Array, ""]:
@@ -127,3 +130,21 @@ def uniform(keys: Key[Array, " b"]) -> Float[Array, " b"]:
 def integers(keys: Key[Array, " b"], *, below: int) -> Int[Array, " b"]:
     """Draw one integer in [0, below) for each key, int32."""
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, below))(keys)
+
+
+def host_uniform(seed: int, stream: Stream, index: int) -> float:
+    """Draw one number in [0, 1) on the host, where an example is read.
+
+    Args:
+      seed: Of the run, in [0, 2**32).
+      stream: What the draw is for.
+      index: Global example index, in [0, 2**32).
+
+    Returns:
+      The number: the same on any process, before and after a restart.
+
+    Source:
+      Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (Philox 4x64).
+    """
+    bits = np.random.Philox(key=[seed, int(stream)], counter=[0, index, 0, 0])
+    return (int(bits.random_raw()) >> 11) * 2.0**-53

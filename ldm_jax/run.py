@@ -3,29 +3,24 @@
 import functools
 import hashlib
 import json
-import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from ldm_jax import config as config_lib
 from ldm_jax.build import build_networks, open_iterator, open_split, shape_of
+from ldm_jax.caching.reading import Cache, check_cache, open_cache, open_latents
 from ldm_jax.config import Config
 from ldm_jax.describe import check_batches
 from ldm_jax.exchange import open_weights, to_sample_params
-from ldm_jax.first_stage import (
-    autoencoder_stage,
-    measure_latent_scale,
-)
+from ldm_jax.first_stage import autoencoder_stage, known_latent_scale
 from ldm_jax.interop.model import Model, with_tokenizer
 from ldm_jax.interop.native import WEIGHTS_FILE
 from ldm_jax.networks import Networks, SampleParams
 from ldm_jax.pretrained import (
-    SCALE_FILE,
     keep_taken,
     load_first_stage,
     load_stage,
@@ -52,7 +47,7 @@ from ldm_jax.training.loop import (
     run_stage,
 )
 from ldm_jax.training.parallel import Layout, make_layout
-from ldm_jax.types import InputError, PyTree, RunError
+from ldm_jax.types import InputError
 from ldm_jax.words import keep_tokenizer, with_own_tokenizer
 from ldm_jax.workdir import check_workdir, open_workdir
 
@@ -108,7 +103,9 @@ def train(
         return Outcome(json.loads(final_path.read_text()), trained=False)
     with together():
         taken = take_from_elsewhere(config, networks, workdir)
-        open_split(config, "test")
+        for split in ("test", "train"):
+            open_split(config, split)
+        note = check_cache(config, taken, workdir)
     with open_workdir(config, workdir), stop_signal() as stop:
         first_alone(lambda: keep_taken(taken, workdir))
         first_alone(lambda: keep_tokenizer(config, workdir))
@@ -129,13 +126,19 @@ def train(
             finished = run(stage)
             done["autoencoder"] = StageOutcome(finished.digest, finished.seconds)
             params = finished.ema
-            scale = _latent_scale(opened, networks, params, layout, workdir)
+            scale = known_latent_scale(opened, networks, params, layout, workdir)
         else:
             params, scale = taken.first_stage
             done["autoencoder"] = StageOutcome(tree_digest(taken[1:]), 0.0)
         if "diffusion" in config.stages:
             frozen = Frozen(params, scale, taken.conditioner)
-            finished = run(diffusion_stage(opened, networks, frozen, workdir))
+            with together():
+                cache = open_cache(opened, params, note)
+            null_state = None if cache is None else cache.null_state
+            stage = diffusion_stage(
+                opened, networks, frozen, workdir, null_state=null_state
+            )
+            finished = run(stage, cache=cache)
             done["diffusion"] = StageOutcome(finished.digest, finished.seconds)
         final = {
             "digest": run_digest({k: v.digest for k, v in done.items()}),
@@ -307,7 +310,11 @@ def _run(
     layout: Layout,
     profile: tuple[int, int] | None,
     stop: StopSignal,
+    cache: Cache | None = None,
 ) -> Finished:
+    iterator_of = functools.partial(open_iterator, with_own_tokenizer(config, workdir))
+    if cache is not None:
+        iterator_of = functools.partial(open_latents, config, cache)
     return run_stage(
         stage,
         watch=Watch(
@@ -319,34 +326,8 @@ def _run(
             profile,
         ),
         layout=layout,
-        iterator=open_iterator(
-            with_own_tokenizer(config, workdir),
-            batch_size=stage.batch_size,
-            layout=layout,
-        ),
+        iterator=iterator_of(batch_size=stage.batch_size, layout=layout),
         root_key=root_key(config.seed),
         notes={"config": json.loads(config_lib.to_json(config))},
         stop=stop,
     )
-
-
-def _latent_scale(
-    config: Config,
-    networks: Networks,
-    params: PyTree,
-    layout: Layout,
-    workdir: Path,
-) -> Float[Array, ""]:
-    """Measure the latent scale once; a killed run finds it in the folder."""
-    path = workdir / "autoencoder" / SCALE_FILE
-    known = gather_texts(path.read_text() if path.exists() else "")[0]
-    if known:
-        return jnp.asarray(json.loads(known)["latent_scale"], jnp.float32)
-    scale = measure_latent_scale(config, networks, params, layout)
-    if not 0.0 < float(scale) < math.inf:
-        raise RunError(
-            f"autoencoder: the scale of its latents is {float(scale)}, wanted a "
-            "positive number; try a lower --autoencoder.optim.lr in a new --workdir"
-        )
-    first_alone(lambda: write_json(path, {"latent_scale": float(scale)}))
-    return scale

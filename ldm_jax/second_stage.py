@@ -2,10 +2,12 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from ldm_jax.build import init_conditioner, init_unet, load_split
 from ldm_jax.config import Config
@@ -34,20 +36,45 @@ GRID_COLUMNS = 10
 
 
 def diffusion_stage(
-    config: Config, networks: Networks, frozen: Frozen, workdir: Path
+    config: Config,
+    networks: Networks,
+    frozen: Frozen,
+    workdir: Path,
+    *,
+    null_state: Float[Any, "n d"] | None = None,
 ) -> Stage:
-    """Build stage 2 on a finished stage 1."""
+    """Build stage 2 on a finished stage 1.
+
+    Args:
+      config: The run's.
+      networks: The run's.
+      frozen: What its pictures need and it does not train.
+      workdir: Its folder.
+      null_state: What the frozen text encoder says of the empty prompt, where batches
+        hold what it says of captions.
+
+    Returns:
+      The stage; where batches hold latents, its step needs no first stage.
+    """
     settings = config.diffusion
+    conditioner, condition = networks.conditioner, settings.condition
+    learned_on = frozen
+    if config.data.latents is not None:
+        learned_on = learned_on._replace(autoencoder={})
+    if null_state is not None:
+        conditioner = conditioner.clone(reads="embedding", encoder=None)
+        condition = condition.as_vectors()
+        learned_on = learned_on._replace(conditioner={}, null_embedding=null_state)
     optimizer = make_optimizer(settings.optim, num_steps=settings.steps)
     step = functools.partial(
         diffusion_step,
         autoencoder=networks.autoencoder,
         unet=networks.unet,
-        conditioner=networks.conditioner,
+        conditioner=conditioner,
         optimizer=optimizer,
         objective=objective_of(config, networks),
         latent_shape=networks.latent_shape,
-        condition=settings.condition,
+        condition=condition,
         num_classes=networks.num_classes,
         null_tokens=networks.null_tokens,
         condition_dropout=settings.condition_dropout,
@@ -78,7 +105,7 @@ def diffusion_stage(
         batch_size=settings.batch_size,
         step=step,
         init=lambda: init_state(init_denoising(config, networks), optimizer),
-        frozen=frozen,
+        frozen=learned_on,
         extra={"latent_scale": frozen.latent_scale},
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         draw=draw,

@@ -3,14 +3,18 @@
 import logging
 from pathlib import Path
 
+from ldm_jax.build import needs_of, open_tokenizer
 from ldm_jax.config import Config
 from ldm_jax.data.byte_pairs import load_byte_pairs, train_byte_pairs, write_byte_pairs
 from ldm_jax.data.captions import count_cut
-from ldm_jax.data.sources import read_captions
-from ldm_jax.data.tokenizer import TOKENIZER_FILE
+from ldm_jax.data.sources import has_captions, read_captions
+from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from ldm_jax.interop.model import with_tokenizer
+from ldm_jax.training.log import METRICS_FILE
 
 FOLDER = "tokenizer"
+MAX_COUNTED = 10_000
+"""Captions that are counted where none need be read to begin."""
 
 
 def own_tokenizer(config: Config, workdir: Path) -> Path | None:
@@ -28,7 +32,8 @@ def with_own_tokenizer(config: Config, workdir: Path) -> Config:
 def keep_tokenizer(config: Config, workdir: Path) -> None:
     """Learn a run's tokenizer from the captions it trains on, if it has yet to.
 
-    Says once how many captions are longer than the context.
+    Says, when a run begins, how many captions are longer than the context, whoever made
+    the tokenizer.
 
     Args:
       config: Of the run.
@@ -39,15 +44,35 @@ def keep_tokenizer(config: Config, workdir: Path) -> None:
       OSError: If it cannot be written.
     """
     folder = own_tokenizer(config, workdir)
-    if folder is None or (folder / TOKENIZER_FILE).exists():
+    if folder is None:
+        if not (workdir / METRICS_FILE).exists():
+            _tell_cut_by_another(config)
+        return
+    if (folder / TOKENIZER_FILE).exists():
         return
     data, text = config.data, config.diffusion.condition.text
     captions = read_captions(data.source, data.train_split, directory=data.directory)
     write_byte_pairs(train_byte_pairs(captions, vocab_size=text.vocab_size), folder)
-    cut = count_cut(captions, load_byte_pairs(folder, length=text.length))
-    if cut:
+    tokenizer = load_byte_pairs(folder, length=text.length)
+    _tell_cut(captions, tokenizer, "try a larger --diffusion.condition.text.length")
+
+
+def _tell_cut_by_another(config: Config) -> None:
+    """Tell of captions that are cut by a tokenizer made elsewhere."""
+    condition, data = config.diffusion.condition, config.data
+    if "caption" not in needs_of(config) or condition.tokenizer is None:
+        return
+    if has_captions(data.source, directory=data.directory):
+        captions = read_captions(
+            data.source, data.train_split, directory=data.directory, limit=MAX_COUNTED
+        )
+        _tell_cut(captions, open_tokenizer(condition), "try shorter ones")
+
+
+def _tell_cut(captions: list[str], tokenizer: Tokenizer, remedy: str) -> None:
+    if cut := count_cut(captions, tokenizer):
         logging.getLogger(__name__).warning(
             "%d of %d captions are longer than the %d tokens of the context, and are "
-            "cut; try a larger --diffusion.condition.text.length",
-            *(cut, len(captions), text.length),
+            "cut; %s",
+            *(cut, len(captions), tokenizer.length, remedy),
         )

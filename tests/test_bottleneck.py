@@ -18,6 +18,7 @@ from ldm_jax.nn.bottleneck import (
     code_usage,
     nearest,
     perplexity,
+    read_moments,
 )
 from ldm_jax.training.parallel import PmapLayout
 from tests.tiny import get_config
@@ -240,3 +241,16 @@ def test_a_latent_scale_that_is_given_is_not_measured():
     scale = measure_latent_scale(config, networks, {}, PmapLayout(jax.devices()[:1]))
     assert scale == pytest.approx(0.18215)
     assert scale.dtype == jnp.float32
+
+
+def test_moments_that_were_kept_read_back_bit_for_bit():
+    mean, spread = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
+    kept = DiagonalGaussian(mean, 40.0 * spread)
+    once = read_moments(kept.moments(), regularizer="kl")  # and clamped
+    again = read_moments(once.moments(), regularizer="kl")
+    assert jax.tree.all(jax.tree.map(np.array_equal, once, again))
+    assert np.array_equal(once.mean, mean) and once.log_variance.max() <= 20.0
+    latents = Unquantized(mean)
+    assert np.array_equal(
+        read_moments(latents.moments(), regularizer="vq").latents, mean
+    )

@@ -130,6 +130,9 @@ def test_the_null_inputs_are_the_null_class_and_the_empty_prompt():
     assert null.label.tolist() == [10, 10]
     assert null.tokens.tolist() == [[7, 8, 8]] * 2
     assert not null.embedding.any() and null.image is None
+    told = {"num_classes": 10, "null_tokens": (7, 8, 8)}
+    said = null_inputs(inputs, **told, null_embedding=jnp.full((1, 4), 3.0))
+    assert (said.embedding == 3.0).all() and said.embedding.shape == (2, 1, 4)
     picture = ConditionInputs(image=jnp.ones((1, 2, 2, 3)))
     kept = null_inputs(picture, num_classes=0, null_tokens=())
     assert kept.image is picture.image

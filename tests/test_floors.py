@@ -38,6 +38,7 @@ FLOOR_BY_ROOM = {
     "studio": 4,
     "subjects": 4,
     "build": 4,
+    "caching": 4,
     "first_stage": 4,
     "second_stage": 4,
     "describe": 4,
@@ -47,11 +48,12 @@ FLOOR_BY_ROOM = {
     "words": 4,
     "workdir": 4,
     "gallery": 4,
+    "synthetic": 4,
     "flops": 4,
     "planning": 4,
 }
 ROOF = 5
-DOORS = {"evaluation/steps.py", "plan.py"}
+DOORS = {"data/cache_latents.py", "evaluation/steps.py", "plan.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

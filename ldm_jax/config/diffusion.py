@@ -82,6 +82,9 @@ class ConditionConfig(Checked):
     context: ContextName = "none"
     """What cross-attention reads: nothing, the class as one token, LDM's own text
     transformer, CLIP's, or vectors that come with the data."""
+    pooled: bool = False
+    """Also add the mean of what cross-attention reads to the time embedding: small
+    models come to heed texts much sooner."""
     concat: ConcatName = "none"
     """What is stacked on the latent: nothing, the image at low resolution, the image
     with a hole and its mask, or a rescaled segmentation map."""
@@ -151,6 +154,22 @@ class ConditionConfig(Checked):
         }
         return widths[self.context]
 
+    @property
+    def freezes_text(self) -> bool:
+        """Whether text is read by an encoder that is not trained."""
+        return self.uses_tokens and not self.trained
+
+    def as_vectors(self) -> "ConditionConfig":
+        """Return what reads a text encoder's output in the place of the text."""
+        pooled = self.context == "clip" and self.clip.output == "pooled"
+        return dataclasses.replace(
+            self,
+            context="embedding",
+            embedding_length=1 if pooled else self.num_tokens,
+            embedding_width=self.context_width,
+            tokenizer=None,
+        )
+
     def concat_channels(self, *, image_channels: int, latent_channels: int) -> int:
         """Return the channels stacked on the latent."""
         channels: dict[ConcatName, int] = {
@@ -165,6 +184,8 @@ class ConditionConfig(Checked):
         counts = "class_width embedding_width embedding_length low_resolution_factor"
         self._want_at_least(1, *counts.split(), "num_segments", "rescale_channels")
         self._want_at_least(0, "rescale_stages")
+        reads = self.context != "none" or not self.pooled
+        self._want("pooled", reads, "False where `context` is none")
         learns = not self.learns_tokenizer or self.context == "text"
         self._want("tokenizer", learns, "a folder, or `captions` with `context text`")
 

@@ -56,6 +56,13 @@ class Config(Checked):
         return (self.latent_side, self.latent_side, self.autoencoder.latent_channels)
 
     @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what the encoder says of a latent."""
+        side, _, channels = self.latent_shape
+        is_gaussian = self.autoencoder.regularizer == "kl"
+        return (side, side, 2 * channels if is_gaussian else channels)
+
+    @property
     def concat_channels(self) -> int:
         """Channels of the condition that is stacked on the latent."""
         return self.diffusion.condition.concat_channels(
@@ -90,7 +97,29 @@ class Config(Checked):
             )
         if "diffusion" in self.stages:
             self._check_diffusion()
+        self._check_latents()
         self._check_parallel()
+
+    def _check_latents(self) -> None:
+        told = f"data.latents: got {self.data.latents!r}"
+        if self.data.latents is None:
+            return
+        if "diffusion" not in self.stages:
+            raise InputError(
+                f"{told} in a run of stage 1 alone, wanted none: it learns from images"
+            )
+        if self.diffusion.condition.concat in ("low_resolution", "masked_image"):
+            raise InputError(
+                f"{told} with diffusion.condition.concat "
+                f"{self.diffusion.condition.concat}, wanted none: that is made of the "
+                "images, and they are not in a cache of latents"
+            )
+        if self.data.crop != "center" or self.data.flip:
+            field = "crop" if self.data.crop != "center" else "flip"
+            raise InputError(
+                f"{told} with data.{field} {getattr(self.data, field)}, wanted none: a "
+                "cache holds each image as it is cut from the middle"
+            )
 
     def _check_parallel(self) -> None:
         adversary = self.autoencoder.adversary

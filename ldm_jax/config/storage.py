@@ -14,10 +14,13 @@ T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
 
-PARALLEL = "parallel"
-"""Field that says where a run is computed, not what: it may differ when one goes on."""
+HOW_FIELDS = frozenset({"parallel", "data.latents", "data.max_broken_files"})
+"""Fields that say how a run is computed, not what: they may differ when one goes on."""
 
-LATER_FIELDS = frozenset({PARALLEL, "max_skipped_steps"}) | frozenset(
+LATER_FIELDS = frozenset(
+    {"max_skipped_steps", "data.crop", "data.flip", "diffusion.condition.pooled"}
+    | HOW_FIELDS
+) | frozenset(
     f"diffusion.{name}"
     for name in (
         "loss_weight",
@@ -85,11 +88,10 @@ def _from_tree(cls: type[T], tree: Any, path: str) -> T:
 def digest(config: Config) -> str:
     """Return the sha256 of a config, the same for equal configs of any version."""
     tree, default = dataclasses.asdict(config), flatten(Config())
-    del tree[PARALLEL]
-    for path in LATER_FIELDS - {PARALLEL}:
+    for path in LATER_FIELDS:
         *parents, name = path.split(".")
         leaf = functools.reduce(dict.__getitem__, parents, tree)
-        if leaf[name] == default[path]:
+        if path in HOW_FIELDS or leaf[name] == default[path]:
             del leaf[name]
     text = json.dumps(tree, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -111,14 +113,18 @@ def flatten(config: Any) -> dict[str, Any]:
 def differences(ours: Config, theirs: Config) -> list[str]:
     """Name the fields in which two runs differ, with both values.
 
-    Where they are computed is no difference.
+    How they are computed is no difference.
     """
     left, right = flatten(ours), flatten(theirs)
     return [
         f"{name} ({left[name]!r} there, {right[name]!r} here)"
         for name in left
-        if left[name] != right[name] and not name.startswith(f"{PARALLEL}.")
+        if left[name] != right[name] and not _says_how(name)
     ]
+
+
+def _says_how(name: str) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in HOW_FIELDS)
 
 
 def read_config(workdir: Path) -> Config:

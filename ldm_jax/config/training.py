@@ -13,11 +13,13 @@ class DataConfig(Checked):
     """Where the images come from and what they are made into."""
 
     source: str = "tfds:digits"
-    """Data set: `tfds:NAME`; `tfds:digits` is scikit-learn's handwritten digits."""
+    """Data set: `tfds:NAME`, where `tfds:digits` is scikit-learn's handwritten digits,
+    or `folder:PATH`, a folder of images (docs/your_own_pictures.md)."""
     directory: str | None = None
     """Where TFDS keeps data; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     train_split: str = "train"
-    """Split to train on, in TFDS' own notation."""
+    """Split to train on, in TFDS' own notation. A folder that is not split has `train`,
+    `test` (a twentieth of it, by the names of the files) and `all`."""
     test_split: str = "test"
     """Split held out."""
     image_size: int = 32
@@ -28,13 +30,24 @@ class DataConfig(Checked):
     """Classes of the data set; 0 if it has none."""
     num_train_examples: int = 1500
     """Examples of its training split; 0 if it is not known."""
+    crop: Literal["center", "random"] = "center"
+    """Where a square is cut from an image that is none, in training: from the middle,
+    or anywhere along the longer side, anew whenever the image is met."""
+    flip: bool = False
+    """Whether left and right are exchanged in half of the training examples."""
+    max_broken_files: int = 0
+    """Files of a folder that cannot be read and may be passed over; they are named."""
+    latents: str | None = None
+    """Folder of the training split's latents, which `ldm_jax.data.cache_latents` makes;
+    unset: stage 2 encodes images. The same training, and no part of what a run is."""
 
     def _check(self) -> None:
-        named = self.source.startswith("tfds:") and len(self.source) > len("tfds:")
-        self._want("source", named, "tfds:NAME; try tfds:digits")
+        kind, _, name = self.source.partition(":")
+        named = kind in ("tfds", "folder") and name != ""
+        self._want("source", named, "tfds:NAME or folder:PATH; try tfds:digits")
         self._want_at_least(1, "image_size")
         self._want("image_channels", self.image_channels in (1, 3), "1 or 3")
-        self._want_at_least(0, "num_classes", "num_train_examples")
+        self._want_at_least(0, "num_classes", "num_train_examples", "max_broken_files")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from ldm_jax.data.folders import Need, folder_captions, num_threads, open_folder
 from ldm_jax.types import InputError
+
+FOLDER = "folder:"
+"""Begins the name of a folder of images; what follows is its path."""
 
 MAX_BYTES_IN_MEMORY = 64 * 2**20
 """Smaller data sets are decoded once and kept: decoding is most of the reading."""
@@ -17,6 +21,7 @@ MAX_BYTES_IN_MEMORY = 64 * 2**20
 
 OWN_BUILDERS = {
     "digits": "ldm_jax.data.builders.digits.digits_dataset_builder",
+    "emoji": "ldm_jax.data.builders.emoji.emoji_dataset_builder",
     "scenes": "ldm_jax.data.builders.scenes.scenes_dataset_builder",
 }
 """Data sets that are drawn or shipped here, by name; prepared when first opened."""
@@ -54,14 +59,25 @@ class Source(NamedTuple):
         return len(self.class_names)
 
 
-def open_source(name: str, split: str, *, directory: str | None) -> Source:
-    """Open a split of a TFDS data set; the digits are prepared first.
+def open_source(
+    name: str,
+    split: str,
+    *,
+    directory: str | None,
+    needs: tuple[Need, ...] = (),
+    image_size: int = 0,
+    max_broken_files: int = 0,
+) -> Source:
+    """Open a split of a folder of images or of a TFDS data set.
 
     Args:
-      name: `tfds:NAME` or `tfds:NAME/CONFIG`; `digits` and `scenes` are this package's
-        own.
+      name: `folder:PATH`; or `tfds:NAME` or `tfds:NAME/CONFIG`, where `digits` and
+        `scenes` are this package's own, and are prepared first.
       split: Which part, in TFDS' notation.
       directory: Where TFDS keeps prepared data; None for TFDS' own default.
+      needs: What the examples of a folder must have.
+      image_size: Side below which images of a folder are told of, in pixels.
+      max_broken_files: How many files of a folder that cannot be read are passed over.
 
     Returns:
       The split, decoded image by image on access. Its examples have an `image` and,
@@ -70,8 +86,18 @@ def open_source(name: str, split: str, *, directory: str | None) -> Source:
 
     Raises:
       InputError: If the data set is not prepared there, cannot be read, or has no
-        images or no such split.
+        images or no such split; or if a folder has not what is needed.
     """
+    if name.startswith(FOLDER):
+        examples, class_names = open_folder(
+            folder_path(name),
+            split,
+            needs=needs,
+            image_size=image_size,
+            max_broken_files=max_broken_files,
+            max_bytes_in_memory=MAX_BYTES_IN_MEMORY,
+        )
+        return Source(examples, class_names, channels=examples.channels)
     where = str(Path(directory).expanduser()) if directory else tfds_directory()
     try:
         with _quiet():
@@ -97,17 +123,22 @@ def open_source(name: str, split: str, *, directory: str | None) -> Source:
     )
 
 
-def read_captions(name: str, split: str, *, directory: str | None) -> list[str]:
+def read_captions(
+    name: str, split: str, *, directory: str | None, limit: int | None = None
+) -> list[str]:
     """Read the captions of a split, without decoding its pictures.
 
     Args:
       name: As for `open_source`.
       split: Likewise.
       directory: Likewise.
+      limit: Read only so many.
 
     Raises:
       InputError: As `open_source`; or if there are no captions, or one is not UTF-8.
     """
+    if name.startswith(FOLDER):
+        return folder_captions(folder_path(name), split)[:limit]
     import tensorflow_datasets as tfds
 
     where = str(Path(directory).expanduser()) if directory else tfds_directory()
@@ -120,7 +151,38 @@ def read_captions(name: str, split: str, *, directory: str | None) -> list[str]:
             )
         decoders = {"image": tfds.decode.SkipDecoding()}
         rows = builder.as_data_source(split, decoders=decoders)
-        return [caption_of(rows[i], f"{name}, example {i}") for i in range(len(rows))]
+        return [
+            caption_of(rows[i], f"{name}, example {i}")
+            for i in range(len(rows))[:limit]
+        ]
+
+
+def has_captions(name: str, *, directory: str | None) -> bool:
+    """Say whether a data set's captions become the tokens of its examples.
+
+    Args:
+      name: As for `open_source`; a folder has been found to have them.
+      directory: Likewise.
+
+    Raises:
+      InputError: As `open_source`.
+    """
+    if name.startswith(FOLDER):
+        return True
+    where = str(Path(directory).expanduser()) if directory else tfds_directory()
+    with _quiet():
+        features = _builder(name, where).info.features
+    return "caption" in features and "tokens" not in features
+
+
+def folder_path(name: str) -> Path:
+    """Return the path in the name of a folder of images."""
+    return Path(name.removeprefix(FOLDER)).expanduser()
+
+
+def reading_threads(name: str) -> int:
+    """Return how many threads should read a source: several where files are decoded."""
+    return num_threads() if name.startswith(FOLDER) else 1
 
 
 def caption_of(example: Mapping[str, Any], where: str) -> str:

@@ -32,6 +32,8 @@ def write_unet(config: Config) -> tuple[str, Settings]:
         raise _no_class("resblock_updown", True, "false beside spatial transformers")
     if crossed and ours.condition.context == "none":
         raise _no_class("condition.context", "none", "one beside spatial transformers")
+    if ours.condition.pooled:
+        raise _no_class("condition.pooled", True, "false")
     kind = "CrossAttn" if crossed else "Attn"
     plain_down = "ResnetDownsampleBlock2D" if ours.resblock_updown else "DownBlock2D"
     plain_up = "ResnetUpsampleBlock2D" if ours.resblock_updown else "UpBlock2D"

@@ -12,7 +12,7 @@ from ldm_jax.nn.bottleneck import (
     DiagonalGaussian,
     Quantized,
     Unquantized,
-    gaussian_from_moments,
+    read_moments,
 )
 from ldm_jax.nn.layers import (
     AUTOENCODER_EPSILON,
@@ -284,9 +284,7 @@ class Autoencoder(nn.Module):
     def encode(self, images: Float[Array, "b h w c"]) -> DiagonalGaussian | Unquantized:
         """Encode images in [-1, 1] to something that unscaled latents are drawn of."""
         encoded = self.quant_conv(self.encoder(images))
-        if self.regularizer == "kl":
-            return gaussian_from_moments(encoded)
-        return Unquantized(encoded.astype(jnp.float32))
+        return read_moments(encoded, regularizer=self.regularizer)
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 e"]:
         """Decode unscaled latents to images, near [-1, 1] but not clipped to it.

@@ -33,6 +33,10 @@ class DiagonalGaussian(NamedTuple):
         """Return the most probable latent, the mean."""
         return self.mean
 
+    def moments(self) -> Float[Array, "b h w c2"]:
+        """Return mean and log variance side by side, as `read_moments` takes them."""
+        return jnp.concatenate([self.mean, self.log_variance], axis=-1)
+
     def kl(self) -> Float[Array, " b"]:
         """Return the KL divergence to N(0, I) in nats, summed over each latent.
 
@@ -66,6 +70,10 @@ class Unquantized(NamedTuple):
 
     def mode(self) -> Float[Array, "b h w c"]:
         """Return the latents."""
+        return self.latents
+
+    def moments(self) -> Float[Array, "b h w c"]:
+        """Return the latents, as `read_moments` takes them."""
         return self.latents
 
 
@@ -190,6 +198,24 @@ def gaussian_from_moments(moments: Float[Array, "b h w c2"]) -> DiagonalGaussian
     return DiagonalGaussian(
         mean, jnp.clip(log_variance, MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)
     )
+
+
+def read_moments(
+    moments: Float[Array, "b h w e"], *, regularizer: Literal["kl", "vq"]
+) -> DiagonalGaussian | Unquantized:
+    """Turn an encoder's output, or what was kept of it, into something to draw from.
+
+    Args:
+      moments: Of either precision.
+      regularizer: What stands between encoder and decoder.
+
+    Returns:
+      A Gaussian or the latents themselves, in float32; its `moments()` read again give
+      it bit for bit.
+    """
+    if regularizer == "kl":
+        return gaussian_from_moments(moments)
+    return Unquantized(moments.astype(jnp.float32))
 
 
 def _init_codes(key: Array, shape: tuple[int, int]) -> Float[Array, "k d"]:

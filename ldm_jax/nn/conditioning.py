@@ -45,7 +45,11 @@ class Condition(NamedTuple):
 
 
 def null_inputs(
-    like: ConditionInputs, *, num_classes: int, null_tokens: tuple[int, ...]
+    like: ConditionInputs,
+    *,
+    num_classes: int,
+    null_tokens: tuple[int, ...],
+    null_embedding: Float[Any, "n d"] | None = None,
 ) -> ConditionInputs:
     """Make the inputs that mean "no condition".
 
@@ -56,9 +60,10 @@ def null_inputs(
       like: Inputs whose shapes are taken.
       num_classes: Real classes; the null class has this index.
       null_tokens: Tokens of the empty prompt.
+      null_embedding: Vectors that mean nothing; None for zeros.
 
     Returns:
-      The null class, the empty prompt, zeros for vectors, and the same images.
+      The null class, the empty prompt, the null vectors, and the same images.
 
     Source:
       Ho & Salimans, arXiv:2207.12598, sec. 3.2.
@@ -69,7 +74,9 @@ def null_inputs(
     if tokens is not None:
         empty = jnp.asarray(null_tokens, tokens.dtype)
         tokens = jnp.broadcast_to(empty, tokens.shape)
-    if embedding is not None:
+    if embedding is not None and null_embedding is not None:
+        embedding = jnp.broadcast_to(null_embedding, embedding.shape)
+    elif embedding is not None:
         embedding = jnp.zeros_like(embedding)
     return ConditionInputs(label, tokens, embedding, like.image)
 

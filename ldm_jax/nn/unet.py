@@ -40,6 +40,8 @@ class UNet(nn.Module):
       transformer_depth: Blocks of each spatial transformer; 0: plain self-attention.
       num_classes: Real classes whose vector is added to the time embedding; the null
         class has this index. 0: none is added.
+      pooled_context: Whether the mean of the context's tokens is added to the time
+        embedding too: every ResBlock hears what the whole text says.
       scale_shift_norm: See `TimeResBlock`.
       resblock_updown: Resample inside ResBlocks instead of by convolutions.
       num_groups: Groups of every norm.
@@ -49,7 +51,8 @@ class UNet(nn.Module):
 
     Source:
       Rombach et al., arXiv:2112.10752, sec. 3.2 and 3.3; Dhariwal & Nichol,
-      arXiv:2105.05233; latent-diffusion `UNetModel`.
+      arXiv:2105.05233; latent-diffusion `UNetModel`. The pooled context: Nichol et
+      al., GLIDE, arXiv:2112.10741, sec. 2.1, which takes the last token for the mean.
     """
 
     out_channels: int
@@ -61,6 +64,7 @@ class UNet(nn.Module):
     head_channels: int
     transformer_depth: int
     num_classes: int
+    pooled_context: bool
     scale_shift_norm: bool
     resblock_updown: bool
     num_groups: int
@@ -170,6 +174,9 @@ class UNet(nn.Module):
                 self.num_classes, width, self.dtype, name="class_embedding"
             )
             h = h + table(jnp.asarray(cond.label))
+        if self.pooled_context:
+            pooled = jnp.asarray(cond.context).mean(axis=1).astype(self.dtype)
+            h = h + nn.Dense(width, dtype=self.dtype, name="context_pooled")(pooled)
         return h
 
 

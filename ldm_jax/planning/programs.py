@@ -103,7 +103,7 @@ def step_work(config: Config, request: Request, devices: list[Any] | None) -> Wo
     )
     stage = _stage(config, request)
     state = jax.eval_shape(stage.init)
-    batch = batch_shapes(config, stage.batch_size)
+    batch = batch_shapes(config, stage.name, stage.batch_size)
     placed = layout.stand_ins(state, stage.frozen, batch)
     local = stage.batch_size // layout.num_devices
     step = skip_nonfinite(stage.step) if config.max_skipped_steps else stage.step
@@ -128,7 +128,7 @@ def step_flops(config: Config, request: Request, images: int) -> int:
         functools.partial(stage.step, average=average_here),
         jax.eval_shape(stage.init),
         stage.frozen,
-        batch_shapes(plain, images),
+        batch_shapes(plain, stage.name, images),
         jax.eval_shape(lambda: jax.random.key(0)),
     )
 

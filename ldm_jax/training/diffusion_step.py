@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Key, Real
 
 from ldm_jax.config import ConditionConfig
-from ldm_jax.data.pipeline import Batch
+from ldm_jax.data.pipeline import Batch, LatentBatch
 from ldm_jax.diffusion.objectives import (
     LossName,
     WeightName,
@@ -20,6 +20,7 @@ from ldm_jax.diffusion.parameterize import PredictionName
 from ldm_jax.diffusion.schedules import Level, Schedule, draw_levels
 from ldm_jax.images import to_float
 from ldm_jax.nn.autoencoder import Autoencoder
+from ldm_jax.nn.bottleneck import DiagonalGaussian, Unquantized, read_moments
 from ldm_jax.nn.conditioning import (
     Condition,
     Conditioner,
@@ -57,14 +58,18 @@ class Frozen(NamedTuple):
     """What stage 2 reads and never changes.
 
     Attributes:
-      autoencoder: The first stage's averaged parameters.
+      autoencoder: The first stage's averaged parameters; empty where batches hold its
+        latents.
       latent_scale: What its latents are multiplied by.
-      conditioner: Parameters of a frozen conditioner; empty if it is trained.
+      conditioner: Parameters of a frozen conditioner; empty if it is trained, or where
+        batches hold what it says.
+      null_embedding: What it says of the empty prompt, where batches hold what it says.
     """
 
     autoencoder: PyTree
     latent_scale: Float[Array, ""]
     conditioner: PyTree
+    null_embedding: Float[Array, "n d"] | None = None
 
 
 class Objective(NamedTuple):
@@ -104,7 +109,7 @@ class DiffusionMetrics(NamedTuple):
 def diffusion_step(
     state: TrainState,
     frozen: Frozen,
-    batch: Batch,
+    batch: Batch | LatentBatch,
     root_key: Key[Array, ""],
     *,
     average: Average,
@@ -126,7 +131,7 @@ def diffusion_step(
     Args:
       state: The stage's state; its parameters are a `Denoising`.
       frozen: The first stage and what else is not trained.
-      batch: This device's part of the batch.
+      batch: This device's part of the batch, images or what stage 1 made of them.
       root_key: The run's.
       average: Takes means over the devices.
       autoencoder: The first stage's network.
@@ -170,7 +175,7 @@ def diffusion_step(
 def _learn(
     state: TrainState,
     frozen: Frozen,
-    batch: Batch,
+    batch: Batch | LatentBatch,
     root_key: Key[Array, ""],
     *,
     axis_name: AxisName,
@@ -190,8 +195,8 @@ def _learn(
     def keys(stream: Stream) -> Key[Array, " b"]:
         return example_keys(root_key, stream, state.step, batch.example_index)
 
-    images = to_float(batch.image)
-    posterior = encode(autoencoder, frozen.autoencoder, images)
+    images = to_float(batch.image) if isinstance(batch, Batch) else None
+    posterior = posterior_of(batch, frozen, autoencoder=autoencoder)
     latents = posterior.sample(normal(keys(Stream.DIFFUSION_POSTERIOR), latent_shape))
     x_0 = jax.lax.stop_gradient(latents * frozen.latent_scale)
     level = draw_levels(objective.schedule, keys(Stream.TIMESTEP))
@@ -208,7 +213,12 @@ def _learn(
         condition=condition,
     )
     dropped = uniform(keys(Stream.CONDITION_DROPOUT)) < condition_dropout
-    null = null_inputs(inputs, num_classes=num_classes, null_tokens=null_tokens)
+    null = null_inputs(
+        inputs,
+        num_classes=num_classes,
+        null_tokens=null_tokens,
+        null_embedding=frozen.null_embedding,
+    )
     inputs = drop_conditions(inputs, null, dropped)
     loss_of = functools.partial(
         prediction_loss, unet=unet, conditioner=conditioner, objective=objective
@@ -217,6 +227,24 @@ def _learn(
         state.params, frozen, x_0, level, eps, inputs
     )
     return Learned(gradients, value)
+
+
+def posterior_of(
+    batch: Batch | LatentBatch, frozen: Frozen, *, autoencoder: Autoencoder
+) -> DiagonalGaussian | Unquantized:
+    """Encode a batch's images, or take what stage 1 made of them before.
+
+    Args:
+      batch: Of either kind.
+      frozen: The first stage.
+      autoencoder: Its network.
+
+    Returns:
+      What unscaled latents are drawn of.
+    """
+    if isinstance(batch, LatentBatch):
+        return read_moments(batch.moments, regularizer=autoencoder.regularizer)
+    return encode(autoencoder, frozen.autoencoder, to_float(batch.image))
 
 
 def prediction_loss(
@@ -271,8 +299,8 @@ def prediction_loss(
 
 
 def inputs_of(
-    batch: Batch,
-    images: Float[Array, "b h w c"],
+    batch: Batch | LatentBatch,
+    images: Float[Array, "b h w c"] | None,
     frozen: Frozen,
     hole_keys: Key[Array, " b"],
     *,
@@ -283,7 +311,8 @@ def inputs_of(
 
     Args:
       batch: With labels, tokens, vectors or maps, as the condition needs them.
-      images: Of the batch, in [-1, 1].
+      images: Of the batch, in [-1, 1]; None of one of latents, which a config allows
+        where nothing is made of images.
       frozen: The first stage, which encodes images with holes.
       hole_keys: One per example.
       autoencoder: The first stage's network.
@@ -293,22 +322,17 @@ def inputs_of(
       The inputs of the conditioner.
     """
     image = None
-    match condition.concat:
-        case "low_resolution":
-            image = low_resolution(images, factor=condition.low_resolution_factor)
-        case "masked_image":
-            holes = random_holes(
-                hole_keys, height=images.shape[1], width=images.shape[2]
-            )
-            masked = cut_holes(images, holes)
-            latents = encode(autoencoder, frozen.autoencoder, masked).mode()
-            image = join_masked(latents * frozen.latent_scale, holes)
-        case "segmentation":
-            image = jax.nn.one_hot(
-                batch.segmentation, condition.num_segments, dtype=jnp.float32
-            )
-        case "none":
-            pass
+    if condition.concat == "segmentation":
+        image = jax.nn.one_hot(
+            batch.segmentation, condition.num_segments, dtype=jnp.float32
+        )
+    elif condition.concat == "low_resolution" and images is not None:
+        image = low_resolution(images, factor=condition.low_resolution_factor)
+    elif condition.concat == "masked_image" and images is not None:
+        holes = random_holes(hole_keys, height=images.shape[1], width=images.shape[2])
+        masked = cut_holes(images, holes)
+        latents = encode(autoencoder, frozen.autoencoder, masked).mode()
+        image = join_masked(latents * frozen.latent_scale, holes)
     return ConditionInputs(
         label=batch.label if condition.uses_classes else None,
         tokens=batch.tokens if condition.uses_tokens else None,

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ldm_jax.training.files import naming, write_text
 
+METRICS_FILE = "metrics.jsonl"
 MIN_PLOTTED = 1e-12
 BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}"
 
@@ -31,7 +32,7 @@ class MetricsLog:
           workdir: Folder of the run.
           writes: False on all processes but one, whose log stays silent.
         """
-        self.path = workdir / "metrics.jsonl"
+        self.path = workdir / METRICS_FILE
         self.fault_path = workdir / "not_finite.jsonl"
         self._writes = writes
         self._board = _open_board(workdir / "tensorboard") if writes else None

@@ -130,7 +130,7 @@ class PmapLayout(Layout):
         """
         mapped = jax.pmap(fn, in_axes=(0, None, 0), devices=self.devices)
 
-        def cut(leaf: Array) -> Array:
+        def cut(leaf: Array | np.ndarray) -> Array | np.ndarray:
             return leaf.reshape(len(self.devices), -1, *leaf.shape[1:])
 
         def join(leaf: Array) -> np.ndarray:

@@ -1,0 +1,231 @@
+"""What does a cache of latents save? Steps from it and steps from images, in turns.
+
+    python benchmarks/latent_cache.py --workdir runs/digits
+    python benchmarks/latent_cache.py --recipes lsun_churches256_kl8 sd15
+
+The first trains the same model twice, from images and from a cache that it makes, and
+prints the median time of a step of both, how far their losses are apart, and the bytes.
+The second counts the products in a step of recipes of configs/ldm, from images and from
+latents, forward and backward; it needs no data. JSON with --json FILE. With --check it
+exits 1 if the losses differ by more than 1e-5 or the cache saves no time.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ldm_jax.build import build_networks, open_iterator
+from ldm_jax.caching.making import make_cache
+from ldm_jax.caching.reading import check_cache, open_cache, open_latents
+from ldm_jax.cli import load_config_file, run_main
+from ldm_jax.config import Config, read_config
+from ldm_jax.networks import Networks
+from ldm_jax.planning.programs import step_flops
+from ldm_jax.planning.request import Request
+from ldm_jax.pretrained import Taken, load_finished
+from ldm_jax.rng import root_key
+from ldm_jax.second_stage import diffusion_stage
+from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.parallel import Layout, make_layout
+from ldm_jax.training.prefetch import Prefetch
+from ldm_jax.types import InputError
+
+MAX_DIFFERENCE = 1e-5
+WARM_UP = 3
+"""First steps of a side, which compile, are not counted."""
+RECIPES = (
+    "lsun_churches256_kl8",
+    "imagenet256_vq4_cfg",
+    "text2img256_kl8_1p4b",
+    "sd15",
+)
+Turn = Callable[[int], list[tuple[float, float]]]
+
+
+def reading(config: Config, folder: str) -> Config:
+    """Return a config that reads a cache."""
+    data = dataclasses.replace(config.data, latents=folder)
+    return dataclasses.replace(config, data=data)
+
+
+def open_side(
+    config: Config, networks: Networks, frozen: Frozen, layout: Layout
+) -> Turn:
+    """Start training; return what makes steps, and says seconds and loss of each."""
+    taken = Taken(None, (frozen.autoencoder, frozen.latent_scale), frozen.conditioner)
+    note = check_cache(config, taken, Path())
+    cache = open_cache(config, frozen.autoencoder, note)
+    null_state = None if cache is None else cache.null_state
+    stage = diffusion_stage(config, networks, frozen, Path(), null_state=null_state)
+    opened = functools.partial(open_iterator, config)
+    if cache is not None:
+        opened = functools.partial(open_latents, config, cache)
+    mapped = layout.map_step(stage.step)
+    placed = layout.place(stage.frozen)
+    key = layout.place(root_key(config.seed))
+    batches = Prefetch(opened(batch_size=stage.batch_size, layout=layout), layout)
+    state: Any = layout.init(stage.init)
+
+    def turn(num_steps: int) -> list[tuple[float, float]]:
+        nonlocal state
+        told = []
+        for _ in range(num_steps):
+            began = time.perf_counter()
+            batch, _ = batches.take(1, then=1)
+            state, metrics = mapped(state, placed, batch, key)
+            loss = float(layout.local(metrics).loss)
+            told.append((time.perf_counter() - began, loss))
+        return told
+
+    return turn
+
+
+def measure(workdir: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Make a cache of a run, and train from it and from images, taking turns."""
+    config = read_config(workdir)
+    networks = build_networks(config)
+    frozen = load_finished(config, networks, workdir)
+    layout = make_layout(config.parallel)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        asked = {"num_shards": None, "batch_size": 32, "states": True}
+        note = make_cache(config, workdir, Path(folder), **asked).note
+        made = time.perf_counter() - began
+        sides = {
+            "images": open_side(config, networks, frozen, layout),
+            "latents": open_side(reading(config, folder), networks, frozen, layout),
+        }
+        rows = {name: turn(WARM_UP) for name, turn in sides.items()}
+        for _ in range(args.rounds):
+            for name, turn in sides.items():
+                rows[name] += turn(args.steps)
+    seconds = {
+        name: statistics.median(second for second, _ in row[WARM_UP:])
+        for name, row in rows.items()
+    }
+    losses = zip(rows["images"], rows["latents"], strict=True)
+    per_step = seconds["images"] - seconds["latents"]
+    data = config.data
+    return {
+        "num_steps": args.rounds * args.steps,
+        "batch_size": config.diffusion.batch_size,
+        "seconds_a_step": seconds,
+        "latents_over_images": seconds["latents"] / seconds["images"],
+        "largest_difference": max(abs(a / b - 1.0) for (_, a), (_, b) in losses),
+        "seconds_to_make": made,
+        "steps_that_pay_for_it": made / per_step if per_step > 0.0 else None,
+        "num_examples": note.num_examples,
+        "bytes_of_pixels": data.image_size**2 * data.image_channels,
+        "bytes_of_record": note.record_size,
+        "bytes_of_cache": sum(shard.size for shard in note.shards),
+    }
+
+
+def count(name: str) -> dict[str, Any]:
+    """Count the products of a recipe's step for one image, by shape alone.
+
+    Raises:
+      InputError: If there is no such recipe, or it cannot be trained from latents.
+    """
+    config = load_config_file(f"configs/ldm/{name}.py")
+    ours = reading(dataclasses.replace(config, first_stage="elsewhere"), "elsewhere")
+    flops = {}
+    for side, each in (("images", config), ("latents", ours)):
+        request = Request(each, None, "diffusion", None, "ddim", 50, False)
+        flops[side] = step_flops(each, request, 1)
+    size, _, channels = config.moments_shape
+    condition, states = config.diffusion.condition, 0
+    if condition.freezes_text:
+        vectors = condition.as_vectors()
+        states = vectors.embedding_length * vectors.embedding_width
+    return {
+        "recipe": name,
+        "flops_an_image": flops,
+        "saved": 1.0 - flops["latents"] / flops["images"],
+        "bytes_of_pixels": config.data.image_size**2 * config.data.image_channels,
+        "bytes_of_moments": 4 * size * size * channels,
+        "bytes_of_states": 4 * states,
+    }
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """Write what was measured of a run."""
+    ms = {name: 1e3 * value for name, value in found["seconds_a_step"].items()}
+    pays = found["steps_that_pay_for_it"]
+    pay = "never" if pays is None else f"after {pays:.0f} steps"
+    return "\n".join(
+        [
+            f"{found['num_steps']} steps of {found['batch_size']} from each, "
+            f"{jax.default_backend()}",
+            f"a step from images  {ms['images']:8.2f} ms",
+            f"a step from latents {ms['latents']:8.2f} ms, "
+            f"{found['latents_over_images']:.3f} of it",
+            f"losses differ by at most {found['largest_difference']:.1e} (relative)",
+            f"made in {found['seconds_to_make']:.1f} s, paid for {pay}",
+            f"{found['num_examples']} records of {found['bytes_of_record']} bytes; an "
+            f"image has {found['bytes_of_pixels']} as pixels; "
+            f"{found['bytes_of_cache'] / 2**20:.1f} MiB on disk",
+        ]
+    )
+
+
+def to_table(rows: list[dict[str, Any]]) -> str:
+    """Write what was counted of recipes."""
+    lines = [
+        "| recipe | TFLOP an image | from latents | saved | KiB of pixels | of moments "
+        "| of text states |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        flops = {name: value / 1e12 for name, value in row["flops_an_image"].items()}
+        sizes = (row[f"bytes_of_{name}"] for name in ("pixels", "moments", "states"))
+        told = " | ".join(f"{size / 2**10:.0f}" for size in sizes)
+        lines.append(
+            f"| `{row['recipe']}` | {flops['images']:.3f} | {flops['latents']:.3f} | "
+            f"{row['saved']:.0%} | {told} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure or count, print, and judge if asked to."""
+    parser = argparse.ArgumentParser(description="Time steps from a cache of latents.")
+    parser.add_argument("--workdir", type=Path, help="a run with a finished stage 1")
+    parser.add_argument("--recipes", nargs="*", default=None, help="of configs/ldm")
+    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(arguments)
+    if args.steps < 1 or args.rounds < 1:
+        raise InputError("--steps, --rounds: wanted 1 or more")
+    if args.workdir is None and args.recipes is None:
+        raise InputError("--workdir: wanted the folder of a run, or --recipes NAME ...")
+    found, rows = None, []
+    if args.workdir is not None:
+        found = measure(args.workdir, args)
+        print(in_words(found))
+    if args.recipes is not None:
+        rows = [count(name) for name in args.recipes or RECIPES]
+        print(to_table(rows))
+    if args.json:
+        args.json.write_text(json.dumps({"run": found, "recipes": rows}, indent=2))
+    if args.check and found is not None:
+        apart = found["largest_difference"] > MAX_DIFFERENCE
+        if apart or found["latents_over_images"] >= 1.0:
+            print("falls short: losses differ, or no time is saved", file=sys.stderr)
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main, "latent_cache.py")

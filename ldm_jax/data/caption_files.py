@@ -1,0 +1,158 @@
+"""Captions of a folder of images: `.txt` files beside them, or lines of JSON.
+
+A line of `captions.jsonl` is {"file": "a.png", "caption": "a red bird"}, and one of
+`metadata.jsonl`, as other programs write it, {"file_name": "a.png", "text": ...}; each
+file may use either pair of words. Paths are those from the folder the file lies in.
+Of a list of captions the first one counts.
+"""
+
+import functools
+import json
+import posixpath
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm_jax.data.image_files import Stamp
+from ldm_jax.data.listing import Listing
+from ldm_jax.types import InputError
+
+TEXT_SUFFIX = ".txt"
+OWN_FILE, OTHERS_FILE = "captions.jsonl", "metadata.jsonl"
+FILE_KEYS, CAPTION_KEYS = ("file", "file_name"), ("caption", "text")
+
+
+class Captions(NamedTuple):
+    """The captions of a folder.
+
+    Attributes:
+      by_image: By the name of the image.
+      orphans: Where captions stand that have no image.
+      files: Names of the files that captions were found in.
+    """
+
+    by_image: dict[str, str]
+    orphans: tuple[str, ...]
+    files: frozenset[str]
+
+
+class Line(NamedTuple):
+    """A line of JSON that holds a caption.
+
+    Attributes:
+      number: Of the line, from 1.
+      file: The image, as the line names it.
+      caption: The first, if there are several.
+    """
+
+    number: int
+    file: str
+    caption: str
+
+
+def read_caption_files(listing: Listing) -> Captions:
+    """Read every caption in a folder.
+
+    Args:
+      listing: The folder.
+
+    Returns:
+      The captions.
+
+    Raises:
+      InputError: If one is not UTF-8, a line is not what it should be, or an image
+        has two captions.
+      OSError: If a file cannot be read.
+    """
+    place_by_image: dict[str, str] = {}
+    by_image: dict[str, str] = {}
+    orphans: list[str] = []
+    files: set[str] = set()
+    images = set(listing.images)
+    for name, stamp in listing.stamps.items():
+        folder, file = posixpath.split(name)
+        if file not in (OWN_FILE, OTHERS_FILE):
+            continue
+        files.add(name)
+        for line in _read_lines(listing.root / name, stamp):
+            image = posixpath.normpath(posixpath.join(folder, line.file))
+            place = f"{name} line {line.number}"
+            if image not in images:
+                orphans.append(f"{place} ({line.file})")
+                continue
+            _check_only(listing.root, image, place, place_by_image.get(image))
+            place_by_image[image], by_image[image] = place, line.caption
+    for image in listing.images:
+        name = posixpath.splitext(image)[0] + TEXT_SUFFIX
+        if stamp := listing.stamps.get(name):
+            _check_only(listing.root, image, name, place_by_image.get(image))
+            by_image[image] = _read_text(listing.root / name, stamp)
+            files.add(name)
+    orphans += [
+        name
+        for name in listing.stamps
+        if name.lower().endswith(TEXT_SUFFIX) and name not in files
+    ]
+    return Captions(by_image, tuple(orphans), frozenset(files))
+
+
+def _check_only(root: Path, image: str, place: str, other: str | None) -> None:
+    if other is not None:
+        raise InputError(
+            f"{root}: {image} has two captions, in {other} and in {place}, wanted one; "
+            "try a list of them on one line, or remove one"
+        )
+
+
+@functools.lru_cache(maxsize=2**20)
+def _read_text(path: Path, stamp: Stamp) -> str:
+    """Read a text file, again only once its stamp has changed."""
+    return _decoded(path.read_bytes(), f"{path}").strip()
+
+
+@functools.lru_cache(maxsize=64)
+def _read_lines(path: Path, stamp: Stamp) -> tuple[Line, ...]:
+    """Read the captions of a file, again only once its stamp has changed."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        where = f"{path} line {number}"
+        text = _decoded(line, where)
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON ({error})") from None
+        has_caption = isinstance(row, dict) and any(key in row for key in CAPTION_KEYS)
+        if has_caption or path.name == OWN_FILE:
+            found.append(_checked(row, number, where))
+    return tuple(found)
+
+
+def _checked(row: Any, number: int, where: str) -> Line:
+    """Take the image and the caption from what a line holds."""
+    if not isinstance(row, dict):
+        row = {}
+    file = next((row[key] for key in FILE_KEYS if key in row), None)
+    caption = next((row[key] for key in CAPTION_KEYS if key in row), None)
+    if isinstance(caption, list) and caption:
+        caption = caption[0]
+    if not isinstance(file, str) or not isinstance(caption, str):
+        raise InputError(
+            f"{where}: got {json.dumps(row)[:80]}, wanted "
+            '{"file": "IMAGE", "caption": "TEXT"}'
+        )
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: its caption is not Unicode ({error})") from None
+    return Line(number, file, caption.strip())
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start}); try saving it "
+            "as UTF-8"
+        ) from None

@@ -1,0 +1,456 @@
+"""Training from latents on disk is training from images, and refuses what is not."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import config as config_lib
+from ldm_jax.build import build_networks, open_iterator, open_split
+from ldm_jax.caching import reading
+from ldm_jax.caching.encoders import Encoders, Made, encode_records
+from ldm_jax.caching.making import make_cache, make_shards, plan_cache
+from ldm_jax.caching.shards import find_shards
+from ldm_jax.data.builders.scenes.scenes_dataset_builder import Builder
+from ldm_jax.data.cache_latents import parse
+from ldm_jax.data.latents import (
+    CacheNote,
+    LatentExamples,
+    pack,
+    read_note,
+    shard_name,
+    shard_range,
+    to_json,
+    unpack,
+)
+from ldm_jax.data.pipeline import LatentBatch, to_batch
+from ldm_jax.describe import batch_shapes, describe
+from ldm_jax.pretrained import Taken, keep_taken, load_taken
+from ldm_jax.rng import root_key
+from ldm_jax.second_stage import diffusion_stage
+from ldm_jax.training.averaging import average_here
+from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.types import InputError, RunError
+from tests.models import config_of, model_of
+from tests.test_tokenizer import write_clip
+
+NUM, BATCH, STEPS = 24, 8, 5
+SMALL = {"channel_multipliers": (1,), "attention_downsampling": (1,)}
+MOMENTS = {"label": 8, "none": 3, "clip": 8}
+
+
+class Prepared:
+    """A run's folder with a first stage, and a cache that was made of it."""
+
+    def __init__(self, kind: str, folder: Path, **data) -> None:
+        self.kind, self.workdir, self.out = kind, folder / "run", folder / "latents"
+        config = config_of(kind, **SMALL, batch_size=BATCH, condition_dropout=0.5)
+        source = {"train_split": f"train[:{NUM}]", "num_train_examples": NUM, **data}
+        self.config = dataclasses.replace(
+            config,
+            first_stage="elsewhere",
+            data=dataclasses.replace(config.data, **source),
+        )
+        if kind == "clip":
+            self.config = self.of_condition(tokenizer=str(write_clip(folder, "sd1")))
+        self.networks = build_networks(self.config)
+        self.model = model_of(self.config)
+        self.workdir.mkdir()
+        text = config_lib.to_json(self.config)
+        (self.workdir / "config.json").write_text(text)
+        first_stage = (self.model.autoencoder, jnp.float32(0.5))
+        trained = self.config.diffusion.condition.trained
+        kept = {} if trained else self.model.conditioner
+        keep_taken(Taken(None, first_stage, kept), self.workdir)
+
+    def make(self, **asked):
+        asked = {"num_shards": 5, "batch_size": 2, "states": True, **asked}
+        return make_cache(self.config, self.workdir, self.out, **asked)
+
+    def of_condition(self, **fields):
+        second = self.config.diffusion
+        condition = dataclasses.replace(second.condition, **fields)
+        second = dataclasses.replace(second, condition=condition)
+        return dataclasses.replace(self.config, diffusion=second)
+
+    def reading(self, config=None, **data):
+        """Return the config of a run that reads the cache."""
+        config = config or self.config
+        data = {"latents": str(self.out), **data}
+        data = dataclasses.replace(config.data, **data)
+        return dataclasses.replace(config, data=data)
+
+    def taken(self):
+        return load_taken(self.config, self.networks, self.workdir)
+
+    def train(self, config):
+        """Train a few steps; return the batches' indices and labels, and the losses."""
+        taken, layout = self.taken(), PmapLayout(jax.devices()[:1])
+        note = reading.check_cache(config, taken, self.workdir)
+        cache = reading.open_cache(config, taken.first_stage[0], note)
+        opened = functools.partial(open_iterator, config)
+        if cache is not None:
+            opened = functools.partial(reading.open_latents, config, cache)
+        stage = diffusion_stage(
+            config,
+            self.networks,
+            Frozen(*taken.first_stage, taken.conditioner),
+            self.workdir,
+            null_state=None if cache is None else cache.null_state,
+        )
+        step = jax.jit(functools.partial(stage.step, average=average_here))
+        state = jax.eval_shape(stage.init)
+        params = state.params._replace(unet=self.model.unet)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+        state = zeros._replace(params=params, ema=params)
+        told, losses = [], []
+        iterator = opened(batch_size=BATCH, layout=layout)
+        for _ in range(STEPS):
+            batch = to_batch(next(iterator))
+            assert isinstance(batch, LatentBatch) == (cache is not None)
+            state, metrics = step(state, stage.frozen, batch, root_key(0))
+            told.append((batch.example_index.tolist(), batch.label.tolist()))
+            losses.append((float(metrics.loss), float(metrics.gradient_norm)))
+        iterator.close()
+        return stage, told, np.asarray(losses)
+
+
+@pytest.fixture(scope="module", params=["label", "none", "clip"])
+def prepared(request, tmp_path_factory):
+    """Of a Gaussian, of a codebook, and of captions read by a frozen encoder."""
+    folder, data = tmp_path_factory.mktemp(request.param), {}
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "clip":
+            for name, number in (("train", NUM), ("test", 10), ("held_out", 4)):
+                patch.setattr(Builder.builder_configs["one"], f"num_{name}", number)
+            data = {"source": "tfds:scenes/one", "directory": str(folder / "data")}
+            data |= {"num_classes": 64, "train_split": "train"}
+        made = Prepared(request.param, folder, **data)
+        assert made.make().num_made == 5
+        yield made
+
+
+def test_losses_from_latents_are_those_from_images(prepared):
+    kind = prepared.kind
+    _, told, losses = prepared.train(prepared.config)
+    stage, again, found = prepared.train(prepared.reading())
+    assert again == told  # the same examples, for whom the same noise is drawn
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert len({loss for loss, _ in losses}) == STEPS
+    assert stage.frozen.autoencoder == {}
+    assert read_note(prepared.out).fields[0].shape[-1] == MOMENTS[kind]
+    if kind == "clip":
+        assert stage.frozen.conditioner == {}
+        assert stage.frozen.null_embedding.shape == (77, 16)
+        check_tokens(prepared)
+
+
+def check_tokens(prepared):
+    """Check that an encoder in training reads the captions of the same cache."""
+    config = prepared.reading(prepared.of_condition(trained=True))
+    note = reading.check_cache(config, prepared.taken(), prepared.workdir)
+    cache = reading.open_cache(config, prepared.model.autoencoder, note)
+    assert cache.null_state is None and "embedding" not in cache.examples[0]
+    source = open_split(prepared.config, "train").examples
+    for i in range(NUM):
+        assert np.array_equal(cache.examples[i]["tokens"], source[i]["tokens"])
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    made = Prepared("label", tmp_path_factory.mktemp("cached"))
+    made.make(num_shards=2)
+    return made
+
+
+def test_an_unchanged_cache_is_left_alone_and_a_damaged_shard_made_anew(cached):
+    files = {path: path.read_bytes() for path in cached.out.iterdir()}
+    (cached.out / shard_name(1, 2)).write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"has 4 bytes, wanted \d+ bytes; give the"):
+        reading.check_cache(cached.reading(), cached.taken(), cached.workdir)
+    assert cached.make(num_shards=None).num_made == 1
+    assert cached.make(num_shards=2).num_made == 0
+    assert {path: path.read_bytes() for path in cached.out.iterdir()} == files
+
+
+def test_a_dry_run_of_latents_has_no_first_stage_and_the_same_digest():
+    config, layout = config_of("clip", **SMALL), PmapLayout(jax.devices()[:1])
+    data = dataclasses.replace(config.data, latents="not there")
+    cached = dataclasses.replace(config, data=data, first_stage="elsewhere")
+    config = dataclasses.replace(config, first_stage="elsewhere")
+    assert describe(config, layout) == describe(cached, layout)
+    batch = batch_shapes(cached, "diffusion", 4)
+    assert batch.moments.shape == (4, 8, 8, 8) and batch.tokens is None
+    assert batch.embedding.shape == (4, 77, 16)
+    assert batch_shapes(cached, "autoencoder", 4).image.shape == (4, 16, 16, 3)
+
+
+def refused(cached, config, *, taken=None, workdir=None):
+    with pytest.raises(InputError) as caught:
+        taken = taken or cached.taken()
+        reading.check_cache(config, taken, workdir or cached.workdir)
+    message = str(caught.value)
+    assert message.startswith("data.latents:") and "\n" not in message
+    return message
+
+
+def test_a_cache_of_another_first_stage_is_refused_with_both_digests(cached):
+    params = jax.tree.map(lambda leaf: leaf * 1.0001, cached.model.autoencoder)
+    taken = Taken(None, (params, jnp.float32(0.5)), {})
+    line = refused(cached, cached.reading(), taken=taken)
+    assert "was made by another first stage" in line
+    assert read_note(cached.out).first_stage[:12] in line
+    with pytest.raises(InputError, match="another first stage"):
+        reading.open_cache(cached.reading(), params, read_note(cached.out))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"image_size": 32}, "data.image_size (16 there, 32 here)"),
+        ({"train_split": "train"}, "data.train_split ('train[:24]' there, 'train'"),
+        ({"source": "tfds:mnist"}, "data.source ('tfds:digits' there, 'tfds:mnist'"),
+        ({"num_train_examples": 25}, "data.num_train_examples (24 there, 25 here)"),
+        ({"num_classes": 9}, "data.num_classes (10 there, 9 here)"),
+    ],
+)
+def test_a_cache_of_other_data_is_refused_by_field(cached, fields, words):
+    assert words in refused(cached, cached.reading(**fields))
+
+
+def test_a_cache_computed_in_another_precision_is_refused(cached):
+    half = dataclasses.replace(cached.config.autoencoder, dtype="bfloat16")
+    config = dataclasses.replace(cached.config, autoencoder=half)
+    line = refused(cached, cached.reading(config))
+    assert "autoencoder.dtype ('float32' there, 'bfloat16' here)" in line
+
+
+def test_what_is_no_cache_or_not_finished_is_told(cached, tmp_path):
+    config = cached.reading(latents=str(tmp_path))
+    assert "is no cache of latents (no cache.json)" in refused(cached, config)
+    note = dataclasses.replace(read_note(cached.out), shards=())
+    (tmp_path / "cache.json").write_text(json.dumps(to_json(note)))
+    assert "is not finished; give the same command of" in refused(cached, config)
+    (tmp_path / "cache.json").write_text(json.dumps({**to_json(note), "format": 2}))
+    assert "has the format 2, wanted 1" in refused(cached, config)
+    (tmp_path / "cache.json").write_text("{")
+    assert "is damaged or of another version" in refused(cached, config)
+
+
+def test_a_first_stage_that_is_not_trained_yet_has_no_latents(cached, tmp_path):
+    line = refused(
+        cached, cached.reading(), taken=Taken(None, None, {}), workdir=tmp_path
+    )
+    assert "is not trained yet" in line and "try --first-stage" in line
+
+
+def test_a_flipped_bit_is_found_where_it_is_read(cached, tmp_path, monkeypatch):
+    for path in cached.out.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shard = tmp_path / shard_name(1, 2)
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1  # among the records, which begin near the start of the file
+    shard.write_bytes(data)
+    config, params = cached.reading(latents=str(tmp_path)), cached.model.autoencoder
+    note = reading.check_cache(config, cached.taken(), cached.workdir)
+    with pytest.raises(InputError, match=r"damaged \(.*; give the same command"):
+        reading.open_cache(config, params, note)
+    # A large cache is not read before it is trained from: then, by the reading thread.
+    monkeypatch.setattr(reading, "MAX_BYTES_IN_MEMORY", 0)
+    cache = reading.open_cache(config, params, note)
+    layout = PmapLayout(jax.devices()[:1])
+    iterator = reading.open_latents(config, cache, batch_size=NUM, layout=layout)
+    with pytest.raises(InputError, match=r"example \d+ is damaged"):
+        next(iterator)
+    iterator.close()
+
+
+def test_text_states_of_another_encoder_or_tokenizer_are_refused(tmp_path):
+    made = Prepared("clip", tmp_path)
+    digest = reading.text_encoder_digest(
+        made.config, made.model.conditioner, has_captions=True
+    )
+    other = jax.tree.map(lambda leaf: -leaf, made.model.conditioner)
+    (tmp_path / "other").mkdir()
+    folder = write_clip(tmp_path / "other", "sd2")
+    cases = [(made.config, other), (made.of_condition(tokenizer=str(folder)), None)]
+    for config, conditioner in cases:
+        conditioner = conditioner or made.model.conditioner
+        note = note_of(made, text_encoder=digest, has_captions=True)
+        with pytest.raises(InputError, match="another text encoder or tokenizer"):
+            reading._check_states(made.reading(config), conditioner, note)
+
+
+# What is written, and what is left where writing stops.
+
+
+def note_of(made, **fields) -> CacheNote:
+    source = open_split(
+        dataclasses.replace(made.config, stages=("autoencoder",), first_stage=None),
+        "train",
+    )
+    encoders = Encoders(made.model.autoencoder, {})
+    note = plan_cache(made.config, encoders, source, num_shards=5)
+    return dataclasses.replace(note, **fields)
+
+
+def records_of(made, note, *, stops_at=None):
+    """Encode without a network: what is written depends on every pixel."""
+    examples = open_split(made.config, "train").examples
+    shape = note.fields[0].shape
+
+    def encode(given):
+        means = given.image.mean((1, 2, 3), dtype=np.float32)
+        return Made(
+            np.broadcast_to(means[:, None, None, None], (len(means), *shape)), None
+        )
+
+    def records(shard):
+        if shard == stops_at:
+            raise KeyboardInterrupt
+        return encode_records(made.config, examples, note, encode, shard, size=4)
+
+    return records
+
+
+def test_what_was_whole_when_a_command_stopped_is_kept(cached, tmp_path):
+    note = note_of(cached)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(tmp_path, note, range(5), {}, records_of(cached, note, stops_at=3))
+    (tmp_path / "latents-00003-of-00005.array_record.part").write_bytes(b"half")
+    found = find_shards(tmp_path, note, range(5))
+    assert list(found) == [0, 1, 2]
+    other = dataclasses.replace(note, first_stage="of another")
+    assert not find_shards(tmp_path, other, range(5))
+    made = []
+
+    def records(shard):
+        made.append(shard)
+        return records_of(cached, note)(shard)
+
+    whole = make_shards(tmp_path, note, range(5), found, records)
+    assert made == [3, 4] and len(whole) == 5
+    note = dataclasses.replace(note, shards=tuple(whole[i] for i in range(5)))
+    examples = LatentExamples(tmp_path, note, states=False)
+    source = open_split(cached.config, "train").examples
+    labels = [int(examples[i]["label"]) for i in range(NUM)]
+    assert labels == [int(source[i]["label"]) for i in range(NUM)]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_two_processes_write_what_one_writes(cached, tmp_path):
+    note, folders = note_of(cached), [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    one = make_shards(folders[0], note, range(5), {}, records_of(cached, note))
+    two: dict = {}
+    for process in (1, 0):
+        own = range(process, 5, 2)
+        two |= make_shards(folders[1], note, own, {}, records_of(cached, note))
+    assert two == one
+    assert [i for shard in range(5) for i in shard_range(shard, note)] == list(
+        range(NUM)
+    )
+
+
+def test_a_record_reads_back_bit_for_bit_with_its_caption(cached):
+    note = dataclasses.replace(read_note(cached.out), has_captions=True)
+    moments = np.random.RandomState(0).normal(size=note.fields[0].shape)
+    example = {"moments": moments.astype(np.float32), "label": 3, "caption": "ein Ü"}
+    record = pack(example, note, where="example 0")
+    found = unpack(record, note)
+    assert np.array_equal(found["moments"], example["moments"])
+    assert (int(found["label"]), found["caption"].decode()) == (3, "ein Ü")
+    with pytest.raises(ValueError, match="a record of 9 bytes"):
+        unpack(record[:9], note)
+    wrong = {**example, "moments": moments[:2]}
+    with pytest.raises(InputError, match=r"'moments' of example 7 has the shape"):
+        pack(wrong, note, where="example 7")
+
+
+def test_a_disk_that_takes_no_more_is_told_with_the_file(cached, tmp_path):
+    with pytest.raises(RunError, match=r"cannot be written \(.*; make room there"):
+        make_shards(
+            tmp_path / "not there",
+            note_of(cached),
+            range(1),
+            {},
+            records_of(cached, note_of(cached)),
+        )
+
+
+# What may be asked.
+
+
+def test_another_cache_in_the_same_folder_is_refused(cached):
+    with pytest.raises(InputError, match=r"--out: .* shards \(2 there, 3 here\)"):
+        cached.make(num_shards=3)
+    with pytest.raises(InputError, match=r"--shards: got 25, wanted at most 24"):
+        cached.make(num_shards=25)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "message"),
+    [
+        ("low_resolution", {}, "concat low_resolution, wanted none"),
+        ("masked_image", {}, "concat masked_image, wanted none"),
+        ("label", {"crop": "random"}, "with data.crop random, wanted none"),
+        ("label", {"flip": True}, "with data.flip True, wanted none"),
+    ],
+)
+def test_what_needs_the_images_reads_no_latents(kind, data, message):
+    config = config_of(kind)
+    data = dataclasses.replace(config.data, latents="somewhere", **data)
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(config, data=data)
+
+
+def test_a_first_stage_alone_reads_no_latents():
+    config = dataclasses.replace(config_of("label"), stages=("autoencoder",))
+    data = dataclasses.replace(config.data, latents="somewhere")
+    with pytest.raises(InputError, match=r"stage 1 alone.*learns from images"):
+        dataclasses.replace(config, data=data)
+
+
+def test_latents_are_no_part_of_what_a_run_is(cached):
+    ours, theirs = cached.config, cached.reading()
+    assert config_lib.digest(ours) == config_lib.digest(theirs)
+    assert config_lib.differences(ours, theirs) == []
+    assert config_lib.from_json(config_lib.to_json(theirs)) == theirs
+
+
+TINY = ("--config", "tests/tiny.py")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--out", "x"), "--workdir: wanted it"),
+        (("--workdir", "x", *TINY, "--out", "y"), "--workdir: wanted it"),
+        (("--workdir", "x"), "--out: not given"),
+        (("--workdir", "x", "--out", "y"), "x is not a run"),
+        ((*TINY, "--out", "y"), "first_stage: not given"),
+        ((*TINY, "--out", "y", "--sharts", "3"), "did you mean --shards"),
+        ((*TINY, "--out", "y", "--shards", "0"), "--shards: got 0, wanted 1 or more"),
+        (("--workdir", "x", "--seed", "3", "--out", "y"), "--seed: no such flag"),
+        ((*TINY, "--out", "gs://bucket/x"), "--out: got gs:/bucket/x, wanted a folder"),
+    ],
+)
+def test_bad_input_gets_one_line(args, message):
+    with pytest.raises(InputError) as caught:
+        parse(list(args))
+    assert message in str(caught.value)
+
+
+def test_flags_of_the_config_and_of_the_launch_are_read():
+    asked = parse(
+        [*TINY, "--first-stage", "there", "--out", "y", "--seed", "5", "--pod"]
+    )
+    assert (asked.config.first_stage, asked.config.seed) == ("there", 5)
+    assert asked.launch.pod and asked.states and asked.num_shards is None
