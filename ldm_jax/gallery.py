@@ -16,7 +16,12 @@ from ldm_jax.pictures import reading
 from ldm_jax.recipes import differences, texts_of, write_recipe
 from ldm_jax.requests import SampleRequest
 from ldm_jax.studio import Studio, images_at_once, open_studio
-from ldm_jax.subjects import Subject, condition_inputs, subjects_of
+from ldm_jax.subjects import (
+    Subject,
+    condition_inputs,
+    subjects_of,
+    tell_of_prompts,
+)
 from ldm_jax.training.hosts import wait_for_all
 from ldm_jax.types import InputError
 
@@ -91,6 +96,7 @@ def open_work(request: SampleRequest) -> Work:
     studio = open_studio(request.settings)
     subjects = subjects_of(studio.run.config, request)
     condition_inputs(studio.run.config, [subjects[0].shown])  # a tokenizer is missing
+    tell_of_prompts(studio.run.config, request.prompts)
     return Work(request, studio, subjects)
 
 

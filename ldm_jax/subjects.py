@@ -1,6 +1,7 @@
 """What the images of a request show: labels, texts, seeds, and what lies between."""
 
 import functools
+import logging
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Int
 from ldm_jax.build import open_tokenizer
 from ldm_jax.cli import parse_list
 from ldm_jax.config import ConditionConfig, Config
+from ldm_jax.data.captions import count_cut, strange_parts
 from ldm_jax.data.tokenizer import Tokenizer
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.requests import SampleRequest
@@ -189,6 +191,24 @@ def check_subject(config: Config, subject: Subject) -> None:
 def _tokenizer(condition: ConditionConfig) -> Tokenizer:
     """Open a tokenizer once, not once for every chunk of images."""
     return open_tokenizer(condition)
+
+
+def tell_of_prompts(config: Config, prompts: tuple[str, ...]) -> None:
+    """Warn of what a model cannot have understood: unknown parts, and what is cut."""
+    if not config.diffusion.condition.uses_tokens:
+        return
+    tokenizer, log = _tokenizer(config.diffusion.condition), logging.getLogger(__name__)
+    for prompt in prompts:
+        if strange := strange_parts(prompt, tokenizer):
+            log.warning(
+                "--prompt: %r has what the model's texts never had: %s",
+                *(prompt, " ".join(strange)),
+            )
+        if count_cut([prompt], tokenizer):
+            log.warning(
+                "--prompt: %r is longer than the %d tokens the model reads, and is cut",
+                *(prompt, tokenizer.length),
+            )
 
 
 def condition_inputs(

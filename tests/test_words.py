@@ -16,10 +16,11 @@ from ldm_jax.data.byte_pairs import (
     train_byte_pairs,
     write_byte_pairs,
 )
-from ldm_jax.data.captions import count_cut
+from ldm_jax.data.captions import count_cut, strange_parts
 from ldm_jax.data.sources import caption_of, open_source, read_captions
 from ldm_jax.interop.model import without_tokenizer
 from ldm_jax.run import load_run, train
+from ldm_jax.subjects import tell_of_prompts
 from ldm_jax.types import InputError
 from ldm_jax.words import keep_tokenizer, own_tokenizer, with_own_tokenizer
 from tests.commands import sample_here
@@ -77,6 +78,25 @@ def test_a_caption_longer_than_the_context_is_counted_and_cut(tokenizer):
     assert count_cut([*CAPTIONS, long], tokenizer) == 1
     (row,) = tokenizer.encode([long])
     assert len(row) == LENGTH and row[-1] == tokenizer.eos_id
+
+
+def test_what_no_caption_had_is_named(tokenizer, caplog, monkeypatch):
+    assert strange_parts("a small red circle", tokenizer) == []
+    assert strange_parts("A SMALL red ж circle7", tokenizer) == ["ж", "7"]
+    config = get_config()
+    text = dataclasses.replace(config.diffusion.condition, context="text")
+    diffusion = dataclasses.replace(
+        config.diffusion, condition=text, transformer_depth=1
+    )
+    config = dataclasses.replace(config, diffusion=diffusion)
+    monkeypatch.setattr("ldm_jax.subjects._tokenizer", lambda condition: tokenizer)
+    tell_of_prompts(config, ("a red circle", "a ж", "red " * LENGTH))
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == "--prompt: 'a ж' has what the model's texts never had: ж"
+    assert told[1].endswith(
+        f"is longer than the {LENGTH} tokens the model reads, and is cut"
+    )
+    assert len(told) == 2
 
 
 def test_too_few_tokens_are_refused():
