@@ -57,7 +57,7 @@ parity: setup
 recipes: setup
 	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k dry_run_of
 	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_compvis_names.py
-	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_words.py -k draws
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_words.py tests/test_folder_check.py -k 'draws or trains_on'
 
 lint: setup
 	$(RUN) -m ruff check .

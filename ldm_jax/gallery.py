@@ -1,6 +1,7 @@
 """Images on disk: every subject once, each with its recipe, whatever interrupts."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,21 +120,23 @@ def draw_missing(work: Work, paths: list[Path]) -> int:
     def recipe(i: int) -> dict[str, str]:
         return write_recipe(subjects[i], studio.settings, studio.made_with)
 
-    def is_there(i: int) -> bool:
-        path, flag = paths[i], request.out_flag
-        return path.exists() and is_made(
-            path, recipe(i), overwrite=request.overwrite, flag=flag
-        )
-
+    flag = request.out_flag
     # All are looked at before the first is written: what was made otherwise stops here.
-    missing = {i for i in range(len(paths)) if not is_there(i)}
+    missing = {
+        i
+        for i, path in enumerate(paths)
+        if not (
+            path.exists()
+            and is_made(path, recipe(i), overwrite=request.overwrite, flag=flag)
+        )
+    }
     mine = [
         i
         for i in share(len(subjects), studio, turn=request.turn, turns=request.turns)
         if i in missing
     ]
-    for folder in {path.parent for path in paths}:
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
+        os.makedirs(folder or ".", exist_ok=True)
     done = len(subjects) - len(missing)
     with tqdm(
         total=done + len(mine), initial=done, unit=" images", mininterval=1.0

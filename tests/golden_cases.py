@@ -63,7 +63,13 @@ Inputs = dict[str, np.ndarray]
 
 def formats(config: Config, kind: str) -> list[Format]:
     """List every naming of a network's parameters."""
-    found = [make(config) for (_, named), make in FORMATS.items() if named == kind]
+    # No UNet of diffusers has a pooled context: it is refused when it is written.
+    without = {"diffusers"} if config.diffusion.condition.pooled else set()
+    found = [
+        make(config)
+        for (format_, named), make in FORMATS.items()
+        if named == kind and format_ not in without
+    ]
     if kind == "conditioner" and config.diffusion.condition.context == "clip":
         clip = diffusers.clip_format()
         found.append(lambda path: clip(path[1:]))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
 
@@ -223,6 +224,7 @@ def test_captions_cut_by_a_given_tokenizer_are_told_of_once(
     assert "captions are longer than the 6 tokens of the context, and are cut" in said
 
 
+@pytest.mark.skipif("LDM_JAX_SLOW" not in os.environ, reason="trains both stages")
 def test_a_run_trains_on_a_folder(whole, tmp_path):
     folder = ("--data.source", f"folder:{whole}", "--data.num-train-examples", 0)
     varied = ("--data.crop", "random", "--data.flip")

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -137,6 +138,55 @@ def test_an_untrained_unet_predicts_zero_and_a_trained_one_sees_time_and_class()
     assert np.abs(predict(moved, 900, 1) - base).max() > 1e-4
     assert np.abs(predict(moved, 3, 2) - base).max() > 1e-4
     assert np.abs(predict(moved, 3, config.data.num_classes) - base).max() > 1e-4
+
+
+def test_a_pooled_context_is_the_mean_of_its_tokens_in_the_time_embedding():
+    def unet(pooled, dtype="float32"):
+        config = tiny()
+        read = dataclasses.replace(
+            config.diffusion.condition, label=False, context="class", pooled=pooled
+        )
+        settings = dataclasses.replace(
+            config.diffusion,
+            condition=read,
+            transformer_depth=1,
+            channel_multipliers=(1,),
+            attention_downsampling=(),  # but for the one in the middle
+            dtype=dtype,
+        )
+        config = dataclasses.replace(config, diffusion=settings)
+        return config, build_networks(config)
+
+    (config, pooled), (_, plain) = unet(True), unet(False)
+    params = init_unet(config, pooled)
+    moved = jax.tree.map(lambda leaf: 0.1 * normal(2, leaf.shape), params)
+    # The transformer in the middle is mute, so that only the mean can be heard.
+    mute = moved["mid_0"]["transformer"]["proj_out"]
+    mute = jax.tree.map(jnp.zeros_like, mute)
+    moved["mid_0"]["transformer"]["proj_out"] = mute
+    x, t = normal(0, (2, *pooled.latent_shape)), jnp.asarray([3, 700])
+    context = normal(1, (2, 4, config.diffusion.condition.context_width))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def predict(unet, params, context):
+        return unet.apply({"params": params}, x, t, Condition(context=context))
+
+    base = predict(pooled.unet, moved, context)
+    mean = jnp.broadcast_to(context.mean(1, keepdims=True), context.shape)
+    again = predict(pooled.unet, moved, mean)
+    np.testing.assert_allclose(again, base, rtol=1e-4, atol=1e-5)
+    assert np.abs(predict(pooled.unet, moved, context + 1.0) - base).max() > 1e-2
+    # Added to the embedding as its last layer's bias is.
+    kernel, bias = (moved["context_pooled"][name] for name in ("kernel", "bias"))
+    added = context.mean(1)[:1] @ kernel + bias
+    same = {name: leaf for name, leaf in moved.items() if name != "context_pooled"}
+    last = same["time_1"]
+    same["time_1"] = {**last, "bias": last["bias"] + added[0]}
+    first = predict(plain.unet, same, context)[:1]
+    np.testing.assert_allclose(first, base[:1], rtol=1e-4, atol=1e-5)
+    _, half = unet(True, "bfloat16")
+    shape = jax.eval_shape(lambda: predict(half.unet, moved, context))
+    assert (shape.shape, shape.dtype) == (x.shape, jnp.float32)
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():

@@ -28,6 +28,7 @@ UNET_NAMES = {
     "time_1": "time_embed.2",
     "conv_in": "input_blocks.0.0",
     "class_embedding": "label_emb",
+    "context_pooled": "context_pooled",  # of no model but ours
     "norm_out": "out.0",
     "conv_out": "out.2",
 }

@@ -63,18 +63,19 @@ class TransformerBlock(nn.Module):
     ) -> Float[Array, "b n d"]:
         """Transform the tokens `x`."""
 
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
+        def normed(name: str) -> Float[Array, "b n d"]:
+            norm = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=jnp.float32, name=name)
+            return norm(x.astype(jnp.float32)).astype(self.dtype)
 
         x = x + Attention(self.num_heads, self.dtype, name="attn1")(
-            norm("norm1")(x), None
+            normed("norm1"), None
         )
         x = x + Attention(self.num_heads, self.dtype, name="attn2")(
-            norm("norm2")(x), context
+            normed("norm2"), context
         )
         width = x.shape[-1]
         h = nn.Dense(2 * MLP_EXPANSION * width, dtype=self.dtype, name="mlp_in")(
-            norm("norm3")(x)
+            normed("norm3")
         )
         value, gate = jnp.split(h, 2, axis=-1)
         h = value * nn.gelu(gate, approximate=False)
