@@ -55,9 +55,10 @@ parity: setup
 	$(RUN) -m pytest tests/parity -n 2 --dist loadfile
 
 recipes: setup
-	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k dry_run_of
-	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_compvis_names.py
-	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_words.py tests/test_folder_check.py -k 'draws or trains_on'
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k dry_run_of -n 2 --dist load
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_compvis_names.py -n 2 --dist load
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_words.py tests/test_folder_check.py \
+	  -k 'draws or trains_on' -n 2 --dist load
 
 lint: setup
 	$(RUN) -m ruff check .
