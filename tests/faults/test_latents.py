@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.commands import TINY, error_line, run, start, succeeded, train
-from tests.faults.test_two_hosts import ended
+from tests.faults.test_two_hosts import TORTURE, ended
 
 MAKER = ("-m", "ldm_jax.data.cache_latents")
 FLAGS = ("--diffusion.steps", 20, "--log.images-every", 100)
@@ -88,6 +88,7 @@ def test_two_hosts_make_the_bytes_of_one_also_when_one_is_killed(finished, tmp_p
     assert contents(out) == contents(finished / "latents")
 
 
+@pytest.mark.skipif(not TORTURE, reason="make torture")
 @pytest.mark.timeout(600)
 def test_a_run_begun_on_images_goes_on_from_latents(finished, tmp_path):
     workdir = tmp_path / "run"
