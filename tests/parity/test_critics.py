@@ -31,8 +31,12 @@ def to_numpy(tensor):
 
 
 def assert_close(slope, wanted):
-    """A thousandth of the largest slope: float32 through up to 13 layers."""
-    assert slope == pytest.approx(wanted, abs=1e-3 * float(np.abs(wanted).max()))
+    """Up to 3e-3 of the slope's norm, not value by value.
+
+    Where a rectifier's input is all but zero, float32 may round it to either side, and
+    processors do: the slopes of the pixels below it move, by 5e-4 of the norm in all.
+    """
+    assert np.linalg.norm(slope - wanted) <= 3e-3 * np.linalg.norm(wanted)
 
 
 def images(seed, side, batch=3):
