@@ -9,13 +9,10 @@ two do not draw the same images. Needs the extra `parity`.
 """
 
 import argparse
-import importlib
 import json
 import statistics
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,17 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from side_by_side import (
+    LATENT_SCALE,
+    draw_model,
+    import_peers,
+    take_turns,
+    text_config,
+)
 
 from ldm_jax.build import build_networks
 from ldm_jax.cli import load_config_file
-from ldm_jax.config import (
-    AutoencoderConfig,
-    ConditionConfig,
-    Config,
-    DataConfig,
-    DiffusionConfig,
-)
-from ldm_jax.exchange import network_shapes, to_sample_params
+from ldm_jax.config import Config
+from ldm_jax.exchange import to_sample_params
 from ldm_jax.generate import make_sample_fn
 from ldm_jax.interop.model import Model
 from ldm_jax.interop.write import write_folder
@@ -52,49 +50,8 @@ from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
 MAX_SCAN_OVERHEAD = 0.03
 MAX_DIFFERENCE = 1e-2
 SCALE = 2.0
-LATENT_SCALE = 0.5
-REST, SHORTEST = 0.3, 0.5
 Draw = Callable[[], Any]
 Pass = Callable[[SampleParams, jax.Array], jax.Array]
-
-
-def text_config() -> Config:
-    """Return a small text-to-image model: cross-attention to 77 vectors everywhere."""
-    return Config(
-        data=DataConfig(image_size=64, image_channels=3),
-        autoencoder=AutoencoderConfig(
-            channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=1,
-            latent_channels=4, num_groups=16, latent_scale=LATENT_SCALE,
-        ),
-        diffusion=DiffusionConfig(
-            channels=64, channel_multipliers=(1, 2, 4), num_res_blocks=1,
-            attention_downsampling=(1, 2, 4), num_heads=4, transformer_depth=1,
-            num_groups=32,
-            condition=ConditionConfig(
-                context="embedding", embedding_length=77, embedding_width=256
-            ),
-        ),
-    )  # fmt: skip
-
-
-def draw_model(config: Config) -> Model:
-    """Draw parameters that keep the scale of what goes through: no layer is zero."""
-    random = np.random.RandomState(0)
-
-    def draw(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
-        name, shape = path[-1].key, leaf.shape
-        if name == "kernel":
-            deviation = np.prod(shape[:-1]) ** -0.5
-            return (random.randn(*shape) * deviation).astype(np.float32)
-        if name == "bias":
-            return np.zeros(shape, np.float32)
-        return np.ones(shape, np.float32)
-
-    shapes = network_shapes(config)
-    first, second, conditioner = (
-        jax.tree_util.tree_map_with_path(draw, tree) for tree in shapes
-    )
-    return Model(config, first, second, conditioner, LATENT_SCALE)
 
 
 class Case(NamedTuple):
@@ -145,14 +102,7 @@ def our_sample(case: Case) -> Draw:
 
 def their_sample(case: Case, folder: Path, *, compiled: bool) -> Draw:
     """Make what draws the same batch with diffusers, eager or compiled."""
-    # By name: the type checker runs where the extra is not installed.
-    torch: Any = importlib.import_module("torch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        library: Any = importlib.import_module("diffusers")
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")  # JAX's default on GPUs too
+    torch, library, device = import_peers()
     has_labels = case.cond.label is not None
     name = "UNet2DModel" if has_labels else "UNet2DConditionModel"
     parts = [(name, "unet"), ("AutoencoderKL", "vae")]
@@ -237,32 +187,6 @@ def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
         "one step": our_sample(case._replace(steps=1)),
     }
     return parts, float(cost["flops"])
-
-
-def take_turns(draws: dict[str, Draw], *, rounds: int) -> dict[str, list[float]]:
-    """Time everything once a round, so that a slow moment of the machine hits all.
-
-    Before each the machine rests, as threads of one library linger and disturb the
-    next; what is short is done several times.
-
-    Args:
-      draws: What to time; each was called before.
-      rounds: How often.
-
-    Returns:
-      Seconds of each round.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in draws}
-    for _ in range(rounds):
-        for name, draw in draws.items():
-            time.sleep(REST)
-            draw()
-            times, began = 0, time.perf_counter()
-            while not times or time.perf_counter() - began < SHORTEST:
-                draw()
-                times += 1
-            seconds[name].append((time.perf_counter() - began) / times)
-    return seconds
 
 
 def measure(
