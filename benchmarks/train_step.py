@@ -58,16 +58,15 @@ class Ours(NamedTuple):
     """Our side, ready to train.
 
     Attributes:
-      turn: Makes `INNER` steps and waits for them.
-      dispatch: Makes as many, and returns the seconds that the host was busy.
+      turn: Makes `INNER` steps, waits for them, and returns the seconds of these that
+        the host was busy.
       seconds_cold: Of tracing and compiling with an empty cache.
       seconds_warm: The same again, from the cache.
       memory: What the compiler says a device needs.
       flops: Of the mathematics of one step.
     """
 
-    turn: Turn
-    dispatch: Callable[[], float]
+    turn: Callable[[], float]
     seconds_cold: float
     seconds_warm: float
     memory: Memory
@@ -89,14 +88,14 @@ def random_batch(config: Config) -> Any:
     random = np.random.RandomState(0)
     condition = config.diffusion.condition
     highest = {"label": config.data.num_classes, "tokens": condition.vocab_size}
+    size = config.diffusion.batch_size
 
     def draw(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
         if np.issubdtype(leaf.dtype, np.floating):
             return random.randn(*leaf.shape).astype(leaf.dtype)
-        top = max(highest.get(path[0].name, leaf.shape[0]), 1)
+        top = max(highest.get(path[0].name, size), 1)
         return random.randint(top, size=leaf.shape).astype(leaf.dtype)
 
-    size = config.diffusion.batch_size
     shapes = batch_shapes(config, "diffusion", size)
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -136,7 +135,7 @@ def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
     placed, key = layout.place(stage.frozen), layout.place(root_key(config.seed))
     sent = layout.split(batch)
 
-    def dispatch() -> float:
+    def turn() -> float:
         nonlocal state
         busy = 0.0
         for _ in range(INNER):
@@ -148,7 +147,7 @@ def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
 
     request = Request(config, None, "diffusion", None, "ddim", 50, False)
     flops = step_flops(config, request, config.diffusion.batch_size)
-    return Ours(dispatch, dispatch, cold.seconds, warm.seconds, cold.memory, flops)
+    return Ours(turn, cold.seconds, warm.seconds, cold.memory, flops)
 
 
 def prepare_theirs(config: Config, folder: Path, batch: Any, *, compiled: bool) -> Turn:
@@ -222,7 +221,7 @@ def measure(
     batch = random_batch(config)
     with tempfile.TemporaryDirectory() as cache:
         ours = prepare_ours(config, model, batch, Path(cache))
-        turns = {"ours": ours.turn}
+        turns: dict[str, Turn] = {"ours": ours.turn}
         if args.against:
             turns["diffusers"] = prepare_theirs(config, folder, batch, compiled=False)
             if not args.no_compile:
@@ -230,7 +229,7 @@ def measure(
         for turn in turns.values():
             turn()
         seconds = take_turns(turns, rounds=args.rounds)
-        busy = statistics.median(ours.dispatch() for _ in range(args.rounds)) / INNER
+        busy = statistics.median(ours.turn() for _ in range(args.rounds)) / INNER
     steps = {name: statistics.median(row) / INNER for name, row in seconds.items()}
     device = jax.devices()[0]
     chip, size = chip_of(device), config.diffusion.batch_size

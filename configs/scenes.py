@@ -43,12 +43,12 @@ def get_config() -> Config:
             num_groups=8,
             reconstruction_loss="l2",
             # At 1e-6 half of a latent's variance is the posterior's own noise.
-            kl_weight=1e-8,
+            kl_weight=1e-7,
             batch_size=16,
-            steps=2000,
+            steps=2400,
             scale_batches=40,
             optim=OptimConfig(
-                lr=2e-3, warmup_steps=20, decay_steps=1000, b2=0.99, ema_decay=0.99
+                lr=2e-3, warmup_steps=20, decay_steps=1500, b2=0.99, ema_decay=0.99
             ),
         ),
         diffusion=DiffusionConfig(
@@ -61,12 +61,14 @@ def get_config() -> Config:
             scale_shift_norm=True,
             num_groups=16,
             prediction="v",
+            # Shapes are decided where noise and signal are about equal.
+            loss_weight="p2",
             condition=ConditionConfig(
                 context="text",
                 pooled=True,
                 text=TextConfig(
                     vocab_size=512,
-                    length=24,
+                    length=16,
                     width=128,
                     depth=2,
                     num_heads=4,
@@ -75,12 +77,13 @@ def get_config() -> Config:
                 tokenizer="captions",
             ),
             batch_size=32,
-            steps=3500,
+            steps=3200,
             optim=OptimConfig(
-                lr=1e-3,
+                # With AdamW shapes are only beginning to be learned in this time.
+                algorithm="muon",
+                lr=3e-3,
                 warmup_steps=100,
-                decay_steps=1000,
-                b2=0.99,
+                decay_steps=1200,
                 ema_decay=0.998,
             ),
         ),

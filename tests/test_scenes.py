@@ -42,7 +42,7 @@ def pale(pixels=32):
 
 
 def picture(*things, pixels=32):
-    placed = [Placed(thing, RADII[thing.size]) for thing in things]
+    placed = [Placed(thing, RADII[thing.size][1]) for thing in things]
     return paint(pale(pixels), placed)
 
 

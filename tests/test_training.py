@@ -329,6 +329,37 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     assert second_moment(1e8) == pytest.approx(0.5**2 / 3)
 
 
+def test_muon_makes_the_updates_of_matrices_orthogonal_and_leaves_the_rest_to_adam():
+    config = OptimConfig(algorithm="muon", lr=0.1, clip_norm=0.0)
+    optimizer = make_optimizer(config, num_steps=10)
+    random = np.random.default_rng(0)
+    # Singular values from 1 to 0.1: those of the update no longer tell them apart.
+    left, _ = np.linalg.qr(random.normal(size=(6, 4)))
+    right, _ = np.linalg.qr(random.normal(size=(4, 4)))
+    matrix = left * [1.0, 0.5, 0.2, 0.1] @ right
+    gradients = {
+        "matrix": matrix,
+        "wide": matrix.T,
+        "vector": np.asarray([3.0, -1e-3]),
+        "conv": random.normal(size=(3, 3, 2, 4)),
+    }
+    gradients = jax.tree.map(jnp.float32, gradients)
+    params = jax.tree.map(jnp.zeros_like, gradients)
+    state = init_state(params, optimizer)
+    state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+    moved = jax.tree.map(lambda leaf: np.asarray(leaf) / -0.1, state.params)
+    values = np.linalg.svd(moved["matrix"], compute_uv=False)
+    assert values.min() > 0.6 and values.max() < 1.3
+    # The same directions: u v' of the gradient, of full rank.
+    assert np.sum(moved["matrix"] * (left @ right)) / np.sum(values) > 0.99
+    wider = np.linalg.svd(moved["wide"], compute_uv=False)
+    assert wider == pytest.approx(values * (6 / 4) ** 0.5, rel=1e-3)
+    # Adam's first step has length 1; one that looks ahead adds b1 of the next average.
+    length = 1.0 + 0.9 * 0.1 / (1.0 - 0.9**2)
+    assert moved["vector"] == pytest.approx([length, -length], rel=1e-3)
+    assert np.abs(moved["conv"]) == pytest.approx(length, rel=1e-3)
+
+
 def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_path):
     built = stage("autoencoder")
 

@@ -18,7 +18,15 @@ HOW_FIELDS = frozenset({"parallel", "data.latents", "data.max_broken_files"})
 """Fields that say how a run is computed, not what: they may differ when one goes on."""
 
 LATER_FIELDS = frozenset(
-    {"max_skipped_steps", "data.crop", "data.flip", "diffusion.condition.pooled"}
+    {
+        "max_skipped_steps",
+        "data.crop",
+        "data.flip",
+        "diffusion.condition.pooled",
+        "diffusion.optim.algorithm",
+        "autoencoder.optim.algorithm",
+        "autoencoder.adversary.optim.algorithm",
+    }
     | HOW_FIELDS
 ) | frozenset(
     f"diffusion.{name}"

@@ -6,6 +6,7 @@ from typing import Literal
 from ldm_jax.config.checked import Checked
 
 LayoutName = Literal["pmap", "fsdp"]
+AlgorithmName = Literal["adamw", "muon"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,11 @@ class DataConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig(Checked):
-    """AdamW with linear warm-up, clipping, and an average of the weights."""
+    """AdamW or Muon with linear warm-up, clipping, and an average of the weights."""
 
+    algorithm: AlgorithmName = "adamw"
+    """AdamW; or Muon, which makes the updates of matrices orthogonal and leaves all
+    else to AdamW at the same rate: small models of text learn several times sooner."""
     lr: float = 1e-4
     """Learning rate after warm-up; absolute, for the global batch."""
     warmup_steps: int = 0
@@ -65,7 +69,7 @@ class OptimConfig(Checked):
     b2: float = 0.999
     """Adam's decay of the squared-gradient average, in [0, 1)."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, at least 0."""
+    """Decoupled weight decay, at least 0."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient, longer ones are scaled down; 0: no limit."""
     ema_decay: float = 0.9999

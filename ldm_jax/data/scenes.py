@@ -46,9 +46,6 @@ TRAINED: tuple[PairName, ...] = tuple(pair for pair in PAIRS if pair not in HELD
 
 MARGIN = 8
 """From a thing to the edge of the picture, at least, in points."""
-GRID = 8
-"""Middles lie on multiples of so many points, which are corners of pixels: a shape of
-ten pixels looks the same wherever it is, and as sharp as it can be."""
 GAP = 20
 """Between the bounding boxes of two things, at least, in points."""
 TRIES = 40
@@ -74,8 +71,8 @@ class Placed(NamedTuple):
     """A thing as it is drawn.
 
     Attributes:
-      thing: The thing, its middle on the grid.
-      radius: Its nominal radius, in points: that of its size.
+      thing: The thing, its middle on whole points.
+      radius: Its nominal radius, in points: one of its size's.
     """
 
     thing: Thing
@@ -207,7 +204,7 @@ def _arrange(random: np.random.RandomState, pairs: list[PairName]) -> list[Place
     is_as_aimed = _draw_aim(random, len(pairs))
     while True:
         sizes = _draw_sizes(random, len(pairs))
-        radii = [RADII[size] for size in sizes]
+        radii = [RADII[size][random.randint(len(RADII[size]))] for size in sizes]
         for middles in _draw_middles(random, [shape for _, shape in pairs], radii):
             things = [
                 Thing(shape=shape, colour=colour, size=size, x=x, y=y)
@@ -222,12 +219,12 @@ def _arrange(random: np.random.RandomState, pairs: list[PairName]) -> list[Place
 def _draw_middles(
     random: np.random.RandomState, shapes: list[ShapeName], radii: list[int]
 ) -> Float[np.ndarray, "tries n 2"]:
-    """Try middles on the grid; keep those whose boxes are inside and apart."""
+    """Try whole points for the middles; keep those whose boxes are inside and apart."""
     half = np.asarray([HALF_EXTENTS[shape] for shape in shapes])
     half = half * np.asarray(radii)[:, None]
-    lowest = np.ceil((MARGIN + half) / GRID)
-    spread = random.random_sample((TRIES, len(shapes), 2))
-    middles = GRID * np.floor(lowest + spread * (POINTS / GRID - 2 * lowest + 1))
+    lowest = np.ceil(MARGIN + half)
+    spread = random.random_sample((TRIES, len(shapes), 2)) * (POINTS - 2 * lowest + 1)
+    middles = np.floor(lowest + spread)
     are_apart = np.ones(TRIES, bool)
     for i, j in itertools.combinations(range(len(shapes)), 2):
         between = np.abs(middles[:, i] - middles[:, j]) - half[i] - half[j]

@@ -50,7 +50,7 @@ LEAST_GAP = 0.005
 WORST_COLOUR = 0.08
 """Distance from the colour with that name."""
 
-MIDDLING = (RADII["small"] + RADII["large"]) / 2.0
+MIDDLING = (max(RADII["small"]) + min(RADII["large"])) / 2.0
 """Nominal radius between small and large, in points."""
 PALEST_CORE = 0.6
 """The strongest colour of a thing is at least so much of its colour."""

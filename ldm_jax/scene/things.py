@@ -47,8 +47,8 @@ RGB: dict[ColourName, tuple[int, int, int]] = {
 
 POINTS = 256
 MOST_THINGS = 3
-RADII: dict[SizeName, int] = {"small": 31, "large": 47}
-"""Nominal radius of each size, in points."""
+RADII: dict[SizeName, tuple[int, ...]] = {"small": (27, 29, 31), "large": (43, 45, 47)}
+"""Nominal radii of each size, in points."""
 
 EDGE = 102
 """A thing is at the left if its x is at most this many points; at the top likewise."""

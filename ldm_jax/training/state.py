@@ -85,7 +85,11 @@ def learning_rate_schedule(config: OptimConfig, *, num_steps: int) -> optax.Sche
 def make_optimizer(
     config: OptimConfig, *, num_steps: int
 ) -> optax.GradientTransformation:
-    """Make AdamW behind clipping by the global norm.
+    """Make AdamW or Muon behind clipping by the global norm.
+
+    Muon's updates of a matrix have singular values of about 1, times the root of its
+    width out over its width in where that is more. Kernels of convolutions, vectors and
+    scalars are AdamW's at the same learning rate, with Nesterov's momentum too.
 
     Args:
       config: Its numbers; a `clip_norm` of 0 clips nothing.
@@ -95,18 +99,25 @@ def make_optimizer(
       The optimiser.
 
     Source:
-      Loshchilov & Hutter, arXiv:1711.05101; Pascanu et al., arXiv:1211.5063 (clipping).
+      Loshchilov & Hutter, arXiv:1711.05101; Jordan, "Muon: An optimizer for hidden
+      layers in neural networks" (2024), as optax has it; Pascanu et al.,
+      arXiv:1211.5063 (clipping).
     """
     clip = optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(
-        clip if config.clip_norm else optax.identity(),
-        optax.adamw(
-            learning_rate_schedule(config, num_steps=num_steps),
-            b1=config.b1,
-            b2=config.b2,
+    rate = learning_rate_schedule(config, num_steps=num_steps)
+    if config.algorithm == "muon":
+        update = optax.contrib.muon(
+            rate,
             weight_decay=config.weight_decay,
-        ),
-    )
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+        )
+    else:
+        update = optax.adamw(
+            rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+        )
+    return optax.chain(clip if config.clip_norm else optax.identity(), update)
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:

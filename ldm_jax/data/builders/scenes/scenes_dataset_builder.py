@@ -59,11 +59,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """
 
     name = "scenes"
-    VERSION = tfds.core.Version("2.0.0")
-    RELEASE_NOTES = {  # noqa: RUF012 (TFDS' own convention)
-        "1.0.0": "First release.",
-        "2.0.0": "Things lie on a grid of pixels and have one radius for each size.",
-    }
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 (TFDS' own convention)
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS' own convention)
         _config(most, pixels) for pixels in (32, 64) for most in NAMES
     ]
