@@ -159,6 +159,11 @@ def prepare_theirs(config: Config, folder: Path, batch: Any, *, compiled: bool) 
     torch, library, device = import_peers()
     settings, optim = config.diffusion, config.diffusion.optim
     has_labels = settings.condition.label
+    if settings.prediction != "eps" or not (has_labels or batch.embedding is not None):
+        raise InputError(
+            f"--against: got a model that predicts {settings.prediction} on "
+            f"{settings.condition.context}, wanted eps on a class or on vectors"
+        )
     name = "UNet2DModel" if has_labels else "UNet2DConditionModel"
     unet = getattr(library, name).from_pretrained(folder, subfolder="unet")
     unet = unet.to(device, memory_format=torch.channels_last).train()

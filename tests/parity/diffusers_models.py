@@ -171,6 +171,18 @@ def unet_inputs(config, seed: int, batch: int = 2) -> dict[str, np.ndarray]:
     return inputs
 
 
+def torch_condition(inputs: dict[str, np.ndarray]) -> dict:
+    """Put what `unet_inputs` drew beside x and t under the names of diffusers."""
+    import torch
+
+    names = {"label": "class_labels", "context": "encoder_hidden_states"}
+    return {
+        theirs: torch.from_numpy(inputs[ours])
+        for ours, theirs in names.items()
+        if ours in inputs
+    }
+
+
 def to_torch(images: np.ndarray):
     """Turn an array with channels last into a tensor with channels first."""
     import torch

@@ -29,11 +29,7 @@ def test_a_pass_and_its_gradients_count_as_in_torch(seed):
     unet, params = models.our_unet(config, tensors)
     inputs = models.unet_inputs(config, seed)
     x = models.to_torch(inputs["x"]).requires_grad_(True)
-    kwargs = {}
-    if "label" in inputs:
-        kwargs["class_labels"] = torch.from_numpy(inputs["label"])
-    if "context" in inputs:
-        kwargs["encoder_hidden_states"] = torch.from_numpy(inputs["context"])
+    kwargs = models.torch_condition(inputs)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     with flop_counter.FlopCounterMode(display=False) as forward:

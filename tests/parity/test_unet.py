@@ -39,11 +39,7 @@ def test_output_and_gradient_equal_diffusers(seed):
     weight = weight.astype(np.float32)
 
     x = models.to_torch(inputs["x"]).requires_grad_(True)
-    kwargs = {}
-    if "label" in inputs:
-        kwargs["class_labels"] = torch.from_numpy(inputs["label"])
-    if "context" in inputs:
-        kwargs["encoder_hidden_states"] = torch.from_numpy(inputs["context"])
+    kwargs = models.torch_condition(inputs)
     theirs = model(x, torch.from_numpy(inputs["t"]), **kwargs).sample
     (theirs * models.to_torch(weight)).sum().backward()
 
