@@ -1,10 +1,15 @@
 """Attention over the pixels of a feature map."""
 
+import functools
+import warnings
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ldm_jax.nn.attention_blocks import LEAST_PROBABILITIES, Shape, block_of
 from ldm_jax.nn.layers import GroupNorm
 from ldm_jax.types import Dtype
 
@@ -17,6 +22,10 @@ def attend(
     mask: Bool[Array, "n m"] | None = None,
 ) -> Float[Array, "b n k d"]:
     """Softmax attention of `k` heads, the softmax in float32.
+
+    On a TPU, and on a GPU in 16 bits, attention that is large enough is one kernel that
+    never writes its probabilities to memory; which one is a matter of the platform
+    that the program is compiled for. Everywhere else it is `attend_plainly`.
 
     Args:
       q: Queries, n tokens.
@@ -31,6 +40,28 @@ def attend(
     Source:
       Vaswani et al., arXiv:1706.03762, eq. 1.
     """
+    plainly = functools.partial(attend_plainly, mask=mask)
+    shape = Shape(queries=q.shape[1], keys=k.shape[1], width=q.shape[3])
+    if mask is not None or shape.queries * shape.keys < LEAST_PROBABILITIES:
+        return plainly(q, k, v)
+    kernels: dict[str, Any] = {}
+    if block_of(shape):
+        kernels["tpu"] = _on_tpu
+    if q.dtype == jnp.bfloat16 and cudnn_attends(shape):
+        kernels["cuda"] = _on_gpu
+    if not kernels:
+        return plainly(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, default=plainly, **kernels)
+
+
+def attend_plainly(
+    q: Float[Array, "b n k d"],
+    k: Float[Array, "b m k d"],
+    v: Float[Array, "b m k d"],
+    *,
+    mask: Bool[Array, "n m"] | None = None,
+) -> Float[Array, "b n k d"]:
+    """Do the same by plain operations: the one that the kernels are checked against."""
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bnkd,bmkd->bknm", q * scale, k)
     logits = logits.astype(jnp.float32)
@@ -38,6 +69,50 @@ def attend(
         logits = jnp.where(mask[None, None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1)
     return jnp.einsum("bknm,bmkd->bnkd", weights.astype(v.dtype), v)
+
+
+def _on_tpu(q: Array, k: Array, v: Array) -> Array:
+    # Here, since kernels take a tenth of a second to import and few programs need them.
+    from ldm_jax.nn.fused_attention import fused_attention
+
+    heads = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    return jnp.swapaxes(fused_attention(*heads), 1, 2)
+
+
+def _on_gpu(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+@functools.cache
+def cudnn_attends(shape: Shape) -> bool:
+    """Say whether cuDNN has attention of this shape on the GPU that is here.
+
+    It is tried, on one example and with gradients, since what it has depends on its
+    version and on the GPU; where it fails, so is said once.
+
+    Args:
+      shape: Of the attention.
+    """
+    if jax.default_backend() != "gpu":
+        return False
+
+    def total(q: Array, k: Array, v: Array) -> Array:
+        return _on_gpu(q, k, v).astype(jnp.float32).sum()
+
+    try:
+        with jax.ensure_compile_time_eval():
+            q = jnp.ones((1, shape.queries, 1, shape.width), jnp.bfloat16)
+            k = jnp.ones((1, shape.keys, 1, shape.width), jnp.bfloat16)
+            jax.block_until_ready(jax.grad(total, argnums=(0, 1, 2))(q, k, k))
+    except Exception as error:  # whatever it raises, there is another way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"cuDNN does not attend from {shape.queries} to {shape.keys} tokens of "
+            f"{shape.width} channels ({reason}); plain operations do",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 class SelfAttention(nn.Module):
