@@ -8,7 +8,7 @@ import pytest
 from ldm_jax.flops import count_flops
 from ldm_jax.nn import attention
 from ldm_jax.nn.attention import attend, attend_plainly
-from ldm_jax.nn.attention_blocks import Shape, block_of
+from ldm_jax.nn.attention_blocks import Shape, blocks_of
 from ldm_jax.nn.fused_attention import fused_attention
 
 KERNEL = "tpu_custom_call"
@@ -79,21 +79,22 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    "shape, block",
+    "shape, blocks",
     [
-        (Shape(64, 64, 64), 0),  # small: quickly written and read
-        (Shape(256, 256, 40), 256),
-        (Shape(1024, 1024, 40), 512),
-        (Shape(4096, 4096, 512), 256),
-        (Shape(4096, 77, 40), 512),
-        (Shape(4096, 4097, 40), 0),  # too many keys
-        (Shape(4096, 4096, 513), 0),  # too wide
-        (Shape(1000, 1000, 40), 0),  # queries do not divide
-        (Shape(640, 640, 40), 128),
+        (Shape(64, 64, 64), None),  # small: quickly written and read
+        (Shape(256, 256, 40), (256, 256)),
+        (Shape(1024, 1024, 40), (512, 512)),
+        (Shape(4096, 4096, 512), (512, 512)),
+        (Shape(4096, 77, 40), (512, 77)),
+        (Shape(4096, 4097, 40), None),  # too many keys
+        (Shape(4096, 1025, 40), None),  # keys do not divide
+        (Shape(4096, 4096, 513), None),  # too wide
+        (Shape(1000, 1000, 40), None),  # queries do not divide
+        (Shape(640, 640, 40), (128, 128)),
     ],
 )
-def test_the_block_of_queries(shape, block):
-    assert block_of(shape) == block
+def test_how_tokens_are_cut(shape, blocks):
+    assert blocks_of(shape) == blocks
 
 
 def lowered(fn, platform, *args):

@@ -13,13 +13,16 @@ from ldm_jax.planning.chips import CHIPS, GIB, chip_named, chip_of_kind, send_ra
 from ldm_jax.planning.estimate import estimate, scale_row
 from ldm_jax.planning.hlo import (
     Collective,
+    Kernel,
     Shortage,
     collectives,
     estimated_cycles,
+    kernels,
     num_bytes,
     parse_program,
     parse_shortage,
 )
+from ldm_jax.planning.kernels import kernel_cycles
 from ldm_jax.planning.planner import plan
 from ldm_jax.planning.programs import resolve, sample_work
 from ldm_jax.planning.remedies import remedies
@@ -132,6 +135,41 @@ def test_each_collective_counts_once_and_loops_count_their_rounds():
 
 def test_cycles_of_a_loop_count_its_rounds():
     assert estimated_cycles(parse_program(PROGRAM)) == 7 + 30 + 5 * 100 + 3 * 1000
+
+
+KERNELS = """
+%body.1 (state: (s32[])) -> (s32[]) {
+  %back = (bf16[2,8]{1,0}) custom-call(%a), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/transpose(jvp(attention_backward))/pallas_call"}, \
+backend_config={"cost_estimate":{"flops":"1310720","transcendentals":"1024",\
+"bytes_accessed":"9"}}
+}
+
+ENTRY %main (a: bf16[2,8]) -> bf16[2,8] {
+  %there = bf16[2,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/attention_forward/pallas_call"}, \
+backend_config={"cost_estimate":{"flops":"163840","transcendentals":"2048"}}
+  %other = bf16[2,8]{1,0} custom-call(%a), custom_call_target="Sharding"
+  %loop = (s32[]) while(%t), condition=%c, body=%body.1, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_kernels_count_what_they_were_said_to_do():
+    found = kernels(parse_program(KERNELS))
+    assert found == [
+        Kernel("attention_forward", 163840, 2048, 1),
+        Kernel("attention_backward", 1310720, 1024, 3),
+    ]
+    # 20 channels forward; 128 backward, which is as wide as the units of a v5e.
+    v5e, v6e = chip_named("v5e"), chip_named("v6e")
+    assert kernel_cycles(v5e, found) == round(2 * 4.3 + 3 * 9.7)
+    assert kernel_cycles(v6e, found) == round(2 * 3.4 + 3 * 5.7)
+    wide = [found[1]._replace(flops=4 * found[1].flops, times=1)]
+    assert kernel_cycles(v5e, wide) == round(4 * 9.7)
+    assert kernel_cycles(v6e, wide) == round(2 * 5.7)
+    assert kernel_cycles(v5e, [found[0]._replace(name="another")]) == 0
 
 
 def test_a_text_without_entry_is_refused():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ldm_jax.nn.attention_blocks import LEAST_PROBABILITIES, Shape, block_of
+from ldm_jax.nn.attention_blocks import LEAST_PROBABILITIES, Shape, blocks_of
 from ldm_jax.nn.layers import GroupNorm
 from ldm_jax.types import Dtype
 
@@ -45,7 +45,7 @@ def attend(
     if mask is not None or shape.queries * shape.keys < LEAST_PROBABILITIES:
         return plainly(q, k, v)
     kernels: dict[str, Any] = {}
-    if block_of(shape):
+    if blocks_of(shape):
         kernels["tpu"] = _on_tpu
     if q.dtype == jnp.bfloat16 and cudnn_attends(shape):
         kernels["cuda"] = _on_gpu

@@ -2,14 +2,14 @@
 
 from typing import NamedTuple
 
-LANES = 128
 LEAST_PROBABILITIES = 2**16
 """Fewer are as quickly written to memory and read again."""
-LONGEST, WIDEST = 4096, 512
-"""Keys, and channels of a head, that fit beside a block of queries."""
-BLOCKS = (512, 256, 128)
-LARGEST_BLOCK = 2**20
-"""Probabilities of a block, 4 bytes each; the backward pass has four such arrays."""
+MOST_KEYS, WIDEST = 4096, 512
+"""Keys, and channels of a head, that fit on the chip beside a block of queries."""
+SIZES = (512, 256, 128)
+"""Tokens of a block; the larger, the more of its work overlaps."""
+MOST_UNCUT = 1024
+"""Keys whose number no block divides are worked on at once, if they are no more."""
 
 
 class Shape(NamedTuple):
@@ -26,18 +26,34 @@ class Shape(NamedTuple):
     width: int
 
 
-def block_of(shape: Shape) -> int:
-    """Return how many queries are worked on at once; 0 where the kernel does not fit.
+class Blocks(NamedTuple):
+    """How many tokens are worked on at once.
+
+    Attributes:
+      queries: In each step of the kernel.
+      keys: Within a step of the backward pass, one block after the other.
+    """
+
+    queries: int
+    keys: int
+
+
+def blocks_of(shape: Shape) -> Blocks | None:
+    """Cut attention into blocks; None where the kernel does not fit.
 
     Args:
       shape: Of the attention.
     """
     if shape.queries * shape.keys < LEAST_PROBABILITIES:
-        return 0
-    if shape.keys > LONGEST or shape.width > WIDEST:
-        return 0
-    keys = -(-shape.keys // LANES) * LANES
-    for block in BLOCKS:
-        if shape.queries % block == 0 and block * keys <= LARGEST_BLOCK:
-            return block
-    return 0
+        return None
+    if shape.keys > MOST_KEYS or shape.width > WIDEST:
+        return None
+    queries = _largest(shape.queries)
+    keys = _largest(shape.keys)
+    if not keys and shape.keys <= MOST_UNCUT:
+        keys = shape.keys
+    return Blocks(queries, keys) if queries and keys else None
+
+
+def _largest(tokens: int) -> int:
+    return next((size for size in SIZES if tokens % size == 0), 0)

@@ -2,13 +2,13 @@
 
 The tokens of a feature map are few enough (64x64 of them at most, mostly) that all keys
 and values of a head fit on the chip beside a block of queries. So the softmax is the
-plain one, over whole rows, and the backward pass keeps nothing but the queries, keys
-and values: it makes the probabilities of a block again, once, and takes all three
-gradients from them.
+plain one, over whole rows. The backward pass makes the probabilities again, a block of
+queries and of keys after the other, and takes all three gradients from them in one go.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from ldm_jax.nn.attention_blocks import Shape, block_of
+from ldm_jax.nn.attention_blocks import Shape, blocks_of
 
 VMEM_BYTES = 64 * 2**20
+LANES = 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -32,7 +33,7 @@ def fused_attention(
     """Attend with `k` heads on a TPU, in float32 but for what is multiplied.
 
     Args:
-      q: Queries, of a shape that `block_of` has a block for.
+      q: Queries, of a shape that `blocks_of` has blocks for.
       k: Keys.
       v: Values.
       interpret: Run as plain operations, on any device.
@@ -41,76 +42,108 @@ def fused_attention(
       The mixed values.
 
     Source:
-      Vaswani et al., arXiv:1706.03762, eq. 1; Dao et al., arXiv:2205.14135, sec. 3.1
-      (probabilities made again in the backward pass).
+      Vaswani et al., arXiv:1706.03762, eq. 1; Dao et al., arXiv:2205.14135, app. B.2
+      (what is kept of a row for the backward pass: its logarithm of the sum of
+      exponentials, and its product with the gradient).
     """
-    heads = _Heads(q, k)
-    return pl.pallas_call(
+    return _run_forward(q, k, v, interpret)[0]
+
+
+def _run_forward(q: Array, k: Array, v: Array, interpret: bool) -> tuple[Array, ...]:
+    cut = _Cut(q, k)
+    out = jax.ShapeDtypeStruct(q.shape, v.dtype)
+    return cut.call(
         _forward,
-        grid=heads.grid,
-        in_specs=[heads.block, heads.whole, heads.whole],
-        out_specs=heads.block,
-        out_shape=jax.ShapeDtypeStruct(q.shape, v.dtype),
-        cost_estimate=heads.cost(products=2, arrays=(q, k, v, q)),
-        compiler_params=heads.params,
+        (q, k, v),
+        in_specs=[cut.some, cut.whole, cut.whole],
+        out_specs=[cut.some, cut.row],
+        out_shape=[out, jax.ShapeDtypeStruct(cut.rows, jnp.float32)],
+        products=2,
         interpret=interpret,
-        name="attention_forward",
-    )(q, k, v)
+    )
 
 
 def _fused_forward(q: Array, k: Array, v: Array, interpret: bool) -> tuple[Array, Any]:
-    return fused_attention(q, k, v, interpret), (q, k, v)
+    out, log_sum = _run_forward(q, k, v, interpret)
+    return out, (q, k, v, out, log_sum)
 
 
 def _fused_backward(
-    interpret: bool, kept: tuple[Array, Array, Array], slope: Array
-) -> tuple[Array, Array, Array]:
-    q, k, v = kept
-    heads = _Heads(q, k)
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept]
+    interpret: bool, kept: tuple[Array, Array, Array, Array, Array], slope: Array
+) -> tuple[Array, ...]:
+    q, k, v, out, log_sum = kept
+    product = (out.astype(jnp.float32) * slope.astype(jnp.float32)).sum(axis=-1)
+    cut = _Cut(q, k)
     sums = pltpu.VMEM(k.shape[2:], jnp.float32)
-    slopes = pl.pallas_call(
-        _backward,
-        grid=heads.grid,
-        in_specs=[heads.block, heads.whole, heads.whole, heads.block],
-        out_specs=[heads.block, heads.whole, heads.whole],
-        out_shape=like,
+    return cut.call(
+        functools.partial(_backward, size=cut.blocks.keys),
+        (q, k, v, slope.astype(v.dtype), log_sum, product.reshape(cut.rows)),
+        in_specs=[cut.some, cut.whole, cut.whole, cut.some, cut.row, cut.row],
+        out_specs=[cut.some, cut.whole, cut.whole],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
         scratch_shapes=[sums, sums],
-        cost_estimate=heads.cost(products=5, arrays=(q, k, v, q, q, k, v)),
-        compiler_params=heads.params,
+        products=5,
         interpret=interpret,
-        name="attention_backward",
-    )(q, k, v, slope.astype(v.dtype))
-    return tuple(slopes)
+    )
 
 
 fused_attention.defvjp(_fused_forward, _fused_backward)
 
 
-class _Heads:
-    """How the work on one head is cut: all keys, a block of queries after the other."""
+class _Cut:
+    """How the work is cut: head by head, a block of queries after the other."""
 
     def __init__(self, q: Array, k: Array) -> None:
         batch, heads, queries, width = q.shape
         keys = k.shape[2]
-        size = block_of(Shape(queries, keys, width))
-        self.grid = (batch, heads, queries // size)
-        self.block = pl.BlockSpec((1, 1, size, width), lambda b, h, i: (b, h, i, 0))
+        blocks = blocks_of(Shape(queries, keys, width))
+        if blocks is None:
+            raise ValueError(
+                f"attention: {queries} queries and {keys} keys of {width} channels "
+                "are not cut into blocks"
+            )
+        self.blocks = blocks
+        self.rows = (batch, heads, 1, queries)
+        size = blocks.queries
+        self.some = pl.BlockSpec((1, 1, size, width), lambda b, h, i: (b, h, i, 0))
+        self.row = pl.BlockSpec((1, 1, 1, size), lambda b, h, i: (b, h, 0, i))
         self.whole = pl.BlockSpec((1, 1, keys, width), lambda b, h, i: (b, h, 0, 0))
-        self.params = pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
-        )
+        self._grid = (batch, heads, queries // size)
         self._probabilities = batch * heads * queries * keys
         self._width = width
 
-    def cost(self, *, products: int, arrays: tuple[Array, ...]) -> pl.CostEstimate:
-        """Say what the kernel does, so that what is around it is scheduled well."""
-        return pl.CostEstimate(
-            flops=2 * products * self._probabilities * self._width,
-            transcendentals=self._probabilities,
-            bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays),
-        )
+    def call(
+        self,
+        kernel: Any,
+        arrays: Sequence[Array],
+        *,
+        out_shape: list[jax.ShapeDtypeStruct],
+        products: int,
+        **kwargs: Any,
+    ) -> tuple[Array, ...]:
+        """Run a kernel that makes so many products of probabilities' size."""
+        moved = [*arrays, *out_shape]
+        name = getattr(kernel, "func", kernel).__name__.strip("_")
+        made = pl.pallas_call(
+            kernel,
+            grid=self._grid,
+            out_shape=out_shape,
+            # The compiler cannot look inside; with this it schedules what is around.
+            cost_estimate=pl.CostEstimate(
+                flops=2 * products * self._probabilities * self._width,
+                transcendentals=self._probabilities,
+                bytes_accessed=sum(
+                    math.prod(a.shape) * a.dtype.itemsize for a in moved
+                ),
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=VMEM_BYTES,
+            ),
+            name=f"attention_{name}",
+            **kwargs,
+        )(*arrays)
+        return tuple(made)
 
 
 def _product(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
@@ -118,18 +151,23 @@ def _product(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
     return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
 
 
-def _exponentials(q: Array, k: Array) -> tuple[Array, Array]:
-    """Return the numerators of the probabilities, and what each row sums to."""
-    logits = _product(q, k, 1, 1) * q.shape[-1] ** -0.5
-    top = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    return top, top.sum(axis=-1, keepdims=True)
+def _scaled(q: Array) -> Array:
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
 
-def _forward(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any) -> None:
-    top, total = _exponentials(q_ref[0, 0], k_ref[0, 0])
+def _forward(
+    q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_ref: Any
+) -> None:
     v = v_ref[0, 0]
-    out = _product(top.astype(v.dtype), v, 1, 0) / total
+    logits = _product(_scaled(q_ref[0, 0]), k_ref[0, 0], 1, 1)
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    out = _product(exponentials.astype(v.dtype), v, 1, 0) / total
     out_ref[0, 0] = out.astype(out_ref.dtype)
+    # A column becomes a row: as a column it would fill 128 lanes in memory.
+    column = largest + jnp.log(total)
+    log_sum_ref[0, 0] = jnp.broadcast_to(column, (len(column), LANES)).T[:1]
 
 
 def _backward(
@@ -137,12 +175,21 @@ def _backward(
     k_ref: Any,
     v_ref: Any,
     slope_ref: Any,
+    log_sum_ref: Any,
+    product_ref: Any,
     dq_ref: Any,
     dk_ref: Any,
     dv_ref: Any,
     dk_sum: Any,
     dv_sum: Any,
+    *,
+    size: int,
 ) -> None:
+    """Take the gradients of a block of queries, `size` keys after the other.
+
+    Probabilities have keys as rows here, so that what was kept of each query is a row
+    and three of the five products need no transposition.
+    """
     block, last = pl.program_id(2), pl.num_programs(2) - 1
 
     @pl.when(block == 0)
@@ -150,16 +197,19 @@ def _backward(
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
-    q, k, v, slope = q_ref[0, 0], k_ref[0, 0], v_ref[0, 0], slope_ref[0, 0]
-    top, total = _exponentials(q, k)
-    weights = top / total
-    dv_sum[...] += _product(weights.astype(v.dtype), slope, 0, 0)
-    of_weights = _product(slope, v, 1, 1)
-    mean = (weights * of_weights).sum(axis=-1, keepdims=True)
-    of_logits = weights * (of_weights - mean) * q.shape[-1] ** -0.5
-    of_logits = of_logits.astype(q.dtype)
-    dq_ref[0, 0] = _product(of_logits, k, 1, 0).astype(dq_ref.dtype)
-    dk_sum[...] += _product(of_logits, q, 0, 0)
+    q, slope = _scaled(q_ref[0, 0]), slope_ref[0, 0]
+    log_sum, product = log_sum_ref[0, 0], product_ref[0, 0]
+    dq = jnp.zeros(q.shape[::-1], jnp.float32)
+    for start in range(0, k_ref.shape[2], size):
+        part = pl.ds(start, size)
+        k, v = k_ref[0, 0, part, :], v_ref[0, 0, part, :]
+        weights = jnp.exp(_product(k, q, 1, 1) - log_sum)
+        dv_sum[part, :] += _product(weights.astype(v.dtype), slope, 1, 0)
+        of_logits = weights * (_product(v, slope, 1, 1) - product)
+        of_logits = of_logits.astype(q.dtype)
+        dk_sum[part, :] += _product(of_logits, q, 1, 0)
+        dq += _product(k, of_logits, 0, 0)
+    dq_ref[0, 0] = (dq.T * q.shape[-1] ** -0.5).astype(dq_ref.dtype)
 
     @pl.when(block == last)
     def _() -> None:

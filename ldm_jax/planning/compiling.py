@@ -12,9 +12,11 @@ import jax
 from ldm_jax.planning.chips import Chip, chip_of_kind
 from ldm_jax.planning.hlo import (
     Collective,
+    Kernel,
     Shortage,
     collectives,
     estimated_cycles,
+    kernels,
     parse_program,
     parse_shortage,
 )
@@ -52,6 +54,7 @@ class Compiled(NamedTuple):
       flops: That the compiler counts, for each device.
       moved: Bytes that it counts as read and written, for each device.
       cycles: That it estimates for all that computes; 0 where it does not.
+      kernels: Of which it estimates none.
       collectives: All of them.
     """
 
@@ -61,6 +64,7 @@ class Compiled(NamedTuple):
     flops: float
     moved: float
     cycles: int
+    kernels: list[Kernel]
     collectives: list[Collective]
 
 
@@ -92,7 +96,7 @@ def compile_program(
             lines = str(error).splitlines() or [type(error).__name__]
             raise RunError(f"the compiler refuses {label}: {lines[0]}") from None
         seconds = time.perf_counter() - start
-        return Compiled(seconds, None, shortage, 0.0, 0.0, 0, [])
+        return Compiled(seconds, None, shortage, 0.0, 0.0, 0, [], [])
     program = parse_program(compiled.as_text() or "")
     cost = compiled.cost_analysis() or {}
     return Compiled(
@@ -102,6 +106,7 @@ def compile_program(
         flops=float(cost.get("flops", 0.0)),
         moved=float(cost.get("bytes accessed", 0.0)),
         cycles=estimated_cycles(program),
+        kernels=kernels(program),
         collectives=collectives(program),
     )
 

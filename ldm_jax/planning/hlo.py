@@ -6,7 +6,8 @@ On TPU a collective can be asynchronous in two ways: as an instruction of two ha
 (`collective-permute-start`), or within fusions, one that ends in an
 `AsyncCollectiveStart` and more that carry it on beside other work. A reduce-scatter is
 printed as an all-reduce within a fusion named for it. Cycles are told of every
-instruction that computes; those that communicate have none.
+instruction that computes; those that communicate have none, and nor have kernels, of
+which the program holds what they were said to cost.
 """
 
 import math
@@ -42,6 +43,8 @@ _CHAIN = re.compile(r'chain_id="(\d+)"')
 _ITERATIONS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"(\d+)"')
+_KERNEL = re.compile(r'op_name="[^"]*?(\w+)[^\w"]*/pallas_call')
 _SHORT = re.compile(
     r"total memory required for [^(]*\(([\d.]+)([BKMGT]?)\) exceeds available \w+ "
     r"\(([\d.]+)([BKMGT]?)\)"
@@ -78,6 +81,22 @@ class Collective(NamedTuple):
         if self.kind == "collective-permute":
             return float(self.num_bytes)
         return share * self.num_bytes
+
+
+class Kernel(NamedTuple):
+    """A kernel that the compiler was given, and cannot look into.
+
+    Attributes:
+      name: As it was named.
+      flops: That it was said to do.
+      transcendentals: Exponentials and the like that it was said to do.
+      times: How often it runs in a run of the program.
+    """
+
+    name: str
+    flops: int
+    transcendentals: int
+    times: int
 
 
 class Shortage(NamedTuple):
@@ -147,6 +166,18 @@ def estimated_cycles(program: Program) -> int:
         found = _CYCLES.search(instruction.text)
         total += times * int(found[1]) if found else 0
     return total
+
+
+def kernels(program: Program) -> list[Kernel]:
+    """List the kernels that run, of those that say what they cost."""
+    rows: list[Kernel] = []
+    for instruction, times in _executed(program):
+        cost = _COST.search(instruction.text)
+        if instruction.opcode == "custom-call" and cost:
+            named = _KERNEL.search(instruction.text)
+            name = named[1] if named else ""
+            rows.append(Kernel(name, int(cost[1]), int(cost[2]), times))
+    return rows
 
 
 def collectives(program: Program) -> list[Collective]:

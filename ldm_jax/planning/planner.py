@@ -16,6 +16,7 @@ from ldm_jax.planning.compiling import (
     usable_bytes,
 )
 from ldm_jax.planning.estimate import estimate, scale_row
+from ldm_jax.planning.kernels import kernel_cycles
 from ldm_jax.planning.programs import (
     Work,
     open_devices,
@@ -180,16 +181,21 @@ def _estimate(
     result = estimate(
         chip,
         shape,
-        cycles=found.cycles,
+        cycles=_cycles(chip, found),
         collectives=found.collectives,
         flops=work.flops,
     )
     return {
         **result._asdict(),
-        "cycles": found.cycles,
+        "cycles": _cycles(chip, found),
+        "kernel_cycles": kernel_cycles(chip, found.kernels),
         "images_per_second_per_chip": work.images / result.seconds,
         "note": NOTE,
     }
+
+
+def _cycles(chip: Chip, found: Compiled) -> int:
+    return found.cycles + kernel_cycles(chip, found.kernels)
 
 
 def _scale(chip: Chip | None, found: Compiled, work: Work) -> list[dict[str, Any]]:
@@ -203,7 +209,7 @@ def _scale(chip: Chip | None, found: Compiled, work: Work) -> list[dict[str, Any
             chip,
             chips=chips,
             images=work.images,
-            compute_seconds=found.cycles / chip.clock,
+            compute_seconds=_cycles(chip, found) / chip.clock,
             ring_bytes=sent * num / (num - 1),
         )._asdict()
         for chips in SCALES

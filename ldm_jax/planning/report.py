@@ -7,8 +7,8 @@ from typing import Any
 from ldm_jax.planning.hlo import Collective
 
 NOTE = (
-    "an estimate: the compiler's own count of cycles, and bytes over the speed of the "
-    "links; nothing was run"
+    "an estimate: the compiler's own count of cycles, of kernels that of its schedule, "
+    "and bytes over the speed of the links; nothing was run"
 )
 WIDTH = 16
 
