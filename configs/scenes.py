@@ -58,11 +58,14 @@ def get_config() -> Config:
             attention_downsampling=(1, 2),
             head_channels=48,
             transformer_depth=1,
+            coordinates=True,
             scale_shift_norm=True,
             num_groups=16,
             prediction="v",
-            # Shapes are decided where noise and signal are about equal.
-            loss_weight="p2",
+            # Shapes are decided where noise and signal are about equal, places where
+            # there is hardly any signal: both count.
+            loss_weight="debiased",
+            loss_weight_gamma=0.7,
             condition=ConditionConfig(
                 context="text",
                 pooled=True,

@@ -115,6 +115,7 @@ def build_unet(config: Config) -> UNet:
         transformer_depth=second.transformer_depth,
         num_classes=config.data.num_classes if second.condition.label else 0,
         pooled_context=second.condition.pooled,
+        coordinates=second.coordinates,
         scale_shift_norm=second.scale_shift_norm,
         resblock_updown=second.resblock_updown,
         num_groups=second.num_groups,

@@ -81,6 +81,10 @@ def test_the_digest_changes_with_any_field():
             ["loss", "l2", "min_snr", "squared"],
         ),
         (lambda: DiffusionConfig(loss_weight_gamma=0.0), ["loss_weight_gamma", "0.0"]),
+        (
+            lambda: DiffusionConfig(loss_weight="debiased", loss_weight_gamma=1.5),
+            ["loss_weight_gamma", "1.5", "at most 1"],
+        ),
         (lambda: DiffusionConfig(offset_noise=-0.1), ["offset_noise", "-0.1"]),
         (lambda: DiffusionConfig(sigma_min=0.0), ["sigma_min", "above 0"]),
         (lambda: DiffusionConfig(sigma_max=0.002), ["sigma_max", "above sigma_min"]),

@@ -11,14 +11,17 @@ from ldm_jax.build import build_networks, init_autoencoder, init_unet
 from ldm_jax.nn.attention import attend
 from ldm_jax.nn.bottleneck import DiagonalGaussian, gaussian_from_moments
 from ldm_jax.nn.conditioning import Condition
+from ldm_jax.nn.convolution import by_rows
 from ldm_jax.nn.layers import (
     SYMMETRIC_PADDING,
     TRAILING_PADDING,
     Downsample,
     GroupNorm,
     Upsample,
+    conv,
     timestep_embedding,
 )
+from ldm_jax.nn.unet import pixel_coordinates
 from tests.tiny import get_config
 
 
@@ -205,3 +208,57 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
     assert less.dtype == jnp.float32
     error = np.linalg.norm(less - full) / np.linalg.norm(full)
     assert 0 < error < 0.03  # bfloat16 has 8 bits: 0.4 % a rounding
+
+
+@pytest.mark.parametrize(
+    "height, width, into, out", [(8, 8, 3, 5), (1, 9, 2, 4), (7, 64, 4, 1)]
+)
+def test_a_convolution_by_rows_is_the_plain_one(height, width, into, out):
+    x, kernel = normal(0, (2, height, width, into)), normal(1, (3, 3, into, out))
+    slope = normal(2, (2, height, width, out))
+
+    def plainly(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers
+        )
+
+    values, pull = jax.vjp(by_rows, x, kernel)
+    wanted, pull_plainly = jax.vjp(plainly, x, kernel)
+    np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(pull(slope), pull_plainly(slope), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_convolved_on_tpus_where_a_batch_is_small_and_maps_are_wide():
+    layer = conv(4, 3, jnp.float32, "conv")
+
+    def rows_in(batch, side, platform="tpu"):
+        x = jax.ShapeDtypeStruct((batch, side, side, 4), jnp.float32)
+        params = jax.eval_shape(layer.init, jax.random.key(0), x)
+        lowered = jax.jit(layer.apply).trace(params, x)
+        text = lowered.lower(lowering_platforms=(platform,)).as_text()
+        return text.count("stablehlo.convolution")
+
+    assert rows_in(4, 64) == 3
+    assert rows_in(8, 64) == rows_in(4, 32) == rows_in(4, 64, "cpu") == 1
+
+
+def test_coordinates_are_the_middles_of_pixels():
+    plane = pixel_coordinates(jnp.zeros((2, 4, 2, 3)))
+    assert plane.shape == (2, 4, 2, 2)
+    np.testing.assert_allclose(plane[1, 0, :, 0], [-0.5, 0.5])
+    np.testing.assert_allclose(plane[0, :, 1, 1], [-0.75, -0.25, 0.25, 0.75])
+
+
+def test_a_unet_with_coordinates_reads_two_more_channels():
+    config = tiny()
+    settings = dataclasses.replace(config.diffusion, coordinates=True)
+    networks = build_networks(dataclasses.replace(config, diffusion=settings))
+    plain = init_unet(config, build_networks(config))
+    params = init_unet(dataclasses.replace(config, diffusion=settings), networks)
+    shapes, plain = (jax.tree.map(jnp.shape, tree) for tree in (params, plain))
+    *sizes, channels, out = plain["conv_in"]["kernel"]
+    assert shapes["conv_in"]["kernel"] == (*sizes, channels + 2, out)
+    shapes["conv_in"] = plain["conv_in"]
+    assert shapes == plain

@@ -162,13 +162,15 @@ def test_weights_are_those_of_the_papers(gamma):
         ("min_snr", "x0"): clipped,
         # Choi et al., eq. 8, on the noise.
         ("p2", "eps"): 1 / (1 + snr) ** gamma,
+        # Yu et al., the root in the place of gamma.
+        ("debiased", "eps"): 1 / snr**gamma,
     }
     for (weight, prediction), wanted in papers.items():
         found = loss_weight(level, weight=weight, gamma=gamma, prediction=prediction)
         assert found == pytest.approx(wanted, rel=1e-9)
 
 
-@pytest.mark.parametrize("weight", ["min_snr", "p2"])
+@pytest.mark.parametrize("weight", ["min_snr", "p2", "debiased"])
 @pytest.mark.parametrize(("prediction", "name"), PAIRS)
 def test_a_weight_means_the_same_whatever_is_predicted(prediction, name, weight):
     # A wrong answer, scored as itself and as the clean latent that is read out of it.
@@ -201,8 +203,10 @@ def test_a_weight_means_the_same_whatever_is_predicted(prediction, name, weight)
 def test_weights_stay_finite_without_noise_and_without_signal():
     level = Level(jnp.zeros(2), jnp.asarray([1.0, 0.0]), jnp.asarray([0.0, 1.0]))
     for prediction in ("v", "x0", "flow", "edm"):
-        for weight in ("min_snr", "p2"):
-            found = loss_weight(level, weight=weight, gamma=5.0, prediction=prediction)
+        for weight, gamma in (("min_snr", 5.0), ("p2", 5.0), ("debiased", 1.0)):
+            found = loss_weight(
+                level, weight=weight, gamma=gamma, prediction=prediction
+            )
             assert np.isfinite(found).all()
 
 

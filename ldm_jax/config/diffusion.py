@@ -15,7 +15,7 @@ PredictionName = Literal["eps", "v", "x0", "flow", "edm"]
 CAPTIONS = "captions"
 """In the place of a tokenizer's folder: learn it from the captions."""
 
-MIN_SNR_GAMMA, P2_GAMMA = 5.0, 1.0
+GAMMAS = {"min_snr": 5.0, "p2": 1.0, "debiased": 0.5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,6 +212,8 @@ class DiffusionConfig(Checked):
     linear_projection: bool = False
     """Linear instead of 1x1-convolutional projections around a spatial transformer:
     the same function, kept as the weights' files have it."""
+    coordinates: bool = False
+    """Give the UNet x and y of every pixel, so that it learns soon where things are."""
     scale_shift_norm: bool = False
     """The time embedding scales and shifts the second norm instead of being added."""
     resblock_updown: bool = False
@@ -233,11 +235,13 @@ class DiffusionConfig(Checked):
     from latent to noise, or EDM's F."""
     loss: Literal["l1", "l2"] = "l2"
     """Absolute or squared error of the prediction."""
-    loss_weight: Literal["uniform", "min_snr", "p2"] = "uniform"
+    loss_weight: Literal["uniform", "min_snr", "p2", "debiased"] = "uniform"
     """How much the squared error counts at a noise level: the same at all, no more than
-    at an SNR of gamma (min-SNR), or less where there is little noise (P2)."""
+    at an SNR of gamma (min-SNR), less where there is little noise (P2), or as a power
+    of the SNR (debiased: P2's, but for much noise, where it counts more)."""
     loss_weight_gamma: float | None = None
-    """Gamma of `loss_weight`, above 0; unset: the paper's, 5 of min-SNR and 1 of P2."""
+    """Gamma of `loss_weight`, above 0; unset: the paper's, 5 of min-SNR, 1 of P2,
+    1/2 of debiased."""
     offset_noise: float = 0.0
     """Weight of noise that all pixels of a channel share, at least 0; 0.1 teaches very
     dark and very bright images."""
@@ -275,7 +279,7 @@ class DiffusionConfig(Checked):
         """Gamma of the weight, as it was given or as its paper has it."""
         if self.loss_weight_gamma is not None:
             return self.loss_weight_gamma
-        return P2_GAMMA if self.loss_weight == "p2" else MIN_SNR_GAMMA
+        return GAMMAS.get(self.loss_weight, 5.0)
 
     def _check(self) -> None:
         self._check_widths()
@@ -323,6 +327,9 @@ class DiffusionConfig(Checked):
 
     def _check_objective(self) -> None:
         self._want("loss_weight_gamma", self.gamma > 0.0, "above 0")
+        if self.loss_weight == "debiased":
+            wanted = "at most 1 with loss_weight debiased"
+            self._want("loss_weight_gamma", self.gamma <= 1.0, wanted)
         self._want_at_least(0, "offset_noise")
         squared = self.loss == "l2" or self.loss_weight == "uniform"
         wanted = f"l2 with loss_weight {self.loss_weight}, a weight of squared errors"

@@ -31,6 +31,7 @@ LATER_FIELDS = frozenset(
 ) | frozenset(
     f"diffusion.{name}"
     for name in (
+        "coordinates",
         "loss_weight",
         "loss_weight_gamma",
         "offset_noise",

@@ -15,7 +15,7 @@ from ldm_jax.diffusion.parameterize import (
 from ldm_jax.diffusion.schedules import Level
 from ldm_jax.types import PyTree
 
-WeightName = Literal["uniform", "min_snr", "p2"]
+WeightName = Literal["uniform", "min_snr", "p2", "debiased"]
 LossName = Literal["l1", "l2"]
 TINY = 1e-20
 
@@ -75,20 +75,22 @@ def denoising_loss(
 def loss_weight(
     level: Level,
     *,
-    weight: Literal["min_snr", "p2"],
+    weight: Literal["min_snr", "p2", "debiased"],
     gamma: float,
     prediction: PredictionName,
     sigma_data: float = 1.0,
 ) -> Float[Array, " b"]:
     """Return how much the squared error of a prediction counts at a level.
 
-    Both are stated for one kind of prediction and mean the same for all: as a weight of
-    the clean latent's error they are `min(SNR, gamma)` and `SNR / (1 + SNR)^gamma`.
+    Each is stated for one kind of prediction and means the same for all: as a weight of
+    the clean latent's error they are `min(SNR, gamma)`, `SNR / (1 + SNR)^gamma` and
+    `SNR^(1 - gamma)`.
 
     Args:
       level: Of each example.
-      weight: Which of the two.
-      gamma: The largest SNR that counts (5 in the paper), or P2's exponent (1).
+      weight: Which of them.
+      gamma: The largest SNR that counts (5 in the paper), P2's exponent (1), or the
+        debiased one (1/2).
       prediction: What the network predicts.
       sigma_data: Standard deviation of the clean latents (`edm`).
 
@@ -97,14 +99,17 @@ def loss_weight(
 
     Source:
       Hang et al., arXiv:2303.09556, eq. 8 and 9 (min-SNR); Choi et al.,
-      arXiv:2204.00227, eq. 8 (P2, k = 1).
+      arXiv:2204.00227, eq. 8 (P2, k = 1); Yu et al., arXiv:2310.08442, sec. 3.3
+      (debiased: the noise's error over the root of the SNR).
     """
     sigma2 = jnp.maximum(jnp.square(level.sigma), TINY)
     snr = jnp.square(level.alpha) / sigma2
     if weight == "min_snr":
         of_clean = jnp.minimum(snr, gamma)
-    else:
+    elif weight == "p2":
         of_clean = snr / (1.0 + snr) ** gamma
+    else:
+        of_clean = snr ** (1.0 - gamma)
     gain = prediction_gain(level, prediction=prediction, sigma_data=sigma_data)
     return of_clean * gain
 

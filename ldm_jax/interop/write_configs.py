@@ -34,6 +34,8 @@ def write_unet(config: Config) -> tuple[str, Settings]:
         raise _no_class("condition.context", "none", "one beside spatial transformers")
     if ours.condition.pooled:
         raise _no_class("condition.pooled", True, "false")
+    if ours.coordinates:
+        raise _no_class("coordinates", True, "false")
     kind = "CrossAttn" if crossed else "Attn"
     plain_down = "ResnetDownsampleBlock2D" if ours.resblock_updown else "DownBlock2D"
     plain_up = "ResnetUpsampleBlock2D" if ours.resblock_updown else "UpBlock2D"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
+from ldm_jax.nn.convolution import convolve
 from ldm_jax.types import Dtype
 
 AUTOENCODER_EPSILON = 1e-6
@@ -198,5 +199,6 @@ def conv(
         padding=size // 2,
         kernel_init=kernel_init,
         dtype=dtype,
+        conv_general_dilated=convolve,
         name=name,
     )

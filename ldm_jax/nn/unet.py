@@ -42,6 +42,8 @@ class UNet(nn.Module):
         class has this index. 0: none is added.
       pooled_context: Whether the mean of the context's tokens is added to the time
         embedding too: every ResBlock hears what the whole text says.
+      coordinates: Whether x and y of every pixel are two more channels of its input,
+        from -1 to 1: without them a map is known by its zero padding alone.
       scale_shift_norm: See `TimeResBlock`.
       resblock_updown: Resample inside ResBlocks instead of by convolutions.
       num_groups: Groups of every norm.
@@ -53,6 +55,7 @@ class UNet(nn.Module):
       Rombach et al., arXiv:2112.10752, sec. 3.2 and 3.3; Dhariwal & Nichol,
       arXiv:2105.05233; latent-diffusion `UNetModel`. The pooled context: Nichol et
       al., GLIDE, arXiv:2112.10741, sec. 2.1, which takes the last token for the mean.
+      Coordinates: Liu et al., arXiv:1807.03247, sec. 3.
     """
 
     out_channels: int
@@ -65,6 +68,7 @@ class UNet(nn.Module):
     transformer_depth: int
     num_classes: int
     pooled_context: bool
+    coordinates: bool
     scale_shift_norm: bool
     resblock_updown: bool
     num_groups: int
@@ -88,6 +92,8 @@ class UNet(nn.Module):
         """
         if cond.concat is not None:
             x_t = jnp.concatenate([x_t, cond.concat.astype(x_t.dtype)], axis=-1)
+        if self.coordinates:
+            x_t = jnp.concatenate([x_t, pixel_coordinates(x_t)], axis=-1)
         embedding = self._embed(t, cond)
         x = conv(self.channels, 3, self.dtype, "conv_in")(x_t.astype(self.dtype))
         skips = [x]
@@ -274,6 +280,16 @@ class TimeResBlock(nn.Module):
         if x.shape[-1] != self.channels:
             x = conv(self.channels, 1, self.dtype, "skip")(x)
         return x + h
+
+
+def pixel_coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
+    """Return x and y of the middle of every pixel; the map reaches from -1 to 1."""
+    b, h, w, _ = x.shape
+    right, down = (
+        ((2.0 * jnp.arange(n) + 1.0) / n - 1.0).astype(x.dtype) for n in (w, h)
+    )
+    plane = jnp.stack(jnp.meshgrid(right, down), axis=-1)
+    return jnp.broadcast_to(plane, (b, h, w, 2))
 
 
 def resample(x: Float[Array, "b h w c"], how: Resample) -> Float[Array, "b h2 w2 c"]:

@@ -1,0 +1,98 @@
+"""What the compiler counts of our programs, against what it counted before.
+
+Counts, not seconds: they are the same on every machine with these versions. A number
+that falls is an improvement: store it. One that rises needs a reason.
+"""
+
+import dataclasses
+
+import jax
+import pytest
+
+from ldm_jax.planning.compiling import Compiled, compile_program
+from ldm_jax.planning.programs import resolve, sample_work, step_work
+from ldm_jax.planning.request import Request
+from ldm_jax.run import train
+from tests.tiny import get_config
+
+NUM_DEVICES = 8
+SLACK = 1.05
+STORED = {
+    # flops, bytes moved, bytes of temporaries, collectives
+    ("autoencoder", "pmap"): (3_188_813, 3_447_956, 168_520, 1),
+    ("diffusion", "pmap"): (1_702_524, 3_550_448, 211_248, 1),
+    ("diffusion", "fsdp"): (1_492_565, 2_560_732, 161_840, 1),
+    ("sample", "pmap"): (899_425, 473_591, 34_072, 0),
+}
+"""On 8 CPU devices, one example each (a call of the sampler: 4 on one)."""
+
+
+def compiled(work: str, layout: str) -> Compiled:
+    config = get_config()
+    parallel = dataclasses.replace(config.parallel, layout=layout)
+    config = dataclasses.replace(config, parallel=parallel)
+    request = Request(
+        config=config,
+        topology=None,
+        work=work,
+        batch_per_device=None,
+        sampler="ddim",
+        num_steps=4,
+        suggest=False,
+    )
+    prepare = sample_work if work == "sample" else step_work
+    lower = prepare(resolve(request, NUM_DEVICES), request, None).lower
+    return compile_program(lower, label="", say=lambda _: None)
+
+
+@pytest.mark.parametrize("work, layout", STORED)
+def test_no_program_grew(work, layout):
+    found = compiled(work, layout)
+    assert found.memory is not None
+    names = ("FLOPs", "bytes moved", "bytes of temporaries", "collectives")
+    counts = (
+        found.flops,
+        found.moved,
+        found.memory.temporaries,
+        sum(row.times for row in found.collectives),
+    )
+    grown = [
+        f"{name}: {count:,.0f}, stored {stored:,}"
+        for name, count, stored in zip(names, counts, STORED[work, layout], strict=True)
+        if count > SLACK * stored
+    ]
+    assert not grown, "; ".join(grown)
+
+
+@pytest.fixture
+def lowered():
+    """Grows by one for each program that is handed to the compiler."""
+    programs = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            programs.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield programs
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_longer_run_compiles_no_more_programs(lowered, tmp_path):
+    def programs(num_steps: int) -> int:
+        tiny = get_config()
+        first = dataclasses.replace(tiny.autoencoder, steps=num_steps)
+        before = len(lowered)
+        config = dataclasses.replace(
+            tiny,
+            stages=("autoencoder",),
+            autoencoder=first,
+            log=dataclasses.replace(tiny.log, images_every=num_steps),
+            checkpoint=dataclasses.replace(tiny.checkpoint, every=num_steps),
+        )
+        train(config, tmp_path / str(len(lowered)))
+        return len(lowered) - before
+
+    programs(2)  # what any run in this process compiles once
+    short, long = programs(2), programs(6)
+    assert 0 < long <= short
