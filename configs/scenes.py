@@ -65,7 +65,7 @@ def get_config() -> Config:
             # Shapes are decided where noise and signal are about equal, places where
             # there is hardly any signal: both count.
             loss_weight="debiased",
-            loss_weight_gamma=0.7,
+            loss_weight_gamma=0.6,
             condition=ConditionConfig(
                 context="text",
                 pooled=True,
@@ -73,7 +73,7 @@ def get_config() -> Config:
                     vocab_size=512,
                     length=16,
                     width=128,
-                    depth=2,
+                    depth=1,  # with 2, pairs that never occurred come out worse
                     num_heads=4,
                     head_width=32,
                 ),

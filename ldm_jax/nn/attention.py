@@ -71,6 +71,7 @@ def attend_plainly(
     return jnp.einsum("bknm,bmkd->bnkd", weights.astype(v.dtype), v)
 
 
+@jax.jit  # so that layers of one shape trace their kernels once
 def _on_tpu(q: Array, k: Array, v: Array) -> Array:
     # Here, since kernels take a tenth of a second to import and few programs need them.
     from ldm_jax.nn.fused_attention import fused_attention

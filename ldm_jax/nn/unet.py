@@ -286,9 +286,9 @@ def pixel_coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
     """Return x and y of the middle of every pixel; the map reaches from -1 to 1."""
     b, h, w, _ = x.shape
     right, down = (
-        ((2.0 * jnp.arange(n) + 1.0) / n - 1.0).astype(x.dtype) for n in (w, h)
+        (2.0 * jnp.arange(n, dtype=jnp.float32) + 1.0) / n - 1.0 for n in (w, h)
     )
-    plane = jnp.stack(jnp.meshgrid(right, down), axis=-1)
+    plane = jnp.stack(jnp.meshgrid(right, down), axis=-1).astype(x.dtype)
     return jnp.broadcast_to(plane, (b, h, w, 2))
 
 
