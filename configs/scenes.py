@@ -5,8 +5,8 @@
 
 The pictures are drawn and captioned by the data set itself (`tfds:scenes/one`); some
 pairs of colour and shape never occur in them, to be asked for afterwards. Byte pairs
-are learned from the captions. How far it gets in 21 minutes stands in
-docs/benchmarks.md: colours and shapes are right, places are not yet.
+are learned from the captions. How far it gets in 20 minutes stands in
+docs/benchmarks.md.
 """
 
 from ldm_jax.config import (

@@ -1,0 +1,148 @@
+"""What a TPU's compiler expects of single layers: the plain ones, and ours.
+
+    python benchmarks/tpu_layers.py --topology v6e:2x2
+
+Compiles attention and 3x3 convolutions of Stable Diffusion 1.5 at 4 images a chip and
+of LDM-4 at 16, values and gradients in bfloat16, for a TPU that need not be here (the
+extra `plan`). Prints for each the bytes moved, the temporaries and the estimated
+cycles, those of kernels among them. JSON with --json FILE.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array
+
+from ldm_jax.cli import OneLineParser, run_main
+from ldm_jax.nn.attention import attend, attend_plainly
+from ldm_jax.nn.convolution import convolve
+from ldm_jax.planning.compiling import chip_of, compile_program
+from ldm_jax.planning.kernels import kernel_cycles
+from ldm_jax.planning.programs import open_devices
+from ldm_jax.planning.topology import parse_topology
+from ldm_jax.types import InputError
+
+PROG = "benchmarks/tpu_layers.py"
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+STRIDES, PADDING = (1, 1), ((1, 1), (1, 1))
+
+
+class Layer(NamedTuple):
+    """A layer to compile in two ways.
+
+    Attributes:
+      name: What it is.
+      plain: The usual operations.
+      ours: What the networks call.
+      shapes: Of its inputs.
+    """
+
+    name: str
+    plain: Callable[..., Array]
+    ours: Callable[..., Array]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def attention(model: str, *sizes: int, keys: int = 0) -> Layer:
+    """Attention of images, tokens, heads and channels of a head."""
+    images, tokens, heads, width = sizes
+    read = (images, keys or tokens, heads, width)
+    name = f"{model}: {images} x {tokens} tokens, {heads} heads of {width}"
+    name += f", reading {keys}" if keys else ""
+    return Layer(name, attend_plainly, attend, (sizes, read, read))
+
+
+def convolution(model: str, *sizes: int) -> Layer:
+    """SiLU, a convolution that keeps the number of channels, and SiLU."""
+    images, side, channels = sizes
+
+    def layer(convolve: Callable[..., Array]) -> Callable[..., Array]:
+        def call(x: Array, kernel: Array) -> Array:
+            y = convolve(
+                jax.nn.silu(x), kernel, STRIDES, PADDING, dimension_numbers=NUMBERS
+            )
+            return jax.nn.silu(y)
+
+        return call
+
+    shapes = ((images, side, side, channels), (3, 3, channels, channels))
+    name = f"{model}: 3x3, {images} x {side}x{side}x{channels}"
+    return Layer(name, layer(jax.lax.conv_general_dilated), layer(convolve), shapes)
+
+
+LAYERS = (
+    attention("SD 1.5", 4, 4096, 8, 40),
+    attention("SD 1.5", 4, 4096, 8, 40, keys=77),
+    attention("SD 1.5", 4, 1024, 8, 80),
+    attention("LDM-4", 16, 1024, 14, 32),
+    convolution("SD 1.5", 4, 64, 320),
+)
+
+
+def measure(fn: Callable[..., Array], layer: Layer, device: Any) -> dict[str, float]:
+    """Compile values and gradients, and read what the compiler counted."""
+    here = SingleDeviceSharding(device)
+    inputs = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here)
+        for shape in layer.shapes
+    ]
+    out = jax.eval_shape(fn, *inputs)
+    slope = jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=here)
+
+    def both(slope: Array, *inputs: Array) -> Any:
+        values, pull = jax.vjp(fn, *inputs)
+        return values, pull(slope)
+
+    found = compile_program(
+        lambda: jax.jit(both).lower(slope, *inputs), label="", say=lambda _: None
+    )
+    chip = chip_of(device)
+    if found.memory is None or chip is None:
+        raise InputError(f"{layer.name}: does not fit on a chip; try a larger one")
+    of_kernels = kernel_cycles(chip, found.kernels)
+    return {
+        "moved": found.moved,
+        "temporaries": found.memory.temporaries,
+        "cycles": found.cycles + of_kernels,
+        "cycles of kernels": of_kernels,
+        "seconds to compile": found.seconds,
+    }
+
+
+def main(args: list[str]) -> None:
+    """Compile every layer both ways, and print a table."""
+    parser = OneLineParser(
+        prog=PROG,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--topology", default="v6e:2x2", help="as of ldm_jax.plan")
+    parser.add_argument("--json", type=Path, help="file to write")
+    given = parser.parse_args(args)
+    devices = open_devices(parse_topology(given.topology))
+    rows: list[dict[str, Any]] = []
+    print("| layer | moved, MB | temporaries, MB | M cycles | of kernels |")
+    print("|---|---:|---:|---:|---:|")
+    for layer in LAYERS:
+        for kind in ("plain", "ours"):
+            found = measure(getattr(layer, kind), layer, (devices or [None])[0])
+            rows.append({"layer": layer.name, "kind": kind, **found})
+            print(
+                f"| {layer.name}, {kind} | {found['moved'] / 1e6:,.0f} "
+                f"| {found['temporaries'] / 1e6:,.0f} | {found['cycles'] / 1e6:.2f} "
+                f"| {found['cycles of kernels'] / 1e6:.2f} |",
+                flush=True,
+            )
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main, PROG)
