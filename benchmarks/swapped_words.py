@@ -11,8 +11,9 @@ that is still being trained.
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def read(run: Run, num: int) -> Captioned:
     return Captioned(np.stack(images) / 127.5 - 1.0, captions)
 
 
-def caption_of(example: dict) -> str:
+def caption_of(example: Mapping[str, Any]) -> str:
     """Return an example's caption as text."""
     return bytes(example["caption"]).decode()
 
