@@ -38,7 +38,7 @@ def distance(one, other):
     [
         Shape(256, 256, 64),
         Shape(512, 512, 40),
-        Shape(1024, 77, 40),
+        Shape(1024, 300, 40),
         Shape(384, 384, 32),
         Shape(256, 1000, 160),
         Shape(1024, 1024, 7),
@@ -85,7 +85,8 @@ def test_large_logits_do_not_overflow():
         (Shape(256, 256, 40), (256, 256)),
         (Shape(1024, 1024, 40), (512, 512)),
         (Shape(4096, 4096, 512), (512, 512)),
-        (Shape(4096, 77, 40), (512, 77)),
+        (Shape(4096, 300, 40), (512, 300)),
+        (Shape(4096, 77, 40), None),  # few keys
         (Shape(4096, 4097, 40), None),  # too many keys
         (Shape(4096, 1025, 40), None),  # keys do not divide
         (Shape(4096, 4096, 513), None),  # too wide

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 LEAST_PROBABILITIES = 2**16
 """Fewer are as quickly written to memory and read again."""
+LEAST_KEYS = 256
+"""Fewer, as the 77 tokens of a text, take less time plainly."""
 MOST_KEYS, WIDEST = 4096, 512
 """Keys, and channels of a head, that fit on the chip beside a block of queries."""
 SIZES = (512, 256, 128)
@@ -46,7 +48,7 @@ def blocks_of(shape: Shape) -> Blocks | None:
     """
     if shape.queries * shape.keys < LEAST_PROBABILITIES:
         return None
-    if shape.keys > MOST_KEYS or shape.width > WIDEST:
+    if not LEAST_KEYS <= shape.keys <= MOST_KEYS or shape.width > WIDEST:
         return None
     queries = _largest(shape.queries)
     keys = _largest(shape.keys)
