@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.cli import OneLineParser, run_main
+from command import make_parser
+
+from ldm_jax.cli import run_main
 from ldm_jax.types import InputError
 
 PROG = "benchmarks/plan_table.py"
@@ -96,12 +98,7 @@ def row(plan: dict[str, Any]) -> str:
 
 def main(args: list[str]) -> None:
     """Plan what is not planned yet, and print the table."""
-    parser = OneLineParser(
-        prog=PROG,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the plans")
     add("--topology", default="v5e:4x4", help="as of ldm_jax.plan")

@@ -9,7 +9,6 @@ noise, shapes in the middle. One that costs nothing anywhere is not read. Works 
 that is still being trained.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import make_parser
 from jaxtyping import Array, Float, Int
 
 from ldm_jax.build import open_tokenizer
-from ldm_jax.cli import OneLineParser, run_main
+from ldm_jax.cli import run_main
 from ldm_jax.data.sources import open_source
 from ldm_jax.diffusion.objectives import denoising_loss
 from ldm_jax.diffusion.schedules import Level, level_at
@@ -154,12 +154,7 @@ def costs(run: Run, captioned: Captioned) -> list[dict[str, float]]:
 
 def main(args: list[str]) -> None:
     """Measure and print a table."""
-    parser = OneLineParser(
-        prog=PROG,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
     parser.add_argument("--num", type=int, default=128, help="captions")
     parser.add_argument("--json", type=Path, help="file to write")

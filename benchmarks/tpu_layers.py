@@ -8,7 +8,6 @@ extra `plan`). Prints for each the bytes moved, the temporaries and the estimate
 cycles, those of kernels among them. JSON with --json FILE.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +15,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from command import make_parser
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
-from ldm_jax.cli import OneLineParser, run_main
+from ldm_jax.cli import run_main
 from ldm_jax.nn.attention import attend, attend_plainly
 from ldm_jax.nn.convolution import convolve
 from ldm_jax.planning.compiling import chip_of, compile_program
 from ldm_jax.planning.kernels import kernel_cycles
 from ldm_jax.planning.programs import open_devices
-from ldm_jax.planning.topology import parse_topology
+from ldm_jax.planning.topology import parse_topology, prepare_environment
 from ldm_jax.types import InputError
 
 PROG = "benchmarks/tpu_layers.py"
@@ -49,13 +49,11 @@ class Layer(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
-def attention(model: str, *sizes: int, keys: int = 0) -> Layer:
+def attention(model: str, *sizes: int) -> Layer:
     """Attention of images, tokens, heads and channels of a head."""
     images, tokens, heads, width = sizes
-    read = (images, keys or tokens, heads, width)
     name = f"{model}: {images} x {tokens} tokens, {heads} heads of {width}"
-    name += f", reading {keys}" if keys else ""
-    return Layer(name, attend_plainly, attend, (sizes, read, read))
+    return Layer(name, attend_plainly, attend, (sizes,) * 3)
 
 
 def convolution(model: str, *sizes: int) -> Layer:
@@ -78,7 +76,6 @@ def convolution(model: str, *sizes: int) -> Layer:
 
 LAYERS = (
     attention("SD 1.5", 4, 4096, 8, 40),
-    attention("SD 1.5", 4, 4096, 8, 40, keys=77),
     attention("SD 1.5", 4, 1024, 8, 80),
     attention("LDM-4", 16, 1024, 14, 32),
     convolution("SD 1.5", 4, 64, 320),
@@ -117,22 +114,23 @@ def measure(fn: Callable[..., Array], layer: Layer, device: Any) -> dict[str, fl
 
 def main(args: list[str]) -> None:
     """Compile every layer both ways, and print a table."""
-    parser = OneLineParser(
-        prog=PROG,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--topology", default="v6e:2x2", help="as of ldm_jax.plan")
     parser.add_argument("--json", type=Path, help="file to write")
     given = parser.parse_args(args)
+    prepare_environment()
+    # JAX is imported already, and reads these two no more from the environment.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
     devices = open_devices(parse_topology(given.topology))
+    if devices is None:
+        raise InputError(f"--topology: got {given.topology!r}, wanted a TPU's")
     rows: list[dict[str, Any]] = []
     print("| layer | moved, MB | temporaries, MB | M cycles | of kernels |")
     print("|---|---:|---:|---:|---:|")
     for layer in LAYERS:
         for kind in ("plain", "ours"):
-            found = measure(getattr(layer, kind), layer, (devices or [None])[0])
+            found = measure(getattr(layer, kind), layer, devices[0])
             rows.append({"layer": layer.name, "kind": kind, **found})
             print(
                 f"| {layer.name}, {kind} | {found['moved'] / 1e6:,.0f} "

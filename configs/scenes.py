@@ -73,7 +73,7 @@ def get_config() -> Config:
                     vocab_size=512,
                     length=16,
                     width=128,
-                    depth=1,  # with 2, pairs that never occurred come out worse
+                    depth=1,
                     num_heads=4,
                     head_width=32,
                 ),

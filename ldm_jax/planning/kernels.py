@@ -1,7 +1,7 @@
 """How long our kernels take, of which a compiler tells no cycles. Imports no JAX.
 
 Read off the compiler's own schedule instead (libtpu 0.0.52: the bundles of one step of
-the kernel, `*-final_bundles.txt`, times its steps): with heads of 32 to 128 channels a
+the kernel, `*-final_bundles.txt`, times its steps): with heads of 32 and 40 channels a
 v6e needs 3.0 to 3.4 bundles forward and 5.1 to 5.7 backward for each 1024
 probabilities, a v5e 4.3, and 9.3 to 9.7. Wider heads take more once they are wider than
 the chip's matrix unit: with 512 channels a v6e needs 5.3 and 12.0, a v5e 14.2 and 38.6.
