@@ -1,18 +1,20 @@
 """How fast is a whole sample: ours and diffusers', the same weights, taking turns.
 
     python benchmarks/sampling.py --model digits --batches 1 16
+    python benchmarks/sampling.py --config configs/ldm/sd15.py --dtype bfloat16
 
 Times 50 guided DDIM steps and the decoder, from noise on the host to images on the
-host. Prints a table of both, and what a step costs over the network alone; JSON with
---json FILE. With --check it exits 1 if the scan adds 3 % or more to the network, or the
-two do not draw the same images. Needs the extra `parity`.
+host. What a frozen text encoder would say of a prompt is random vectors here. Prints a
+table of both, and what a step costs over the network alone; JSON with --json FILE. With
+--check it exits 1 if the scan adds 3 % or more to the network, or the two do not draw
+the same images (in float32). Needs the extra `parity`.
 """
 
-import argparse
+import dataclasses
 import json
 import statistics
-import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import make_parser
 from jax import Array
 from side_by_side import (
     LATENT_SCALE,
@@ -30,7 +33,7 @@ from side_by_side import (
 )
 
 from ldm_jax.build import build_networks
-from ldm_jax.cli import load_config_file
+from ldm_jax.cli import load_config_file, run_main
 from ldm_jax.config import Config
 from ldm_jax.exchange import to_sample_params
 from ldm_jax.generate import make_sample_fn
@@ -46,6 +49,9 @@ from ldm_jax.networks import (
 )
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
+from ldm_jax.types import InputError
+
+PROG = "benchmarks/sampling.py"
 
 MAX_SCAN_OVERHEAD = 0.03
 MAX_DIFFERENCE = 1e-2
@@ -70,6 +76,20 @@ class Case(NamedTuple):
     cond: ConditionInputs
     noise: np.ndarray
     steps: int
+
+
+def config_of(name: str, *, dtype: str | None) -> Config:
+    """Return the config of a model as it samples: from vectors where it reads text."""
+    config = text_config() if name == "text" else load_config_file(name)
+    second = dataclasses.replace(config.diffusion, remat=False)
+    if second.condition.freezes_text:
+        second = dataclasses.replace(second, condition=second.condition.as_vectors())
+    first = config.autoencoder
+    if dtype is not None:
+        first, second = (
+            dataclasses.replace(stage, dtype=dtype) for stage in (first, second)
+        )
+    return dataclasses.replace(config, autoencoder=first, diffusion=second)
 
 
 def make_case(config: Config, model: Model, *, batch: int, steps: int) -> Case:
@@ -100,37 +120,42 @@ def our_sample(case: Case) -> Draw:
     return draw
 
 
-def their_sample(case: Case, folder: Path, *, compiled: bool) -> Draw:
-    """Make what draws the same batch with diffusers, eager or compiled."""
+def their_sample(case: Case, folder: Path, *, mode: str | None) -> Draw:
+    """Make what draws the same batch with diffusers, eager or compiled in a mode."""
     torch, library, device = import_peers()
+    dtype = getattr(torch, np.dtype(case.networks.unet.dtype).name)
     has_labels = case.cond.label is not None
     name = "UNet2DModel" if has_labels else "UNet2DConditionModel"
     parts = [(name, "unet"), ("AutoencoderKL", "vae")]
     unet, vae = (
-        getattr(library, cls).from_pretrained(folder, subfolder=sub).to(device).eval()
+        getattr(library, cls)
+        .from_pretrained(folder, subfolder=sub, torch_dtype=dtype)
+        .to(device, memory_format=torch.channels_last)
+        .eval()
         for cls, sub in parts
     )
     scheduler = library.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     decoder = vae.decode
-    if compiled:
-        unet = torch.compile(unet, dynamic=False)
+    if mode is not None:
+        unet = torch.compile(unet, dynamic=False, mode=mode)
         decoder = torch.compile(decoder, dynamic=False)
     null = null_condition(case.networks, case.cond)
     word = "class_labels" if has_labels else "encoder_hidden_states"
     rows = [c.label if has_labels else c.embedding for c in (null, case.cond)]
     both = torch.from_numpy(np.concatenate([np.asarray(row) for row in rows]))
+    told = both.to(device) if has_labels else both.to(device, dtype)
     start = torch.from_numpy(case.noise.transpose(0, 3, 1, 2).copy())
 
     @torch.inference_mode()
     def draw() -> np.ndarray:
         scheduler.set_timesteps(case.steps, device=device)
-        x, cond = start.to(device), {word: both.to(device)}
+        x, cond = start.to(device, dtype), {word: told}
         for t in scheduler.timesteps:
             uncond, conditional = unet(torch.cat([x, x]), t, **cond).sample.chunk(2)
             guided = uncond + SCALE * (conditional - uncond)
             x = scheduler.step(guided, t, x).prev_sample
         images = decoder(x / LATENT_SCALE).sample.clamp(-1, 1)
-        return images.permute(0, 2, 3, 1).cpu().numpy()
+        return images.permute(0, 2, 3, 1).float().cpu().numpy()
 
     return draw
 
@@ -190,31 +215,25 @@ def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
 
 
 def measure(
-    config: Config, model: Model, folder: Path, args: argparse.Namespace
+    config: Config, model: Model, folder: Path, args: Namespace
 ) -> Iterator[dict[str, Any]]:
     """Measure every batch size; yield a row of figures for each."""
     for batch in args.batches:
         case = make_case(config, model, batch=batch, steps=args.steps)
         draws = {"ours": our_sample(case)}
-        draws["diffusers"] = their_sample(case, folder, compiled=False)
+        if not args.no_eager:
+            draws["diffusers"] = their_sample(case, folder, mode=None)
         if not args.no_compile:
-            draws["compiled"] = their_sample(case, folder, compiled=True)
-        parts, flops = our_parts(case)
+            draws["compiled"] = their_sample(case, folder, mode=args.compile_mode)
+        parts: dict[str, Draw] = {}
+        flops = 0.0
+        if not args.no_parts:
+            parts, flops = our_parts(case)
         first = {name: draw() for name, draw in (draws | parts).items()}
         seconds = take_turns(draws | parts, rounds=args.rounds)
         median = {name: statistics.median(s) for name, s in seconds.items()}
-        rest = case.steps - 1
-        each = [
-            (whole - one) / rest
-            for whole, one in zip(seconds["ours"], seconds["one step"], strict=True)
-        ]
-        step, network = statistics.median(each), median["network"] / case.steps
-        over = [
-            case.steps * one / all_passes - 1
-            for one, all_passes in zip(each, seconds["network"], strict=True)
-        ]
         theirs = [name for name in draws if name != "ours"]
-        yield {
+        row: dict[str, Any] = {
             "batch": batch,
             "seconds": {name: median[name] for name in draws},
             "images_per_second": {name: batch / median[name] for name in draws},
@@ -223,15 +242,34 @@ def measure(
                 name: float(np.abs(first[name] - first["ours"]).max())
                 for name in theirs
             },
-            "ms_per_step": 1e3 * step,
-            "ms_network": 1e3 * network,
-            "ms_plain_batch": 1e3 * median["plain"] / case.steps,
-            "ms_around": 1e3 * (median["one step"] - step),
-            "scan_overhead": statistics.median(over),
-            "calls_over_plain": median["network"] / median["plain"] - 1,
-            "gflop_per_step": flops / 1e9,
-            "gflops_per_second": flops * case.steps / median["ours"] / 1e9,
         }
+        if parts:
+            row |= part_figures(seconds, steps=case.steps)
+            row["gflop_per_step"] = flops / 1e9
+            row["gflops_per_second"] = flops * case.steps / median["ours"] / 1e9
+        yield row
+
+
+def part_figures(seconds: dict[str, list[float]], *, steps: int) -> dict[str, float]:
+    """Return what a step takes and what the scan and the calls add to the network."""
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    each = [
+        (whole - one) / (steps - 1)
+        for whole, one in zip(seconds["ours"], seconds["one step"], strict=True)
+    ]
+    over = [
+        steps * one / all_passes - 1
+        for one, all_passes in zip(each, seconds["network"], strict=True)
+    ]
+    step = statistics.median(each)
+    return {
+        "ms_per_step": 1e3 * step,
+        "ms_network": 1e3 * median["network"] / steps,
+        "ms_plain_batch": 1e3 * median["plain"] / steps,
+        "ms_around": 1e3 * (median["one step"] - step),
+        "scan_overhead": statistics.median(over),
+        "calls_over_plain": median["network"] / median["plain"] - 1,
+    }
 
 
 def to_text(row: dict[str, Any]) -> str:
@@ -245,6 +283,8 @@ def to_text(row: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {seconds:.3f} | {speed:.3g} | {ratio:.2f} | {apart:.0e} |"
         )
+    if "ms_per_step" not in row:
+        return "\n".join(lines)
     lines += [
         f"a step {row['ms_per_step']:.2f} ms, of which the network as it is called "
         f"{row['ms_network']:.2f} ms: the scan adds {row['scan_overhead']:+.1%}",
@@ -257,47 +297,54 @@ def to_text(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> None:
     """Measure, print, and judge if asked to."""
-    parser = argparse.ArgumentParser(description="Time whole samples.")
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--model", choices=("digits", "text"), default="digits")
+    parser.add_argument("--config", help="a recipe, in the place of --model")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of both")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--no-compile", action="store_true", help="diffusers eager only"
-    )
+    parser.add_argument("--no-compile", action="store_true", help="theirs, eager only")
+    parser.add_argument("--no-eager", action="store_true", help="theirs, compiled only")
+    parser.add_argument("--no-parts", action="store_true", help="whole samples only")
+    parser.add_argument("--compile-mode", default="default", help="of torch.compile")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.steps < 2 or min(args.batches) < 1 or args.rounds < 1:
-        parser.error("wanted 2 steps or more, and batches and rounds of 1 or more")
-    digits = args.model == "digits"
-    config = load_config_file("configs/digits.py") if digits else text_config()
+        raise InputError(
+            "--steps, --batches, --rounds: wanted 2 steps or more, and batches and "
+            "rounds of 1 or more"
+        )
+    name = args.config or args.model
+    config = config_of(
+        "configs/digits.py" if name == "digits" else name, dtype=args.dtype
+    )
     model = draw_model(config)
     rows: list[dict[str, Any]] = []
-    print(f"{args.model}, {args.steps} guided DDIM steps, {jax.default_backend()}")
-    with tempfile.TemporaryDirectory() as name:
-        write_folder(model, Path(name))
-        for row in measure(config, model, Path(name), args):
+    print(f"{name}, {args.steps} guided DDIM steps, {jax.devices()[0].device_kind}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(model, Path(folder))
+        for row in measure(config, model, Path(folder), args):
             rows.append(row)
             print("\n" + to_text(row), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    slow = [row for row in rows if row["scan_overhead"] >= MAX_SCAN_OVERHEAD]
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    slow = [row for row in rows if row.get("scan_overhead", 0.0) >= MAX_SCAN_OVERHEAD]
     apart = [
-        row for row in rows if max(row["largest_difference"].values()) > MAX_DIFFERENCE
+        row
+        for row in rows
+        if max(row["largest_difference"].values(), default=0.0) > MAX_DIFFERENCE
     ]
     if args.check and (slow or apart):
-        print(
+        raise InputError(
             f"falls short: the scan adds {MAX_SCAN_OVERHEAD:.0%} or more at batch "
             f"{[row['batch'] for row in slow]}; images differ at batch "
-            f"{[row['batch'] for row in apart]}",
-            file=sys.stderr,
+            f"{[row['batch'] for row in apart]}"
         )
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, PROG)

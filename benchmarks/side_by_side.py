@@ -69,13 +69,13 @@ def text_config() -> Config:
 
 def draw_model(config: Config) -> Model:
     """Draw parameters that keep the scale of what goes through: no layer is zero."""
-    random = np.random.RandomState(0)
+    random = np.random.Generator(np.random.SFC64(0))
 
     def draw(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
         name, shape = path[-1].key, leaf.shape
         if name == "kernel":
-            deviation = np.prod(shape[:-1]) ** -0.5
-            return (random.randn(*shape) * deviation).astype(np.float32)
+            deviation = np.float32(np.prod(shape[:-1]) ** -0.5)
+            return random.standard_normal(shape, np.float32) * deviation
         if name == "bias":
             return np.zeros(shape, np.float32)
         return np.ones(shape, np.float32)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import make_parser
 from side_by_side import (
     LATENT_SCALE,
     draw_model,
@@ -49,6 +50,7 @@ from ldm_jax.training.parallel import make_layout
 from ldm_jax.training.state import init_state, make_optimizer
 from ldm_jax.types import InputError
 
+PROG = "benchmarks/train_step.py"
 INNER = 4
 """Steps between two waits for the device, as training waits only now and then."""
 Turn = Callable[[], Any]
@@ -61,7 +63,7 @@ class Ours(NamedTuple):
       turn: Makes `INNER` steps, waits for them, and returns the seconds of these that
         the host was busy.
       seconds_cold: Of tracing and compiling with an empty cache.
-      seconds_warm: The same again, from the cache.
+      seconds_warm: Of tracing again and loading what the cache has.
       memory: What the compiler says a device needs.
       flops: Of the mathematics of one step.
     """
@@ -73,13 +75,17 @@ class Ours(NamedTuple):
     flops: int
 
 
-def prepare_config(config: Config, *, batch: int, dtype: str | None) -> Config:
+def prepare_config(
+    config: Config, *, batch: int, dtype: str | None, remat: bool
+) -> Config:
     """Return the config of a step from latents, of one batch size and precision."""
     config = change(config, "diffusion", batch_size=batch)
     data = dataclasses.replace(config.data, latents=ELSEWHERE)
     second = config.diffusion
     if dtype is not None:
         second = dataclasses.replace(second, dtype=dtype)
+    if not remat:
+        second = dataclasses.replace(second, remat=False)
     return dataclasses.replace(config, data=data, diffusion=second)
 
 
@@ -119,21 +125,22 @@ def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
     shapes = jax.eval_shape(lambda: init_state(params, optimizer))
     like = batch_shapes(config, "diffusion", config.diffusion.batch_size)
 
-    def compiled() -> Any:
-        jax.clear_caches()
-        return compile_program(
-            lambda: layout.lower(stage.step, shapes, stage.frozen, like),
-            label="a step",
-            say=lambda line: None,
-        )
-
-    cold, warm = compiled(), compiled()
+    cold = compile_program(
+        lambda: layout.lower(stage.step, shapes, stage.frozen, like),
+        label="a step",
+        say=lambda line: None,
+    )
+    jax.clear_caches()
     if cold.memory is None:
         raise InputError(f"--batches: a step needs {cold.shortage}; try a smaller one")
     mapped = layout.map_step(stage.step)
     state: Any = layout.init(lambda: init_state(params, optimizer))
     placed, key = layout.place(stage.frozen), layout.place(root_key(config.seed))
     sent = layout.split(batch)
+    jax.block_until_ready((state, placed, sent))
+    began = time.perf_counter()
+    state, _ = mapped(state, placed, sent, key)
+    seconds_warm = time.perf_counter() - began
 
     def turn() -> float:
         nonlocal state
@@ -147,7 +154,7 @@ def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
 
     request = Request(config, None, "diffusion", None, "ddim", 50, False)
     flops = step_flops(config, request, config.diffusion.batch_size)
-    return Ours(turn, cold.seconds, warm.seconds, cold.memory, flops)
+    return Ours(turn, cold.seconds, seconds_warm, cold.memory, flops)
 
 
 def prepare_theirs(config: Config, folder: Path, batch: Any, *, compiled: bool) -> Turn:
@@ -292,13 +299,14 @@ def to_text(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Time steps of training.")
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--model", choices=("digits", "text"), default="digits")
     parser.add_argument("--config", help="a recipe, in the place of --model")
     parser.add_argument("--batches", type=int, nargs="+", default=[32])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--against", choices=("diffusers",))
     parser.add_argument("--no-compile", action="store_true", help="theirs, eager only")
+    parser.add_argument("--no-remat", action="store_true", help="keep activations")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
@@ -316,12 +324,14 @@ def main(arguments: list[str]) -> None:
         if args.against:
             write_folder(model, Path(folder))
         for size in args.batches:
-            one = prepare_config(config, batch=size, dtype=args.dtype)
+            one = prepare_config(
+                config, batch=size, dtype=args.dtype, remat=not args.no_remat
+            )
             rows.append(measure(one, model, Path(folder), args))
             print("\n" + to_text(rows[-1]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    run_main(main, "train_step.py")
+    run_main(main, PROG)

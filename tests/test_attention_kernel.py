@@ -152,3 +152,11 @@ def test_a_gpu_without_such_attention_is_told_of_once(monkeypatch):
     again = total(q, k, v, slope)  # a second warning would be an error
     attention.cudnn_attends.cache_clear()
     assert told == again
+
+
+def test_a_gpu_is_not_asked_about_the_few_tokens_of_a_text(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention.cudnn_attends.cache_clear()
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(Shape(4096, 77, 40)))
+    np.testing.assert_array_equal(attend(q, k, v), attend_plainly(q, k, v))
+    assert attention.cudnn_attends.cache_info().misses == 0

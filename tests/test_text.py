@@ -20,7 +20,8 @@ TOKENS = jnp.asarray([[1, 5, 9, 3, 18, 19, 19], [1, 19, 0, 0, 0, 0, 0]])
 def text_transformer(**fields):
     small = {"vocab_size": 20, "length": LENGTH, "width": 12, "depth": 2}
     heads = {"num_heads": 3, "head_width": 8, "dtype": jnp.float32}
-    return TextTransformer(**{**small, **heads, **fields})
+    start = {"positions": "normal", "embedding_std": 0.02}
+    return TextTransformer(**{**small, **heads, **start, **fields})
 
 
 def clip(**fields):
@@ -270,3 +271,23 @@ def test_masked_attention_equals_the_library_and_an_open_mask_changes_no_bit():
     wanted = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
     assert attend(q, k, v, mask=mask) == pytest.approx(np.asarray(wanted), abs=1e-5)
     assert (attend(q, k, v, mask=jnp.ones((5, 7), bool)) == attend(q, k, v)).all()
+
+
+def test_sinusoids_know_how_far_apart_positions_are():
+    module = text_transformer(positions="sinusoids", embedding_std=0.5)
+    params = module.init(jax.random.key(0), TOKENS)["params"]
+    table = np.asarray(params["position_embedding"]["embedding"], np.float64)
+    between = table @ table.T
+    for apart in range(LENGTH):  # the same for all pairs as far apart
+        row = np.diagonal(between, apart)
+        np.testing.assert_allclose(row, row[0], rtol=1e-5)
+    assert np.all(np.diagonal(between, 1) < between[0, 0])
+    np.testing.assert_allclose(np.sqrt(np.square(table).mean()), 0.5, rtol=1e-6)
+
+
+def test_vectors_start_with_the_deviation_asked_for():
+    module = text_transformer(vocab_size=400, width=64, embedding_std=0.5)
+    params = module.init(jax.random.key(0), TOKENS)["params"]
+    tokens = np.asarray(params["token_embedding"]["embedding"])
+    assert abs(tokens.std() - 0.5) < 0.01
+    assert np.asarray(params["position_embedding"]["embedding"]).std() < 0.6

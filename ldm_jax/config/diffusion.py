@@ -34,9 +34,18 @@ class TextConfig(Checked):
     """Heads of every layer."""
     head_width: int = 64
     """Width of a head, whatever the width of a token."""
+    positions: Literal["normal", "sinusoids"] = "normal"
+    """What the learned vectors of positions start as: noise, or sines and cosines,
+    which know from the start what is next to what."""
+    embedding_std: float = 0.02
+    """Standard deviation of untrained vectors of tokens and positions."""
 
     def _check(self) -> None:
-        self._want_at_least(1, *(field.name for field in dataclasses.fields(self)))
+        counts = "vocab_size length width depth num_heads head_width"
+        self._want_at_least(1, *counts.split())
+        self._want("embedding_std", self.embedding_std > 0, "above 0")
+        even = self.positions == "normal" or self.width % 2 == 0
+        self._want("width", even, "an even number for positions of sinusoids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ LATER_FIELDS = frozenset(
         "data.crop",
         "data.flip",
         "diffusion.condition.pooled",
+        "diffusion.condition.text.positions",
+        "diffusion.condition.text.embedding_std",
         "diffusion.optim.algorithm",
         "autoencoder.optim.algorithm",
         "autoencoder.adversary.optim.algorithm",

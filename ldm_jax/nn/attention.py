@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ldm_jax.nn.attention_blocks import LEAST_PROBABILITIES, Shape, blocks_of
+from ldm_jax.nn.attention_blocks import Shape, blocks_of, is_worth_a_kernel
 from ldm_jax.nn.layers import GroupNorm
 from ldm_jax.types import Dtype
 
@@ -42,7 +42,7 @@ def attend(
     """
     plainly = functools.partial(attend_plainly, mask=mask)
     shape = Shape(queries=q.shape[1], keys=k.shape[1], width=q.shape[3])
-    if mask is not None or shape.queries * shape.keys < LEAST_PROBABILITIES:
+    if mask is not None or not is_worth_a_kernel(shape):
         return plainly(q, k, v)
     kernels: dict[str, Any] = {}
     if blocks_of(shape):

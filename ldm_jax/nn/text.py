@@ -5,14 +5,18 @@ their layer. They differ in the mask (none, causal), in the biases of q, k and v
 what they return.
 """
 
+import functools
+import math
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ldm_jax.nn.attention import attend
+from ldm_jax.nn.layers import timestep_embedding
 from ldm_jax.types import Dtype
 
 LATENT_DIFFUSION_EPSILON = 1e-5
@@ -22,13 +26,14 @@ LATENT_DIFFUSION_EXPANSION = 4
 """Width of the MLPs of latent-diffusion's encoder, in units of its own width."""
 
 EMBEDDING_STD = 0.02
-"""Standard deviation of untrained token and position embeddings."""
+"""Standard deviation of CLIP's untrained token and position embeddings."""
 
 MISSTATED_EOS_ID = 2
 """What early CLIP configs state as end of text, though their tokenizer has another."""
 
 Activation = Literal["quick_gelu", "gelu"]
 TextOutput = Literal["last", "penultimate", "pooled"]
+PositionInit = Literal["normal", "sinusoids"]
 
 
 class TextTransformer(nn.Module):
@@ -44,6 +49,8 @@ class TextTransformer(nn.Module):
       depth: Layers.
       num_heads: Heads of every attention.
       head_width: Width of each head; need not be `width / num_heads`.
+      positions: What untrained vectors of positions are; see `embed_tokens`.
+      embedding_std: Standard deviation of untrained vectors.
       dtype: Compute dtype of the branches; parameters, norms, stream and output stay
         float32.
 
@@ -58,13 +65,20 @@ class TextTransformer(nn.Module):
     depth: int
     num_heads: int
     head_width: int
+    positions: PositionInit
+    embedding_std: float
     dtype: Dtype
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
         """Encode tokens in [0, vocab_size); one outside makes its text NaN."""
         x = embed_tokens(
-            tokens, vocab_size=self.vocab_size, length=self.length, width=self.width
+            tokens,
+            vocab_size=self.vocab_size,
+            length=self.length,
+            width=self.width,
+            positions=self.positions,
+            std=self.embedding_std,
         )
         for i in range(self.depth):
             x = TextLayer(
@@ -263,7 +277,13 @@ class TextMlp(nn.Module):
 
 
 def embed_tokens(
-    tokens: Int[Array, "b n"], *, vocab_size: int, length: int, width: int
+    tokens: Int[Array, "b n"],
+    *,
+    vocab_size: int,
+    length: int,
+    width: int,
+    positions: PositionInit = "normal",
+    std: float = EMBEDDING_STD,
 ) -> Float[Array, "b n d"]:
     """Add a learned vector of the token and one of its position, unscaled, float32.
 
@@ -274,21 +294,39 @@ def embed_tokens(
       tokens: In [0, vocab_size).
       vocab_size: Tokens there are.
       length: Positions there are.
-      width: Of the vectors.
+      width: Of the vectors; even for `sinusoids`.
+      positions: Untrained, those of positions are normal, or sines and cosines of the
+        position: the same turn leads from any of these to the next, so that attention
+        can find a neighbour wherever it is before anything is learned.
+      std: Standard deviation of untrained vectors, of either kind.
 
     Returns:
       One vector a token.
 
     Raises:
       ValueError: If there are more tokens than positions.
+
+    Source:
+      Vaswani et al., arXiv:1706.03762, sec. 3.5.
     """
     n = tokens.shape[1]
     if n > length:
         raise ValueError(f"text encoder: got {n} tokens, wanted at most {length}")
-    init = nn.initializers.normal(EMBEDDING_STD)
+    init = nn.initializers.normal(std)
     token = nn.Embed(vocab_size, width, embedding_init=init, name="token_embedding")
+    if positions == "sinusoids":
+        init = functools.partial(_sinusoids, std=std)
     position = nn.Embed(length, width, embedding_init=init, name="position_embedding")
     return token(tokens) + position(jnp.arange(n))
+
+
+def _sinusoids(
+    key: Key[Array, ""], shape: tuple[int, int], dtype: DTypeLike, *, std: float
+) -> Float[Array, "n d"]:
+    del key
+    n, width = shape
+    waves = timestep_embedding(jnp.arange(n), width=width)
+    return (std * math.sqrt(2.0) * waves).astype(dtype)
 
 
 def end_of_text(tokens: Int[Array, "b n"], *, eos_token_id: int) -> Int[Array, " b"]:

@@ -133,6 +133,8 @@ def test_outputs_and_gradients_equal_the_formulas(case):
         depth=depth,
         num_heads=heads,
         head_width=head_width,
+        positions="normal",
+        embedding_std=0.02,
         dtype=jnp.float32,
     )
 
