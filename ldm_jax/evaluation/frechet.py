@@ -39,8 +39,10 @@ def moments(features: Float[np.ndarray, "n d"]) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Return the squared Fréchet (2-Wasserstein) distance of two Gaussians.
 
-    `|m_a - m_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2))`, by symmetric
-    eigenvalues alone, which stay real for ill-conditioned covariances.
+    `|m_a - m_b|^2 + tr(A) + tr(B) - 2 |R_a^T R_b|` with the nuclear norm and any roots,
+    `R R^T` being the covariance: by eigenvalues of symmetric matrices and singular
+    values alone. Nothing turns complex, and no root is taken of what a product of
+    covariances has lost to rounding, so that ill-conditioned ones keep their digits.
 
     Args:
       a: Moments of one set.
@@ -52,9 +54,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Source:
       Dowson & Landau (1982); Heusel et al., arXiv:1706.08500, sec. 3.
     """
-    values, vectors = np.linalg.eigh(np.atleast_2d(a.covariance))
-    root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
-    middle = np.linalg.eigvalsh(root @ np.atleast_2d(b.covariance) @ root)
-    cross = np.sqrt(np.maximum(middle, 0.0)).sum()
+    cross = np.linalg.svd(_root(a).T @ _root(b), compute_uv=False).sum()
     spread = np.trace(np.atleast_2d(a.covariance + b.covariance))
     return float(np.square(a.mean - b.mean).sum() + spread - 2.0 * cross)
+
+
+def _root(x: Moments) -> Float[np.ndarray, "d d"]:
+    values, vectors = np.linalg.eigh(np.atleast_2d(x.covariance))
+    return vectors * np.sqrt(np.maximum(values, 0.0))
