@@ -52,6 +52,8 @@ torture: setup
 
 parity: setup
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
+	@# Without what it wants: its torchvision would bring another torch.
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps torch-fidelity
 	$(RUN) -m pytest tests/parity -n 2 --dist loadfile
 
 recipes: setup

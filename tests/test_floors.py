@@ -45,6 +45,7 @@ FLOOR_BY_ROOM = {
     "exchange": 4,
     "pretrained": 4,
     "run": 4,
+    "scoring": 4,
     "words": 4,
     "workdir": 4,
     "gallery": 4,
@@ -53,7 +54,12 @@ FLOOR_BY_ROOM = {
     "planning": 4,
 }
 ROOF = 5
-DOORS = {"data/cache_latents.py", "evaluation/steps.py", "plan.py"}
+DOORS = {
+    "data/cache_latents.py",
+    "evaluation/__main__.py",
+    "evaluation/steps.py",
+    "plan.py",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -13,12 +13,12 @@ class Sums(NamedTuple):
     """What is kept of features seen so far, float64: enough for their moments.
 
     Attributes:
-      count: How many there were.
+      num: How many there were.
       mean: Of length d.
       scatter: Sum of the outer products of what is left of each without the mean.
     """
 
-    count: int
+    num: int
     mean: Float[np.ndarray, " d"]
     scatter: Float[np.ndarray, "d d"]
 
@@ -48,11 +48,11 @@ def merge(a: Sums, b: Sums) -> Sums:
     Source:
       Chan, Golub & LeVeque (1979), eq. 2.1.
     """
-    count = a.count + b.count
+    num = a.num + b.num
     apart = b.mean - a.mean
-    mean = a.mean + apart * (b.count / count)
-    between = np.outer(apart, apart) * (a.count * (b.count / count))
-    return Sums(count, mean, a.scatter + b.scatter + between)
+    mean = a.mean + apart * (b.num / num)
+    between = np.outer(apart, apart) * (a.num * (b.num / num))
+    return Sums(num, mean, a.scatter + b.scatter + between)
 
 
 def merge_all(parts: Iterable[Sums]) -> Sums:
@@ -75,6 +75,6 @@ def moments_of(sums: Sums) -> Moments:
     Raises:
       ValueError: If there are fewer than two features.
     """
-    if sums.count < 2:
-        raise ValueError(f"moments: got {sums.count} features, wanted 2 or more")
-    return Moments(sums.mean, sums.scatter / (sums.count - 1))
+    if sums.num < 2:
+        raise ValueError(f"moments: got {sums.num} features, wanted 2 or more")
+    return Moments(sums.mean, sums.scatter / (sums.num - 1))

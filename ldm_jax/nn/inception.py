@@ -4,7 +4,7 @@ It differs from the Inception v3 of today's libraries in its poolings, its 1,008
 and how images are resized for it, and each difference changes published figures.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -246,12 +246,12 @@ class ConvUnit(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Transform a map."""
         bare = self.unit.halves or self.unit.shrinks
-        padding = [(0 if bare else n // 2,) * 2 for n in self.unit.size]
+        sides = [0 if bare else n // 2 for n in self.unit.size]
         x = nn.Conv(
             self.unit.channels,
             self.unit.size,
             strides=2 if self.unit.halves else 1,
-            padding=padding,
+            padding=[(side, side) for side in sides],
             use_bias=False,
             name="conv",
         )(x)
@@ -283,7 +283,7 @@ def _pool(x: Float[Array, "b h w c"], pool: Pool) -> Float[Array, "b h2 w2 c"]:
         return x
     if pool == "halve":
         return nn.max_pool(x, (3, 3), strides=(2, 2))
-    around = ((1, 1), (1, 1))
+    around: Any = ((1, 1), (1, 1))
     if pool == "max":
         return nn.max_pool(x, (3, 3), padding=around)
     # Pixels beyond the border are left out of the mean, not counted as zeros.

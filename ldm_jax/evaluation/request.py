@@ -1,0 +1,142 @@
+"""What `python -m ldm_jax.evaluation` may be asked; imports no JAX."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from ldm_jax.cli import OneLineParser
+from ldm_jax.config import Config, read_config
+from ldm_jax.evaluation.protocols import PROTOCOL_NAMES, Protocol, protocol_of
+from ldm_jax.launch import Launch, add_flags, check_launch, check_local
+from ldm_jax.requests import MAX_SEED, SampleRequest, parse_sample
+from ldm_jax.settings import Settings
+from ldm_jax.types import InputError
+
+PROG = "python -m ldm_jax.evaluation"
+
+
+class EvaluationRequest(NamedTuple):
+    """What was asked.
+
+    Attributes:
+      protocol: How images are measured.
+      settings: How samples are made.
+      num_images: How many; seeds 0 to one less.
+      inception: File of Inception's weights, or None for the classifier.
+      reference: File of statistics to compare with; None for the run's own data.
+      out: Folder for everything that is written.
+      launch: How the program starts.
+    """
+
+    protocol: Protocol
+    settings: Settings
+    num_images: int
+    inception: Path | None
+    reference: Path | None
+    out: Path
+    launch: Launch
+
+
+def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
+    """Read the command line, as far as the run's config tells without JAX.
+
+    Args:
+      args: Without the program's name.
+      about: What the program is for.
+
+    Raises:
+      InputError: If it is wrong.
+      SystemExit: After printing the help.
+    """
+    parser = OneLineParser(
+        prog=PROG,
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="folder of the run")
+    add("--step", type=int, help="checkpoint to take; the newest by default")
+    add("--protocol", help=f"one of {', '.join(PROTOCOL_NAMES)}")
+    add("--inception", type=Path, help="weights of FID's Inception (.pth, safetensors)")
+    add(
+        "--reference", type=Path, help="statistics of real images; the run's by default"
+    )
+    add("--num-images", type=int, help="samples; the protocol's number by default")
+    add("--sampler", default="ddim")
+    add("--steps", type=int, default=50, help="of each sample")
+    add("--spacing", help="of the steps; the run's by default")
+    add("--eta", type=float, help="DDIM's share of fresh noise")
+    add("--guidance-scale", default="1", help="1, the default, is none")
+    add("--out", type=Path, help="folder for the results; WORKDIR/evaluation")
+    add_flags(parser)
+    given = parser.parse_args(args)
+    name = given.protocol or ("adm" if given.inception else "dataset-classifier")
+    protocol = protocol_of(name)
+    check_network(protocol, given.inception)
+    num_images = protocol.num_images if given.num_images is None else given.num_images
+    if not 2 <= num_images <= MAX_SEED:
+        raise InputError(f"--num-images: got {num_images}, wanted 2 or more")
+    check_local(given.workdir, "--workdir")
+    check_run(read_config(given.workdir), given)
+    out = given.out or given.workdir / "evaluation"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file, wanted a folder")
+    return EvaluationRequest(
+        protocol=protocol,
+        settings=settings_of(given),
+        num_images=num_images,
+        inception=given.inception,
+        reference=given.reference,
+        out=out,
+        launch=check_launch(given, beside=given.workdir),
+    )
+
+
+def check_network(protocol: Protocol, inception: Path | None) -> None:
+    """Raise `InputError` if weights are missing, or are given and not used."""
+    if protocol.network == "inception" and inception is None:
+        raise InputError(
+            f"--inception: not given, but protocol {protocol.name} measures with FID's "
+            "Inception network; try --inception pt_inception-2015-12-05-6726825d.pth "
+            "(of pytorch-fid), or --protocol dataset-classifier, which needs no file"
+        )
+    if protocol.network != "inception" and inception is not None:
+        raise InputError(
+            f"--inception: got it with protocol {protocol.name}, which reads none"
+        )
+
+
+def check_run(config: Config, given: argparse.Namespace) -> None:
+    """Raise `InputError` if a run cannot be asked this."""
+    if "diffusion" not in config.stages:
+        raise InputError(
+            f"--workdir: {given.workdir} is a run of an autoencoder alone, wanted one "
+            "with a diffusion stage"
+        )
+    condition = config.diffusion.condition
+    if condition.context == "embedding" or condition.concat != "none":
+        raise InputError(
+            f"--workdir: {given.workdir} is told of each image by vectors or pictures; "
+            "wanted a model of classes or texts, or without condition"
+        )
+
+
+def settings_of(given: argparse.Namespace) -> Settings:
+    """Make the settings of `sample.py`, with all its checks.
+
+    Raises:
+      InputError: If one has no meaning.
+    """
+    words: dict[str, Any] = {
+        "workdir": given.workdir,
+        "step": given.step,
+        "sampler": given.sampler,
+        "steps": given.steps,
+        "spacing": given.spacing,
+        "eta": given.eta,
+        "guidance-scale": given.guidance_scale,
+    }
+    flags = [f"--{name}={value}" for name, value in words.items() if value is not None]
+    request = parse_sample(flags)
+    return cast(SampleRequest, request).settings  # without --replay it is one

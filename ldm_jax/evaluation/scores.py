@@ -1,0 +1,80 @@
+"""All scores of a protocol, from the features of samples and of real images."""
+
+from typing import Any
+
+from ldm_jax.evaluation.features import FeatureSet, Reference
+from ldm_jax.evaluation.frechet import Moments, frechet_distance, moments
+from ldm_jax.evaluation.inception_score import inception_score
+from ldm_jax.evaluation.kernel import kernel_distance
+from ldm_jax.evaluation.neighbours import neighbourhoods
+from ldm_jax.evaluation.protocols import Protocol
+from ldm_jax.types import InputError
+
+Scores = dict[str, float | None]
+
+
+def check_enough(num: int, width: int, *, what: str) -> None:
+    """Raise `InputError` if there are too few images for a covariance.
+
+    Args:
+      num: Images there are.
+      width: Of a feature.
+      what: Whose images, for the message.
+    """
+    if num <= width:
+        raise InputError(
+            f"{what}: got {num} images, wanted more than the {width} numbers of a "
+            "feature, or their covariance has no inverse and the Fréchet distance says "
+            "little; try more images, or the protocol dataset-classifier"
+        )
+
+
+def score(protocol: Protocol, made: FeatureSet, reference: Reference) -> Scores:
+    """Score samples against real images.
+
+    Args:
+      protocol: How; of `reference` too.
+      made: What the network says of samples.
+      reference: Statistics of real images.
+
+    Returns:
+      Scores by name. `fid` is the Fréchet distance, and so called whatever network's
+      features it is of: the protocol tells which.
+
+    Raises:
+      InputError: If there are too few images.
+    """
+    num, width = made.pooled.shape
+    check_enough(num, width, what="--num-images")
+    found: Scores = {"fid": frechet_distance(moments(made.pooled), reference.pooled)}
+    if made.spatial is not None and reference.spatial is not None:
+        found["sfid"] = _spatial(made, reference.spatial)
+    kept = reference.kept
+    size = min(protocol.kernel_size, num, len(kept))
+    kernel = kernel_distance(
+        made.pooled, kept, subsets=protocol.kernel_subsets, subset_size=size
+    )
+    found |= {
+        "kid": kernel.mean,
+        "kid_std": kernel.std,
+        "kid_half_interval": kernel.half,
+        "kid_subset_size": size,
+    }
+    if made.logits is not None:
+        clear = inception_score(
+            made.logits, splits=protocol.score_splits, seed=protocol.score_seed
+        )
+        found |= {"inception_score": clear.mean, "inception_score_std": clear.std}
+    most = protocol.neighbour_images
+    near = neighbourhoods(
+        made.pooled[:most], kept[:most], neighbours=protocol.neighbours
+    )
+    return found | near._asdict()
+
+
+def _spatial(made: FeatureSet, reference: Moments) -> float | None:
+    """Return sFID, or None of too few images for its wider features."""
+    features: Any = made.spatial
+    if len(features) <= features.shape[1]:
+        return None
+    return frechet_distance(moments(features), reference)

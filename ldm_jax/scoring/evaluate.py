@@ -1,0 +1,288 @@
+"""A run scored: its seeds drawn, looked at and compared with real images.
+
+OUT/NAME/features_000000.npz    what the network says of 256 samples
+OUT/NAME/samples.png            the first of them, to look at
+OUT/NAME/metrics.json           the scores, and all that it takes to repeat them
+OUT/real_PROTOCOL_....npz       statistics of the run's own data
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from ldm_jax.build import load_split
+from ldm_jax.config import Config
+from ldm_jax.data.sources import read_captions
+from ldm_jax.drawing import draw
+from ldm_jax.evaluation.features import (
+    FeatureSet,
+    Reference,
+    join,
+    read_arrays,
+    write_arrays,
+)
+from ldm_jax.evaluation.request import EvaluationRequest
+from ldm_jax.evaluation.scores import Scores, check_enough, score
+from ldm_jax.images import grid, write_png
+from ldm_jax.interop.inception import load_inception
+from ldm_jax.interop.names import flatten, unflatten
+from ldm_jax.scoring.extractors import Extractor
+from ldm_jax.scoring.real import extractor_of, real_statistics, taught
+from ldm_jax.studio import Studio, open_studio
+from ldm_jax.subjects import Shown, Subject
+from ldm_jax.training.files import write_json
+from ldm_jax.training.hosts import first_alone, is_first, wait_for_all
+from ldm_jax.types import InputError, PyTree
+
+SHARD = 256
+"""Samples whose features are one file: what an interruption costs at the most."""
+GRID_SIDE = 10
+METRICS_FILE = "metrics.json"
+CLASSIFIER_FILE = "classifier.npz"
+ACCURACY = "accuracy"
+MOST_CAPTIONS = 10_000
+
+
+class Network(NamedTuple):
+    """What looks at images.
+
+    Attributes:
+      params: Of the protocol's network.
+      accuracy: Part of the held-out images that the classifier reads right; None of
+        Inception.
+    """
+
+    params: PyTree
+    accuracy: float | None
+
+
+class Outcome(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      path: Of `metrics.json`.
+      scores: Of the samples.
+      held_out: Of real images that the run has not seen; None where they are too few.
+    """
+
+    path: Path
+    scores: Scores
+    held_out: Scores | None
+
+
+def evaluate(request: EvaluationRequest) -> Outcome | None:
+    """Draw what is missing, and score all.
+
+    Several processes share the samples; the first one scores.
+
+    Args:
+      request: What to measure, and how.
+
+    Returns:
+      What was found; None on all processes but the first.
+
+    Raises:
+      InputError: If the run, the weights or the statistics cannot be read or do not fit
+        each other, or there are too few images.
+      RunError: If no checkpoint is intact.
+      OSError: If something cannot be written; features made before it stay.
+    """
+    studio = open_studio(request.settings)
+    config = studio.run.config
+    request.out.mkdir(parents=True, exist_ok=True)
+    first_alone(lambda: _network(request, config))
+    network = _network(request, config)
+    extractor = extractor_of(config, request.protocol, params=network.params)
+    first_alone(lambda: _real(request, config, extractor))
+    reference = _real(request, config, extractor)
+    width = len(reference.pooled.mean)
+    check_enough(request.num_images, width, what="--num-images")
+    facts = _facts(request, studio, extractor)
+    folder = request.out / _name(request, facts)
+    folder.mkdir(exist_ok=True)
+    seconds = draw_shards(request, studio, extractor, folder)
+    wait_for_all("features")
+    if not is_first():
+        return None
+    made = join([_read(path) for path in _shards(request, folder)])
+    cut = [None if column is None else column[: request.num_images] for column in made]
+    found = score(request.protocol, FeatureSet(*cut), reference)  # pyright: ignore[reportArgumentType]
+    held_out = _held_out(request, config, extractor, reference)
+    path = folder / METRICS_FILE
+    report = {
+        "scores": found,
+        "held_out_scores": held_out,
+        **facts,
+        "real": reference.provenance._asdict(),
+        "classifier_accuracy": network.accuracy,
+        "seconds_of_sampling": seconds,
+        "devices": jax.device_count(),
+        "versions": {name: version(name) for name in ("ldm_jax", "jax", "jaxlib")},
+    }
+    write_json(path, report)
+    return Outcome(path, found, held_out)
+
+
+def draw_shards(
+    request: EvaluationRequest, studio: Studio, extractor: Extractor, folder: Path
+) -> float:
+    """Draw the samples whose features are not there yet; this process' share.
+
+    Args:
+      request: How many.
+      studio: What draws.
+      extractor: What looks at them.
+      folder: Where features go.
+
+    Returns:
+      Seconds that it took.
+    """
+    paths = _shards(request, folder)
+    mine = range(jax.process_index(), len(paths), jax.process_count())
+    missing = [i for i in mine if not paths[i].exists()]
+    shown = shown_by_seed(studio.run.config, request.num_images)
+    subjects = [
+        Subject(shown[seed % len(shown)], seed)
+        for i in missing
+        for seed in range(i * SHARD, min((i + 1) * SHARD, request.num_images))
+    ]
+    began = time.monotonic()
+    done = request.num_images - len(subjects)
+    with tqdm(
+        total=request.num_images, initial=done, unit=" images", mininterval=1.0
+    ) as bar:
+        pictures = draw(studio, subjects)
+        for i in missing:
+            num = min(SHARD, request.num_images - i * SHARD)
+            images: list[np.ndarray] = []
+            for _ in range(num):
+                images.append(next(pictures).image)
+                bar.update()
+            stacked = np.stack(images)
+            if i == 0:
+                _write_grid(folder / "samples.png", stacked)
+            seen = extractor.extract(stacked)
+            arrays = {k: v for k, v in seen._asdict().items() if v is not None}
+            write_arrays(paths[i], arrays)
+    return time.monotonic() - began
+
+
+def shown_by_seed(config: Config, num_images: int) -> list[Shown]:
+    """Say what samples show, seed by seed, over and over.
+
+    Classes in turn; captions of the held-out split in order.
+
+    Raises:
+      InputError: If the captions cannot be read.
+    """
+    condition, data = config.diffusion.condition, config.data
+    rows: list[Shown] = [{}]
+    if condition.uses_classes:
+        rows = [{"label": str(label)} for label in range(data.num_classes)]
+    if condition.uses_tokens:
+        captions = read_captions(data.source, data.test_split, directory=data.directory)
+        chosen = list(captions)[: min(num_images, MOST_CAPTIONS)]
+        rows = [
+            {**rows[i % len(rows)], "prompt": caption}
+            for i, caption in enumerate(chosen)
+        ]
+    return rows
+
+
+def _network(request: EvaluationRequest, config: Config) -> Network:
+    """Read Inception, or the classifier; teach that first if it is not there."""
+    if request.inception is not None:
+        return Network(load_inception(request.inception), None)
+    path = request.out / CLASSIFIER_FILE
+    if not path.exists():
+        params, right = taught(config)
+        arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+        write_arrays(path, {**arrays, ACCURACY: np.asarray(right)})
+    arrays = read_arrays(path)
+    right = float(arrays.pop(ACCURACY, np.nan))
+    return Network(unflatten(arrays), right)
+
+
+def _real(
+    request: EvaluationRequest, config: Config, extractor: Extractor
+) -> Reference:
+    return real_statistics(
+        config,
+        request.protocol,
+        extractor,
+        given=request.reference,
+        folder=request.out,
+    )
+
+
+def _held_out(
+    request: EvaluationRequest,
+    config: Config,
+    extractor: Extractor,
+    reference: Reference,
+) -> Scores | None:
+    """Score the held-out images as if they were samples: what there is to reach."""
+    images = load_split(config, "test", limit=request.num_images).image
+    if len(images) <= len(reference.pooled.mean):
+        return None
+    seen = extractor.extract(images)
+    try:
+        return score(request.protocol, seen, reference)
+    except InputError:
+        return None  # too few for one of them
+
+
+def _facts(
+    request: EvaluationRequest, studio: Studio, extractor: Extractor
+) -> dict[str, Any]:
+    """Collect what decides the features, as strict JSON."""
+    settings = dataclasses.asdict(studio.settings)
+    given = {k: v for k, v in settings.items() if v not in (None, False, "")}
+    given.pop("workdir", None)
+    return {
+        "protocol": request.protocol._asdict(),
+        "network": extractor.digest,
+        "settings": given,
+        "made_with": dict(studio.made_with),
+        "seeds": f"0-{request.num_images - 1}",
+        "shows": "classes in turn, or the held-out captions in order",
+    }
+
+
+def _name(request: EvaluationRequest, facts: dict[str, Any]) -> str:
+    """Name the folder of samples made in one way; their number may grow."""
+    kept = {k: v for k, v in facts.items() if k != "seeds"}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    settings = request.settings
+    scale = ",".join(f"{value:g}" for value in settings.guidance_scale)
+    parts = (request.protocol.name, f"{settings.sampler}{settings.steps}", f"g{scale}")
+    return "_".join([*parts, digest[:8]])
+
+
+def _shards(request: EvaluationRequest, folder: Path) -> list[Path]:
+    """List the files of features. A last one of fewer has its number in its name."""
+    num, paths = request.num_images, []
+    for start in range(0, num, SHARD):
+        size = min(SHARD, num - start)
+        tail = "" if size == SHARD else f"_{size}"
+        paths.append(folder / f"features_{start // SHARD:06d}{tail}.npz")
+    return paths
+
+
+def _read(path: Path) -> FeatureSet:
+    arrays = read_arrays(path)
+    return FeatureSet(arrays["pooled"], arrays.get("spatial"), arrays.get("logits"))
+
+
+def _write_grid(path: Path, images: UInt8[np.ndarray, "n h w c"]) -> None:
+    shown = images[: GRID_SIDE * GRID_SIDE]
+    write_png(path, grid(shown, columns=min(GRID_SIDE, len(shown))))

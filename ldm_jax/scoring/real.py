@@ -1,0 +1,161 @@
+"""The real images of a run: as it sees them, and their statistics under a protocol."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ldm_jax.build import load_split, open_split
+from ldm_jax.config import Config
+from ldm_jax.data.pipeline import load_all, prepare_example
+from ldm_jax.evaluation.features import (
+    MOST_KEPT,
+    Provenance,
+    Reference,
+    check_comparable,
+    read_reference,
+    reference_of,
+    write_reference,
+)
+from ldm_jax.evaluation.protocols import Protocol
+from ldm_jax.evaluation.scores import check_enough
+from ldm_jax.evaluation.streams import Sums, merge, sums_of
+from ldm_jax.scoring.extractors import (
+    Extractor,
+    classifier_extractor,
+    inception_extractor,
+)
+from ldm_jax.scoring.teaching import MOST_BYTES, accuracy, teach
+from ldm_jax.types import InputError, PyTree
+
+ROWS = 256
+"""Real images that are in memory at once."""
+
+
+def images_of(config: Config) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+    """Read the training split in order, as the run sees it, without flips."""
+    data = config.data
+    examples = open_split(config, "train").examples
+    for start in range(0, len(examples), ROWS):
+        rows = [
+            prepare_example(
+                {**examples[i], "index": i},
+                image_size=data.image_size,
+                image_channels=data.image_channels,
+            )["image"]
+            for i in range(start, min(start + ROWS, len(examples)))
+        ]
+        yield np.stack(rows)
+
+
+def measure_real(config: Config, protocol: Protocol, extractor: Extractor) -> Reference:
+    """Measure the training split, in one pass.
+
+    Raises:
+      InputError: If the data cannot be read, or are too few.
+    """
+    total = hashlib.sha256()
+    pooled: Sums | None = None
+    spatial: Sums | None = None
+    kept: list[np.ndarray] = []
+    for images in images_of(config):
+        total.update(np.ascontiguousarray(images).tobytes())
+        seen = extractor.extract(images)
+        part = sums_of(seen.pooled)
+        pooled = part if pooled is None else merge(pooled, part)
+        if seen.spatial is not None:
+            part = sums_of(seen.spatial)
+            spatial = part if spatial is None else merge(spatial, part)
+        if sum(map(len, kept)) < MOST_KEPT:
+            kept.append(seen.pooled)
+    if pooled is None:
+        raise InputError(f"--data.source: {config.data.source} holds no images")
+    check_enough(pooled.num, len(pooled.mean), what=f"{config.data.source}")
+    provenance = Provenance(
+        protocol=protocol.name,
+        network=extractor.digest,
+        source=config.data.source,
+        split=config.data.train_split,
+        num_images=pooled.num,
+        image_size=config.data.image_size,
+        data=total.hexdigest(),
+    )
+    rows = np.concatenate(kept)[:MOST_KEPT]
+    return reference_of(provenance, pooled, spatial, rows)
+
+
+def real_statistics(
+    config: Config,
+    protocol: Protocol,
+    extractor: Extractor,
+    *,
+    given: Path | None,
+    folder: Path,
+) -> Reference:
+    """Take statistics from a file, or from an earlier call, or measure them.
+
+    Args:
+      config: Of the run.
+      protocol: How.
+      extractor: Its network.
+      given: File that is to be compared with, or None for the run's own data.
+      folder: Where statistics of the run's own data are kept.
+
+    Raises:
+      InputError: If the file is of another protocol or network, or cannot be read.
+      OSError: If what was measured cannot be written.
+    """
+    data = config.data
+    wanted = Provenance(
+        protocol.name, extractor.digest, data.source, data.train_split, 0, 0, ""
+    )
+    if given is not None:
+        reference = read_reference(given)
+        check_comparable(wanted, reference.provenance, path=given)
+        return reference
+    path = folder / f"real_{protocol.name}_{extractor.digest[:12]}.npz"
+    if path.exists():
+        reference = read_reference(path)
+        check_comparable(wanted, reference.provenance, path=path)
+        return reference
+    reference = measure_real(config, protocol, extractor)
+    write_reference(path, reference)
+    return reference
+
+
+def taught(config: Config) -> tuple[PyTree, float]:
+    """Teach the classifier on a run's data set.
+
+    Args:
+      config: Of the run.
+
+    Returns:
+      Its parameters, and the part of the test split that it reads right.
+
+    Raises:
+      InputError: If the data set has fewer than two classes.
+    """
+    data = config.data
+    if data.num_classes < 2:
+        raise InputError(
+            f"--protocol: dataset-classifier wants labels of two classes or more, but "
+            f"{data.source} has {data.num_classes or 'none'}; try --protocol adm with "
+            "--inception FILE"
+        )
+    side, channels = data.image_size, data.image_channels
+    limit = min(MOST_KEPT, MOST_BYTES // (side * side * channels))
+    examples = open_split(config, "train").examples
+    train = load_all(examples, image_size=side, image_channels=channels, limit=limit)
+    params = teach(train.image, train.label, num_classes=data.num_classes)
+    test = load_split(config, "test", limit=limit)
+    right = accuracy(params, test.image, test.label, num_classes=data.num_classes)
+    return params, right
+
+
+def extractor_of(config: Config, protocol: Protocol, *, params: PyTree) -> Extractor:
+    """Make the extractor of a protocol from its network's parameters."""
+    if protocol.network == "classifier":
+        return classifier_extractor(params, num_classes=config.data.num_classes)
+    return inception_extractor(protocol, params)

@@ -1,0 +1,262 @@
+"""A run scored by a named protocol: whole, resumed, and refused."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ldm_jax.config import to_json
+from ldm_jax.evaluation.__main__ import main
+from ldm_jax.evaluation.features import (
+    Provenance,
+    Reference,
+    check_comparable,
+    read_reference,
+    write_reference,
+)
+from ldm_jax.evaluation.frechet import moments
+from ldm_jax.evaluation.protocols import PROTOCOLS
+from ldm_jax.evaluation.request import parse
+from ldm_jax.interop.inception import inception_shapes
+from ldm_jax.interop.native import write_native
+from ldm_jax.scoring import evaluate, extractors, real
+from ldm_jax.scoring.extractors import (
+    classifier_extractor,
+    extract_all,
+    function_extractor,
+    inception_extractor,
+)
+from ldm_jax.scoring.teaching import accuracy, classifier, look, teach
+from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.types import InputError
+from tests import tiny
+from tests.commands import run
+from tests.models import model_of
+
+DOOR = "ldm_jax.evaluation"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """A run as sample.py reads it, its parameters drawn and not trained."""
+    workdir = tmp_path_factory.mktemp("tiny")
+    config = tiny.get_config()
+    write_native(model_of(config), workdir)
+    (workdir / "config.json").write_text(to_json(config))
+    return workdir
+
+
+@pytest.fixture(autouse=True)
+def short_lessons(monkeypatch):
+    """Teach the classifier for a moment only, and keep few features a file."""
+    monkeypatch.setattr(real, "teach", functools.partial(teach, num_steps=5))
+    monkeypatch.setattr(evaluate, "SHARD", 32)
+
+
+def measure(tiny_run, out, *flags):
+    args = ["--workdir", tiny_run, "--steps", 2, "--num-images", 70, "--out", out]
+    main([str(arg) for arg in (*args, *flags, "--compilation-cache", "none")])
+    (path,) = out.glob("*/metrics.json")
+    return path
+
+
+def test_the_command_scores_a_run_and_says_how(tiny_run, tmp_path, capsys):
+    path = measure(tiny_run, tmp_path / "out")
+    report = json.loads(path.read_text())
+    scores = report["scores"]
+    names = {"fid", "kid", "inception_score", "precision", "recall", "coverage"}
+    assert names <= scores.keys()
+    assert scores["fid"] > report["held_out_scores"]["fid"]  # it was never trained
+    assert report["protocol"]["name"] == "dataset-classifier"
+    assert report["settings"]["steps"] == 2 and report["seeds"] == "0-69"
+    assert report["real"]["num_images"] == 1500 and len(report["real"]["data"]) == 64
+    printed = capsys.readouterr().out
+    assert "| dataset-classifier | samples | held-out real |" in printed
+    assert str(path) in printed
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "features_000000.npz",
+        "features_000001.npz",
+        "features_000002_6.npz",
+        "metrics.json",
+        "samples.png",
+    ]
+
+
+def test_an_interrupted_one_goes_on_without_drawing_twice(
+    tiny_run, tmp_path, monkeypatch
+):
+    whole = json.loads(measure(tiny_run, tmp_path / "whole").read_text())
+    out, written = tmp_path / "cut", []
+
+    def write(path, arrays):
+        if path.name.startswith("features_"):
+            if written:
+                raise KeyboardInterrupt
+            written.append(path)
+        real_write(path, arrays)
+
+    real_write = evaluate.write_arrays
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "write_arrays", write)
+        with pytest.raises(KeyboardInterrupt):
+            measure(tiny_run, out)
+    (first,) = written
+    before = first.stat().st_mtime_ns
+    drawn = []
+    real_draw = evaluate.draw
+    monkeypatch.setattr(
+        evaluate, "draw", lambda s, jobs: drawn.extend(jobs) or real_draw(s, jobs)
+    )
+    resumed = json.loads(measure(tiny_run, out).read_text())
+    assert first.stat().st_mtime_ns == before
+    assert [job.seed for job in drawn] == list(range(32, 70))
+    assert resumed["scores"] == whole["scores"]
+    drawn.clear()
+    assert json.loads(measure(tiny_run, out).read_text())["scores"] == whole["scores"]
+    assert not drawn
+
+
+def images(num, side=16, channels=1, seed=0):
+    shape = (num, side, side, channels)
+    return np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
+
+
+def test_features_do_not_depend_on_devices_or_batches():
+    assert jax.device_count() == 8
+    params = teach(images(64), np.arange(64) % 4, num_classes=4, num_steps=3)
+    extractor = classifier_extractor(params, num_classes=4)
+    shown = images(300, seed=1)
+    alone = jax.jit(functools.partial(look, num_classes=4))(params, shown)
+    for size in (300, 37):
+        found = extract_all(extractor, shown, size=size)
+        assert found.spatial is None
+        for name in ("pooled", "logits"):
+            wanted = np.asarray(getattr(alone, name))
+            error = np.abs(getattr(found, name) - wanted).max()
+            assert error < 1e-6 * np.abs(wanted).max(), (name, size)
+
+
+def test_the_classifier_learns_digits_and_is_the_same_each_time():
+    config = tiny.get_config()
+    train, test = (real.load_split(config, split) for split in ("train", "test"))
+    params, again = (
+        teach(train.image, train.label, num_classes=10, num_steps=n) for n in (150, 150)
+    )
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    right = accuracy(params, test.image, test.label, num_classes=10)
+    assert right > 0.9
+
+
+def test_maps_of_any_size_are_halved_to_four():
+    for side in (4, 7, 8, 31, 64):
+        shown = jax.ShapeDtypeStruct((2, side, side, 3), np.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        seen, _ = jax.eval_shape(classifier(3).init_with_output, key, shown)
+        assert seen.pooled.shape == (2, 64) and seen.logits.shape == (2, 3)
+
+
+def test_any_function_can_look():
+    extractor = function_extractor(
+        lambda shown: shown.reshape(len(shown), -1).astype(np.float64), digest="mine"
+    )
+    found = extract_all(extractor, images(10), size=4)
+    assert found.pooled.shape == (10, 256) and found.logits is None
+
+
+@pytest.mark.parametrize("name", ["adm", "clean-fid"])
+def test_inception_looks_at_grey_images_too(name, monkeypatch):
+    alone = PmapLayout(jax.devices()[:1])
+    monkeypatch.setattr(extractors, "PmapLayout", lambda: alone)
+    monkeypatch.setattr(extractors, "BATCH_SIZE", 2)
+    flat = lambda leaf: np.full(leaf.shape, 0.02, np.float32)  # noqa: E731
+    params = jax.tree.map(flat, inception_shapes())
+    found = inception_extractor(PROTOCOLS[name], params).extract(images(2))
+    assert found.pooled.shape == (2, 2048)
+    assert found.spatial.shape == (2, 2023)
+    assert found.logits.shape == (2, 1008)
+    assert np.isfinite(found.logits).all()
+
+
+def reference(**fields):
+    provenance = {
+        "protocol": "adm",
+        "network": "abc",
+        "source": "tfds:digits",
+        "split": "train",
+        "num_images": 30,
+        "image_size": 16,
+        "data": "d" * 64,
+    }
+    rows = np.random.RandomState(0).randn(30, 4).astype(np.float32)
+    return Reference(Provenance(**provenance | fields), moments(rows), None, rows)
+
+
+def test_statistics_come_back_and_carry_their_protocol(tmp_path):
+    path = tmp_path / "real.npz"
+    write_reference(path, reference())
+    found = read_reference(path)
+    assert found.provenance == reference().provenance
+    np.testing.assert_array_equal(found.kept, reference().kept)
+    np.testing.assert_array_equal(found.pooled.covariance, reference().pooled[1])
+
+
+@pytest.mark.parametrize("name", ["protocol", "network"])
+def test_two_ways_of_measuring_are_never_compared(tmp_path, name):
+    ours, theirs = reference(), reference(**{name: "other"})
+    with pytest.raises(InputError, match=f"of {name} other, wanted .* never compared"):
+        check_comparable(ours.provenance, theirs.provenance, path=tmp_path)
+
+
+def test_statistics_of_another_protocol_stop_the_command(tiny_run, tmp_path):
+    path = tmp_path / "real.npz"
+    write_reference(path, reference())
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="got statistics of protocol adm, wanted"):
+        measure(tiny_run, out, "--reference", path)
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        (["--protocol", "adm"], "--inception: not given, but protocol adm measures"),
+        (["--protocol", "amd"], "did you mean adm"),
+        (["--inception", "w.pth", "--protocol", "dataset-classifier"], "reads none"),
+        (["--num-images", "1"], "--num-images: got 1, wanted 2 or more"),
+        (["--guidance-scale", "x"], "guidance"),
+        (["--sampler", "ddmi"], "ddim"),
+    ],
+)
+def test_bad_flags_are_one_line(tiny_run, flags, wanted):
+    with pytest.raises(InputError, match=wanted) as caught:
+        parse(["--workdir", str(tiny_run), *flags], about=None)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_images_for_a_covariance(tiny_run, tmp_path):
+    with pytest.raises(InputError, match="got 20 images, wanted more than the 64"):
+        measure(tiny_run, tmp_path / "out", "--num-images", 20)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK nothing", b"[]"])
+def test_what_is_not_a_file_of_statistics(tmp_path, content):
+    path = tmp_path / "real.npz"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"real\.npz: not a file of arrays"):
+        read_reference(path)
+    np.savez(path, mean=np.zeros(3))
+    with pytest.raises(InputError, match="no protocol, or parts are missing"):
+        read_reference(path)
+
+
+def test_the_command_tells_of_a_folder_that_is_no_run(tmp_path):
+    found = run("-m", DOOR, "--workdir", tmp_path)
+    assert found.returncode != 0
+    assert "is not a run" in found.stderr and found.stderr.count("\n") <= 2
+
+
+def test_help_needs_no_jax():
+    found = run("-m", DOOR, "--help")
+    assert found.returncode == 0
+    assert "--protocol" in found.stdout
