@@ -84,13 +84,13 @@ def get_config() -> Config:
                 tokenizer="captions",
             ),
             batch_size=32,
-            steps=9500,
+            steps=12_000,
             optim=OptimConfig(
                 # With AdamW shapes are only beginning to be learned in this time.
                 algorithm="muon",
                 lr=3e-3,
                 warmup_steps=100,
-                decay_steps=3500,
+                decay_steps=3000,
                 ema_decay=0.998,
             ),
         ),
