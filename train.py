@@ -15,6 +15,8 @@ def main(args: list[str]) -> None:
     # Only now: help and misspelt flags need not wait for JAX.
     start(arguments.launch, peer_timeout=arguments.config.parallel.peer_timeout)
     from ldm_jax.describe import describe
+    from ldm_jax.report.story import read_story
+    from ldm_jax.report.writing import write_report
     from ldm_jax.run import train
     from ldm_jax.training.hosts import is_first
     from ldm_jax.training.parallel import make_layout
@@ -26,6 +28,8 @@ def main(args: list[str]) -> None:
     outcome = train(config, workdir, profile=arguments.profile)
     if not is_first():
         return
+    if outcome.trained:
+        write_report(read_story(workdir), workdir / "report.html", draws=False)
     final = outcome.final
     if not outcome.trained:
         print(f"finished: {workdir} has nothing left to train")

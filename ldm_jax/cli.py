@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from ldm_jax.config import Config, flatten
+from ldm_jax.config import Config, flatten, from_json
 from ldm_jax.launch import Launch, add_flags, check_launch, check_local
 from ldm_jax.types import InputError, Preempted, RunError
 
@@ -222,10 +222,10 @@ def parse_list(text: str, *, name: str, low: int, high: int) -> list[int]:
 
 
 def load_config_file(path: str) -> Config:
-    """Run a config file and return what its `get_config()` returns.
+    """Run a config file and return what its `get_config()` returns; or read JSON.
 
     Args:
-      path: A Python file.
+      path: A Python file, or a run's `config.json`.
 
     Returns:
       The config.
@@ -236,6 +236,9 @@ def load_config_file(path: str) -> Config:
     """
     if not os.path.isfile(path):
         raise InputError(f"--config: no file {path!r}; try configs/digits.py")
+    if path.endswith(".json"):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return from_json(file.read())
     spec = importlib.util.spec_from_file_location("ldm_jax_config", path)
     if spec is None or spec.loader is None:
         raise InputError(f"--config: got {path!r}, wanted a Python file (.py)")

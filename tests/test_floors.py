@@ -44,6 +44,7 @@ FLOOR_BY_ROOM = {
     "describe": 4,
     "exchange": 4,
     "pretrained": 4,
+    "report": 4,
     "run": 4,
     "scoring": 4,
     "words": 4,
@@ -59,6 +60,7 @@ DOORS = {
     "evaluation/__main__.py",
     "evaluation/steps.py",
     "plan.py",
+    "report/__main__.py",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,1 @@
+"""A run told on one page, for a person: `report.html`, complete in itself."""

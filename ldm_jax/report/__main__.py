@@ -1,0 +1,47 @@
+"""A run on one page: what was trained, how it went, what it draws, how good it is.
+
+    python -m ldm_jax.report --workdir runs/digits
+
+Writes WORKDIR/report.html, complete in itself: it can be mailed, and opened without a
+network. What `python -m ldm_jax.evaluation` and `python -m ldm_jax.evaluation.steps`
+found of the run is in it; a run that is not finished has one too.
+"""
+
+import argparse
+from pathlib import Path
+
+from ldm_jax.cli import OneLineParser, run_main
+from ldm_jax.launch import PEER_TIMEOUT, add_flags, check_launch, start
+from ldm_jax.report.story import check_out, read_story
+
+PROG = "python -m ldm_jax.report"
+
+
+def main(args: list[str]) -> None:
+    """Read, draw, write."""
+    parser = OneLineParser(
+        prog=PROG,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+    parser.add_argument("--out", type=Path, help="file; WORKDIR/report.html by default")
+    parser.add_argument(
+        "--no-samples", action="store_true", help="draw nothing, only tell"
+    )
+    add_flags(parser)
+    given = parser.parse_args(args)
+    story = read_story(given.workdir)
+    out = given.out or given.workdir / "report.html"
+    check_out(out)
+    start(check_launch(given, beside=given.workdir), peer_timeout=PEER_TIMEOUT)
+    # Only now: help and bad input need not wait for JAX.
+    from ldm_jax.report.writing import write_report
+
+    write_report(story, out, draws=not given.no_samples)
+    print(out)  # noqa: T201
+
+
+if __name__ == "__main__":
+    run_main(main, PROG)

@@ -1,0 +1,359 @@
+"""A story and its pictures as one page of HTML that needs nothing from outside."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from ldm_jax.config import to_json
+from ldm_jax.report.charts import Curve, chart
+from ldm_jax.report.shots import Shots
+from ldm_jax.report.story import StageStory, Story
+from ldm_jax.report.style import STYLE
+
+MOST_BYTES = 500_000
+"""Of a picture as PNG; larger ones are written as JPEG."""
+MOST_WIDTH = 1600
+STAGE_TITLES = {
+    "autoencoder": "First stage: autoencoder",
+    "diffusion": "Second stage: diffusion",
+}
+SCORE_NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+}
+LEAST_OF_A_SWEEP = 3
+
+
+def page(story: Story, shots: Shots | None, *, note: str, facts: dict[str, str]) -> str:
+    """Write the page.
+
+    Args:
+      story: What there is to tell.
+      shots: Pictures drawn for the report; None if none could be.
+      note: Why there are none, or "".
+      facts: More to say of how the report was made, by name.
+    """
+    pictures = [_stage_pictures(story, stage) for stage in reversed(story.stages)]
+    sections = [
+        _hero(story),
+        pictures[0] if pictures else "",
+        _scores(story),
+        _shots(shots, note),
+        *pictures[1:],
+        _curves(story),
+        _steps(story),
+        _making(story, facts),
+    ]
+    state = "finished" if story.is_finished else "unfinished"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(story.name)}: a run of ldm_jax</title>"
+        f"<style>{STYLE}</style></head><body><main>"
+        f'<header><p class="over">ldm_jax run · <span class="{state}">{state}</span>'
+        f"</p><h1>{_text(story.name)}</h1><p>{_text(_summary(story))}</p></header>"
+        f"{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _summary(story: Story) -> str:
+    config = story.config
+    data, second = config.data, config.diffusion
+    size = f"{data.image_size}x{data.image_size}"
+    told = {"none": "", "class": " by class", "text": " by text", "clip": " by text"}
+    text = f"{data.source}, {size} pixels"
+    if "diffusion" not in config.stages:
+        return f"{text}: an autoencoder alone"
+    condition = second.condition
+    by = " by class" if condition.label else told.get(condition.context, "")
+    extra = {"low_resolution": ", enlarging", "masked_image": ", filling holes"}
+    side, channels = config.latent_side, config.autoencoder.latent_channels
+    return (
+        f"{text}{by}{extra.get(condition.concat, '')}; latents of "
+        f"{side}x{side}x{channels}, predicting {second.prediction}"
+    )
+
+
+def _hero(story: Story) -> str:
+    tiles: list[str] = []
+    for stage in story.stages:
+        batch = getattr(story.config, stage.name).batch_size
+        share = f"{stage.done:,} steps"
+        if stage.done < stage.total:
+            share = f"{stage.done:,} of {stage.total:,} steps"
+        more = f"{stage.done * batch:,} images"
+        if stage.seconds:
+            more = f"{more} in {_duration(stage.seconds)}"
+        tiles.append(_tile(STAGE_TITLES[stage.name], share, more))
+    if story.metrics:
+        best = min(story.metrics, key=lambda one: one["scores"]["fid"])
+        value = best["scores"]["fid"]
+        tiles.append(_tile("FID", f"{value:.3g}", best["protocol"]["name"]))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _tile(name: str, value: str, more: str) -> str:
+    return (
+        f'<div class="tile"><span>{_text(name)}</span><strong>{_text(value)}</strong>'
+        f"<span>{_text(more)}</span></div>"
+    )
+
+
+def _scores(story: Story) -> str:
+    if not story.metrics:
+        return ""
+    names = [n for n in SCORE_NAMES if any(n in m["scores"] for m in story.metrics)]
+    head = [
+        "protocol",
+        "samples",
+        "sampler",
+        "guidance",
+        *(SCORE_NAMES[n] for n in names),
+    ]
+    rows: list[list[str]] = []
+    told: set[str] = set()
+    for one in story.metrics:
+        settings, protocol = one["settings"], one["protocol"]["name"]
+        held_out = one.get("held_out_scores")
+        if held_out and protocol not in told:
+            cells = [_number(held_out.get(n)) for n in names]
+            rows.append([protocol, "held-out real images", "", "", *cells])
+            told.add(protocol)
+        count = int(one["seeds"].split("-")[1]) + 1
+        scale = ", ".join(f"{v:g}" for v in settings["guidance_scale"])
+        how = f"{settings['sampler']}, {settings['steps']} steps"
+        cells = [_number(one["scores"].get(n)) for n in names]
+        rows.append([protocol, f"{count:,}", how, scale, *cells])
+    return _section(
+        "How good is it?",
+        _table(head, rows)
+        + "<p>Rows of different protocols cannot be compared. The row of held-out real "
+        "images is what there is to reach.</p>" + _sweep(story.metrics),
+    )
+
+
+def _sweep(metrics: list[dict[str, Any]]) -> str:
+    """Draw FID against the guidance scale where several were measured alike."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for one in metrics:
+        settings = one["settings"]
+        if len(settings["guidance_scale"]) != 1:
+            continue
+        name = f"{settings['sampler']} {settings['steps']}, {one['seeds']}"
+        name = f"{one['protocol']['name']}: {name}"
+        point = (settings["guidance_scale"][0], one["scores"]["fid"])
+        groups.setdefault(name, []).append(point)
+    curves = [
+        Curve(name, *map(list, zip(*sorted(points), strict=True)))
+        for name, points in groups.items()
+        if len({x for x, _ in points}) >= LEAST_OF_A_SWEEP
+    ]
+    drawn = chart(
+        curves,
+        title="FID against guidance scale",
+        x_name="guidance scale",
+        logarithmic=False,
+        smooth=False,
+        dots=True,
+    )
+    return drawn and _figure(drawn, "FID against the guidance scale")
+
+
+def _curves(story: Story) -> str:
+    figures: list[str] = []
+    for stage in story.stages:
+        curves = [
+            Curve(
+                name,
+                [r["step"] for r in stage.records if name in r],
+                [r[name] for r in stage.records if name in r],
+            )
+            for name in ("loss", "reconstruction", "gradient_norm")
+        ]
+        curves = [curve for curve in curves if curve.x]
+        drawn = chart(
+            curves,
+            title=f"{stage.name}: loss against steps",
+            x_name="steps",
+            logarithmic=True,
+            smooth=True,
+        )
+        if drawn:
+            figures.append(_figure(drawn, STAGE_TITLES[stage.name]))
+    if not figures:
+        return ""
+    return _section("Curves", f'<div class="pair">{"".join(figures)}</div>')
+
+
+def _stage_pictures(story: Story, stage: StageStory) -> str:
+    if not stage.pictures:
+        return ""
+    first = stage.name == "autoencoder"
+    title = "Reconstructions" if first else "Samples over training"
+    what = (
+        "Held-out images and what the autoencoder makes of them"
+        if first
+        else f"The same seeds at each step, {story.config.sampling.grid_steps} DDIM "
+        f"steps, guidance {story.config.sampling.grid_guidance_scale:g}"
+    )
+    last = stage.pictures[-1]
+    shown = [_figure(_file(last.path), f"Step {last.step:,}. {what}.")]
+    earlier = [
+        _figure(_file(picture.path), f"step {picture.step:,}")
+        for picture in stage.pictures[:-1]
+    ]
+    if earlier:
+        shown.append(f'<div class="row">{"".join(earlier)}</div>')
+    return _section(title, "".join(shown))
+
+
+def _shots(shots: Shots | None, note: str) -> str:
+    if shots is None:
+        return _section("Denoising", f"<p>{_text(note)}</p>") if note else ""
+    how = f"{shots.steps} DDIM steps, guidance {shots.scale:g}"
+    rows = [np.concatenate(list(frames), axis=1) for frames in shots.denoising]
+    shown = "; ".join(shots.shown[: len(rows)])
+    strips = _figure(_array(np.concatenate(rows)), shown)
+    pairs = "".join(
+        f'<div class="two">{_array(sample)}{_array(near)}</div>'
+        for sample, near in zip(*shots.neighbours, strict=True)
+    )
+    return _section(
+        "Denoising",
+        f"<p>From noise to image, left to right; {how}.</p>" + strips,
+    ) + _section(
+        "Is it copying?",
+        f'<div class="pairs">{pairs}</div><p>Above, samples of seeds 0 to '
+        f"{shots.seeds - 1}; beneath each, the nearest of {shots.num_searched:,} "
+        "training images, by small averaged pixels. The median sample is "
+        f"<strong>{shots.closeness:.2f}</strong> times as far from its nearest "
+        "training image as the median held-out image is: 1 is as new as real images "
+        "are, near 0 is a copy.</p>",
+    )
+
+
+def _steps(story: Story) -> str:
+    if story.steps is None or story.steps_picture is None:
+        return ""
+    chosen = story.steps["cheapest"]
+    text = (
+        f"Cheapest within 5 % of the best: <strong>{_text(chosen['sampler'])}, "
+        f"{chosen['steps']} steps</strong>, by the Fréchet distance of "
+        f"{story.steps['num_images']:,} images' small pixels (python -m "
+        "ldm_jax.evaluation.steps)."
+    )
+    return _section(
+        "How many steps?", _figure(_file(story.steps_picture), "") + f"<p>{text}</p>"
+    )
+
+
+def _making(story: Story, facts: dict[str, str]) -> str:
+    place = story.workdir
+    commands = [
+        f"python train.py --config {place}/config.json --workdir {place}_again",
+        f"python sample.py --workdir {place}",
+        *(_evaluation_command(story, one) for one in story.metrics),
+        f"python -m ldm_jax.report --workdir {place}",
+    ]
+    listed = "\n".join(commands)
+    final = {} if story.final is None else story.final
+    rows = [["config digest", story.config_digest]]
+    rows += [["digest of the run", final["digest"]]] if "digest" in final else []
+    rows += [[name, value] for name, value in facts.items()]
+    return _section(
+        "How it was made",
+        _table(["", ""], rows, kind="facts")
+        + f"<pre>{_text(listed)}</pre>"
+        + f"<details><summary>The whole config</summary><pre>"
+        f"{_text(to_json(story.config))}</pre></details>",
+    )
+
+
+def _evaluation_command(story: Story, one: dict[str, Any]) -> str:
+    settings = one["settings"]
+    count = int(one["seeds"].split("-")[1]) + 1
+    scale = ",".join(f"{value:g}" for value in settings["guidance_scale"])
+    name = one["protocol"]["name"]
+    weights = "" if one["protocol"]["network"] == "classifier" else " --inception FILE"
+    return (
+        f"python -m ldm_jax.evaluation --workdir {story.workdir} --protocol {name}"
+        f"{weights} --num-images {count} --sampler {settings['sampler']} --steps "
+        f"{settings['steps']} --guidance-scale {scale}"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{body}</section>"
+
+
+def _table(head: list[str], rows: list[list[str]], *, kind: str = "") -> str:
+    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    first = "" if not any(head) else f"<thead><tr>{top}</tr></thead>"
+    return (
+        f'<div class="scroll"><table class="{kind}">{first}<tbody>{body}</tbody>'
+        "</table></div>"
+    )
+
+
+def _figure(body: str, caption: str) -> str:
+    below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+    return f"<figure>{body}{below}</figure>"
+
+
+def _file(path: Path) -> str:
+    with Image.open(path) as picture:
+        return _picture(picture.convert("RGB"))
+
+
+def _array(image: UInt8[np.ndarray, "h w c"]) -> str:
+    return _picture(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
+
+
+def _picture(picture: Image.Image) -> str:
+    """Write a picture into the page; small ones stay as sharp as their pixels."""
+    if picture.width > MOST_WIDTH:
+        height = round(picture.height * MOST_WIDTH / picture.width)
+        picture = picture.resize((MOST_WIDTH, height), Image.Resampling.LANCZOS)
+    kind, buffer = "png", io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    if buffer.tell() > MOST_BYTES:
+        kind, buffer = "jpeg", io.BytesIO()
+        picture.convert("RGB").save(buffer, "JPEG", quality=90)
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<img alt="" width="{picture.width}" height="{picture.height}" '
+        f'src="data:image/{kind};base64,{text}">'
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _text(value: Any) -> str:
+    return html.escape(value if isinstance(value, str) else json.dumps(value))
