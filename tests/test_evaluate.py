@@ -73,7 +73,7 @@ def test_the_command_scores_a_run_and_says_how(tiny_run, tmp_path, capsys):
     assert report["settings"]["steps"] == 2 and report["seeds"] == "0-69"
     assert report["real"]["num_images"] == 1500 and len(report["real"]["data"]) == 64
     printed = capsys.readouterr().out
-    assert "| dataset-classifier | samples | held-out real |" in printed
+    assert "| dataset-classifier | ddim 2, guidance 1 | held-out real |" in printed
     assert str(path) in printed
     assert sorted(p.name for p in path.parent.iterdir()) == [
         "features_000000.npz",
@@ -116,6 +116,18 @@ def test_an_interrupted_one_goes_on_without_drawing_twice(
     drawn.clear()
     assert json.loads(measure(tiny_run, out).read_text())["scores"] == whole["scores"]
     assert not drawn
+
+
+def test_several_ways_are_measured_one_after_the_other(tiny_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    args = ["--workdir", tiny_run, "--num-images", 66, "--out", out, "--steps", 1, 2]
+    args += ["--guidance-scale", 1, 3, "--compilation-cache", "none"]
+    main([str(arg) for arg in args])
+    found = [json.loads(path.read_text()) for path in out.glob("*/metrics.json")]
+    ways = {(f["settings"]["steps"], *f["settings"]["guidance_scale"]) for f in found}
+    assert ways == {(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)}
+    assert len({f["scores"]["fid"] for f in found}) == 4
+    assert "| ddim 2, guidance 3 | held-out real |" in capsys.readouterr().out
 
 
 def images(num, side=16, channels=1, seed=0):

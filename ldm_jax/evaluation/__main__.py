@@ -1,6 +1,7 @@
 """How good is a run? Its samples against real images, by a named protocol.
 
     python -m ldm_jax.evaluation --workdir runs/digits --num-images 1500
+    python -m ldm_jax.evaluation --workdir runs/digits --guidance-scale 1 1.5 2 3
     python -m ldm_jax.evaluation --workdir RUN --protocol adm --inception FILE.pth
 
 Draws seeds 0, 1, 2 ... over all devices and prints FID, KID, Inception Score,
@@ -22,17 +23,24 @@ def main(args: list[str]) -> None:
     # Only now: help and bad input need not wait for JAX.
     from ldm_jax.scoring.evaluate import evaluate
 
-    outcome = evaluate(request)
-    if outcome is None:
+    outcomes = evaluate(request)
+    if not outcomes:
         return
-    both = outcome.held_out is not None
-    print(f"| {request.protocol.name} | samples |{' held-out real |' * both}")  # noqa: T201
-    print(f"|---|---:|{'---:|' * both}")  # noqa: T201
-    for name, value in outcome.scores.items():
-        cells = [value, *([outcome.held_out.get(name)] if outcome.held_out else [])]
-        texts = ["" if cell is None else f"{cell:.4g}" for cell in cells]
+    columns = {
+        f"{one.settings.sampler} {one.settings.steps}, guidance "
+        + ",".join(f"{value:g}" for value in one.settings.guidance_scale): one.scores
+        for one in outcomes
+    }
+    if outcomes[0].held_out is not None:
+        columns["held-out real"] = outcomes[0].held_out
+    print(f"| {request.protocol.name} | {' | '.join(columns)} |")  # noqa: T201
+    print(f"|---|{'---:|' * len(columns)}")  # noqa: T201
+    for name in outcomes[0].scores:
+        values = [scores.get(name) for scores in columns.values()]
+        texts = ["" if value is None else f"{value:.4g}" for value in values]
         print(f"| {name} | {' | '.join(texts)} |")  # noqa: T201
-    print(outcome.path)  # noqa: T201
+    for outcome in outcomes:
+        print(outcome.path)  # noqa: T201
 
 
 if __name__ == "__main__":

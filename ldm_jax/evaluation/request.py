@@ -20,7 +20,7 @@ class EvaluationRequest(NamedTuple):
 
     Attributes:
       protocol: How images are measured.
-      settings: How samples are made.
+      settings: How samples are made; each way is measured by itself.
       num_images: How many; seeds 0 to one less.
       inception: File of Inception's weights, or None for the classifier.
       reference: File of statistics to compare with; None for the run's own data.
@@ -29,7 +29,7 @@ class EvaluationRequest(NamedTuple):
     """
 
     protocol: Protocol
-    settings: Settings
+    settings: tuple[Settings, ...]
     num_images: int
     inception: Path | None
     reference: Path | None
@@ -64,10 +64,15 @@ def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
     )
     add("--num-images", type=int, help="samples; the protocol's number by default")
     add("--sampler", default="ddim")
-    add("--steps", type=int, default=50, help="of each sample")
+    add("--steps", type=int, nargs="+", default=[50], help="of each sample, or several")
     add("--spacing", help="of the steps; the run's by default")
     add("--eta", type=float, help="DDIM's share of fresh noise")
-    add("--guidance-scale", default="1", help="1, the default, is none")
+    add(
+        "--guidance-scale",
+        nargs="+",
+        default=["1"],
+        help="1, the default, is none; several are measured one after the other",
+    )
     add("--out", type=Path, help="folder for the results; WORKDIR/evaluation")
     add_flags(parser)
     given = parser.parse_args(args)
@@ -84,7 +89,11 @@ def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
         raise InputError(f"--out: {out} is a file, wanted a folder")
     return EvaluationRequest(
         protocol=protocol,
-        settings=settings_of(given),
+        settings=tuple(
+            settings_of(given, steps=steps, scale=scale)
+            for steps in dict.fromkeys(given.steps)
+            for scale in dict.fromkeys(given.guidance_scale)
+        ),
         num_images=num_images,
         inception=given.inception,
         reference=given.reference,
@@ -122,8 +131,13 @@ def check_run(config: Config, given: argparse.Namespace) -> None:
         )
 
 
-def settings_of(given: argparse.Namespace) -> Settings:
+def settings_of(given: argparse.Namespace, *, steps: int, scale: str) -> Settings:
     """Make the settings of `sample.py`, with all its checks.
+
+    Args:
+      given: The other flags.
+      steps: Of each sample.
+      scale: Of guidance, as it was given.
 
     Raises:
       InputError: If one has no meaning.
@@ -132,10 +146,10 @@ def settings_of(given: argparse.Namespace) -> Settings:
         "workdir": given.workdir,
         "step": given.step,
         "sampler": given.sampler,
-        "steps": given.steps,
+        "steps": steps,
         "spacing": given.spacing,
         "eta": given.eta,
-        "guidance-scale": given.guidance_scale,
+        "guidance-scale": scale,
     }
     flags = [f"--{name}={value}" for name, value in words.items() if value is not None]
     request = parse_sample(flags)

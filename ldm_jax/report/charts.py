@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 22, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 66.0, 22.0, 14.0, 40.0
 MOST_POINTS = 400
 """Drawn of a curve; more are thinned out."""
 SMOOTHING = 0.03
@@ -125,7 +125,7 @@ def _round_values(low: float, high: float) -> list[float]:
 
 def _cleaned(curve: Curve, *, logarithmic: bool) -> Curve:
     points = [
-        (x, y)
+        (float(x), float(y))
         for x, y in zip(curve.x, curve.y, strict=True)
         if math.isfinite(y) and (y > 0.0 or not logarithmic)
     ]

@@ -146,30 +146,39 @@ def _scores(story: Story) -> str:
 
 
 def _sweep(metrics: list[dict[str, Any]]) -> str:
-    """Draw FID against the guidance scale where several were measured alike."""
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for one in metrics:
-        settings = one["settings"]
-        if len(settings["guidance_scale"]) != 1:
-            continue
-        name = f"{settings['sampler']} {settings['steps']}, {one['seeds']}"
-        name = f"{one['protocol']['name']}: {name}"
-        point = (settings["guidance_scale"][0], one["scores"]["fid"])
-        groups.setdefault(name, []).append(point)
-    curves = [
-        Curve(name, *map(list, zip(*sorted(points), strict=True)))
-        for name, points in groups.items()
-        if len({x for x, _ in points}) >= LEAST_OF_A_SWEEP
-    ]
-    drawn = chart(
-        curves,
-        title="FID against guidance scale",
-        x_name="guidance scale",
-        logarithmic=False,
-        smooth=False,
-        dots=True,
-    )
-    return drawn and _figure(drawn, "FID against the guidance scale")
+    """Draw FID against what was measured for several values, all else being equal."""
+    figures: list[str] = []
+    for what, x_name in (("guidance_scale", "guidance scale"), ("steps", "steps")):
+        groups: dict[str, list[tuple[float, float]]] = {}
+        for one in metrics:
+            settings = dict(one["settings"])
+            value = settings.pop(what)
+            if isinstance(value, list):
+                if len(value) != 1:
+                    continue
+                value = value[0]
+            rest = settings.get("steps", settings.get("guidance_scale"))
+            rest = f"{rest} steps" if what == "guidance_scale" else f"guidance {rest}"
+            name = f"{one['protocol']['name']}: {settings['sampler']}, {rest}"
+            key = f"{name}, seeds {one['seeds']}"
+            groups.setdefault(key, []).append((value, one["scores"]["fid"]))
+        curves = [
+            Curve(name, *map(list, zip(*sorted(points), strict=True)))
+            for name, points in groups.items()
+            if len({x for x, _ in points}) >= LEAST_OF_A_SWEEP
+        ]
+        title = f"FID against {x_name}"
+        drawn = chart(
+            curves,
+            title=title,
+            x_name=x_name,
+            logarithmic=False,
+            smooth=False,
+            dots=True,
+        )
+        if drawn:
+            figures.append(_figure(drawn, title))
+    return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
 
 
 def _curves(story: Story) -> str:

@@ -48,7 +48,7 @@ def _shots(story: Story) -> tuple[Shots | None, str]:
 
 def _parameters(story: Story) -> dict[str, str]:
     try:
-        counts = describe(story.config, PmapLayout([jax.local_devices()[0]]))
+        counts = describe(story.config, _one_device())
     except InputError:
         return {}  # as of a batch that does not divide by one device
     told = (f"{name} {num:,}" for name, num in counts["parameters"].items())
@@ -59,7 +59,7 @@ def _facts(story: Story) -> dict[str, str]:
     data, seed = story.config.data, story.config.seed
     number = data.num_train_examples
     examples = f", {number:,} examples" if number else ""
-    device = platform_text(PmapLayout([jax.local_devices()[0]]))
+    device = platform_text(_one_device())
     now = datetime.datetime.now(datetime.UTC)
     return {
         "data": f"{data.source}, split {data.train_split}{examples}",
@@ -67,3 +67,7 @@ def _facts(story: Story) -> dict[str, str]:
         "report written": f"{now:%Y-%m-%d %H:%M} UTC on {device}, "
         f"ldm_jax {version('ldm_jax')}, JAX {jax.__version__}",
     }
+
+
+def _one_device() -> PmapLayout:
+    return PmapLayout(PmapLayout().devices[:1])

@@ -37,6 +37,7 @@ from ldm_jax.interop.inception import load_inception
 from ldm_jax.interop.names import flatten, unflatten
 from ldm_jax.scoring.extractors import Extractor
 from ldm_jax.scoring.real import extractor_of, real_statistics, taught
+from ldm_jax.settings import Settings
 from ldm_jax.studio import Studio, open_studio
 from ldm_jax.subjects import Shown, Subject
 from ldm_jax.training.files import write_json
@@ -66,21 +67,39 @@ class Network(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an evaluation found.
+    """What was found of samples made in one way.
 
     Attributes:
       path: Of `metrics.json`.
-      scores: Of the samples.
+      settings: How they were made.
+      scores: Theirs.
       held_out: Of real images that the run has not seen; None where they are too few.
     """
 
     path: Path
+    settings: Settings
     scores: Scores
     held_out: Scores | None
 
 
-def evaluate(request: EvaluationRequest) -> Outcome | None:
-    """Draw what is missing, and score all.
+class Judged(NamedTuple):
+    """What samples are measured by, the same for all ways of making them.
+
+    Attributes:
+      extractor: Looks at images.
+      reference: Statistics of real ones.
+      accuracy: Of the classifier, as in `Network`.
+      held_out: Scores of held-out images; None where they are too few.
+    """
+
+    extractor: Extractor
+    reference: Reference
+    accuracy: float | None
+    held_out: Scores | None
+
+
+def evaluate(request: EvaluationRequest) -> list[Outcome]:
+    """Draw what is missing, and score all; one way of making samples after the other.
 
     Several processes share the samples; the first one scores.
 
@@ -88,7 +107,7 @@ def evaluate(request: EvaluationRequest) -> Outcome | None:
       request: What to measure, and how.
 
     Returns:
-      What was found; None on all processes but the first.
+      What was found of each; nothing on all processes but the first.
 
     Raises:
       InputError: If the run, the weights or the statistics cannot be read or do not fit
@@ -96,8 +115,13 @@ def evaluate(request: EvaluationRequest) -> Outcome | None:
       RunError: If no checkpoint is intact.
       OSError: If something cannot be written; features made before it stay.
     """
-    studio = open_studio(request.settings)
-    config = studio.run.config
+    config = open_studio(request.settings[0]).run.config
+    judged = _judge(request, config)
+    found = (_evaluate(request, settings, judged) for settings in request.settings)
+    return [outcome for outcome in found if outcome is not None]
+
+
+def _judge(request: EvaluationRequest, config: Config) -> Judged:
     request.out.mkdir(parents=True, exist_ok=True)
     first_alone(lambda: _network(request, config))
     network = _network(request, config)
@@ -106,30 +130,38 @@ def evaluate(request: EvaluationRequest) -> Outcome | None:
     reference = _real(request, config, extractor)
     width = len(reference.pooled.mean)
     check_enough(request.num_images, width, what="--num-images")
-    facts = _facts(request, studio, extractor)
-    folder = request.out / _name(request, facts)
+    held_out = None
+    if is_first():
+        held_out = _held_out(request, config, extractor, reference)
+    return Judged(extractor, reference, network.accuracy, held_out)
+
+
+def _evaluate(
+    request: EvaluationRequest, settings: Settings, judged: Judged
+) -> Outcome | None:
+    studio = open_studio(settings)
+    facts = _facts(request, studio, judged.extractor)
+    folder = request.out / _name(request, settings, facts)
     folder.mkdir(exist_ok=True)
-    seconds = draw_shards(request, studio, extractor, folder)
+    seconds = draw_shards(request, studio, judged.extractor, folder)
     wait_for_all("features")
     if not is_first():
         return None
     made = join([_read(path) for path in _shards(request, folder)])
-    cut = [None if column is None else column[: request.num_images] for column in made]
-    found = score(request.protocol, FeatureSet(*cut), reference)  # pyright: ignore[reportArgumentType]
-    held_out = _held_out(request, config, extractor, reference)
+    scores = score(request.protocol, made, judged.reference)
     path = folder / METRICS_FILE
     report = {
-        "scores": found,
-        "held_out_scores": held_out,
+        "scores": scores,
+        "held_out_scores": judged.held_out,
         **facts,
-        "real": reference.provenance._asdict(),
-        "classifier_accuracy": network.accuracy,
+        "real": judged.reference.provenance._asdict(),
+        "classifier_accuracy": judged.accuracy,
         "seconds_of_sampling": seconds,
-        "devices": jax.device_count(),
+        "devices": studio.layout.num_devices,
         "versions": {name: version(name) for name in ("ldm_jax", "jax", "jaxlib")},
     }
     write_json(path, report)
-    return Outcome(path, found, held_out)
+    return Outcome(path, settings, scores, judged.held_out)
 
 
 def draw_shards(
@@ -258,11 +290,10 @@ def _facts(
     }
 
 
-def _name(request: EvaluationRequest, facts: dict[str, Any]) -> str:
+def _name(request: EvaluationRequest, settings: Settings, facts: dict[str, Any]) -> str:
     """Name the folder of samples made in one way; their number may grow."""
     kept = {k: v for k, v in facts.items() if k != "seeds"}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-    settings = request.settings
     scale = ",".join(f"{value:g}" for value in settings.guidance_scale)
     parts = (request.protocol.name, f"{settings.sampler}{settings.steps}", f"g{scale}")
     return "_".join([*parts, digest[:8]])

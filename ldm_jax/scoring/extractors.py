@@ -147,5 +147,5 @@ def _on_all_devices(
     return apply
 
 
-def _cut(rows: Array, *, num: int) -> np.ndarray:
+def _cut(rows: Array | np.ndarray, *, num: int) -> np.ndarray:
     return np.asarray(rows)[:num]
