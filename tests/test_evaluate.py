@@ -21,7 +21,7 @@ from ldm_jax.evaluation.protocols import PROTOCOLS
 from ldm_jax.evaluation.request import parse
 from ldm_jax.interop.inception import inception_shapes
 from ldm_jax.interop.native import write_native
-from ldm_jax.scoring import evaluate, extractors, real
+from ldm_jax.scoring import evaluate, extractors, real, reconstructions
 from ldm_jax.scoring.extractors import (
     classifier_extractor,
     extract_all,
@@ -32,7 +32,7 @@ from ldm_jax.scoring.teaching import accuracy, classifier, look, teach
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import InputError
 from tests import tiny
-from tests.commands import run
+from tests.commands import run, succeeded, train
 from tests.models import model_of
 
 DOOR = "ldm_jax.evaluation"
@@ -128,6 +128,36 @@ def test_several_ways_are_measured_one_after_the_other(tiny_run, tmp_path, capsy
     assert ways == {(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)}
     assert len({f["scores"]["fid"] for f in found}) == 4
     assert "| ddim 2, guidance 3 | held-out real |" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """A run that was trained, for a moment."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    succeeded(train(workdir, "--stages", "autoencoder"))
+    return workdir
+
+
+def test_reconstructions_are_scored(trained_run, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    args = ["--workdir", trained_run, "--reconstructions", "--out", out]
+    main([str(arg) for arg in (*args, "--compilation-cache", "none")])
+    printed = capsys.readouterr().out
+    report = json.loads((out / "reconstructions_dataset-classifier.json").read_text())
+    found = report["reconstructions"]
+    assert found["num_images"] == 297 and found["lpips"] is None
+    assert found["ssim"] is None  # the window is larger than these
+    assert 3.0 < found["psnr"] < 40.0
+    assert found["rfid"] > 0.0 and f"psnr {found['psnr']:.4g}" in printed
+    # Of a first stage that changes nothing, nothing is lost.
+    monkeypatch.setattr(
+        reconstructions, "make_reconstruct", lambda networks: lambda params, x: x
+    )
+    main([str(arg) for arg in (*args, "--compilation-cache", "none")])
+    report = json.loads((out / "reconstructions_dataset-classifier.json").read_text())
+    found = report["reconstructions"]
+    assert found["psnr"] == 100.0
+    assert found["rfid"] == pytest.approx(0.0, abs=1e-6)
 
 
 def images(num, side=16, channels=1, seed=0):

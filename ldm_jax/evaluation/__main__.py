@@ -3,6 +3,7 @@
     python -m ldm_jax.evaluation --workdir runs/digits --num-images 1500
     python -m ldm_jax.evaluation --workdir runs/digits --guidance-scale 1 1.5 2 3
     python -m ldm_jax.evaluation --workdir RUN --protocol adm --inception FILE.pth
+    python -m ldm_jax.evaluation --workdir runs/digits --reconstructions
 
 Draws seeds 0, 1, 2 ... over all devices and prints FID, KID, Inception Score,
 precision, recall, density and coverage, beside those of held-out real images. What
@@ -21,8 +22,16 @@ def main(args: list[str]) -> None:
     request = parse(args, about=__doc__)
     start(request.launch, peer_timeout=PEER_TIMEOUT)
     # Only now: help and bad input need not wait for JAX.
-    from ldm_jax.scoring.evaluate import evaluate
+    from ldm_jax.scoring.evaluate import evaluate, evaluate_first_stage
 
+    if request.reconstructions:
+        found = evaluate_first_stage(request)
+        if found is not None:
+            for name, value in found.likeness._asdict().items():
+                told = "not measured" if value is None else f"{value:.4g}"
+                print(f"{name} {told}")  # noqa: T201
+            print(found.path)  # noqa: T201
+        return
     outcomes = evaluate(request)
     if not outcomes:
         return

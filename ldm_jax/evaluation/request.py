@@ -25,6 +25,9 @@ class EvaluationRequest(NamedTuple):
       inception: File of Inception's weights, or None for the classifier.
       reference: File of statistics to compare with; None for the run's own data.
       out: Folder for everything that is written.
+      workdir: Folder of the run.
+      reconstructions: Whether the first stage is measured, not samples.
+      lpips: Files of LPIPS' weights.
       launch: How the program starts.
     """
 
@@ -34,6 +37,9 @@ class EvaluationRequest(NamedTuple):
     inception: Path | None
     reference: Path | None
     out: Path
+    workdir: Path
+    reconstructions: bool
+    lpips: tuple[str, ...]
     launch: Launch
 
 
@@ -73,23 +79,35 @@ def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
         default=["1"],
         help="1, the default, is none; several are measured one after the other",
     )
+    add(
+        "--reconstructions",
+        action="store_true",
+        help="measure the first stage on held-out images, not samples",
+    )
+    add("--lpips", nargs="+", default=[], help="weights of VGG16 and of LPIPS' heads")
     add("--out", type=Path, help="folder for the results; WORKDIR/evaluation")
     add_flags(parser)
     given = parser.parse_args(args)
     name = given.protocol or ("adm" if given.inception else "dataset-classifier")
     protocol = protocol_of(name)
     check_network(protocol, given.inception)
+    if given.lpips and not given.reconstructions:
+        raise InputError("--lpips: got it without --reconstructions, wanted none")
     num_images = protocol.num_images if given.num_images is None else given.num_images
     if not 2 <= num_images <= MAX_SEED:
         raise InputError(f"--num-images: got {num_images}, wanted 2 or more")
     check_local(given.workdir, "--workdir")
-    check_run(read_config(given.workdir), given)
+    config = read_config(given.workdir)
+    if not given.reconstructions:
+        check_run(config, given)
     out = given.out or given.workdir / "evaluation"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, wanted a folder")
     return EvaluationRequest(
         protocol=protocol,
-        settings=tuple(
+        settings=()
+        if given.reconstructions
+        else tuple(
             settings_of(given, steps=steps, scale=scale)
             for steps in dict.fromkeys(given.steps)
             for scale in dict.fromkeys(given.guidance_scale)
@@ -98,6 +116,9 @@ def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
         inception=given.inception,
         reference=given.reference,
         out=out,
+        workdir=given.workdir,
+        reconstructions=given.reconstructions,
+        lpips=tuple(given.lpips),
         launch=check_launch(given, beside=given.workdir),
     )
 
@@ -121,7 +142,7 @@ def check_run(config: Config, given: argparse.Namespace) -> None:
     if "diffusion" not in config.stages:
         raise InputError(
             f"--workdir: {given.workdir} is a run of an autoencoder alone, wanted one "
-            "with a diffusion stage"
+            "with a diffusion stage; try --reconstructions"
         )
     condition = config.diffusion.condition
     if condition.context == "embedding" or condition.concat != "none":

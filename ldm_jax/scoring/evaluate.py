@@ -37,6 +37,12 @@ from ldm_jax.interop.inception import load_inception
 from ldm_jax.interop.names import flatten, unflatten
 from ldm_jax.scoring.extractors import Extractor
 from ldm_jax.scoring.real import extractor_of, real_statistics, taught
+from ldm_jax.scoring.reconstructions import (
+    Likeness,
+    first_stage_of,
+    score_reconstructions,
+    write_likeness,
+)
 from ldm_jax.settings import Settings
 from ldm_jax.studio import Studio, open_studio
 from ldm_jax.subjects import Shown, Subject
@@ -82,6 +88,18 @@ class Outcome(NamedTuple):
     held_out: Scores | None
 
 
+class Reconstructed(NamedTuple):
+    """What was found of a first stage.
+
+    Attributes:
+      path: Of the file of scores.
+      likeness: The scores.
+    """
+
+    path: Path
+    likeness: Likeness
+
+
 class Judged(NamedTuple):
     """What samples are measured by, the same for all ways of making them.
 
@@ -119,6 +137,40 @@ def evaluate(request: EvaluationRequest) -> list[Outcome]:
     judged = _judge(request, config)
     found = (_evaluate(request, settings, judged) for settings in request.settings)
     return [outcome for outcome in found if outcome is not None]
+
+
+def evaluate_first_stage(request: EvaluationRequest) -> Reconstructed | None:
+    """Measure the first stage of a run on held-out images.
+
+    Args:
+      request: What to measure, and how.
+
+    Returns:
+      What was found; None on all processes but the first.
+
+    Raises:
+      InputError: If the run, the data or the weights cannot be read.
+      RunError: If no checkpoint is intact.
+      OSError: If something cannot be written.
+    """
+    if not is_first():
+        return None
+    config, params = first_stage_of(request.workdir)
+    request.out.mkdir(parents=True, exist_ok=True)
+    extractor = None
+    if request.inception is not None or config.data.num_classes > 1:
+        network = _network(request, config)
+        extractor = extractor_of(config, request.protocol, params=network.params)
+    found = score_reconstructions(
+        config,
+        params,
+        extractor=extractor,
+        lpips_files=request.lpips,
+        num_images=request.num_images,
+    )
+    path = request.out / f"reconstructions_{request.protocol.name}.json"
+    write_likeness(path, found, config, request.protocol, extractor)
+    return Reconstructed(path, found)
 
 
 def _judge(request: EvaluationRequest, config: Config) -> Judged:
