@@ -5,8 +5,9 @@
         --prompt "a red circle to the left of a large blue square"
 
 As `scenes.py`, on `tfds:scenes/two`: a third of its pictures show one shape, and most
-captions of two say how they stand. Which colour goes with which shape must be read from
-the order of the words. How far it gets in an hour stands in docs/benchmarks.md.
+captions of two say how they stand. Which colour goes with which shape must be read
+from the order of the words. How far it gets, and how long that takes, stands in
+docs/benchmarks.md.
 """
 
 from ldm_jax.config import (
