@@ -35,8 +35,8 @@ img { max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 
 figure > img { width: 100%; max-width: 820px; }
 figcaption { color: var(--soft); font-size: 0.85rem; margin-top: 10px;
   overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr));
-  gap: 16px; }
+.pair { display: grid; gap: 16px; margin-top: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr));
   gap: 12px; }
 .row figure { margin: 0; padding: 10px; }
@@ -47,9 +47,9 @@ figcaption { color: var(--soft); font-size: 0.85rem; margin-top: 10px;
 .two img { width: 100%; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--rule);
   border-radius: 12px; }
-table { border-collapse: collapse; width: 100%; font-size: 0.9rem;
+table { border-collapse: collapse; width: 100%; font-size: 0.85rem;
   font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 9px 14px; white-space: nowrap; }
+th, td { text-align: left; padding: 9px 10px; white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; }
 tbody tr { border-top: 1px solid var(--rule); }
 .facts tbody tr:first-child { border-top: 0; }
