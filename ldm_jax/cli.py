@@ -238,7 +238,11 @@ def load_config_file(path: str) -> Config:
         raise InputError(f"--config: no file {path!r}; try configs/digits.py")
     if path.endswith(".json"):
         with open(path, encoding="utf-8", errors="replace") as file:
-            return from_json(file.read())
+            text = file.read()
+        try:
+            return from_json(text)
+        except InputError as error:
+            raise InputError(f"--config: {path}: {error}") from None
     spec = importlib.util.spec_from_file_location("ldm_jax_config", path)
     if spec is None or spec.loader is None:
         raise InputError(f"--config: got {path!r}, wanted a Python file (.py)")

@@ -117,3 +117,10 @@ def test_a_bad_config_file_is_one_line(tmp_path, content, words):
     message = error(load_config_file, str(path))
     assert "--config" in message
     assert all(word in message for word in words), message
+
+
+def test_a_config_that_is_not_json_names_its_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"--config: .*config\.json: config: not JSON"):
+        load_config_file(str(path))

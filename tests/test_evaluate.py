@@ -1,5 +1,6 @@
 """A run scored by a named protocol: whole, resumed, and refused."""
 
+import dataclasses
 import functools
 import json
 
@@ -21,7 +22,7 @@ from ldm_jax.evaluation.protocols import PROTOCOLS
 from ldm_jax.evaluation.request import parse
 from ldm_jax.interop.inception import inception_shapes
 from ldm_jax.interop.native import write_native
-from ldm_jax.scoring import evaluate, extractors, real, reconstructions
+from ldm_jax.scoring import extractors, real, reconstructions, samples
 from ldm_jax.scoring.extractors import (
     classifier_extractor,
     extract_all,
@@ -32,7 +33,7 @@ from ldm_jax.scoring.teaching import accuracy, classifier, look, teach
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import InputError
 from tests import tiny
-from tests.commands import run, succeeded, train
+from tests.commands import run, succeeded, train, write_run
 from tests.models import model_of
 
 DOOR = "ldm_jax.evaluation"
@@ -52,7 +53,7 @@ def tiny_run(tmp_path_factory):
 def short_lessons(monkeypatch):
     """Teach the classifier for a moment only, and keep few features a file."""
     monkeypatch.setattr(real, "teach", functools.partial(teach, num_steps=5))
-    monkeypatch.setattr(evaluate, "SHARD", 32)
+    monkeypatch.setattr(samples, "SHARD", 32)
 
 
 def measure(tiny_run, out, *flags):
@@ -70,6 +71,7 @@ def test_the_command_scores_a_run_and_says_how(tiny_run, tmp_path, capsys):
     assert names <= scores.keys()
     assert scores["fid"] > report["held_out_scores"]["fid"]  # it was never trained
     assert report["protocol"]["name"] == "dataset-classifier"
+    assert report["num_held_out"] == 70
     assert report["settings"]["steps"] == 2 and report["seeds"] == "0-69"
     assert report["real"]["num_images"] == 1500 and len(report["real"]["data"]) == 64
     printed = capsys.readouterr().out
@@ -97,17 +99,17 @@ def test_an_interrupted_one_goes_on_without_drawing_twice(
             written.append(path)
         real_write(path, arrays)
 
-    real_write = evaluate.write_arrays
+    real_write = samples.write_arrays
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "write_arrays", write)
+        patch.setattr(samples, "write_arrays", write)
         with pytest.raises(KeyboardInterrupt):
             measure(tiny_run, out)
     (first,) = written
     before = first.stat().st_mtime_ns
     drawn = []
-    real_draw = evaluate.draw
+    real_draw = samples.draw
     monkeypatch.setattr(
-        evaluate, "draw", lambda s, jobs: drawn.extend(jobs) or real_draw(s, jobs)
+        samples, "draw", lambda s, jobs: drawn.extend(jobs) or real_draw(s, jobs)
     )
     resumed = json.loads(measure(tiny_run, out).read_text())
     assert first.stat().st_mtime_ns == before
@@ -257,6 +259,20 @@ def test_statistics_of_another_protocol_stop_the_command(tiny_run, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(InputError, match="got statistics of protocol adm, wanted"):
         measure(tiny_run, out, "--reference", path)
+
+
+def test_what_is_kept_of_one_data_set_is_not_taken_for_another(tiny_run, tmp_path):
+    out = tmp_path / "out"
+    measure(tiny_run, out)
+    config = tiny.get_config()
+    fewer = dataclasses.replace(
+        config.data, train_split="train[:700]", num_train_examples=700
+    )
+    other = write_run(dataclasses.replace(config, data=fewer), tmp_path / "other")
+    args = ["--workdir", other, "--steps", 2, "--num-images", 70, "--out", out]
+    main([str(arg) for arg in (*args, "--compilation-cache", "none")])
+    found = [json.loads(path.read_text()) for path in out.glob("*/metrics.json")]
+    assert sorted(one["real"]["num_images"] for one in found) == [700, 1500]
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def measured(scale, fid):
     return {
         "scores": {"fid": fid, "kid": 0.1, "precision": 0.5, "sfid": None},
         "held_out_scores": {"fid": 0.01, "kid": 0.0, "precision": 0.9},
+        "num_held_out": 297,
         "protocol": {"name": "dataset-classifier", "network": "classifier"},
         "settings": {"sampler": "ddim", "steps": 20, "guidance_scale": [scale]},
         "seeds": "0-499",
@@ -111,7 +112,7 @@ def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
         "<b>run & co</b>",
         "finished",
         "How good is it?",
-        "held-out real images",
+        "297 held-out real images",
         "FID against guidance scale",
         "Reconstructions",
         "Samples over training",

@@ -130,7 +130,8 @@ def _scores(story: Story) -> str:
         held_out = one.get("held_out_scores")
         if held_out and protocol not in told:
             cells = [_number(held_out.get(n)) for n in names]
-            rows.append([protocol, "held-out real images", "", "", *cells])
+            real = f"{one['num_held_out']:,} held-out real images"
+            rows.append([protocol, real, "", "", *cells])
             told.add(protocol)
         count = int(one["seeds"].split("-")[1]) + 1
         scale = ", ".join(f"{v:g}" for v in settings["guidance_scale"])

@@ -11,7 +11,7 @@ from ldm_jax.config import Config
 from ldm_jax.drawing import draw
 from ldm_jax.evaluation.components import small_images
 from ldm_jax.requests import SampleRequest, parse_sample
-from ldm_jax.scoring.evaluate import shown_by_seed
+from ldm_jax.scoring.samples import shown_by_seed
 from ldm_jax.studio import open_studio
 from ldm_jax.subjects import Subject
 
@@ -27,8 +27,7 @@ class Shots(NamedTuple):
     """What was drawn.
 
     Attributes:
-      denoising: Latents on the way, decoded: images by frames; None where there are
-        none.
+      denoising: Latents on the way, decoded: images by frames.
       shown: What each of them shows.
       neighbours: Samples above their nearest training images.
       closeness: Median distance of samples to their nearest training images, over that

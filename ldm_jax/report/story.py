@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax.config import Config, digest, read_config
+from ldm_jax.training.log import METRICS_FILE, read_metrics
 from ldm_jax.types import InputError
 
 PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples"}
@@ -90,8 +91,8 @@ def read_story(workdir: Path) -> Story:
     config = read_config(workdir)
     final = _json(workdir / "final.json")
     seconds = {} if final is None else final.get("seconds_by_stage", {})
-    log = workdir / "metrics.jsonl"
-    records = _lines(log) if log.exists() else []
+    log = workdir / METRICS_FILE
+    records = read_metrics(log) if log.exists() else []
     stages: list[StageStory] = []
     for name in config.stages:
         own = [record for record in records if record["stage"] == name]
@@ -140,23 +141,9 @@ def _json(path: Path) -> dict[str, Any] | None:
     """Read a file of JSON; None where there is none, or a part of one."""
     try:
         value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError):
+    except (ValueError, OSError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # torn by a kill
-        if isinstance(record, dict) and {"stage", "step"} <= record.keys():
-            records.append(record)
-    return records
 
 
 def check_out(path: Path) -> None:

@@ -9,54 +9,43 @@ OUT/real_PROTOCOL_....npz       statistics of the run's own data
 import dataclasses
 import hashlib
 import json
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
-from tqdm import tqdm
 
 from ldm_jax.build import load_split
 from ldm_jax.config import Config
-from ldm_jax.data.sources import read_captions
-from ldm_jax.drawing import draw
-from ldm_jax.evaluation.features import (
-    FeatureSet,
-    Reference,
-    join,
-    read_arrays,
-    write_arrays,
-)
+from ldm_jax.evaluation.features import Reference, read_arrays, write_arrays
+from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.evaluation.request import EvaluationRequest
 from ldm_jax.evaluation.scores import Scores, check_enough, score
-from ldm_jax.images import grid, write_png
 from ldm_jax.interop.inception import load_inception
 from ldm_jax.interop.names import flatten, unflatten
+from ldm_jax.recipes import versions
 from ldm_jax.scoring.extractors import Extractor
-from ldm_jax.scoring.real import extractor_of, real_statistics, taught
+from ldm_jax.scoring.real import (
+    data_digest,
+    extractor_of,
+    real_statistics,
+    taught,
+)
 from ldm_jax.scoring.reconstructions import (
     Likeness,
     first_stage_of,
     score_reconstructions,
     write_likeness,
 )
+from ldm_jax.scoring.samples import draw_shards, read_shards
 from ldm_jax.settings import Settings
 from ldm_jax.studio import Studio, open_studio
-from ldm_jax.subjects import Shown, Subject
 from ldm_jax.training.files import write_json
 from ldm_jax.training.hosts import first_alone, is_first, wait_for_all
 from ldm_jax.types import InputError, PyTree
 
-SHARD = 256
-"""Samples whose features are one file: what an interruption costs at the most."""
-GRID_SIDE = 10
 METRICS_FILE = "metrics.json"
-CLASSIFIER_FILE = "classifier.npz"
 ACCURACY = "accuracy"
-MOST_CAPTIONS = 10_000
 
 
 class Network(NamedTuple):
@@ -108,12 +97,14 @@ class Judged(NamedTuple):
       reference: Statistics of real ones.
       accuracy: Of the classifier, as in `Network`.
       held_out: Scores of held-out images; None where they are too few.
+      num_held_out: How many they are.
     """
 
     extractor: Extractor
     reference: Reference
     accuracy: float | None
     held_out: Scores | None
+    num_held_out: int
 
 
 def evaluate(request: EvaluationRequest) -> list[Outcome]:
@@ -182,10 +173,11 @@ def _judge(request: EvaluationRequest, config: Config) -> Judged:
     reference = _real(request, config, extractor)
     width = len(reference.pooled.mean)
     check_enough(request.num_images, width, what="--num-images")
+    images = load_split(config, "test", limit=request.num_images).image
     held_out = None
     if is_first():
-        held_out = _held_out(request, config, extractor, reference)
-    return Judged(extractor, reference, network.accuracy, held_out)
+        held_out = _held_out(request.protocol, images, extractor, reference)
+    return Judged(extractor, reference, network.accuracy, held_out, len(images))
 
 
 def _evaluate(
@@ -195,98 +187,35 @@ def _evaluate(
     facts = _facts(request, studio, judged.extractor)
     folder = request.out / _name(request, settings, facts)
     folder.mkdir(exist_ok=True)
-    seconds = draw_shards(request, studio, judged.extractor, folder)
+    seconds = draw_shards(
+        studio, judged.extractor, folder, num_images=request.num_images
+    )
     wait_for_all("features")
     if not is_first():
         return None
-    made = join([_read(path) for path in _shards(request, folder)])
+    made = read_shards(folder, num_images=request.num_images)
     scores = score(request.protocol, made, judged.reference)
     path = folder / METRICS_FILE
     report = {
         "scores": scores,
         "held_out_scores": judged.held_out,
+        "num_held_out": judged.num_held_out,
         **facts,
         "real": judged.reference.provenance._asdict(),
         "classifier_accuracy": judged.accuracy,
         "seconds_of_sampling": seconds,
         "devices": studio.layout.num_devices,
-        "versions": {name: version(name) for name in ("ldm_jax", "jax", "jaxlib")},
+        "versions": json.loads(versions()),
     }
     write_json(path, report)
     return Outcome(path, settings, scores, judged.held_out)
-
-
-def draw_shards(
-    request: EvaluationRequest, studio: Studio, extractor: Extractor, folder: Path
-) -> float:
-    """Draw the samples whose features are not there yet; this process' share.
-
-    Args:
-      request: How many.
-      studio: What draws.
-      extractor: What looks at them.
-      folder: Where features go.
-
-    Returns:
-      Seconds that it took.
-    """
-    paths = _shards(request, folder)
-    mine = range(jax.process_index(), len(paths), jax.process_count())
-    missing = [i for i in mine if not paths[i].exists()]
-    shown = shown_by_seed(studio.run.config, request.num_images)
-    subjects = [
-        Subject(shown[seed % len(shown)], seed)
-        for i in missing
-        for seed in range(i * SHARD, min((i + 1) * SHARD, request.num_images))
-    ]
-    began = time.monotonic()
-    done = request.num_images - len(subjects)
-    with tqdm(
-        total=request.num_images, initial=done, unit=" images", mininterval=1.0
-    ) as bar:
-        pictures = draw(studio, subjects)
-        for i in missing:
-            num = min(SHARD, request.num_images - i * SHARD)
-            images: list[np.ndarray] = []
-            for _ in range(num):
-                images.append(next(pictures).image)
-                bar.update()
-            stacked = np.stack(images)
-            if i == 0:
-                _write_grid(folder / "samples.png", stacked)
-            seen = extractor.extract(stacked)
-            arrays = {k: v for k, v in seen._asdict().items() if v is not None}
-            write_arrays(paths[i], arrays)
-    return time.monotonic() - began
-
-
-def shown_by_seed(config: Config, num_images: int) -> list[Shown]:
-    """Say what samples show, seed by seed, over and over.
-
-    Classes in turn; captions of the held-out split in order.
-
-    Raises:
-      InputError: If the captions cannot be read.
-    """
-    condition, data = config.diffusion.condition, config.data
-    rows: list[Shown] = [{}]
-    if condition.uses_classes:
-        rows = [{"label": str(label)} for label in range(data.num_classes)]
-    if condition.uses_tokens:
-        captions = read_captions(data.source, data.test_split, directory=data.directory)
-        chosen = list(captions)[: min(num_images, MOST_CAPTIONS)]
-        rows = [
-            {**rows[i % len(rows)], "prompt": caption}
-            for i, caption in enumerate(chosen)
-        ]
-    return rows
 
 
 def _network(request: EvaluationRequest, config: Config) -> Network:
     """Read Inception, or the classifier; teach that first if it is not there."""
     if request.inception is not None:
         return Network(load_inception(request.inception), None)
-    path = request.out / CLASSIFIER_FILE
+    path = request.out / f"classifier_{data_digest(config)[:12]}.npz"
     if not path.exists():
         params, right = taught(config)
         arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
@@ -309,20 +238,16 @@ def _real(
 
 
 def _held_out(
-    request: EvaluationRequest,
-    config: Config,
+    protocol: Protocol,
+    images: UInt8[np.ndarray, "n h w c"],
     extractor: Extractor,
     reference: Reference,
 ) -> Scores | None:
-    """Score the held-out images as if they were samples: what there is to reach."""
-    images = load_split(config, "test", limit=request.num_images).image
-    if len(images) <= len(reference.pooled.mean):
-        return None
-    seen = extractor.extract(images)
+    """Score held-out images as if they were samples; None where they are too few."""
     try:
-        return score(request.protocol, seen, reference)
+        return score(protocol, extractor.extract(images), reference)
     except InputError:
-        return None  # too few for one of them
+        return None
 
 
 def _facts(
@@ -349,23 +274,3 @@ def _name(request: EvaluationRequest, settings: Settings, facts: dict[str, Any])
     scale = ",".join(f"{value:g}" for value in settings.guidance_scale)
     parts = (request.protocol.name, f"{settings.sampler}{settings.steps}", f"g{scale}")
     return "_".join([*parts, digest[:8]])
-
-
-def _shards(request: EvaluationRequest, folder: Path) -> list[Path]:
-    """List the files of features. A last one of fewer has its number in its name."""
-    num, paths = request.num_images, []
-    for start in range(0, num, SHARD):
-        size = min(SHARD, num - start)
-        tail = "" if size == SHARD else f"_{size}"
-        paths.append(folder / f"features_{start // SHARD:06d}{tail}.npz")
-    return paths
-
-
-def _read(path: Path) -> FeatureSet:
-    arrays = read_arrays(path)
-    return FeatureSet(arrays["pooled"], arrays.get("spatial"), arrays.get("logits"))
-
-
-def _write_grid(path: Path, images: UInt8[np.ndarray, "n h w c"]) -> None:
-    shown = images[: GRID_SIDE * GRID_SIDE]
-    write_png(path, grid(shown, columns=min(GRID_SIDE, len(shown))))

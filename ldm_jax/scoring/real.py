@@ -34,6 +34,14 @@ ROWS = 256
 """Real images that are in memory at once."""
 
 
+def data_digest(config: Config) -> str:
+    """Tell data sets apart as a run sees them, without reading them."""
+    data = config.data
+    facts = (data.source, data.directory, data.train_split, data.image_size)
+    text = repr((*facts, data.image_channels, data.crop, data.num_train_examples))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def images_of(config: Config) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
     """Read the training split in order, as the run sees it, without flips."""
     data = config.data
@@ -115,7 +123,8 @@ def real_statistics(
         reference = read_reference(given)
         check_comparable(wanted, reference.provenance, path=given)
         return reference
-    path = folder / f"real_{protocol.name}_{extractor.digest[:12]}.npz"
+    of = f"{extractor.digest[:12]}_{data_digest(config)[:12]}"
+    path = folder / f"real_{protocol.name}_{of}.npz"
     if path.exists():
         reference = read_reference(path)
         check_comparable(wanted, reference.provenance, path=path)

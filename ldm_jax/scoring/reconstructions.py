@@ -1,6 +1,6 @@
 """A first stage scored: held-out images against what it makes of them."""
 
-from importlib.metadata import version
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ldm_jax.images import to_float
 from ldm_jax.interop.perceptual import load_lpips
 from ldm_jax.nn.critics import Lpips
 from ldm_jax.pretrained import load_first_stage, load_taken
+from ldm_jax.recipes import versions
 from ldm_jax.scoring.extractors import Extractor
 from ldm_jax.training.files import write_json
 from ldm_jax.types import PyTree
@@ -145,6 +146,6 @@ def write_likeness(
         "split": config.data.test_split,
         "protocol": protocol._asdict(),
         "network": None if extractor is None else extractor.digest,
-        "versions": {name: version(name) for name in ("ldm_jax", "jax", "jaxlib")},
+        "versions": json.loads(versions()),
     }
     write_json(path, report)
