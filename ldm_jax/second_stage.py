@@ -123,6 +123,7 @@ def objective_of(config: Config, networks: Networks) -> Objective:
         weight_gamma=settings.gamma,
         sigma_data=networks.sigma_data,
         offset_noise=settings.offset_noise,
+        timestep_shift=settings.timestep_shift,
     )
 
 

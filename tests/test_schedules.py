@@ -209,3 +209,23 @@ def test_a_drawn_level_depends_on_its_own_key(name, draws):
 
 def test_a_flow_says_how_many_timesteps_it_pretends_to():
     assert level_at(FlowSchedule(10), np.asarray([4.0])).t == pytest.approx([5.0])
+
+
+@pytest.mark.parametrize("name", ["ldm_linear", "flow"])
+@pytest.mark.parametrize("shift", [3.0, 0.5])
+def test_a_shift_moves_times_as_its_formula_does(name, shift):
+    keys = image_keys(list(range(2000)))
+    times = np.asarray(draw_levels(SCHEDULES[name], keys, shift=shift).t)
+    times = times / SCHEDULES[name].num_timesteps
+    for share in (0.1, 0.5, 0.9):
+        below = np.mean(times < shift * share / (1.0 + (shift - 1.0) * share))
+        # Five standard errors of a share of 2,000.
+        assert below == pytest.approx(
+            share, abs=5 * (share * (1 - share) / 2000) ** 0.5
+        )
+
+
+def test_a_shifted_level_is_one_of_the_table():
+    tiny = make_schedule("linear", num_timesteps=2, beta_start=0.1, beta_end=0.2)
+    t = draw_levels(tiny, image_keys(list(range(200))), shift=1e6).t
+    assert set(np.asarray(t).tolist()) == {1}

@@ -360,6 +360,63 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_leaves_the_rest_to_ad
     assert np.abs(moved["conv"]) == pytest.approx(length, rel=1e-3)
 
 
+def matrices_of_few_shapes():
+    random = np.random.default_rng(0)
+    shapes = {"a": (6, 4), "b": (4, 6), "c": (6, 4), "d": (5, 5), "e": (3, 3, 2, 4)}
+    tree = {name: random.normal(size=shape) for name, shape in shapes.items()}
+    tree["words"] = {"embedding": random.normal(size=(6, 4))}
+    return jax.tree.map(jnp.float32, {**tree, "vector": random.normal(size=3)})
+
+
+def test_muon_of_stacked_matrices_is_optax_muon_and_has_its_state():
+    numbers = {"weight_decay": 0.01, "b1": 0.8, "b2": 0.99}
+    config = OptimConfig(algorithm="muon", lr=0.1, clip_norm=0.0, **numbers)
+    ours = make_optimizer(config, num_steps=10)
+    rate = learning_rate_schedule(config, num_steps=10)
+    theirs = optax.chain(
+        optax.identity(),
+        optax.contrib.muon(
+            rate,
+            weight_decay=0.01,
+            adam_b1=0.8,
+            adam_b2=0.99,
+            adam_weight_decay=0.01,
+        ),
+    )
+    params = matrices_of_few_shapes()
+    states = [ours.init(params), theirs.init(params)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for step in range(3):
+        gradients = jax.tree.map(lambda x, step=step: jnp.sin(x + step), params)
+        moves = []
+        for i, optimizer in enumerate((ours, theirs)):
+            with jax.numpy_dtype_promotion("standard"):  # as in `apply_gradients`
+                move, states[i] = optimizer.update(gradients, states[i], params)
+            moves.append(move)
+        for pair in (moves, states):
+            for mine, other in zip(*map(jax.tree.leaves, pair), strict=True):
+                np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_leaves_tables_of_embeddings_to_adam_when_told_to():
+    params = matrices_of_few_shapes()
+    moves = {}
+    for told in (True, False):
+        config = OptimConfig(
+            algorithm="muon", lr=0.1, clip_norm=0.0, muon_embeddings=told
+        )
+        optimizer = make_optimizer(config, num_steps=10)
+        with jax.numpy_dtype_promotion("standard"):
+            moves[told], _ = optimizer.update(params, optimizer.init(params), params)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), moves[True], moves[False])
+    assert changed.pop("words") == {"embedding": True}
+    assert not any(jax.tree.leaves(changed))
+    # Adam's first step, which looks ahead, has one length everywhere.
+    length = 0.1 * (1.0 + 0.9 * 0.1 / (1.0 - 0.9**2))
+    table = moves[False]["words"]["embedding"]
+    np.testing.assert_allclose(np.abs(table), length, rtol=1e-3)
+
+
 def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_path):
     built = stage("autoencoder")
 

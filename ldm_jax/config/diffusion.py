@@ -264,6 +264,9 @@ class DiffusionConfig(Checked):
     """First beta of `ldm_linear` and `linear`, in (0, 1)."""
     beta_end: float = 0.0195
     """Last beta of `ldm_linear` and `linear`, in [beta_start, 1)."""
+    timestep_shift: float = 1.0
+    """Above 1, training meets much noise more often, below 1 little: a time u in [0, 1]
+    becomes shift u / (1 + (shift - 1) u). Not of `edm`."""
     zero_terminal_snr: bool = False
     """Rescale the betas so that the last level is noise alone, as sampling starts."""
     sigma_data: float = 1.0
@@ -327,6 +330,10 @@ class DiffusionConfig(Checked):
         for name in ("sigma_data", "sigma_min", "log_sigma_std"):
             self._want(name, getattr(self, name) > 0.0, "above 0")
         self._want("sigma_max", self.sigma_max > self.sigma_min, "above sigma_min")
+        self._want("timestep_shift", self.timestep_shift > 0.0, "above 0")
+        shifts = self.schedule != "edm" or self.timestep_shift == 1.0
+        wanted = "1 with schedule edm; try --diffusion.log-sigma-mean"
+        self._want("timestep_shift", shifts, wanted)
         if self.zero_terminal_snr:
             discrete = self.schedule not in ("flow", "edm")
             wanted = f"False with schedule {self.schedule}, which has no betas"

@@ -28,6 +28,9 @@ LATER_FIELDS = frozenset(
         "diffusion.optim.algorithm",
         "autoencoder.optim.algorithm",
         "autoencoder.adversary.optim.algorithm",
+        "diffusion.optim.muon_embeddings",
+        "autoencoder.optim.muon_embeddings",
+        "autoencoder.adversary.optim.muon_embeddings",
     }
     | HOW_FIELDS
 ) | frozenset(
@@ -37,6 +40,7 @@ LATER_FIELDS = frozenset(
         "loss_weight",
         "loss_weight_gamma",
         "offset_noise",
+        "timestep_shift",
         "zero_terminal_snr",
         "sigma_data",
         "sigma_min",

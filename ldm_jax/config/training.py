@@ -58,6 +58,9 @@ class OptimConfig(Checked):
     algorithm: AlgorithmName = "adamw"
     """AdamW; or Muon, which makes the updates of matrices orthogonal and leaves all
     else to AdamW at the same rate: `configs/scenes.py` learns shapes by it."""
+    muon_embeddings: bool = True
+    """Whether Muon also moves tables of embeddings, whose rows no product mixes. False
+    leaves them to AdamW: words find their neighbours sooner."""
     lr: float = 1e-4
     """Learning rate after warm-up; absolute, for the global batch."""
     warmup_steps: int = 0

@@ -164,33 +164,54 @@ def reaches_pure_noise(schedule: Schedule) -> bool:
     return isinstance(schedule, FlowSchedule)
 
 
-def draw_levels(schedule: Schedule, keys: Key[Array, " b"]) -> Level:
+def draw_levels(
+    schedule: Schedule, keys: Key[Array, " b"], *, shift: float = 1.0
+) -> Level:
     """Draw the level that each example is trained at.
 
     Args:
       schedule: Discrete levels are equally likely, and so are the times of a flow;
         EDM's ratios are log-normal.
       keys: One per example.
+      shift: Where it is not 1, times u in [0, 1] become shift u / (1 + (shift - 1) u):
+        above 1 there is much noise more often. Static; EDM's ratios know none.
 
     Returns:
       A level per example, float32 (`t` of a discrete schedule int32).
 
     Source:
-      Karras et al., EDM, arXiv:2206.00364, table 1 (log-normal).
+      Karras et al., EDM, arXiv:2206.00364, table 1 (log-normal); Esser et al.,
+      arXiv:2403.03206, eq. 23 (shift, there the root of m / n).
     """
     match schedule:
         case DiscreteSchedule():
-            t = integers(keys, below=schedule.num_timesteps)
+            top = schedule.num_timesteps
+            if shift == 1.0:
+                t = integers(keys, below=top)
+            else:
+                t = (top * shift_time(uniform(keys), shift)).astype(jnp.int32)
+                t = jnp.minimum(t, top - 1)  # a time may round to 1
             alpha = jnp.asarray(np.sqrt(schedule.abar), jnp.float32)
             sigma = jnp.asarray(np.sqrt(1.0 - schedule.abar), jnp.float32)
             return Level(t, alpha[t], sigma[t])
         case FlowSchedule():
             time = uniform(keys)
+            if shift != 1.0:
+                time = shift_time(time, shift)
             return Level(schedule.num_timesteps * time, 1.0 - time, time)
         case EdmSchedule():
             drawn = normal(keys, (1,))[:, 0]
             log_ratio = schedule.log_mean + schedule.log_std * drawn
             return _edm_level(schedule, log_ratio)
+
+
+def shift_time(time: Float[Array, " b"], shift: float) -> Float[Array, " b"]:
+    """Move times in [0, 1] towards 1 (a shift above 1) or 0.
+
+    Source:
+      Esser et al., arXiv:2403.03206, eq. 23.
+    """
+    return shift * time / (1.0 + (shift - 1.0) * time)
 
 
 def level_at(schedule: Schedule, position: Float[np.ndarray, " k"]) -> Level:

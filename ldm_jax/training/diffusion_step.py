@@ -83,6 +83,7 @@ class Objective(NamedTuple):
       weight_gamma: The weight's parameter.
       sigma_data: Standard deviation of the scaled latents.
       offset_noise: Weight of noise that a whole channel shares; 0 draws none.
+      timestep_shift: Above 1, levels of much noise are met more often.
     """
 
     schedule: Schedule
@@ -92,6 +93,7 @@ class Objective(NamedTuple):
     weight_gamma: float
     sigma_data: float
     offset_noise: float
+    timestep_shift: float
 
 
 class DiffusionMetrics(NamedTuple):
@@ -199,7 +201,9 @@ def _learn(
     posterior = posterior_of(batch, frozen, autoencoder=autoencoder)
     latents = posterior.sample(normal(keys(Stream.DIFFUSION_POSTERIOR), latent_shape))
     x_0 = jax.lax.stop_gradient(latents * frozen.latent_scale)
-    level = draw_levels(objective.schedule, keys(Stream.TIMESTEP))
+    level = draw_levels(
+        objective.schedule, keys(Stream.TIMESTEP), shift=objective.timestep_shift
+    )
     eps = normal(keys(Stream.NOISE), latent_shape)
     if objective.offset_noise:
         shared = normal(keys(Stream.OFFSET_NOISE), latent_shape[-1:])

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from ldm_jax.config import OptimConfig
+from ldm_jax.training.muon import muon
 from ldm_jax.types import PyTree
 
 
@@ -87,9 +88,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Make AdamW or Muon behind clipping by the global norm.
 
-    Muon's updates of a matrix have singular values of about 1, times the root of its
-    width out over its width in where that is more. Kernels of convolutions, vectors and
-    scalars are AdamW's at the same learning rate, with Nesterov's momentum too.
+    Muon moves matrices; kernels of convolutions, vectors and scalars, and tables of
+    embeddings if the config says so, are AdamW's at the same learning rate.
 
     Args:
       config: Its numbers; a `clip_norm` of 0 clips nothing.
@@ -99,19 +99,18 @@ def make_optimizer(
       The optimiser.
 
     Source:
-      Loshchilov & Hutter, arXiv:1711.05101; Jordan, "Muon: An optimizer for hidden
-      layers in neural networks" (2024), as optax has it; Pascanu et al.,
-      arXiv:1211.5063 (clipping).
+      Loshchilov & Hutter, arXiv:1711.05101; Pascanu et al., arXiv:1211.5063
+      (clipping).
     """
     clip = optax.clip_by_global_norm(config.clip_norm)
     rate = learning_rate_schedule(config, num_steps=num_steps)
     if config.algorithm == "muon":
-        update = optax.contrib.muon(
+        update = muon(
             rate,
+            b1=config.b1,
+            b2=config.b2,
             weight_decay=config.weight_decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
+            moves_tables=config.muon_embeddings,
         )
     else:
         update = optax.adamw(
