@@ -6,7 +6,7 @@ python sample.py --workdir runs/digits --labels 0-9 --seeds 0-9 --out samples
 import sys
 
 from ldm_jax.cli import run_main
-from ldm_jax.launch import PEER_TIMEOUT, start
+from ldm_jax.launch import PEER_TIMEOUT, start, use_huge_pages
 from ldm_jax.requests import ReplayRequest, parse_sample
 from ldm_jax.types import RunError
 
@@ -48,4 +48,5 @@ def compare(request: ReplayRequest) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, "sample.py")

@@ -6,7 +6,7 @@ python train.py --config configs/digits.py --workdir runs/digits
 import json
 
 from ldm_jax.cli import parse_train, run_main
-from ldm_jax.launch import start
+from ldm_jax.launch import start, use_huge_pages
 
 
 def main(args: list[str]) -> None:
@@ -42,4 +42,5 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, "train.py")

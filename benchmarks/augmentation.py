@@ -42,7 +42,7 @@ from ldm_jax.cli import load_config_file, run_main
 from ldm_jax.config import Config
 from ldm_jax.data.pipeline import Batch, load_all
 from ldm_jax.data.sources import open_source
-from ldm_jax.launch import PEER_TIMEOUT, Launch, start
+from ldm_jax.launch import PEER_TIMEOUT, Launch, start, use_huge_pages
 from ldm_jax.requests import SampleRequest, parse_sample
 from ldm_jax.rng import root_key
 from ldm_jax.run import train
@@ -321,4 +321,5 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, "augmentation.py")

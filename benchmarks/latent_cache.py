@@ -29,6 +29,7 @@ from ldm_jax.caching.making import make_cache
 from ldm_jax.caching.reading import check_cache, open_cache, open_latents
 from ldm_jax.cli import load_config_file, run_main
 from ldm_jax.config import Config, read_config
+from ldm_jax.launch import use_huge_pages
 from ldm_jax.networks import Networks
 from ldm_jax.planning.programs import step_flops
 from ldm_jax.planning.request import Request
@@ -234,4 +235,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, "latent_cache.py")

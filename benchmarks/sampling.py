@@ -39,6 +39,7 @@ from ldm_jax.exchange import to_sample_params
 from ldm_jax.generate import make_sample_fn
 from ldm_jax.interop.model import Model
 from ldm_jax.interop.write import write_folder
+from ldm_jax.launch import use_huge_pages
 from ldm_jax.networks import (
     Networks,
     SampleParams,
@@ -347,4 +348,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, PROG)

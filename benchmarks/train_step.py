@@ -40,6 +40,7 @@ from ldm_jax.config import Config
 from ldm_jax.describe import batch_shapes
 from ldm_jax.interop.model import Model
 from ldm_jax.interop.write import write_folder
+from ldm_jax.launch import use_huge_pages
 from ldm_jax.planning.compiling import Memory, chip_of, compile_program
 from ldm_jax.planning.programs import step_flops
 from ldm_jax.planning.request import ELSEWHERE, Request, change
@@ -334,4 +335,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, PROG)

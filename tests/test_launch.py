@@ -1,8 +1,12 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ldm_jax import launch
 from ldm_jax.cli import parse_train
 from ldm_jax.config import to_json
 from ldm_jax.launch import Launch
@@ -77,3 +81,59 @@ def test_what_fails_on_another_process_is_told_here(two):
     two[0] = None
     with pytest.raises(InputError, match="mine"), hosts.together():
         raise InputError("mine")
+
+
+@pytest.mark.parametrize(
+    ("given", "system", "wanted"),
+    [
+        (None, "always [madvise] never", "glibc.malloc.hugetlb=1"),
+        ("a.b=2", "always [madvise] never", "a.b=2:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "always [madvise] never", None),
+        (None, "[always] madvise never", None),
+        (None, "always madvise [never]", None),
+        (None, None, None),
+    ],
+)
+def test_huge_pages_are_asked_for_once_where_the_system_waits_to_be_asked(
+    tmp_path, monkeypatch, given, system, wanted
+):
+    monkeypatch.delenv(launch.TUNABLES, raising=False)
+    if given is not None:
+        monkeypatch.setenv(launch.TUNABLES, given)
+    monkeypatch.setattr(launch, "PAGES_FILE", tmp_path / "enabled")
+    if system is not None:
+        (tmp_path / "enabled").write_text(system + "\n")
+    started: list[tuple[str | None, list[str]]] = []
+
+    def execv(path, arguments):
+        assert path == sys.executable
+        started.append((os.environ.get(launch.TUNABLES), arguments))
+
+    monkeypatch.setattr(os, "execv", execv)
+    launch.use_huge_pages()
+    launch.use_huge_pages()  # as the program that was started does
+    again = [sys.executable, *sys.orig_argv[1:]]
+    assert started == ([] if wanted is None else [(wanted, again)])
+
+
+def test_a_program_that_starts_again_is_the_same_process_with_the_same_arguments():
+    code = "\n".join(
+        [
+            "import os, sys",
+            "from ldm_jax.launch import use_huge_pages",
+            "print(os.getpid(), sys.argv[1:], flush=True)",
+            "use_huge_pages()",
+        ]
+    )
+    environment = {k: v for k, v in os.environ.items() if k != launch.TUNABLES}
+    run = subprocess.run(
+        [sys.executable, "-c", code, "--seed", "1 2"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env=environment,
+    )
+    lines = run.stdout.splitlines()
+    assert lines[0].endswith("['--seed', '1 2']")
+    assert len(lines) in (1, 2) and len(set(lines)) == 1

@@ -17,7 +17,14 @@ from typing import NamedTuple
 
 from ldm_jax.cli import OneLineParser, load_config_file, parse_flags, run_main
 from ldm_jax.config import Config, read_config
-from ldm_jax.launch import Launch, add_flags, check_launch, check_local, start
+from ldm_jax.launch import (
+    Launch,
+    add_flags,
+    check_launch,
+    check_local,
+    start,
+    use_huge_pages,
+)
 from ldm_jax.types import InputError
 
 PROG = "python -m ldm_jax.data.cache_latents"
@@ -165,4 +172,5 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, PROG)

@@ -14,7 +14,7 @@ has the scores and all that it takes to repeat them.
 
 from ldm_jax.cli import run_main
 from ldm_jax.evaluation.request import PROG, parse
-from ldm_jax.launch import PEER_TIMEOUT, start
+from ldm_jax.launch import PEER_TIMEOUT, start, use_huge_pages
 
 
 def main(args: list[str]) -> None:
@@ -53,4 +53,5 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, PROG)

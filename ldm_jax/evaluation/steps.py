@@ -25,6 +25,7 @@ from ldm_jax.evaluation.trade_off import (
     plot,
     to_table,
 )
+from ldm_jax.launch import use_huge_pages
 from ldm_jax.types import SAMPLER_NAMES, SPACING_NAMES, InputError, choices
 
 PROG = "python -m ldm_jax.evaluation.steps"
@@ -146,4 +147,5 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, PROG)
