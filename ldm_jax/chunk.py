@@ -9,14 +9,16 @@ from jaxtyping import Array, Float, Key
 
 from ldm_jax.diffusion.denoiser import Predictor
 from ldm_jax.diffusion.guidance import (
+    UNGUIDED_SCALE,
     autoguidance,
     classifier_free,
     scales_of_calls,
     unguided,
 )
 from ldm_jax.diffusion.levels import Levels
-from ldm_jax.diffusion.samplers import sample
+from ldm_jax.diffusion.samplers import sample, starting_noise
 from ldm_jax.diffusion.solvers import Table, make_table
+from ldm_jax.diffusion.tables import Padded
 from ldm_jax.edit import Edit, mix_conditions, paste, soften, start_of
 from ldm_jax.networks import Networks, SampleParams, decode, denoiser_of, prepare
 from ldm_jax.nn.conditioning import Condition, ConditionInputs
@@ -91,6 +93,18 @@ class Plan(NamedTuple):
     tile: int
 
 
+class Course(NamedTuple):
+    """A sampler of any number of steps, as an input: see `any_steps`.
+
+    Attributes:
+      padded: The sampler, filled up to the most steps there may be.
+      spread: Deviation of the noise it starts from.
+    """
+
+    padded: Padded
+    spread: Float[Array, ""]
+
+
 def sample_chunk(
     plan: Plan, models: Models, knobs: Knobs, inputs: Inputs
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b f h w c"]]:
@@ -122,6 +136,35 @@ def sample_chunk(
         show = functools.partial(decode, networks, params, tile=plan.tile)
         frames = jax.lax.map(show, trajectory.frames)
     return images, jnp.moveaxis(frames, 0, 1)
+
+
+def sample_course(
+    plan: Plan, models: Models, knobs: Knobs, course: Course, inputs: Inputs
+) -> Float[Array, "b h w c"]:
+    """Make the images of one call from noise alone, in as many steps as are asked for.
+
+    `plan` is that of the most steps; what it says of levels is not looked at.
+    """
+    networks, params = plan.networks, models.params
+    noise = starting_noise(inputs.keys, networks.latent_shape)
+    cond = _prepare_mixed(networks, params, inputs)
+    table, live = course.padded
+
+    def follow(predict: Predictor) -> Float[Array, "b h w c"]:
+        x_start, keys = course.spread * noise, inputs.keys
+        return sample(predict, x_start, keys, cond, table=table, live=live).x_0
+
+    predict = _predictor(plan, models, knobs, inputs, table)
+    if not plan.guided:
+        return decode(networks, params, follow(predict), tile=plan.tile)
+    # Of one scale for all steps. A program without guidance, half as long, makes other
+    # last bits: so both are in here, whole, and what is drawn is what they draw.
+    x_0 = jax.lax.cond(
+        knobs.scale[0] == UNGUIDED_SCALE,
+        lambda: follow(unguided(denoiser_of(networks, params))),
+        lambda: follow(predict),
+    )
+    return decode(networks, params, x_0, tile=plan.tile)
 
 
 def _predictor(

@@ -81,9 +81,8 @@ def start_of(
     noise = starting_noise(keys, shape)
     if edit.other_keys is not None and edit.weight is not None:
         noise = slerp(noise, starting_noise(edit.other_keys, shape), edit.weight)
-    # What latents have as deviation at the first level: below 1 within a flow only.
-    spread = np.hypot(networks.sigma_data * levels.alpha[0], levels.sigma[0])
-    x_start = float(spread) * noise if edit.latents is None else edit.latents
+    spread = spread_of(networks, levels)
+    x_start = spread * noise if edit.latents is None else edit.latents
     if edit.image is None:
         return Start(x_start, None)
     x_0 = encode_images(networks, params, edit.image)
@@ -96,6 +95,14 @@ def start_of(
         return Start(x_start, None)
     known = Known(x_0, noise, free_latents(edit.mask, shape))
     return Start(keep_known(x_start, known, first.alpha[0], first.sigma[0]), known)
+
+
+def spread_of(networks: Networks, levels: Levels) -> float:
+    """Return what latents have as deviation at the first level: below 1 in flows only.
+
+    There a sample starts from this much noise.
+    """
+    return float(np.hypot(networks.sigma_data * levels.alpha[0], levels.sigma[0]))
 
 
 def free_latents(

@@ -22,6 +22,7 @@ FLOOR_BY_ROOM = {
     "evaluation": 2,
     "interop": 2,
     "training": 3,
+    "any_steps": 4,
     "drawing": 4,
     "edit": 4,
     "generate": 4,

@@ -1,11 +1,11 @@
 """Reverse diffusion: the one scan that drives every sampler."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ldm_jax.diffusion.denoiser import Call, Predictor
 from ldm_jax.diffusion.solvers import Table
@@ -68,20 +68,23 @@ def sample(
     cond: PyTree,
     *,
     table: Table,
+    live: Bool[Any, " n"] | None = None,
     known: Known | None = None,
     num_frames: int = 0,
 ) -> Trajectory:
     """Run a sampler as one `lax.scan`.
 
     Image i depends on start i, key i, condition i and the network alone. Memory does
-    not depend on the number of steps.
+    not depend on the number of steps. Calls that are not live take no time.
 
     Args:
       predict: The network, guided or not.
       x_start: Latents at the first level, what is known included.
       keys: One per image, for the noise on the way.
       cond: Condition of each image.
-      table: The sampler, its levels, and what the network predicts.
+      table: The sampler, its levels, and what the network predicts. Its arrays may be
+        traced, but for `step` where frames are kept.
+      live: Whether each call takes place, see `tables.pad`; None where all do.
       known: What is not to change; None makes everything.
       num_frames: Frames to keep, at most one more than there are steps. Static.
 
@@ -92,7 +95,9 @@ def sample(
       Lugmayr et al., RePaint, arXiv:2201.09865, eq. 8 (known parts).
     """
     rows = jax.tree.map(jnp.asarray, table)
-    slots = jnp.asarray(frame_slots(np.asarray(table.step), num_frames))
+    slots = jnp.zeros(table.num_calls, jnp.int32)
+    if num_frames:
+        slots = jnp.asarray(frame_slots(np.asarray(table.step), num_frames))
     frames = jnp.zeros((num_frames, *x_start.shape), x_start.dtype)
     if num_frames:
         frames = frames.at[0].set(x_start)
@@ -125,8 +130,16 @@ def sample(
             frames = frames.at[slot].set(registers[0])
         return State(tuple(registers), signals[:-1], frames), None
 
+    def body_if_live(
+        state: State, xs: tuple[Bool[Array, ""], PyTree]
+    ) -> tuple[State, None]:
+        return jax.lax.cond(xs[0], body, lambda state, _: (state, None), state, xs[1])
+
     xs = (jnp.arange(table.num_calls), slots, rows)
-    end, _ = jax.lax.scan(body, start, xs)
+    if live is None:
+        end, _ = jax.lax.scan(body, start, xs)
+    else:
+        end, _ = jax.lax.scan(body_if_live, start, (jnp.asarray(live), xs))
     return Trajectory(end.registers[0], end.frames)
 
 

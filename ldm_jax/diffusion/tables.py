@@ -13,7 +13,7 @@ Deterministic steps from a level t to a cleaner level s follow the same flow:
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ldm_jax.diffusion.levels import Levels
 from ldm_jax.diffusion.parameterize import PredictionName, SignalName, reading_of
@@ -60,6 +60,18 @@ class Table(NamedTuple):
     def num_signals(self) -> int:
         """Signals it remembers, the newest included."""
         return self.mix.shape[2] - self.num_registers
+
+
+class Padded(NamedTuple):
+    """A table filled up to the shape of a longer one.
+
+    Attributes:
+      table: Its rows first, then others that nothing reads.
+      live: Whether each network call takes place.
+    """
+
+    table: Table
+    live: Bool[Any, " n"]
 
 
 class Row(NamedTuple):
@@ -124,6 +136,39 @@ def tabulate(
         alpha=levels.alpha[to],
         sigma=levels.sigma[to],
     )
+
+
+def pad(table: Table, *, num_calls: int, num_signals: int) -> Padded:
+    """Fill a table up to the shape of a longer one, so that one program runs both.
+
+    The calls that are added are not live: the scan passes them by, the network is not
+    asked, and nothing changes. Signals that are added have weight 0.
+
+    Args:
+      table: Of NumPy arrays.
+      num_calls: Network calls of the longer one.
+      num_signals: Signals that it remembers.
+
+    Returns:
+      The filled table, and which of its calls are live.
+
+    Raises:
+      ValueError: If the table is the longer one.
+    """
+    more = num_calls - table.num_calls
+    if more < 0 or num_signals < table.num_signals:
+        raise ValueError(
+            f"table: got {table.num_calls} calls of {table.num_signals} signals, "
+            f"wanted at most {num_calls} of {num_signals}"
+        )
+    unread = ((0, 0), (0, 0), (0, num_signals - table.num_signals))
+    table = table._replace(mix=np.pad(table.mix, unread))
+    # With the last row again, in which no number is strange.
+    filled = (
+        np.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
+        for leaf in table
+    )
+    return Padded(Table(*filled), np.arange(num_calls) < table.num_calls)
 
 
 def towards_clean(levels: Levels, here: int, there: int) -> tuple[float, float]:
