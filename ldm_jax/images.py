@@ -1,5 +1,6 @@
 """Pictures: between arrays, grids and PNG files."""
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,13 +66,22 @@ def write_png(
     Raises:
       OSError: If it cannot be written.
     """
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(encode_png(image, texts))
+    os.replace(part, path)
+
+
+def encode_png(
+    image: UInt8[np.ndarray, "h w c"], texts: Mapping[str, str] | None = None
+) -> bytes:
+    """Encode an image as a PNG with text chunks: what `write_png` writes."""
     info = PngImagePlugin.PngInfo()
     for keyword, text in (texts or {}).items():
         info.add_text(keyword, text)
-    part = path.with_name(path.name + ".part")
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.save(part, format="PNG", pnginfo=info)
-    os.replace(part, path)
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG", pnginfo=info)
+    return encoded.getvalue()
 
 
 def read_png(path: Path) -> UInt8[np.ndarray, "h w c"]:

@@ -197,18 +197,22 @@ def tell_of_prompts(config: Config, prompts: tuple[str, ...]) -> None:
     """Warn of what a model cannot have understood: unknown parts, and what is cut."""
     if not config.diffusion.condition.uses_tokens:
         return
-    tokenizer, log = _tokenizer(config.diffusion.condition), logging.getLogger(__name__)
     for prompt in prompts:
-        if strange := strange_parts(prompt, tokenizer):
-            log.warning(
-                "--prompt: %r has what the model's texts never had: %s",
-                *(prompt, " ".join(strange)),
-            )
-        if count_cut([prompt], tokenizer):
-            log.warning(
-                "--prompt: %r is longer than the %d tokens the model reads, and is cut",
-                *(prompt, tokenizer.length),
-            )
+        for doubt in doubts_about(config, prompt):
+            logging.getLogger(__name__).warning("--prompt: %r %s", prompt, doubt)
+
+
+def doubts_about(config: Config, prompt: str) -> list[str]:
+    """Say what of a text a model cannot have understood, each as a predicate."""
+    tokenizer = _tokenizer(config.diffusion.condition)
+    found = []
+    if strange := strange_parts(prompt, tokenizer):
+        found.append(f"has what the model's texts never had: {' '.join(strange)}")
+    if count_cut([prompt], tokenizer):
+        found.append(
+            f"is longer than the {tokenizer.length} tokens the model reads, and is cut"
+        )
+    return found
 
 
 def condition_inputs(

@@ -23,6 +23,7 @@ FLOOR_BY_ROOM = {
     "interop": 2,
     "training": 3,
     "any_steps": 4,
+    "browse": 4,
     "drawing": 4,
     "edit": 4,
     "generate": 4,

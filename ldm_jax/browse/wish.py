@@ -1,0 +1,195 @@
+"""What a page may wish for: whatever it sends is looked at here, number by number."""
+
+import dataclasses
+import shlex
+from typing import Any, NamedTuple
+
+from ldm_jax.config import Config
+from ldm_jax.launch import Launch
+from ldm_jax.requests import DEFAULT_OUT, MAX_SEED, SampleRequest
+from ldm_jax.settings import Settings
+from ldm_jax.types import InputError
+
+MAX_SCALE = 15.0
+MAX_LETTERS = 1000
+DECIMALS = 3
+"""Of a guidance scale: what a slider leaves behind these is not meant."""
+
+
+class Wish(NamedTuple):
+    """What a page wishes for.
+
+    Attributes:
+      seed: Of the first image; the next one has the next.
+      num_images: How many.
+      steps: Denoising steps.
+      guidance_scale: 0 ignores the label or text, 1 follows it.
+      label: Class to draw; None where the model has none.
+      prompt: Text to draw; "" where the model reads none.
+      negative_prompt: Text to be guided away from.
+    """
+
+    seed: int
+    num_images: int
+    steps: int
+    guidance_scale: float
+    label: int | None
+    prompt: str
+    negative_prompt: str
+
+
+class Limits(NamedTuple):
+    """What a page may wish for.
+
+    Attributes:
+      max_steps: The most denoising steps.
+      max_images: The most images at a time.
+      num_classes: Classes there are; 0 where the model has none.
+      reads_text: Whether the model reads text.
+    """
+
+    max_steps: int
+    max_images: int
+    num_classes: int
+    reads_text: bool
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is anything to be guided by."""
+        return bool(self.num_classes) or self.reads_text
+
+
+def limits_of(config: Config, *, max_steps: int, max_images: int) -> Limits:
+    """Say what the page of a model may wish for."""
+    condition = config.diffusion.condition
+    return Limits(
+        max_steps=max_steps,
+        max_images=max_images,
+        num_classes=config.data.num_classes if condition.uses_classes else 0,
+        reads_text=condition.uses_tokens,
+    )
+
+
+def check_wish(given: dict[str, Any], limits: Limits) -> Wish:
+    """Make a wish of what a page sent, which may be anything.
+
+    Args:
+      given: Values by the names of `Wish`'s fields.
+      limits: Of the page.
+
+    Returns:
+      The wish; what the model does not read is left out.
+
+    Raises:
+      InputError: If something is of another kind or out of range.
+    """
+    num_images = _whole(given, "num_images", 1, limits.max_images)
+    label = None
+    if limits.num_classes:
+        label = _whole(given, "label", 0, limits.num_classes - 1)
+    return Wish(
+        seed=_whole(given, "seed", 0, MAX_SEED + 1 - num_images),
+        num_images=num_images,
+        steps=_whole(given, "steps", 1, limits.max_steps),
+        guidance_scale=_scale(given) if limits.guided else 1.0,
+        label=label,
+        prompt=_text(given, "prompt") if limits.reads_text else "",
+        negative_prompt=_text(given, "negative_prompt") if limits.reads_text else "",
+    )
+
+
+def _whole(given: dict[str, Any], name: str, low: int, high: int) -> int:
+    value = given.get(name)
+    # A page sends numbers as it likes: 3 or 3.0.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or value != int(value):
+        raise InputError(f"{_told(name)}: got {_short(value)}, wanted {low} to {high}")
+    return int(value)
+
+
+def _scale(given: dict[str, Any]) -> float:
+    value = given.get("guidance_scale")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0.0 <= value <= MAX_SCALE:
+        raise InputError(f"guidance: got {_short(value)}, wanted 0 to {MAX_SCALE:g}")
+    return round(float(value), DECIMALS)
+
+
+def _text(given: dict[str, Any], name: str) -> str:
+    value = given.get(name)
+    if not isinstance(value, str):
+        raise InputError(f"{_told(name)}: got {_short(value)}, wanted a text")
+    if len(value) > MAX_LETTERS:
+        raise InputError(
+            f"{_told(name)}: got {len(value)} letters, wanted at most {MAX_LETTERS}"
+        )
+    # One line of what can be written: it stands in a command and in a PNG.
+    return " ".join("".join(c if c.isprintable() else " " for c in value).split())
+
+
+def _told(name: str) -> str:
+    return name.replace("num_", "").replace("_", " ")
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float) else type(value).__name__
+
+
+def request_of(wish: Wish, settings: Settings) -> SampleRequest:
+    """Ask of `sample.py` what a page wishes for.
+
+    Args:
+      wish: It.
+      settings: Of the page, with the checkpoint.
+
+    Returns:
+      The request: that of `command_of`.
+    """
+    settings = dataclasses.replace(
+        settings, steps=wish.steps, guidance_scale=(wish.guidance_scale,)
+    )
+    return SampleRequest(
+        settings=settings,
+        out=DEFAULT_OUT,
+        as_dataset=False,
+        overwrite=False,
+        labels=None if wish.label is None else str(wish.label),
+        prompts=(wish.prompt,) if wish.prompt else (),
+        negative_prompt=wish.negative_prompt,
+        seeds=list(range(wish.seed, wish.seed + wish.num_images)),
+        interpolate=0,
+        trajectory=False,
+        turn=0,
+        turns=1,
+        launch=Launch(),
+    )
+
+
+def command_of(wish: Wish, settings: Settings) -> str:
+    """Write the command that makes what a page wishes for, to the bit."""
+    last = wish.seed + wish.num_images - 1
+    flags: list[tuple[str, str]] = [("workdir", str(settings.workdir))]
+    if settings.step is not None:
+        flags.append(("step", str(settings.step)))
+    if wish.label is not None:
+        flags.append(("labels", str(wish.label)))
+    if wish.prompt:
+        flags.append(("prompt", wish.prompt))
+    if wish.negative_prompt:
+        flags.append(("negative-prompt", wish.negative_prompt))
+    one = wish.num_images == 1
+    flags += [
+        ("seeds", str(wish.seed) if one else f"{wish.seed}-{last}"),
+        ("steps", str(wish.steps)),
+        ("sampler", settings.sampler),
+    ]
+    if settings.spacing is not None:
+        flags.append(("spacing", settings.spacing))
+    flags.append(("guidance-scale", f"{wish.guidance_scale:g}"))
+    return " ".join(["python sample.py", *(_flag(*flag) for flag in flags)])
+
+
+def _flag(name: str, value: str) -> str:
+    """Write a flag; joined by = where its value would be taken for another flag."""
+    joint = "=" if value.startswith("-") else " "
+    return f"--{name}{joint}{shlex.quote(value)}"
