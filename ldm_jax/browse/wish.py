@@ -10,7 +10,7 @@ from ldm_jax.requests import DEFAULT_OUT, MAX_SEED, SampleRequest
 from ldm_jax.settings import Settings
 from ldm_jax.types import InputError
 
-MAX_SCALE = 15.0
+MAX_SCALE = 15
 MAX_LETTERS = 1000
 DECIMALS = 3
 """Of a guidance scale: what a slider leaves behind these is not meant."""
@@ -84,14 +84,16 @@ def check_wish(given: dict[str, Any], limits: Limits) -> Wish:
       InputError: If something is of another kind or out of range.
     """
     num_images = _whole(given, "num_images", 1, limits.max_images)
-    label = None
+    scale, label = 1.0, None
+    if limits.guided:
+        scale = round(float(_number(given, "guidance_scale", 0, MAX_SCALE)), DECIMALS)
     if limits.num_classes:
         label = _whole(given, "label", 0, limits.num_classes - 1)
     return Wish(
         seed=_whole(given, "seed", 0, MAX_SEED + 1 - num_images),
         num_images=num_images,
         steps=_whole(given, "steps", 1, limits.max_steps),
-        guidance_scale=_scale(given) if limits.guided else 1.0,
+        guidance_scale=scale,
         label=label,
         prompt=_text(given, "prompt") if limits.reads_text else "",
         negative_prompt=_text(given, "negative_prompt") if limits.reads_text else "",
@@ -99,20 +101,24 @@ def check_wish(given: dict[str, Any], limits: Limits) -> Wish:
 
 
 def _whole(given: dict[str, Any], name: str, low: int, high: int) -> int:
-    value = given.get(name)
+    value = _number(given, name, low, high)
     # A page sends numbers as it likes: 3 or 3.0.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or value != int(value):
-        raise InputError(f"{_told(name)}: got {_short(value)}, wanted {low} to {high}")
+    if value != int(value):
+        raise _outside(name, value, low, high)
     return int(value)
 
 
-def _scale(given: dict[str, Any]) -> float:
-    value = given.get("guidance_scale")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0.0 <= value <= MAX_SCALE:
-        raise InputError(f"guidance: got {_short(value)}, wanted 0 to {MAX_SCALE:g}")
-    return round(float(value), DECIMALS)
+def _number(given: dict[str, Any], name: str, low: int, high: int) -> int | float:
+    value = given.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _outside(name, value, low, high)
+    if not low <= value <= high:
+        raise _outside(name, value, low, high)
+    return value
+
+
+def _outside(name: str, value: Any, low: int, high: int) -> InputError:
+    return InputError(f"{_told(name)}: got {_short(value)}, wanted {low} to {high}")
 
 
 def _text(given: dict[str, Any], name: str) -> str:
