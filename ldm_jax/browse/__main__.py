@@ -12,7 +12,7 @@ import logging
 from ldm_jax.browse.request import PROG, parse
 from ldm_jax.browse.serving import LOOPBACKS, address_of, open_socket, serve
 from ldm_jax.cli import run_main
-from ldm_jax.launch import PEER_TIMEOUT, start
+from ldm_jax.launch import PEER_TIMEOUT, start, use_huge_pages
 
 
 def main(args: list[str]) -> None:
@@ -40,4 +40,5 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main, PROG)
