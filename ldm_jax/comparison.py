@@ -24,9 +24,9 @@ from ldm_jax.evaluation.frechet import frechet_distance
 from ldm_jax.evaluation.trade_off import LIMIT_SAMPLER, Measured, StepsRequest
 from ldm_jax.generate import make_sample_fn
 from ldm_jax.images import to_uint8
+from ldm_jax.loading import Run, load_run
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
-from ldm_jax.run import Run, load_run
 from ldm_jax.types import InputError, SamplerName
 
 MAX_REAL_IMAGES = 10_000

@@ -50,8 +50,10 @@ def draw(
     if not subjects:
         return
     settings, layout = studio.settings, spread_over(studio)
-    guided = any(subject.shown for subject in subjects) or studio.weak is not None
-    sample_fn = make_fn(studio, guided=guided, num_frames=num_frames)
+    sample_fn = studio.sample_fn
+    if sample_fn is None:
+        guided = any(subject.shown for subject in subjects) or studio.weak is not None
+        sample_fn = make_fn(studio, guided=guided, num_frames=num_frames)
     params = studio.run.params
     weak_params = studio.weak.params if studio.weak else None
     if layout is not None:

@@ -1,34 +1,22 @@
 """A run and its folder: train what is not finished, seal it, load it again."""
 
 import functools
-import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from ldm_jax import config as config_lib
-from ldm_jax.build import build_networks, open_iterator, open_split, shape_of
+from ldm_jax.build import build_networks, open_iterator, open_split
 from ldm_jax.caching.reading import Cache, check_cache, open_cache, open_latents
 from ldm_jax.config import Config
 from ldm_jax.describe import check_batches
-from ldm_jax.exchange import open_weights, to_sample_params
 from ldm_jax.first_stage import autoencoder_stage, known_latent_scale
-from ldm_jax.interop.model import Model, with_tokenizer
-from ldm_jax.interop.native import WEIGHTS_FILE
-from ldm_jax.networks import Networks, SampleParams
-from ldm_jax.pretrained import (
-    keep_taken,
-    load_first_stage,
-    load_stage,
-    load_taken,
-    take_from_elsewhere,
-)
+from ldm_jax.loading import Run, load_run, load_weights, run_digest, run_model
+from ldm_jax.pretrained import keep_taken, take_from_elsewhere
 from ldm_jax.rng import root_key
-from ldm_jax.second_stage import diffusion_stage, sample_params
+from ldm_jax.scoring.during import check_scores, make_measure
+from ldm_jax.second_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.digests import tree_digest
 from ldm_jax.training.files import write_json
@@ -47,11 +35,21 @@ from ldm_jax.training.loop import (
     run_stage,
 )
 from ldm_jax.training.parallel import Layout, make_layout
-from ldm_jax.types import InputError
 from ldm_jax.words import keep_tokenizer, with_own_tokenizer
 from ldm_jax.workdir import check_workdir, open_workdir
 
-STAGE_NAMES = ("autoencoder", "diffusion")
+__all__ = [
+    "Outcome",
+    "Run",
+    "StageOutcome",
+    "facts_of",
+    "load_run",
+    "load_weights",
+    "run_digest",
+    "run_model",
+    "train",
+]
+
 FINAL_FILE = "final.json"
 
 
@@ -97,6 +95,7 @@ def train(
     # Before the folder is taken: what is missing must not leave a run behind.
     with together():
         check_batches(config, layout)
+        check_scores(config)
         check_workdir(config, workdir)
         networks = build_networks(config)
     if gather_texts(str(final_path.exists()))[0] == str(True):
@@ -138,6 +137,9 @@ def train(
             stage = diffusion_stage(
                 opened, networks, frozen, workdir, null_state=null_state
             )
+            if config.scores.every:
+                measure = make_measure(opened, networks, frozen, workdir)
+                stage = stage._replace(measure=measure)
             finished = run(stage, cache=cache)
             done["diffusion"] = StageOutcome(finished.digest, finished.seconds)
         final = {
@@ -176,132 +178,6 @@ class StageOutcome(NamedTuple):
     seconds: float
 
 
-class Run(NamedTuple):
-    """A trained run, ready to sample.
-
-    Attributes:
-      config: The config that made it.
-      networks: Built from it.
-      params: Averaged parameters of both stages, and the latent scale.
-      digest: Of the state the parameters were taken from; that of `final.json` once
-        the run is finished.
-      step: Diffusion step they were taken at.
-    """
-
-    config: Config
-    networks: Networks
-    params: SampleParams
-    digest: str
-    step: int
-
-
-def load_run(
-    workdir: str | Path, *, tokenizer: Path | None = None, step: int | None = None
-) -> Run:
-    """Load the newest checkpoint of a run for sampling, or an earlier one.
-
-    Args:
-      workdir: The folder that was given to `train.py`.
-      tokenizer: Folder of the tokenizer, if it is not where the config says.
-      step: Of the diffusion stage; None for the newest.
-
-    Returns:
-      The run.
-
-    Raises:
-      InputError: If the folder is not a run or has no finished checkpoint.
-      RunError: If no checkpoint is intact.
-    """
-    workdir = Path(workdir)
-    if (workdir / WEIGHTS_FILE).exists():
-        return load_weights(workdir, tokenizer=tokenizer)
-    config = config_lib.read_config(workdir)
-    config = with_tokenizer(with_own_tokenizer(config, workdir), tokenizer)
-    if "diffusion" not in config.stages:
-        raise InputError(
-            f"--workdir: {workdir} is a run of an autoencoder alone, wanted one with a "
-            "diffusion stage; try --first-stage with it in a run of a diffusion model"
-        )
-    networks = build_networks(config)
-    taken = load_taken(config, networks, workdir)
-    if taken.first_stage is None:
-        params, scale, digest = load_first_stage(config, workdir)
-    else:
-        params, scale = taken.first_stage
-        digest = tree_digest(taken[1:])
-    shapes = Frozen(jax.eval_shape(lambda: params), shape_of((), jnp.float32), {})
-    stage = diffusion_stage(config, networks, shapes, workdir)
-    second = load_stage(stage, workdir, config, step=step)
-    scale = second.tree["extra"]["latent_scale"]
-    frozen = Frozen(params, scale, taken.conditioner)
-    return Run(
-        config,
-        networks,
-        jax.device_put(sample_params(frozen, second.tree["state"].ema)),
-        run_digest({"autoencoder": digest, "diffusion": second.digest}),
-        second.step,
-    )
-
-
-def load_weights(
-    path: str | Path,
-    *,
-    config_file: Path | None = None,
-    tokenizer: Path | None = None,
-) -> Run:
-    """Load weights from elsewhere for sampling.
-
-    Args:
-      path: A diffusers folder, or a file in CompVis naming.
-      config_file: Config of a file that does not carry one.
-      tokenizer: Folder of the tokenizer, where the weights have none.
-
-    Returns:
-      The run; its step is 0.
-
-    Raises:
-      InputError: If the weights are not exactly those of their config.
-    """
-    opened = open_weights(Path(path), config_file=config_file, tokenizer=tokenizer)
-    params = to_sample_params(opened.read())
-    return Run(opened.config, opened.networks, params, tree_digest(params), 0)
-
-
-def run_model(workdir: Path) -> Model:
-    """Take the averaged parameters of a run, for writing them elsewhere.
-
-    Args:
-      workdir: Folder of a run of one stage or both, or of imported weights.
-
-    Returns:
-      The model.
-
-    Raises:
-      InputError: If the folder is no run or has no finished checkpoint.
-    """
-    if (workdir / WEIGHTS_FILE).exists():
-        return open_weights(workdir).read()
-    config = config_lib.read_config(workdir)
-    if "diffusion" not in config.stages:
-        params, scale, _ = load_first_stage(config, workdir)
-        return Model(config, params, None, {}, None if scale is None else float(scale))
-    run = load_run(workdir)
-    params = run.params
-    scale = float(params.latent_scale)
-    parts = (params.autoencoder, params.unet, params.conditioner)
-    return Model(run.config, *parts, scale)
-
-
-def run_digest(digest_by_stage: dict[str, str]) -> str:
-    """Join the digests of the stages into one sha256."""
-    text = "".join(
-        f"{name} {digest_by_stage[name]}\n"
-        for name in STAGE_NAMES
-        if name in digest_by_stage
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _run(
     stage: Stage,
     *,
@@ -324,6 +200,7 @@ def _run(
             config.parallel,
             config.max_skipped_steps,
             profile,
+            config.scores.every,
         ),
         layout=layout,
         iterator=iterator_of(batch_size=stage.batch_size, layout=layout),

@@ -11,9 +11,9 @@ import numpy as np
 from ldm_jax.config import Config
 from ldm_jax.config import digest as config_digest
 from ldm_jax.generate import SampleFn, make_sample_fn
+from ldm_jax.loading import Run, load_run, load_weights
 from ldm_jax.networks import Networks, downsampling, images_a_call
 from ldm_jax.pictures import Canvas, lay_canvas
-from ldm_jax.run import Run, load_run, load_weights
 from ldm_jax.settings import Settings
 from ldm_jax.subjects import check_settings
 from ldm_jax.training.parallel import PmapLayout
@@ -33,6 +33,7 @@ class Studio(NamedTuple):
       settings: How to draw, with the strength that was meant.
       layout: The devices.
       made_with: Digests of what was read, and the platform, for the recipe.
+      sample_fn: Made before, for who draws again and again; None makes one each time.
     """
 
     run: Run
@@ -42,6 +43,7 @@ class Studio(NamedTuple):
     settings: Settings
     layout: PmapLayout
     made_with: dict[str, str]
+    sample_fn: SampleFn | None = None
 
 
 def open_studio(settings: Settings) -> Studio:
@@ -52,7 +54,17 @@ def open_studio(settings: Settings) -> Studio:
         for the model.
       RunError: If no checkpoint is intact.
     """
-    run = open_run(settings)
+    return studio_of(open_run(settings), settings)
+
+
+def studio_of(run: Run, settings: Settings) -> Studio:
+    """Make a studio of a model that is at hand.
+
+    Raises:
+      InputError: If a picture cannot be read, or the settings have no meaning for the
+        model.
+      RunError: If the worse model of autoguidance has no intact checkpoint.
+    """
     if settings.step not in (None, run.step):
         raise InputError(
             f"--step: got {settings.step}, but {settings.workdir} holds weights alone, "

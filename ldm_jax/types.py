@@ -30,6 +30,10 @@ SpacingName = Literal["trailing", "leading", "linspace", "karras", "ldm"]
 SPACING_NAMES: tuple[SpacingName, ...] = get_args(SpacingName)
 
 
+ProtocolName = Literal["adm", "torch-fidelity", "clean-fid", "dataset-classifier"]
+PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
+
+
 def choices(got: str, names: Iterable[str]) -> str:
     """Say what was wanted instead of an unknown name, and which is nearest."""
     wanted = list(names)

@@ -25,6 +25,7 @@ FLOOR_BY_ROOM = {
     "any_steps": 4,
     "browse": 4,
     "drawing": 4,
+    "loading": 4,
     "edit": 4,
     "generate": 4,
     "inversion": 4,

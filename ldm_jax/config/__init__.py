@@ -30,6 +30,7 @@ from ldm_jax.config.training import (
     OptimConfig,
     ParallelConfig,
     SamplingConfig,
+    ScoresConfig,
 )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "SamplingConfig",
+    "ScoresConfig",
     "TextConfig",
     "differences",
     "digest",

@@ -11,6 +11,7 @@ from ldm_jax.config.training import (
     LogConfig,
     ParallelConfig,
     SamplingConfig,
+    ScoresConfig,
     StageName,
 )
 from ldm_jax.types import InputError
@@ -42,6 +43,8 @@ class Config(Checked):
     """When numbers and pictures are written."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """How images are made."""
+    scores: ScoresConfig = dataclasses.field(default_factory=ScoresConfig)
+    """How good samples are during training; no part of what the run is."""
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     """How it is spread over chips and hosts; no part of what the run is."""
 
@@ -99,6 +102,8 @@ class Config(Checked):
             self._check_diffusion()
         self._check_latents()
         self._check_parallel()
+        if self.scores.every:
+            self._check_scores()
 
     def _check_latents(self) -> None:
         told = f"data.latents: got {self.data.latents!r}"
@@ -119,6 +124,30 @@ class Config(Checked):
             raise InputError(
                 f"{told} with data.{field} {getattr(self.data, field)}, wanted none: a "
                 "cache holds each image as it is cut from the middle"
+            )
+
+    def _check_scores(self) -> None:
+        scores, told = self.scores, f"scores.every: got {self.scores.every}"
+        if "diffusion" not in self.stages:
+            raise InputError(
+                f"{told} in a run of stage 1 alone, wanted 0: it draws no samples"
+            )
+        if scores.every % self.log.every:
+            # What is due decides how many steps are dispatched at once: so it is no
+            # other with scores than without.
+            raise InputError(
+                f"{told}, wanted a multiple of log.every, {self.log.every}"
+            )
+        condition = self.diffusion.condition
+        if condition.context == "embedding" or condition.concat != "none":
+            raise InputError(
+                f"{told} with a model that is told of each image by vectors or "
+                "pictures, wanted 0, or one of classes or texts, or without condition"
+            )
+        if scores.steps > self.diffusion.num_timesteps:
+            raise InputError(
+                f"scores.steps: got {scores.steps}, wanted 1 to "
+                f"diffusion.num_timesteps = {self.diffusion.num_timesteps}"
             )
 
     def _check_parallel(self) -> None:

@@ -14,8 +14,9 @@ T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
 
-HOW_FIELDS = frozenset({"parallel", "data.latents", "data.max_broken_files"})
-"""Fields that say how a run is computed, not what: they may differ when one goes on."""
+HOW_FIELDS = frozenset({"parallel", "scores", "data.latents", "data.max_broken_files"})
+"""Fields that say how a run is computed or watched, not what it is: they may differ
+when one goes on."""
 
 LATER_FIELDS = frozenset(
     {

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from ldm_jax.config.checked import Checked
+from ldm_jax.types import ProtocolName, SamplerName
 
 LayoutName = Literal["pmap", "fsdp"]
 AlgorithmName = Literal["adamw", "muon"]
@@ -112,6 +113,37 @@ class LogConfig(Checked):
 
     def _check(self) -> None:
         self._want_at_least(1, "every", "images_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoresConfig(Checked):
+    """How good samples are while stage 2 is trained: a curve beside the loss.
+
+    The samples are those of `python -m ldm_jax.evaluation`, seeds 0 and on with the
+    averaged weights, and so are the scores. Training itself stays as it is without.
+    """
+
+    every: int = 0
+    """Steps between two measurements, a multiple of log.every; the last step is always
+    measured; 0: never."""
+    images: int = 1000
+    """Samples of each; the scores of fewer are worse."""
+    protocol: ProtocolName = "dataset-classifier"
+    """How they are measured (docs/evaluation.md)."""
+    inception: str | None = None
+    """Weights of FID's Inception network, which all protocols but dataset-classifier
+    look with."""
+    sampler: SamplerName = "ddim"
+    """Of the samples."""
+    steps: int = 50
+    """Denoising steps of the samples."""
+    guidance_scale: float = 1.0
+    """Guidance scale of the samples; 1 is none."""
+
+    def _check(self) -> None:
+        self._want_at_least(0, "every", "guidance_scale")
+        self._want_at_least(1, "steps")
+        self._want_at_least(2, "images")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

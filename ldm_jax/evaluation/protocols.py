@@ -5,12 +5,10 @@ same. So each protocol has a name, the name stands in every file of statistics a
 scores, and nothing compares two.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
-from ldm_jax.types import InputError, choices
+from ldm_jax.types import PROTOCOL_NAMES, InputError, ProtocolName, choices
 
-ProtocolName = Literal["adm", "torch-fidelity", "clean-fid", "dataset-classifier"]
-PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 NetworkName = Literal["inception", "classifier"]
 ResizeName = Literal["tensorflow_1", "clean", "none"]
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, cast
 
 from ldm_jax.cli import OneLineParser
 from ldm_jax.config import Config, read_config
-from ldm_jax.evaluation.protocols import PROTOCOL_NAMES, Protocol, protocol_of
+from ldm_jax.evaluation.protocols import Protocol, protocol_of
 from ldm_jax.launch import Launch, add_flags, check_launch, check_local
 from ldm_jax.requests import MAX_SEED, SampleRequest, parse_sample
 from ldm_jax.settings import Settings
-from ldm_jax.types import InputError
+from ldm_jax.types import PROTOCOL_NAMES, InputError
 
 PROG = "python -m ldm_jax.evaluation"
 
@@ -123,17 +123,19 @@ def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
     )
 
 
-def check_network(protocol: Protocol, inception: Path | None) -> None:
+def check_network(
+    protocol: Protocol, inception: Path | None, *, flag: str = "--inception"
+) -> None:
     """Raise `InputError` if weights are missing, or are given and not used."""
     if protocol.network == "inception" and inception is None:
         raise InputError(
-            f"--inception: not given, but protocol {protocol.name} measures with FID's "
-            "Inception network; try --inception pt_inception-2015-12-05-6726825d.pth "
-            "(of pytorch-fid), or --protocol dataset-classifier, which needs no file"
+            f"{flag}: not given, but protocol {protocol.name} measures with FID's "
+            f"Inception network; try {flag} pt_inception-2015-12-05-6726825d.pth "
+            "(of pytorch-fid), or protocol dataset-classifier, which needs no file"
         )
     if protocol.network != "inception" and inception is not None:
         raise InputError(
-            f"--inception: got it with protocol {protocol.name}, which reads none"
+            f"{flag}: got it with protocol {protocol.name}, which reads none"
         )
 
 

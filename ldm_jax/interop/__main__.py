@@ -88,7 +88,7 @@ def export_run(given: argparse.Namespace) -> None:
     """Write a run in another program's format, whole or not at all."""
     from ldm_jax.config import CONFIG_FILE
     from ldm_jax.interop.write import write_compvis, write_folder
-    from ldm_jax.run import run_model
+    from ldm_jax.loading import run_model
 
     if not (given.path / CONFIG_FILE).is_file():
         raise InputError(

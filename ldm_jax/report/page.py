@@ -1,9 +1,7 @@
 """A story and its pictures as one page of HTML that needs nothing from outside."""
 
 import base64
-import html
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ from PIL import Image
 
 from ldm_jax.config import to_json
 from ldm_jax.report.charts import Curve, chart
+from ldm_jax.report.parts import escaped, figure, section, table
+from ldm_jax.report.scores import score_curves, scores_section
 from ldm_jax.report.shots import Shots
 from ldm_jax.report.story import StageStory, Story
 from ldm_jax.report.style import STYLE
@@ -24,17 +24,6 @@ STAGE_TITLES = {
     "autoencoder": "First stage: autoencoder",
     "diffusion": "Second stage: diffusion",
 }
-SCORE_NAMES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "kid": "KID",
-    "inception_score": "IS",
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
-}
-LEAST_OF_A_SWEEP = 3
 
 
 def page(story: Story, shots: Shots | None, *, note: str, facts: dict[str, str]) -> str:
@@ -50,7 +39,7 @@ def page(story: Story, shots: Shots | None, *, note: str, facts: dict[str, str])
     sections = [
         _hero(story),
         pictures[0] if pictures else "",
-        _scores(story),
+        scores_section(story),
         _shots(shots, note),
         *pictures[1:],
         _curves(story),
@@ -61,10 +50,10 @@ def page(story: Story, shots: Shots | None, *, note: str, facts: dict[str, str])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(story.name)}: a run of ldm_jax</title>"
+        f"<title>{escaped(story.name)}: a run of ldm_jax</title>"
         f"<style>{STYLE}</style></head><body><main>"
         f'<header><p class="over">ldm_jax run · <span class="{state}">{state}</span>'
-        f"</p><h1>{_text(story.name)}</h1><p>{_text(_summary(story))}</p></header>"
+        f"</p><h1>{escaped(story.name)}</h1><p>{escaped(_summary(story))}</p></header>"
         f"{''.join(sections)}</main></body></html>\n"
     )
 
@@ -107,79 +96,9 @@ def _hero(story: Story) -> str:
 
 def _tile(name: str, value: str, more: str) -> str:
     return (
-        f'<div class="tile"><span>{_text(name)}</span><strong>{_text(value)}</strong>'
-        f"<span>{_text(more)}</span></div>"
+        f'<div class="tile"><span>{escaped(name)}</span>'
+        f"<strong>{escaped(value)}</strong><span>{escaped(more)}</span></div>"
     )
-
-
-def _scores(story: Story) -> str:
-    if not story.metrics:
-        return ""
-    names = [n for n in SCORE_NAMES if any(n in m["scores"] for m in story.metrics)]
-    head = [
-        "protocol",
-        "samples",
-        "sampler",
-        "guidance",
-        *(SCORE_NAMES[n] for n in names),
-    ]
-    rows: list[list[str]] = []
-    told: set[str] = set()
-    for one in story.metrics:
-        settings, protocol = one["settings"], one["protocol"]["name"]
-        held_out = one.get("held_out_scores")
-        if held_out and protocol not in told:
-            cells = [_number(held_out.get(n)) for n in names]
-            real = f"{one['num_held_out']:,} held-out real images"
-            rows.append([protocol, real, "", "", *cells])
-            told.add(protocol)
-        count = int(one["seeds"].split("-")[1]) + 1
-        scale = ", ".join(f"{v:g}" for v in settings["guidance_scale"])
-        how = f"{settings['sampler']}, {settings['steps']} steps"
-        cells = [_number(one["scores"].get(n)) for n in names]
-        rows.append([protocol, f"{count:,}", how, scale, *cells])
-    return _section(
-        "How good is it?",
-        _table(head, rows)
-        + "<p>Rows of different protocols cannot be compared. The row of held-out real "
-        "images is what there is to reach.</p>" + _sweep(story.metrics),
-    )
-
-
-def _sweep(metrics: list[dict[str, Any]]) -> str:
-    """Draw FID against what was measured for several values, all else being equal."""
-    figures: list[str] = []
-    for what, x_name in (("guidance_scale", "guidance scale"), ("steps", "steps")):
-        groups: dict[str, list[tuple[float, float]]] = {}
-        for one in metrics:
-            settings = dict(one["settings"])
-            value = settings.pop(what)
-            if isinstance(value, list):
-                if len(value) != 1:
-                    continue
-                value = value[0]
-            rest = settings.get("steps", settings.get("guidance_scale"))
-            rest = f"{rest} steps" if what == "guidance_scale" else f"guidance {rest}"
-            name = f"{one['protocol']['name']}: {settings['sampler']}, {rest}"
-            key = f"{name}, seeds {one['seeds']}"
-            groups.setdefault(key, []).append((value, one["scores"]["fid"]))
-        curves = [
-            Curve(name, *map(list, zip(*sorted(points), strict=True)))
-            for name, points in groups.items()
-            if len({x for x, _ in points}) >= LEAST_OF_A_SWEEP
-        ]
-        title = f"FID against {x_name}"
-        drawn = chart(
-            curves,
-            title=title,
-            x_name=x_name,
-            logarithmic=False,
-            smooth=False,
-            dots=True,
-        )
-        if drawn:
-            figures.append(_figure(drawn, title))
-    return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
 
 
 def _curves(story: Story) -> str:
@@ -202,10 +121,11 @@ def _curves(story: Story) -> str:
             smooth=True,
         )
         if drawn:
-            figures.append(_figure(drawn, STAGE_TITLES[stage.name]))
-    if not figures:
+            figures.append(figure(drawn, STAGE_TITLES[stage.name]))
+    figures += [score_curves(stage) for stage in story.stages]
+    if not any(figures):
         return ""
-    return _section("Curves", f'<div class="pair">{"".join(figures)}</div>')
+    return section("Curves", f'<div class="pair">{"".join(figures)}</div>')
 
 
 def _stage_pictures(story: Story, stage: StageStory) -> str:
@@ -220,31 +140,31 @@ def _stage_pictures(story: Story, stage: StageStory) -> str:
         f"steps, guidance {story.config.sampling.grid_guidance_scale:g}"
     )
     last = stage.pictures[-1]
-    shown = [_figure(_file(last.path), f"Step {last.step:,}. {what}.")]
+    shown = [figure(_file(last.path), f"Step {last.step:,}. {what}.")]
     earlier = [
-        _figure(_file(picture.path), f"step {picture.step:,}")
+        figure(_file(picture.path), f"step {picture.step:,}")
         for picture in stage.pictures[:-1]
     ]
     if earlier:
         shown.append(f'<div class="row">{"".join(earlier)}</div>')
-    return _section(title, "".join(shown))
+    return section(title, "".join(shown))
 
 
 def _shots(shots: Shots | None, note: str) -> str:
     if shots is None:
-        return _section("Denoising", f"<p>{_text(note)}</p>") if note else ""
+        return section("Denoising", f"<p>{escaped(note)}</p>") if note else ""
     how = f"{shots.steps} DDIM steps, guidance {shots.scale:g}"
     rows = [np.concatenate(list(frames), axis=1) for frames in shots.denoising]
     shown = "; ".join(shots.shown[: len(rows)])
-    strips = _figure(_array(np.concatenate(rows)), shown)
+    strips = figure(_array(np.concatenate(rows)), shown)
     pairs = "".join(
         f'<div class="two">{_array(sample)}{_array(near)}</div>'
         for sample, near in zip(*shots.neighbours, strict=True)
     )
-    return _section(
+    return section(
         "Denoising",
         f"<p>From noise to image, left to right; {how}.</p>" + strips,
-    ) + _section(
+    ) + section(
         "Is it copying?",
         f'<div class="pairs">{pairs}</div><p>Above, samples of seeds 0 to '
         f"{shots.seeds - 1}; beneath each, the nearest of {shots.num_searched:,} "
@@ -260,13 +180,13 @@ def _steps(story: Story) -> str:
         return ""
     chosen = story.steps["cheapest"]
     text = (
-        f"Cheapest within 5 % of the best: <strong>{_text(chosen['sampler'])}, "
+        f"Cheapest within 5 % of the best: <strong>{escaped(chosen['sampler'])}, "
         f"{chosen['steps']} steps</strong>, by the Fréchet distance of "
         f"{story.steps['num_images']:,} images' small pixels (python -m "
         "ldm_jax.evaluation.steps)."
     )
-    return _section(
-        "How many steps?", _figure(_file(story.steps_picture), "") + f"<p>{text}</p>"
+    return section(
+        "How many steps?", figure(_file(story.steps_picture), "") + f"<p>{text}</p>"
     )
 
 
@@ -283,12 +203,12 @@ def _making(story: Story, facts: dict[str, str]) -> str:
     rows = [["config digest", story.config_digest]]
     rows += [["digest of the run", final["digest"]]] if "digest" in final else []
     rows += [[name, value] for name, value in facts.items()]
-    return _section(
+    return section(
         "How it was made",
-        _table(["", ""], rows, kind="facts")
-        + f"<pre>{_text(listed)}</pre>"
+        table(["", ""], rows, kind="facts")
+        + f"<pre>{escaped(listed)}</pre>"
         + f"<details><summary>The whole config</summary><pre>"
-        f"{_text(to_json(story.config))}</pre></details>",
+        f"{escaped(to_json(story.config))}</pre></details>",
     )
 
 
@@ -303,28 +223,6 @@ def _evaluation_command(story: Story, one: dict[str, Any]) -> str:
         f"{weights} --num-images {count} --sampler {settings['sampler']} --steps "
         f"{settings['steps']} --guidance-scale {scale}"
     )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{body}</section>"
-
-
-def _table(head: list[str], rows: list[list[str]], *, kind: str = "") -> str:
-    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    first = "" if not any(head) else f"<thead><tr>{top}</tr></thead>"
-    return (
-        f'<div class="scroll"><table class="{kind}">{first}<tbody>{body}</tbody>'
-        "</table></div>"
-    )
-
-
-def _figure(body: str, caption: str) -> str:
-    below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-    return f"<figure>{body}{below}</figure>"
 
 
 def _file(path: Path) -> str:
@@ -359,11 +257,3 @@ def _duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _text(value: Any) -> str:
-    return html.escape(value if isinstance(value, str) else json.dumps(value))

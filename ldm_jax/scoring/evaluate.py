@@ -12,25 +12,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import UInt8
-
-from ldm_jax.build import load_split
-from ldm_jax.config import Config
-from ldm_jax.evaluation.features import Reference, read_arrays, write_arrays
-from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.evaluation.request import EvaluationRequest
-from ldm_jax.evaluation.scores import Scores, check_enough, score
-from ldm_jax.interop.inception import load_inception
-from ldm_jax.interop.names import flatten, unflatten
+from ldm_jax.evaluation.scores import Scores, score
 from ldm_jax.recipes import versions
 from ldm_jax.scoring.extractors import Extractor
-from ldm_jax.scoring.real import (
-    data_digest,
-    extractor_of,
-    real_statistics,
-    taught,
-)
+from ldm_jax.scoring.judging import Judged, judge, load_network
+from ldm_jax.scoring.real import extractor_of
 from ldm_jax.scoring.reconstructions import (
     Likeness,
     first_stage_of,
@@ -41,24 +28,9 @@ from ldm_jax.scoring.samples import draw_shards, read_shards
 from ldm_jax.settings import Settings
 from ldm_jax.studio import Studio, open_studio
 from ldm_jax.training.files import write_json
-from ldm_jax.training.hosts import first_alone, is_first, wait_for_all
-from ldm_jax.types import InputError, PyTree
+from ldm_jax.training.hosts import gather_texts, is_first, together
 
 METRICS_FILE = "metrics.json"
-ACCURACY = "accuracy"
-
-
-class Network(NamedTuple):
-    """What looks at images.
-
-    Attributes:
-      params: Of the protocol's network.
-      accuracy: Part of the held-out images that the classifier reads right; None of
-        Inception.
-    """
-
-    params: PyTree
-    accuracy: float | None
 
 
 class Outcome(NamedTuple):
@@ -89,24 +61,6 @@ class Reconstructed(NamedTuple):
     likeness: Likeness
 
 
-class Judged(NamedTuple):
-    """What samples are measured by, the same for all ways of making them.
-
-    Attributes:
-      extractor: Looks at images.
-      reference: Statistics of real ones.
-      accuracy: Of the classifier, as in `Network`.
-      held_out: Scores of held-out images; None where they are too few.
-      num_held_out: How many they are.
-    """
-
-    extractor: Extractor
-    reference: Reference
-    accuracy: float | None
-    held_out: Scores | None
-    num_held_out: int
-
-
 def evaluate(request: EvaluationRequest) -> list[Outcome]:
     """Draw what is missing, and score all; one way of making samples after the other.
 
@@ -125,7 +79,15 @@ def evaluate(request: EvaluationRequest) -> list[Outcome]:
       OSError: If something cannot be written; features made before it stay.
     """
     config = open_studio(request.settings[0]).run.config
-    judged = _judge(request, config)
+    judged = judge(
+        config,
+        request.protocol,
+        inception=request.inception,
+        reference=request.reference,
+        folder=request.out,
+        num_images=request.num_images,
+        what="--num-images",
+    )
     found = (_evaluate(request, settings, judged) for settings in request.settings)
     return [outcome for outcome in found if outcome is not None]
 
@@ -150,7 +112,7 @@ def evaluate_first_stage(request: EvaluationRequest) -> Reconstructed | None:
     request.out.mkdir(parents=True, exist_ok=True)
     extractor = None
     if request.inception is not None or config.data.num_classes > 1:
-        network = _network(request, config)
+        network = load_network(config, request.inception, request.out)
         extractor = extractor_of(config, request.protocol, params=network.params)
     found = score_reconstructions(
         config,
@@ -164,33 +126,18 @@ def evaluate_first_stage(request: EvaluationRequest) -> Reconstructed | None:
     return Reconstructed(path, found)
 
 
-def _judge(request: EvaluationRequest, config: Config) -> Judged:
-    request.out.mkdir(parents=True, exist_ok=True)
-    first_alone(lambda: _network(request, config))
-    network = _network(request, config)
-    extractor = extractor_of(config, request.protocol, params=network.params)
-    first_alone(lambda: _real(request, config, extractor))
-    reference = _real(request, config, extractor)
-    width = len(reference.pooled.mean)
-    check_enough(request.num_images, width, what="--num-images")
-    images = load_split(config, "test", limit=request.num_images).image
-    held_out = None
-    if is_first():
-        held_out = _held_out(request.protocol, images, extractor, reference)
-    return Judged(extractor, reference, network.accuracy, held_out, len(images))
-
-
 def _evaluate(
     request: EvaluationRequest, settings: Settings, judged: Judged
 ) -> Outcome | None:
     studio = open_studio(settings)
     facts = _facts(request, studio, judged.extractor)
-    folder = request.out / _name(request, settings, facts)
+    # The first one's name: it tells of the processor, which may differ among machines.
+    folder = request.out / gather_texts(_name(request, settings, facts))[0]
     folder.mkdir(exist_ok=True)
-    seconds = draw_shards(
-        studio, judged.extractor, folder, num_images=request.num_images
-    )
-    wait_for_all("features")
+    with together():  # one that cannot write leaves no other waiting
+        seconds = draw_shards(
+            studio, judged.extractor, folder, num_images=request.num_images
+        )
     if not is_first():
         return None
     made = read_shards(folder, num_images=request.num_images)
@@ -209,45 +156,6 @@ def _evaluate(
     }
     write_json(path, report)
     return Outcome(path, settings, scores, judged.held_out)
-
-
-def _network(request: EvaluationRequest, config: Config) -> Network:
-    """Read Inception, or the classifier; teach that first if it is not there."""
-    if request.inception is not None:
-        return Network(load_inception(request.inception), None)
-    path = request.out / f"classifier_{data_digest(config)[:12]}.npz"
-    if not path.exists():
-        params, right = taught(config)
-        arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-        write_arrays(path, {**arrays, ACCURACY: np.asarray(right)})
-    arrays = read_arrays(path)
-    right = float(arrays.pop(ACCURACY, np.nan))
-    return Network(unflatten(arrays), right)
-
-
-def _real(
-    request: EvaluationRequest, config: Config, extractor: Extractor
-) -> Reference:
-    return real_statistics(
-        config,
-        request.protocol,
-        extractor,
-        given=request.reference,
-        folder=request.out,
-    )
-
-
-def _held_out(
-    protocol: Protocol,
-    images: UInt8[np.ndarray, "n h w c"],
-    extractor: Extractor,
-    reference: Reference,
-) -> Scores | None:
-    """Score held-out images as if they were samples; None where they are too few."""
-    try:
-        return score(protocol, extractor.extract(images), reference)
-    except InputError:
-        return None
 
 
 def _facts(

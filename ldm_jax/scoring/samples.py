@@ -24,7 +24,12 @@ MOST_CAPTIONS = 10_000
 
 
 def draw_shards(
-    studio: Studio, extractor: Extractor, folder: Path, *, num_images: int
+    studio: Studio,
+    extractor: Extractor,
+    folder: Path,
+    *,
+    num_images: int,
+    tells: bool = True,
 ) -> float:
     """Draw the samples whose features are not there yet; this process' share.
 
@@ -33,6 +38,7 @@ def draw_shards(
       extractor: What looks at them.
       folder: Where features go.
       num_images: How many there are in the end.
+      tells: Whether a bar shows how far it is.
 
     Returns:
       Seconds that it took.
@@ -48,7 +54,13 @@ def draw_shards(
     ]
     began = time.monotonic()
     done = num_images - len(subjects)
-    with tqdm(total=num_images, initial=done, unit=" images", mininterval=1.0) as bar:
+    with tqdm(
+        total=num_images,
+        initial=done,
+        unit=" images",
+        mininterval=1.0,
+        disable=not tells,
+    ) as bar:
         pictures = draw(studio, subjects)
         for i in missing:
             num = min(SHARD, num_images - i * SHARD)

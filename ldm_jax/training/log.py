@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ldm_jax.training.files import naming, write_text
 
 METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "loss.png"
 MIN_PLOTTED = 1e-12
 BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}"
 
@@ -51,13 +52,19 @@ class MetricsLog:
             ]
             write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+    def records(self, stage: str) -> list[dict[str, Any]]:
+        """Read what was logged of a stage."""
+        found = read_metrics(self.path) if self.path.exists() else []
+        return [record for record in found if record["stage"] == stage]
+
+    def write(self, stage: str, step: int, values: Mapping[str, float | str]) -> None:
         """Append one record."""
         if not self._writes:
             return
         _append(self.path, {"stage": stage, "step": step, **values})
         if self._board is not None:
-            for name, value in values.items():
+            numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
+            for name, value in numbers.items():
                 self._board.add_scalar(f"{stage}/{name}", value, step)
 
     def write_fault(self, record: Mapping[str, Any]) -> None:
@@ -90,7 +97,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(log: Path, path: Path) -> None:
-    """Draw the loss of each stage against its steps, on a logarithmic axis.
+    """Draw loss and scores of each stage against its steps, on logarithmic axes.
 
     Args:
       log: `metrics.jsonl`.
@@ -105,19 +112,27 @@ def plot_losses(log: Path, path: Path) -> None:
     stages = list(dict.fromkeys(record["stage"] for record in records))
     if not stages:
         return
+    panels = [(stage, ("loss", "reconstruction"), True) for stage in stages]
+    scored = dict.fromkeys(r["stage"] for r in records if "fid" in r)
+    panels += [(stage, ("fid", "held_out_fid"), False) for stage in scored]
     figure, all_axes = pyplot.subplots(
-        1, len(stages), figsize=(5.5 * len(stages), 3.6), squeeze=False, dpi=120
+        1, len(panels), figsize=(5.5 * len(panels), 3.6), squeeze=False, dpi=120
     )
-    for axes, stage in zip(all_axes[0], stages, strict=True):
+    for axes, (stage, names, noisy) in zip(all_axes[0], panels, strict=True):
         rows = [record for record in records if record["stage"] == stage]
-        steps = [row["step"] for row in rows]
-        for name, colour in (("loss", "C0"), ("reconstruction", "C1")):
-            values = [row[name] for row in rows if name in row]
-            if values:
-                axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-                axes.plot(steps, _smooth(values), color=colour, label=name)
+        for i, name in enumerate(names):
+            told = [row for row in rows if name in row]
+            steps, values = ([row[key] for row in told] for key in ("step", name))
+            label, look = name.replace("_", " "), {"color": f"C{i}"}
+            if not told:
+                continue
+            if noisy:
+                axes.plot(steps, values, **look, alpha=0.3, linewidth=0.8)
+                axes.plot(steps, _smooth(values), **look, label=label)
+            else:
+                axes.plot(steps, values, "o-", **look, markersize=3, label=label)
         axes.set_yscale("log")
-        axes.set_title(stage)
+        axes.set_title(stage if noisy else f"{stage}: Fréchet distance")
         axes.set_xlabel("step")
         axes.grid(visible=True, which="both", alpha=0.2)
         axes.legend()

@@ -16,9 +16,10 @@ from ldm_jax.training.dispatch import several_steps, skip_nonfinite
 from ldm_jax.training.files import naming
 from ldm_jax.training.hosts import StopSignal, check_same, first_alone, is_first
 from ldm_jax.training.layout import Layout
-from ldm_jax.training.log import MetricsLog, plot_losses, progress_bar
+from ldm_jax.training.log import PLOT_FILE, MetricsLog, plot_losses, progress_bar
 from ldm_jax.training.pending import Dispatch, PendingMetrics
 from ldm_jax.training.prefetch import Prefetch
+from ldm_jax.training.scores import Measure, ScoreCurve
 from ldm_jax.training.state import AnyState
 from ldm_jax.training.watching import Profile, StallClock
 from ldm_jax.types import Preempted, PyTree
@@ -39,6 +40,7 @@ class Stage(NamedTuple):
       extra: More arrays that belong into the checkpoint.
       learning_rate: Of a step, for the log.
       draw: Writes the pictures of averaged parameters at a step.
+      measure: Scores them; None does not.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Stage(NamedTuple):
     extra: dict[str, Any]
     learning_rate: Callable[[int], Any]
     draw: Callable[[Any, int], None]
+    measure: Measure | None = None
 
 
 class Watch(NamedTuple):
@@ -62,6 +65,7 @@ class Watch(NamedTuple):
       parallel: Steps a dispatch, and how long one may take.
       max_skipped: Steps that may be skipped for not being finite.
       profile: Steps between which a trace is written; None for none.
+      scores_every: Steps between two scores of a stage that has a measure.
     """
 
     workdir: Path
@@ -70,6 +74,7 @@ class Watch(NamedTuple):
     parallel: ParallelConfig = ParallelConfig()
     max_skipped: int = 0
     profile: tuple[int, int] | None = None
+    scores_every: int = 0
 
 
 class Finished(NamedTuple):
@@ -152,6 +157,7 @@ def run_stage(
     first_alone(lambda: directory.mkdir(exist_ok=True))
     store = CheckpointStore(directory / CHECKPOINTS, keep=watch.checkpoint.keep)
     log = MetricsLog(watch.workdir, writes=is_first())
+    curve = ScoreCurve(stage, log, every=watch.scores_every, measure=stage.measure)
     clock = StallClock(watch.parallel.stall_timeout)
     profile = Profile(watch.workdir / "profile" / stage.name, watch.profile)
     try:
@@ -161,10 +167,12 @@ def run_stage(
         if found is not None and found.step == stage.num_steps:
             kept = found.tree["state"].ema, found.tree["extra"]
             ema, extra = kept if shardings is None else layout.local(kept)
+            if curve.is_missing(found.step):
+                curve.add(ema, found.step)
             return Finished(ema, extra, found.digest, found.notes["seconds"])
         done = found.step if found else 0
         first_alone(lambda: log.rewind(stage.name, done))
-        trainer = Trainer(stage, watch, layout, root_key, notes, store, log)
+        trainer = Trainer(stage, watch, layout, root_key, notes, store, log, curve)
         trainer.begin(found, iterator)
         del found
         return trainer.run(stop, clock, profile)
@@ -188,11 +196,12 @@ class Trainer:
         notes: dict[str, Any],
         store: CheckpointStore,
         log: MetricsLog,
+        curve: ScoreCurve,
     ) -> None:
         """Keep what does not change."""
         self._stage, self._watch, self._layout = stage, watch, layout
         self._root_key, self._notes = root_key, notes
-        self._store, self._log = store, log
+        self._store, self._log, self._curve = store, log, curve
         self._started = time.perf_counter()
         self._digest = ""
         self._checked: set[int] = set()
@@ -234,6 +243,8 @@ class Trainer:
         ) as bar:
             if stop.agreed():
                 raise Preempted(f"{stage.name} step {self._done}: nothing new to save")
+            if self._curve.is_missing(self._done):
+                self._score()
             while self._done < stage.num_steps:
                 profile.at(self._done)
                 before = self._done
@@ -259,6 +270,8 @@ class Trainer:
                     self._store.wait()
                 if stopping and not is_last:
                     raise Preempted(f"{stage.name} step {done} is saved")
+                if self._curve.is_due(done):
+                    self._score()
         ema = self._layout.local(self._state.ema)
         return Finished(ema, self._extra, self._digest, self._seconds())
 
@@ -290,9 +303,13 @@ class Trainer:
         def draw() -> None:
             with naming(self._watch.workdir / self._stage.name):
                 self._stage.draw(ema, self._done)
-            plot_losses(self._log.path, self._watch.workdir / "loss.png")
+            plot_losses(self._log.path, self._watch.workdir / PLOT_FILE)
 
         first_alone(draw)
+
+    def _score(self) -> None:
+        with self._pending.paused():
+            self._curve.add(self._layout.local(self._state.ema), self._done)
 
     def _save(self) -> None:
         tree = checkpoint_tree(

@@ -1,0 +1,231 @@
+"""Scores while a run is trained: those of the evaluation; training is as without."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from ldm_jax import run, studio
+from ldm_jax.config import ScoresConfig, digest, from_json, to_json
+from ldm_jax.evaluation.__main__ import main
+from ldm_jax.report.scores import score_curves
+from ldm_jax.report.story import read_story
+from ldm_jax.run import load_run, train
+from ldm_jax.scoring import during, extractors, real, samples
+from ldm_jax.scoring.teaching import teach
+from ldm_jax.training.diffusion_step import Denoising, Frozen
+from ldm_jax.training.log import read_metrics
+from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.types import InputError, Preempted
+from tests import tiny
+from tests.test_layouts import StopAfter
+from tests.toys import run_toy, toy_stage
+
+SCORES = ScoresConfig(every=4, images=66, steps=2, guidance_scale=2.0)
+
+
+def one_device():
+    return PmapLayout(jax.devices()[:1])
+
+
+def config_of(scores=SCORES, **fields):
+    """A tiny run whose first stage is a moment."""
+    config = tiny.get_config()
+    first = dataclasses.replace(config.autoencoder, steps=1)
+    return dataclasses.replace(config, autoencoder=first, scores=scores, **fields)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device_and_short_lessons():
+    """One device compiles fastest; the classifier is taught for a moment only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_layout", lambda config: one_device())
+        for room in (studio, extractors):
+            patch.setattr(room, "PmapLayout", one_device)
+        patch.setattr(real, "teach", functools.partial(teach, num_steps=5))
+        patch.setattr(samples, "SHARD", 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def scored(one_device_and_short_lessons, tmp_path_factory):
+    """A run that was scored on its way, at steps 4 and 8."""
+    workdir = tmp_path_factory.mktemp("scored") / "run"
+    return workdir, train(config_of(), workdir).final
+
+
+def curve(workdir):
+    return [r for r in read_metrics(Path(workdir) / "metrics.jsonl") if "fid" in r]
+
+
+def test_the_last_score_is_what_the_evaluation_finds_afterwards(scored):
+    workdir, _ = scored
+    args = ["--workdir", workdir, "--steps", 2, "--num-images", 66]
+    args += ["--guidance-scale", 2, "--compilation-cache", "none"]
+    main([str(arg) for arg in args])
+    (path,) = workdir.glob("evaluation/*/metrics.json")
+    report = json.loads(path.read_text())
+    last = curve(workdir)[-1]
+    assert last["step"] == 8
+    names = {name for name, value in report["scores"].items() if value is not None}
+    assert {"fid", "kid", "precision", "inception_score"} <= names
+    for name in names:
+        assert last[name] == pytest.approx(report["scores"][name], rel=1e-5), name
+    assert last["held_out_fid"] == pytest.approx(report["held_out_scores"]["fid"])
+    # The classifier and the statistics are those that training kept.
+    assert len(list(workdir.glob("evaluation/*.npz"))) == 2
+
+
+def test_training_with_scores_is_training_without(scored, tmp_path):
+    workdir, final = scored
+    config = config_of(ScoresConfig(), first_stage=str(workdir))
+    plain = train(config, tmp_path / "plain").final
+    name = "diffusion"
+    assert plain["digest_by_stage"][name] == final["digest_by_stage"][name]
+    assert not curve(tmp_path / "plain")
+    assert [record["step"] for record in curve(workdir)] == [4, 8]
+    assert not (workdir / "diffusion" / "scoring").exists()
+
+
+def measured_toy(killed_at=(), **fields):
+    """A toy stage that is scored, and the steps at which it was."""
+    measured, killed = [], set(killed_at)
+
+    def measure(ema, step):
+        measured.append(step)
+        if step in killed:
+            killed.remove(step)
+            raise KeyboardInterrupt
+        return {"fid": 1.0 + abs(float(ema["b"].sum())), "how": "toy"}
+
+    return toy_stage(**fields)._replace(measure=measure), measured
+
+
+def run_scored(workdir, stage, **fields):
+    every = fields.pop("scores_every", 2)
+    return run_toy(workdir, stage, scores_every=every, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("killed_at", [2, 4, 6, 12])
+def test_a_score_that_was_cut_short_is_made_when_the_run_goes_on(tmp_path, killed_at):
+    whole, steps = measured_toy()
+    unbroken = run_scored(tmp_path / "whole", whole)
+    assert steps == [2, 4, 6, 8, 10, 12]
+    stage, measured = measured_toy([killed_at])
+    with pytest.raises(KeyboardInterrupt):
+        run_scored(tmp_path / "cut", stage)
+    found = run_scored(tmp_path / "cut", stage)
+    assert found.digest == unbroken.digest
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    # What is saved is saved before it is scored, every fourth step: nothing that was
+    # scored up to there is scored again.
+    assert measured.count(killed_at) == 2
+    assert sum(measured.count(step) for step in (4, 8, 12) if step < killed_at) <= 2
+    # A stage that is finished and scored is left alone.
+    measured.clear()
+    run_scored(tmp_path / "cut", stage)
+    assert not measured
+
+
+def test_a_run_may_be_scored_from_where_it_goes_on(tmp_path):
+    stage, measured = measured_toy()
+    with pytest.raises(Preempted):
+        run_toy(tmp_path, stage._replace(measure=None), stop=StopAfter(5))
+    run_scored(tmp_path, stage, scores_every=5)
+    assert measured == [5, 10, 12]
+
+
+def test_the_second_score_compiles_nothing(scored):
+    config, programs = config_of(), []
+    loaded = load_run(scored[0])
+    frozen = Frozen(loaded.params.autoencoder, loaded.params.latent_scale, {})
+    trained = Denoising(loaded.params.unet, loaded.params.conditioner)
+    measure = during.make_measure(config, loaded.networks, frozen, scored[0])
+    worse = jax.tree.map(lambda leaf: 0.5 * leaf, trained)
+    first = measure(trained, 8)
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            programs.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        second = measure(worse, 9)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert first == {k: v for k, v in curve(scored[0])[-1].items() if k in first}
+    assert second["fid"] != first["fid"]
+    assert not programs
+
+
+def test_the_report_draws_the_curve(scored):
+    workdir, _ = scored
+    (_, stage) = read_story(workdir).stages
+    drawn = score_curves(stage)
+    assert "FID of the averaged weights over training" in drawn
+    assert "dataset-classifier, 66 samples, ddim 2, guidance 2" in drawn
+    assert "held-out real images" in drawn
+    assert (workdir / "loss.png").stat().st_size > 10_000
+
+
+def test_scores_are_no_part_of_what_a_run_is():
+    plain, with_scores = config_of(ScoresConfig()), config_of()
+    assert digest(plain) == digest(with_scores)
+    tree = json.loads(to_json(plain))
+    del tree["scores"]
+    assert from_json(json.dumps(tree)) == plain
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"images": 64}, ["scores.images", "got 64", "more than the 64 numbers"]),
+        ({"protocol": "adm"}, ["--scores.inception: not given", "adm"]),
+        ({"inception": "w.pth"}, ["--scores.inception", "reads none"]),
+        (
+            {"protocol": "adm", "inception": "no.pth"},
+            ["--scores.inception: no file no.pth"],
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_run_begins(
+    tmp_path, fields, words
+):
+    config = config_of(dataclasses.replace(SCORES, **fields))
+    with pytest.raises(InputError) as caught:
+        train(config, tmp_path / "run")
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not (tmp_path / "run").exists()
+    during.check_scores(config_of(ScoresConfig(protocol="adm")))  # never measured
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: config_of(stages=("autoencoder",)),
+            ["scores.every", "got 4", "stage 1 alone"],
+        ),
+        (
+            lambda: config_of(dataclasses.replace(SCORES, steps=1001)),
+            ["scores.steps", "1001", "1000"],
+        ),
+        (lambda: ScoresConfig(images=1), ["images", "1", "at least 2"]),
+        (lambda: ScoresConfig(protocol="fid"), ["protocol", "'fid'", "adm"]),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line(make, words):
+    with pytest.raises(InputError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_scores_fall_on_steps_that_are_logged():
+    config = config_of(ScoresConfig())
+    log = dataclasses.replace(config.log, every=3)
+    with pytest.raises(InputError, match=r"got 4, wanted a multiple of log\.every, 3"):
+        config_of(log=log)
