@@ -15,9 +15,15 @@ from ldm_jax.interop.model import Model, with_tokenizer
 from ldm_jax.interop.native import WEIGHTS_FILE
 from ldm_jax.networks import Networks, SampleParams
 from ldm_jax.pretrained import load_first_stage, load_stage, load_taken
-from ldm_jax.second_stage import diffusion_stage, sample_params
+from ldm_jax.second_stage import (
+    averages_folder,
+    diffusion_stage,
+    init_denoising,
+    sample_params,
+)
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.digests import tree_digest
+from ldm_jax.training.snapshots import make_average
 from ldm_jax.types import InputError
 from ldm_jax.words import with_own_tokenizer
 
@@ -44,7 +50,11 @@ class Run(NamedTuple):
 
 
 def load_run(
-    workdir: str | Path, *, tokenizer: Path | None = None, step: int | None = None
+    workdir: str | Path,
+    *,
+    tokenizer: Path | None = None,
+    step: int | None = None,
+    ema_length: float | None = None,
 ) -> Run:
     """Load the newest checkpoint of a run for sampling, or an earlier one.
 
@@ -52,16 +62,24 @@ def load_run(
       workdir: The folder that was given to `train.py`.
       tokenizer: Folder of the tokenizer, if it is not where the config says.
       step: Of the diffusion stage; None for the newest.
+      ema_length: Relative length of the average of the weights, made of those that the
+        run kept on its way; None for the average that training used.
 
     Returns:
       The run.
 
     Raises:
-      InputError: If the folder is not a run or has no finished checkpoint.
+      InputError: If the folder is not a run or has no finished checkpoint, or kept no
+        averages that the length could be made of.
       RunError: If no checkpoint is intact.
     """
     workdir = Path(workdir)
     if (workdir / WEIGHTS_FILE).exists():
+        if ema_length is not None:
+            raise InputError(
+                f"--ema-length: got {ema_length:g}, but {workdir} holds weights alone, "
+                "wanted none"
+            )
         return load_weights(workdir, tokenizer=tokenizer)
     config = config_lib.read_config(workdir)
     config = with_tokenizer(with_own_tokenizer(config, workdir), tokenizer)
@@ -79,15 +97,28 @@ def load_run(
         digest = tree_digest(taken[1:])
     shapes = Frozen(jax.eval_shape(lambda: params), shape_of((), jnp.float32), {})
     stage = diffusion_stage(config, networks, shapes, workdir)
-    second = load_stage(stage, workdir, config, step=step)
+    # Averages outlive the checkpoint of their step.
+    at = step if ema_length is None else None
+    second = load_stage(stage, workdir, config, step=at)
     scale = second.tree["extra"]["latent_scale"]
     frozen = Frozen(params, scale, taken.conditioner)
+    trained, of, at = second.tree["state"].ema, second.digest, second.step
+    if ema_length is not None:
+        made = make_average(
+            averages_folder(workdir),
+            jax.eval_shape(lambda: init_denoising(config, networks)),
+            lengths=config.diffusion.average_lengths,
+            length=ema_length,
+            step=step,
+            newest=second.step,
+        )
+        trained, of, at = made.tree, tree_digest(made.tree), made.step
     return Run(
         config,
         networks,
-        jax.device_put(sample_params(frozen, second.tree["state"].ema)),
-        run_digest({"autoencoder": digest, "diffusion": second.digest}),
-        second.step,
+        jax.device_put(sample_params(frozen, trained)),
+        run_digest({"autoencoder": digest, "diffusion": of}),
+        at,
     )
 
 

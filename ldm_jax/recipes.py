@@ -21,6 +21,8 @@ WANTED = frozenset({"settings", "seed"})
 OTHER = "other_"
 PLACES = frozenset({"workdir", "weights", "config_file", "image", "mask"})
 """Settings that are paths to what a recipe has the digest of."""
+LATER = frozenset({"ema_length"})
+"""Settings that older recipes lack."""
 GUIDES = frozenset({"autoguidance", "autoguidance_step"})
 TOLD_APART = frozenset({"sampler", "steps", "eta", "guidance_scale"})
 """Settings that are texts of their own, for people."""
@@ -73,7 +75,11 @@ def versions() -> str:
 
 @functools.lru_cache(maxsize=16)
 def _settings_text(settings: Settings) -> str:
-    return json.dumps(dataclasses.asdict(settings), allow_nan=False)
+    values = dataclasses.asdict(settings)
+    for name in LATER:
+        if values[name] is None:
+            del values[name]  # as recipes were before it came
+    return json.dumps(values, allow_nan=False)
 
 
 def texts_of(picture: Image.Image) -> dict[str, str]:
@@ -136,7 +142,7 @@ def _settings(text: str) -> Settings:
     if not isinstance(values, dict):
         raise ValueError("settings: wanted an object")
     wanted = {field.name for field in dataclasses.fields(Settings)}
-    if strange := set(values) ^ wanted:
+    if strange := (set(values) ^ wanted) - (LATER - set(values)):
         raise ValueError(f"settings: {sorted(strange)[0]} unknown or missing")
     return Settings(**values)
 

@@ -28,6 +28,9 @@ class SampleArguments:
     """Instead of a run: a diffusers folder, or a file in CompVis naming."""
     step: int | None = None
     """Checkpoint of the run to take, by its step; the newest by default."""
+    ema_length: float | None = None
+    """Relative length of the average of the weights, where the run kept some
+    (--diffusion.average-lengths); the one of optim.ema_decay by default."""
     replay: Path | None = None
     """Make an image again from the recipe in its PNG, and compare every pixel."""
     out: Path | None = None
@@ -319,6 +322,13 @@ def _check_against(config: Config, given: SampleArguments) -> None:
         raise InputError(
             f"--steps: got {given.steps}, wanted 1 to {num_timesteps}, the run's "
             "diffusion.num_timesteps"
+        )
+    kept = config.diffusion.average_lengths
+    if given.ema_length is not None and not kept:
+        raise InputError(
+            f"--ema-length: got {given.ema_length:g}, but the run kept no averages of "
+            "its weights, wanted none; try train.py --diffusion.average-lengths 0.05 "
+            "0.1 in another --workdir"
         )
     if given.labels not in (None, "all") and config.diffusion.condition.uses_classes:
         top = config.data.num_classes - 1

@@ -19,16 +19,20 @@ from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import Stream, example_keys, image_keys, root_key
 from ldm_jax.training.diffusion_step import (
     Denoising,
+    DiffusionState,
     Frozen,
     Objective,
     diffusion_step,
     inputs_of,
 )
 from ldm_jax.training.loop import Stage
+from ldm_jax.training.profiles import snapshot_steps
+from ldm_jax.training.snapshots import FOLDER, write_snapshot
 from ldm_jax.training.state import (
     init_state,
     learning_rate_schedule,
     make_optimizer,
+    with_averages,
 )
 
 GRID_SEEDS = 4
@@ -80,6 +84,7 @@ def diffusion_stage(
         condition_dropout=settings.condition_dropout,
         ema_decay=settings.optim.ema_decay,
         accumulate=config.parallel.accumulate,
+        average_lengths=settings.average_lengths,
     )
     sample_fn = make_sample_fn(
         networks, sampler="ddim", num_steps=config.sampling.grid_steps
@@ -99,17 +104,33 @@ def diffusion_stage(
         picture = grid(to_uint8(np.asarray(samples.images)), columns=columns)
         write_png(workdir / "diffusion" / name, picture)
 
+    def init() -> DiffusionState:
+        state = init_state(init_denoising(config, networks), optimizer)
+        return with_averages(state, num=len(settings.average_lengths))
+
+    def keep(averages: tuple[Denoising, ...], step_number: int) -> None:
+        folder = averages_folder(workdir)
+        write_snapshot(folder, settings.average_lengths, averages, step_number)
+
+    kept = snapshot_steps(settings.steps, snapshots=settings.average_snapshots)
     return Stage(
         name="diffusion",
         num_steps=settings.steps,
         batch_size=settings.batch_size,
         step=step,
-        init=lambda: init_state(init_denoising(config, networks), optimizer),
+        init=init,
         frozen=learned_on,
         extra={"latent_scale": frozen.latent_scale},
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         draw=draw,
+        keep=keep,
+        kept_steps=tuple(kept) if settings.average_lengths else (),
     )
+
+
+def averages_folder(workdir: Path) -> Path:
+    """Return where a run keeps averages of its weights."""
+    return workdir / "diffusion" / FOLDER
 
 
 def objective_of(config: Config, networks: Networks) -> Objective:

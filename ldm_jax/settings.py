@@ -3,6 +3,7 @@
 import dataclasses
 
 from ldm_jax.config.checked import Checked
+from ldm_jax.config.diffusion import LONGEST_AVERAGE
 from ldm_jax.types import (
     SAMPLER_NAMES,
     SPACING_NAMES,
@@ -52,6 +53,8 @@ class Settings(Checked):
       outpaint: Pixels added left, above, right and below, or None.
       size: Height and width, or None for those of training.
       tile: Side of the decoder's tiles in latents, or 0.
+      ema_length: Relative length of the average of the weights, or None for the one
+        that training used; recipes that were written before it came lack it.
     """
 
     workdir: str | None
@@ -77,6 +80,7 @@ class Settings(Checked):
     outpaint: tuple[int, int, int, int] | None
     size: tuple[int, int] | None
     tile: int
+    ema_length: float | None = None
 
     @property
     def guided(self) -> bool:
@@ -94,6 +98,8 @@ class Settings(Checked):
                 f"step: got {self.step} without --workdir, wanted none: weights have "
                 "no checkpoints"
             )
+        if self.ema_length is not None:
+            self._check_length(self.ema_length)
         self._want("eta", 0.0 <= self.eta <= 1.0, "0 to 1")
         if self.eta and self.sampler not in TAKES_ETA:
             raise InputError(
@@ -104,6 +110,15 @@ class Settings(Checked):
         self._check_edit()
         tile = self.tile == 0 or self.tile >= MIN_DECODER_TILE
         self._want("tile", tile, f"0, or at least {MIN_DECODER_TILE} latents")
+
+    def _check_length(self, length: float) -> None:
+        if self.workdir is None:
+            raise InputError(
+                f"ema_length: got {length:g} without --workdir, wanted none: weights "
+                "are of one average"
+            )
+        good = 0.0 < length <= LONGEST_AVERAGE
+        self._want("ema_length", good, f"above 0, at most {LONGEST_AVERAGE}")
 
     def _check_guidance(self) -> None:
         scales = self.guidance_scale

@@ -170,7 +170,12 @@ def open_run(settings: Settings) -> Run:
     """Load the run or the weights that settings name."""
     tokenizer = None if settings.tokenizer is None else Path(settings.tokenizer)
     if settings.workdir is not None:
-        return load_run(settings.workdir, tokenizer=tokenizer, step=settings.step)
+        return load_run(
+            settings.workdir,
+            tokenizer=tokenizer,
+            step=settings.step,
+            ema_length=settings.ema_length,
+        )
     config = settings.config_file
     return load_weights(
         Path(str(settings.weights)),

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from ldm_jax import run, studio
 from ldm_jax.config import ScoresConfig, digest, from_json, to_json
 from ldm_jax.evaluation.__main__ import main
-from ldm_jax.report.scores import score_curves
+from ldm_jax.interop.names import flatten
+from ldm_jax.interop.weights import open_tensors
+from ldm_jax.report.scores import score_curves, scores_section
 from ldm_jax.report.story import read_story
 from ldm_jax.run import load_run, train
 from ldm_jax.scoring import during, extractors, real, samples
@@ -21,6 +24,7 @@ from ldm_jax.training.log import read_metrics
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import InputError, Preempted
 from tests import tiny
+from tests.commands import sample_here
 from tests.test_layouts import StopAfter
 from tests.toys import run_toy, toy_stage
 
@@ -35,7 +39,12 @@ def config_of(scores=SCORES, **fields):
     """A tiny run whose first stage is a moment."""
     config = tiny.get_config()
     first = dataclasses.replace(config.autoencoder, steps=1)
-    return dataclasses.replace(config, autoencoder=first, scores=scores, **fields)
+    second = dataclasses.replace(
+        config.diffusion, average_lengths=(0.05, 0.1), average_snapshots=4
+    )
+    return dataclasses.replace(
+        config, autoencoder=first, diffusion=second, scores=scores, **fields
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,6 +66,10 @@ def scored(one_device_and_short_lessons, tmp_path_factory):
     return workdir, train(config_of(), workdir).final
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def curve(workdir):
     return [r for r in read_metrics(Path(workdir) / "metrics.jsonl") if "fid" in r]
 
@@ -67,7 +80,7 @@ def test_the_last_score_is_what_the_evaluation_finds_afterwards(scored):
     args += ["--guidance-scale", 2, "--compilation-cache", "none"]
     main([str(arg) for arg in args])
     (path,) = workdir.glob("evaluation/*/metrics.json")
-    report = json.loads(path.read_text())
+    report = read_json(path)
     last = curve(workdir)[-1]
     assert last["step"] == 8
     names = {name for name, value in report["scores"].items() if value is not None}
@@ -77,6 +90,30 @@ def test_the_last_score_is_what_the_evaluation_finds_afterwards(scored):
     assert last["held_out_fid"] == pytest.approx(report["held_out_scores"]["fid"])
     # The classifier and the statistics are those that training kept.
     assert len(list(workdir.glob("evaluation/*.npz"))) == 2
+
+
+def test_averages_of_any_length_are_measured_and_drawn(scored, tmp_path, capsys):
+    workdir, out = scored[0], scored[0] / "evaluation"
+    lengths = [0.05, 0.08, 0.1]
+    args = ["--workdir", workdir, "--steps", 1, "--num-images", 66]
+    args += ["--ema-lengths", *lengths, "--compilation-cache", "none"]
+    main([str(arg) for arg in args])
+    assert "| ddim 1, guidance 1, EMA 0.08 |" in capsys.readouterr().out
+    paths = out.glob("*_ema*/metrics.json")
+    found = {r["settings"]["ema_length"]: r for r in map(read_json, paths)}
+    assert sorted(found) == lengths
+    assert len({one["scores"]["fid"] for one in found.values()}) == 3
+    assert len({one["made_with"]["checkpoint"] for one in found.values()}) == 3
+    assert "FID against EMA length" in scores_section(read_story(workdir))
+    # What was kept at the last step is what training had then.
+    last = open_tensors(workdir / "diffusion" / "averages" / "000008.safetensors")
+    unet = flatten(load_run(workdir, ema_length=0.1).params.unet)
+    for name, leaf in unet.items():
+        np.testing.assert_allclose(leaf, last[f"0.1/unet/{name}"], atol=1e-7)
+    images = tmp_path / "images"
+    flags = ("--labels", 3, "--seeds", 0, "--steps", 1, "--compilation-cache", "none")
+    sample_here("--workdir", workdir, "--ema-length", 0.08, *flags, "--out", images)
+    sample_here("--replay", images / "000000.png")
 
 
 def test_training_with_scores_is_training_without(scored, tmp_path):
@@ -99,7 +136,7 @@ def measured_toy(killed_at=(), **fields):
         if step in killed:
             killed.remove(step)
             raise KeyboardInterrupt
-        return {"fid": 1.0 + abs(float(ema["b"].sum())), "how": "toy"}
+        return {"fid": 1.0 + abs(float(np.asarray(ema["b"])[0])), "how": "toy"}
 
     return toy_stage(**fields)._replace(measure=measure), measured
 

@@ -48,6 +48,8 @@ LATER_FIELDS = frozenset(
         "sigma_max",
         "log_sigma_mean",
         "log_sigma_std",
+        "average_lengths",
+        "average_snapshots",
     )
 )
 """Fields that older files lack. Their defaults do what was done before they came, and

@@ -2,6 +2,7 @@
 
     python -m ldm_jax.evaluation --workdir runs/digits --num-images 1500
     python -m ldm_jax.evaluation --workdir runs/digits --guidance-scale 1 1.5 2 3
+    python -m ldm_jax.evaluation --workdir RUN --ema-lengths 0.03 0.05 0.1 0.2
     python -m ldm_jax.evaluation --workdir RUN --protocol adm --inception FILE.pth
     python -m ldm_jax.evaluation --workdir runs/digits --reconstructions
 
@@ -15,6 +16,15 @@ has the scores and all that it takes to repeat them.
 from ldm_jax.cli import run_main
 from ldm_jax.evaluation.request import PROG, parse
 from ldm_jax.launch import PEER_TIMEOUT, start, use_huge_pages
+from ldm_jax.settings import Settings
+
+
+def in_words(settings: Settings) -> str:
+    """Say how samples were made, above their column."""
+    scale = ",".join(f"{value:g}" for value in settings.guidance_scale)
+    text = f"{settings.sampler} {settings.steps}, guidance {scale}"
+    length = settings.ema_length
+    return text if length is None else f"{text}, EMA {length:g}"
 
 
 def main(args: list[str]) -> None:
@@ -35,11 +45,7 @@ def main(args: list[str]) -> None:
     outcomes = evaluate(request)
     if not outcomes:
         return
-    columns = {
-        f"{one.settings.sampler} {one.settings.steps}, guidance "
-        + ",".join(f"{value:g}" for value in one.settings.guidance_scale): one.scores
-        for one in outcomes
-    }
+    columns = {in_words(one.settings): one.scores for one in outcomes}
     if outcomes[0].held_out is not None:
         columns["held-out real"] = outcomes[0].held_out
     print(f"| {request.protocol.name} | {' | '.join(columns)} |")  # noqa: T201

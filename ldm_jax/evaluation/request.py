@@ -80,6 +80,15 @@ def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
         help="1, the default, is none; several are measured one after the other",
     )
     add(
+        "--ema-lengths",
+        nargs="+",
+        type=float,
+        default=[None],
+        metavar="LENGTH",
+        help="of the average of the weights, as shares of training, where the run kept "
+        "averages; several are measured one after the other",
+    )
+    add(
         "--reconstructions",
         action="store_true",
         help="measure the first stage on held-out images, not samples",
@@ -108,7 +117,8 @@ def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
         settings=()
         if given.reconstructions
         else tuple(
-            settings_of(given, steps=steps, scale=scale)
+            settings_of(given, steps=steps, scale=scale, ema_length=length)
+            for length in dict.fromkeys(given.ema_lengths)
             for steps in dict.fromkeys(given.steps)
             for scale in dict.fromkeys(given.guidance_scale)
         ),
@@ -154,13 +164,16 @@ def check_run(config: Config, given: argparse.Namespace) -> None:
         )
 
 
-def settings_of(given: argparse.Namespace, *, steps: int, scale: str) -> Settings:
+def settings_of(
+    given: argparse.Namespace, *, steps: int, scale: str, ema_length: float | None
+) -> Settings:
     """Make the settings of `sample.py`, with all its checks.
 
     Args:
       given: The other flags.
       steps: Of each sample.
       scale: Of guidance, as it was given.
+      ema_length: Of the average of the weights.
 
     Raises:
       InputError: If one has no meaning.
@@ -173,6 +186,7 @@ def settings_of(given: argparse.Namespace, *, steps: int, scale: str) -> Setting
         "spacing": given.spacing,
         "eta": given.eta,
         "guidance-scale": scale,
+        "ema-length": ema_length,
     }
     flags = [f"--{name}={value}" for name, value in words.items() if value is not None]
     request = parse_sample(flags)

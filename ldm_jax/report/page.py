@@ -217,11 +217,13 @@ def _evaluation_command(story: Story, one: dict[str, Any]) -> str:
     count = int(one["seeds"].split("-")[1]) + 1
     scale = ",".join(f"{value:g}" for value in settings["guidance_scale"])
     name = one["protocol"]["name"]
+    length = settings.get("ema_length")
+    averaged = "" if length is None else f" --ema-lengths {length:g}"
     weights = "" if one["protocol"]["network"] == "classifier" else " --inception FILE"
     return (
         f"python -m ldm_jax.evaluation --workdir {story.workdir} --protocol {name}"
         f"{weights} --num-images {count} --sampler {settings['sampler']} --steps "
-        f"{settings['steps']} --guidance-scale {scale}"
+        f"{settings['steps']} --guidance-scale {scale}{averaged}"
     )
 
 

@@ -16,6 +16,12 @@ SCORE_NAMES = {
     "density": "density",
     "coverage": "coverage",
 }
+SWEPT = {
+    "guidance_scale": "guidance scale",
+    "steps": "steps",
+    "ema_length": "EMA length",
+}
+"""What may be measured for several values."""
 LEAST_OF_A_SWEEP = 3
 
 
@@ -44,6 +50,8 @@ def scores_section(story: Story) -> str:
         count = int(one["seeds"].split("-")[1]) + 1
         scale = ", ".join(f"{v:g}" for v in settings["guidance_scale"])
         how = f"{settings['sampler']}, {settings['steps']} steps"
+        if (length := settings.get("ema_length")) is not None:
+            how = f"{how}, EMA {length:g}"
         cells = [number(one["scores"].get(n)) for n in names]
         rows.append([protocol, f"{count:,}", how, scale, *cells])
     return section(
@@ -57,17 +65,20 @@ def scores_section(story: Story) -> str:
 def _sweep(metrics: list[dict[str, Any]]) -> str:
     """Draw FID against what was measured for several values, all else being equal."""
     figures: list[str] = []
-    for what, x_name in (("guidance_scale", "guidance scale"), ("steps", "steps")):
+    for what, x_name in SWEPT.items():
         groups: dict[str, list[tuple[float, float]]] = {}
         for one in metrics:
-            settings = dict(one["settings"])
-            value = settings.pop(what)
+            settings = one["settings"]
+            value = settings.get(what)
             if isinstance(value, list):
-                if len(value) != 1:
-                    continue
-                value = value[0]
-            rest = settings.get("steps", settings.get("guidance_scale"))
-            rest = f"{rest} steps" if what == "guidance_scale" else f"guidance {rest}"
+                value = value[0] if len(value) == 1 else None
+            if value is None:
+                continue
+            rest = ", ".join(
+                f"{SWEPT[name]} {_listed(settings[name])}"
+                for name in SWEPT
+                if name != what and settings.get(name) is not None
+            )
             name = f"{one['protocol']['name']}: {settings['sampler']}, {rest}"
             key = f"{name}, seeds {one['seeds']}"
             groups.setdefault(key, []).append((value, one["scores"]["fid"]))
@@ -88,6 +99,11 @@ def _sweep(metrics: list[dict[str, Any]]) -> str:
         if drawn:
             figures.append(figure(drawn, title))
     return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
+
+
+def _listed(value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    return ", ".join(f"{one:g}" for one in values)
 
 
 def score_curves(stage: StageStory) -> str:

@@ -180,5 +180,7 @@ def _name(request: EvaluationRequest, settings: Settings, facts: dict[str, Any])
     kept = {k: v for k, v in facts.items() if k != "seeds"}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     scale = ",".join(f"{value:g}" for value in settings.guidance_scale)
-    parts = (request.protocol.name, f"{settings.sampler}{settings.steps}", f"g{scale}")
+    parts = [request.protocol.name, f"{settings.sampler}{settings.steps}", f"g{scale}"]
+    if settings.ema_length is not None:
+        parts.append(f"ema{settings.ema_length:g}")
     return "_".join([*parts, digest[:8]])

@@ -38,7 +38,7 @@ from ldm_jax.training.conditions import (
     low_resolution,
     random_holes,
 )
-from ldm_jax.training.state import TrainState, apply_gradients
+from ldm_jax.training.state import AveragedState, TrainState, apply_gradients
 from ldm_jax.types import PyTree
 
 
@@ -96,6 +96,10 @@ class Objective(NamedTuple):
     timestep_shift: float
 
 
+DiffusionState = TrainState | AveragedState
+"""Whose parameters are a `Denoising`."""
+
+
 class DiffusionMetrics(NamedTuple):
     """Numbers of one step, each a mean over the global batch.
 
@@ -109,7 +113,7 @@ class DiffusionMetrics(NamedTuple):
 
 
 def diffusion_step(
-    state: TrainState,
+    state: DiffusionState,
     frozen: Frozen,
     batch: Batch | LatentBatch,
     root_key: Key[Array, ""],
@@ -127,7 +131,8 @@ def diffusion_step(
     condition_dropout: float,
     ema_decay: float,
     accumulate: int,
-) -> tuple[TrainState, DiffusionMetrics]:
+    average_lengths: tuple[float, ...] = (),
+) -> tuple[DiffusionState, DiffusionMetrics]:
     """Minimise the error of the prediction on one batch.
 
     Args:
@@ -148,6 +153,7 @@ def diffusion_step(
       condition_dropout: Probability of training an example without its condition.
       ema_decay: Of the average of the weights.
       accumulate: Parts the batch is computed in, one after the other.
+      average_lengths: Of the other averages that the state keeps.
 
     Returns:
       The next state, and the numbers of this step.
@@ -170,12 +176,18 @@ def diffusion_step(
     )
     learned = average(learn, state, frozen, batch, root_key, parts=accumulate)
     gradients = learned.gradients
-    state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=ema_decay)
+    state = apply_gradients(
+        state,
+        gradients,
+        optimizer=optimizer,
+        ema_decay=ema_decay,
+        average_lengths=average_lengths,
+    )
     return state, DiffusionMetrics(learned.means, optax.tree.norm(gradients))
 
 
 def _learn(
-    state: TrainState,
+    state: DiffusionState,
     frozen: Frozen,
     batch: Batch | LatentBatch,
     root_key: Key[Array, ""],

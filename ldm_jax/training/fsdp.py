@@ -24,7 +24,7 @@ from jaxtyping import Array, Key
 
 from ldm_jax.training.averaging import Learn, Learned, mean_over, mean_over_parts
 from ldm_jax.training.layout import Layout
-from ldm_jax.training.state import AdversarialState, TrainState
+from ldm_jax.training.state import AdversarialState, AveragedState, TrainState
 from ldm_jax.types import PyTree
 
 AXES = ("rows", "columns")
@@ -185,11 +185,13 @@ class FsdpLayout(Layout):
 
 def is_state(tree: Any) -> bool:
     """Say whether a tree is trained, and not only measured."""
-    return isinstance(tree, TrainState | AdversarialState)
+    return isinstance(tree, TrainState | AveragedState | AdversarialState)
 
 
 def what_is_read(state: Any) -> PyTree:
     """Return a state with what is learned from alone: no average, no optimiser's."""
+    if isinstance(state, AveragedState):
+        state = state._replace(averages=())
     return state._replace(ema=None, opt_state=None) if is_state(state) else state
 
 

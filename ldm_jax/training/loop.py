@@ -41,6 +41,8 @@ class Stage(NamedTuple):
       learning_rate: Of a step, for the log.
       draw: Writes the pictures of averaged parameters at a step.
       measure: Scores them; None does not.
+      keep: Writes the other averages that its state has, at a step.
+      kept_steps: At which it does.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Stage(NamedTuple):
     learning_rate: Callable[[int], Any]
     draw: Callable[[Any, int], None]
     measure: Measure | None = None
+    keep: Callable[[Any, int], None] | None = None
+    kept_steps: tuple[int, ...] = ()
 
 
 class Watch(NamedTuple):
@@ -105,7 +109,9 @@ def stage_target(stage: Stage, root_key: Key[Array, ""]) -> PyTree:
     return jax.eval_shape(lambda: checkpoint_tree(stage.init(), root_key, stage.extra))
 
 
-def dispatch_size(done: int, *, num_steps: int, watch: Watch) -> int:
+def dispatch_size(
+    done: int, *, num_steps: int, watch: Watch, also: tuple[int, ...] = ()
+) -> int:
     """Return how many steps to make at once after `done` of them.
 
     As many as are asked for, if nothing is due before they are made; else one. A
@@ -116,9 +122,11 @@ def dispatch_size(done: int, *, num_steps: int, watch: Watch) -> int:
       done: Steps made.
       num_steps: Of the stage.
       watch: When something is due.
+      also: Steps at which something else is, rising.
     """
     every = (watch.checkpoint.every, watch.log.every, watch.log.images_every)
-    due = min(num_steps, *(done - done % n + n for n in every))
+    later = [step for step in also if step > done]
+    due = min(num_steps, *(done - done % n + n for n in every), *later[:1])
     size = watch.parallel.steps_per_dispatch
     return size if done + size <= due else min(1, num_steps - done)
 
@@ -258,12 +266,15 @@ class Trainer:
                 bar.update(done - before)
                 draw_due = is_last or done % watch.log.images_every == 0
                 save_due = is_last or stopping or done % watch.checkpoint.every == 0
-                if draw_due or save_due:
+                keep_due = done in stage.kept_steps
+                if draw_due or save_due or keep_due:
                     self._pending.check()
                     with self._pending.paused():
-                        # Pictures first: a kill in between draws them again.
+                        # The state last: a kill in between makes the rest again.
                         if draw_due:
                             self._draw()
+                        if keep_due:
+                            self._keep()
                         if save_due:
                             self._save()
                 if is_last or stopping:
@@ -287,7 +298,13 @@ class Trainer:
         self._pending.add(Dispatch(self._done, metrics, indices))
 
     def _size(self, done: int) -> int:
-        return dispatch_size(done, num_steps=self._stage.num_steps, watch=self._watch)
+        stage = self._stage
+        return dispatch_size(
+            done,
+            num_steps=stage.num_steps,
+            watch=self._watch,
+            also=stage.kept_steps,
+        )
 
     def _check_program(self, mapped: Any, batch: PyTree) -> None:
         """Stop if the processes would not run the same program."""
@@ -306,6 +323,11 @@ class Trainer:
             plot_losses(self._log.path, self._watch.workdir / PLOT_FILE)
 
         first_alone(draw)
+
+    def _keep(self) -> None:
+        averages, keep = self._layout.local(self._state.averages), self._stage.keep
+        if keep is not None:
+            first_alone(lambda: keep(averages, self._done))
 
     def _score(self) -> None:
         with self._pending.paused():

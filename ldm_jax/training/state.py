@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ldm_jax.config import OptimConfig
 from ldm_jax.training.muon import muon
+from ldm_jax.training.profiles import share_of_new
 from ldm_jax.types import PyTree
 
 
@@ -27,6 +28,24 @@ class TrainState(NamedTuple):
     params: PyTree
     ema: PyTree
     opt_state: PyTree
+
+
+class AveragedState(NamedTuple):
+    """The state of a stage that keeps more averages than one.
+
+    Attributes:
+      step: Updates made, int32.
+      params: Live parameters, float32.
+      ema: Exponential moving average of `params`.
+      opt_state: The optimiser's.
+      averages: Averages by a power of the step, one for each relative length.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+    averages: tuple[PyTree, ...]
 
 
 class CriticState(NamedTuple):
@@ -59,7 +78,7 @@ class AdversarialState(NamedTuple):
     critic: CriticState
 
 
-AnyState = TrainState | AdversarialState
+AnyState = TrainState | AveragedState | AdversarialState
 State = TypeVar("State", bound=AnyState)
 
 
@@ -129,6 +148,14 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
     )
 
 
+def with_averages(state: TrainState, *, num: int) -> TrainState | AveragedState:
+    """Return a state before the first step that keeps averages, if there are any."""
+    if not num:
+        return state
+    copies = tuple(jax.tree.map(jnp.copy, state.params) for _ in range(num))
+    return AveragedState(*state, averages=copies)
+
+
 def init_adversarial_state(
     params: PyTree,
     optimizer: optax.GradientTransformation,
@@ -146,6 +173,7 @@ def apply_gradients(
     *,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    average_lengths: tuple[float, ...] = (),
 ) -> State:
     """Make one update.
 
@@ -157,19 +185,27 @@ def apply_gradients(
       gradients: Of the loss, already reduced over devices.
       optimizer: The one that made `state.opt_state`.
       ema_decay: Largest decay of the average, in [0, 1).
+      average_lengths: Of the averages by a power of the step, where the state has them.
 
     Returns:
       The state after the update.
 
     Source:
-      latent-diffusion `LitEma`.
+      latent-diffusion `LitEma`; Karras et al., arXiv:2312.02696, equation 3.
     """
     params, opt_state = _update(state.params, state.opt_state, gradients, optimizer)
     step = state.step + 1
     n = step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1.0 + n) / (10.0 + n))
     ema = optax.incremental_update(params, state.ema, 1.0 - decay)
-    return state._replace(step=step, params=params, ema=ema, opt_state=opt_state)
+    after = state._replace(step=step, params=params, ema=ema, opt_state=opt_state)
+    if not isinstance(after, AveragedState):
+        return after
+    averages = tuple(
+        optax.incremental_update(params, old, share_of_new(step, length=length))
+        for old, length in zip(after.averages, average_lengths, strict=True)
+    )
+    return after._replace(averages=averages)
 
 
 def apply_critic_gradients(

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 
 import pytest
 
+from ldm_jax.training.log import read_metrics
 from tests.commands import TIMEOUT, TINY, error_line, start, succeeded, train
 
 TORTURE = int(os.environ.get("LDM_JAX_KILLS", "0")) > 20
 FLAGS = ("--diffusion.steps", 20, "--log.images-every", 100)
+SCORED = ("--scores.every", 10, "--scores.images", 300, "--scores.steps", 2)
 
 
 def ended(processes):
@@ -22,42 +25,77 @@ def ended(processes):
     ]
 
 
-def two_of_train(workdir, *flags, of_the_second=()):
-    """Start train.py in two processes of four devices, the second with more flags."""
+def two(*command, of_the_second=()):
+    """Start a command in two processes of four devices, the second with more flags."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = ("--coordinator", f"localhost:{port}", "--num-processes", 2)
-    flags = ("--config", TINY, "--workdir", workdir, *flags, *together)
     return [
-        start("train.py", *flags, "--process-id", this, *extra, devices=4)
+        start(*command, *together, "--process-id", this, *extra, devices=4)
         for this, extra in enumerate([(), of_the_second])
     ]
 
 
+def two_of_train(workdir, *flags, of_the_second=()):
+    flags = ("--config", TINY, "--workdir", workdir, *flags)
+    return two("train.py", *flags, of_the_second=of_the_second)
+
+
 def losses(workdir):
-    rows = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [(row["stage"], row["step"], row["loss"]) for row in map(json.loads, rows)]
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [(r["stage"], r["step"], r["loss"]) for r in rows if "loss" in r]
+
+
+def scores(workdir):
+    return [r for r in read_metrics(workdir / "metrics.jsonl") if "fid" in r]
 
 
 @pytest.fixture(scope="module")
-def of_one(tmp_path_factory):
+def run_of_one(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one") / "run"
-    succeeded(train(workdir, *FLAGS, devices=8))
-    return losses(workdir)
+    succeeded(train(workdir, *FLAGS, *SCORED, devices=8))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def of_one(run_of_one):
+    return losses(run_of_one)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", ["pmap", "fsdp"] if TORTURE else ["fsdp"])
-def test_two_hosts_have_the_losses_of_one(tmp_path, of_one, layout):
-    flags = (*FLAGS, "--parallel.layout", layout)
+def test_two_hosts_have_the_losses_of_one(tmp_path, run_of_one, of_one, layout):
+    flags = (*FLAGS, *SCORED, "--parallel.layout", layout)
+    # What judges is not taught twice.
+    shutil.copytree(run_of_one / "evaluation", tmp_path / "run" / "evaluation")
     for done in ended(two_of_train(tmp_path / "run", *flags)):
         succeeded(done)
+    # Both drew: 300 images are two files of features, one of each process.
+    ours, theirs = scores(tmp_path / "run"), scores(run_of_one)
+    assert [one["step"] for one in ours] == [10, 20]
+    for here, there in zip(ours, theirs, strict=True):
+        assert here["fid"] == pytest.approx(there["fid"], rel=1e-3)
     found = losses(tmp_path / "run")
     assert len(found) >= 20
     assert [row[:2] for row in found] == [row[:2] for row in of_one]
     for (_, _, here), (_, _, there) in zip(found, of_one, strict=True):
         assert here == pytest.approx(there, rel=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_two_hosts_share_an_evaluation(run_of_one, tmp_path):
+    flags = ("--workdir", run_of_one, "--num-images", 300, "--steps", 2)
+    out = ("--out", tmp_path / "out")
+    shutil.copytree(run_of_one / "evaluation", tmp_path / "out")
+    for done in ended(two("-m", "ldm_jax.evaluation", *flags, *out)):
+        succeeded(done)
+    (path,) = (tmp_path / "out").glob("*/metrics.json")
+    assert len(list(path.parent.glob("features_*.npz"))) == 2
+    found, wanted = json.loads(path.read_text())["scores"], scores(run_of_one)[-1]
+    for name, value in found.items():
+        if value is not None:
+            assert value == pytest.approx(wanted[name], rel=1e-5), name
 
 
 @pytest.mark.timeout(600)

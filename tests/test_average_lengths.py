@@ -1,0 +1,260 @@
+"""Averages of weights of any length, made after training of a few that were kept."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ldm_jax.config import DiffusionConfig
+from ldm_jax.interop.weights import open_tensors
+from ldm_jax.recipes import _settings, _settings_text
+from ldm_jax.requests import parse_sample
+from ldm_jax.training.profiles import (
+    Profile,
+    mixture,
+    power_of,
+    share_of_new,
+    snapshot_steps,
+)
+from ldm_jax.training.snapshots import kept_steps, make_average, write_snapshot
+from ldm_jax.training.state import (
+    AveragedState,
+    apply_gradients,
+    init_state,
+    with_averages,
+)
+from ldm_jax.types import InputError, Preempted
+from tests.commands import write_run
+from tests.test_layouts import FSDP, StopAfter
+from tests.tiny import get_config
+from tests.toys import run_toy, toy_stage, toy_state, toy_step
+
+KEPT = (0.05, 0.1)
+
+
+@pytest.mark.parametrize(("length", "power"), [(0.05, 16.97), (0.1, 6.94)])
+def test_a_length_is_the_deviation_of_its_profile(length, power):
+    found = power_of(length)
+    assert found == pytest.approx(power, abs=5e-3)  # as the paper has them
+    t = (np.arange(200_000) + 0.5) / 200_000
+    profile = (found + 1.0) * t**found
+    mean = (t * profile).mean()
+    assert np.sqrt(((t - mean) ** 2 * profile).mean()) == pytest.approx(length, 1e-4)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.3, -0.1])
+def test_no_average_has_such_a_length(length):
+    with pytest.raises(ValueError, match=r"wanted above 0, at most 0\.28"):
+        power_of(length)
+
+
+@functools.cache
+def walk(num_steps=600):
+    """Parameters that learn quickly, then slowly, and shake."""
+    random = np.random.default_rng(0)
+    steps = np.arange(1, num_steps + 1)[:, None]
+    drift = 1.0 - np.exp(-steps / np.asarray([[5.0, 30.0, 100.0, 1e4]]))
+    return drift + 0.05 * random.normal(size=drift.shape)
+
+
+def averages_of(length, num_steps=600):
+    """Track an average step by step, as training does, in float32."""
+    shares = jax.jit(jax.vmap(functools.partial(share_of_new, length=length)))
+    all_shares = np.asarray(shares(jnp.arange(1, num_steps + 1)))
+    average, found = np.full(4, 7.0), []  # where it starts has no weight
+    for share, params in zip(all_shares, walk(num_steps), strict=True):
+        average = average + share * (params - average)
+        found.append(average)
+    return np.stack(found)
+
+
+def test_a_step_of_an_average_gives_the_weights_of_its_profile():
+    steps, power = np.arange(0, 601), power_of(0.07) + 1.0
+    masses = np.diff((steps / 600) ** power)
+    wanted = masses @ walk()
+    assert averages_of(0.07)[-1] == pytest.approx(wanted, rel=1e-5)
+    # Late in training a share is far below what 1 - 1 / t tells apart in float32.
+    late = share_of_new(jnp.asarray(3_000_000), length=0.07)
+    assert float(late) == pytest.approx(power / 3e6, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """What training leaves of two averages."""
+    folder = tmp_path_factory.mktemp("kept") / "averages"
+    tracked = [averages_of(length) for length in KEPT]
+    for step in snapshot_steps(600, snapshots=16):
+        trees = tuple({"w": one[step - 1].astype(np.float32)} for one in tracked)
+        write_snapshot(folder, KEPT, trees, step)
+    return folder
+
+
+def made(folder, length, step=None, **fields):
+    shapes = {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    given = {"lengths": KEPT, "newest": 600, **fields}
+    return make_average(folder, shapes, length=length, step=step, **given)
+
+
+@pytest.mark.parametrize("length", [0.03, 0.05, 0.07, 0.1, 0.15, 0.2])
+def test_an_average_made_afterwards_is_the_one_tracked_on_the_way(kept, length):
+    for step in (None, 375):
+        found = made(kept, length, step)
+        direct = averages_of(length)[(step or 600) - 1]
+        assert found.step == (step or 600)
+        assert found.mixture.weights.sum() == pytest.approx(1.0)
+        # By Cauchy and Schwarz: what the profiles differ by, times what they weigh.
+        steps, power = np.arange(found.step + 1), power_of(length) + 1.0
+        profile = np.linalg.norm(np.diff((steps / found.step) ** power))
+        most = np.linalg.norm(walk()[: found.step] - direct, axis=0) * profile
+        error = np.abs(found.tree["w"] - direct)
+        assert (error < 3e-6 + most * found.mixture.error).all()
+        if length in KEPT:
+            assert found.mixture.error < 1e-9
+        # Another length's is told apart.
+        other = np.abs(found.tree["w"] - averages_of(0.28)[found.step - 1])
+        assert other.max() > 10 * error.max()
+
+
+def test_weights_that_stand_still_are_left_as_they_are():
+    profiles = [Profile(one, at) for at in (200, 400, 600) for one in KEPT]
+    for length in (0.01, 0.04, 0.28):
+        assert mixture(profiles, Profile(length, 600)).weights.sum() == pytest.approx(1)
+
+
+def test_long_training_is_told_in_cells():
+    profiles = [
+        Profile(one, at)
+        for at in snapshot_steps(1_000_000, snapshots=16)
+        for one in KEPT
+    ]
+    found = mixture(profiles, Profile(0.07, 1_000_000))
+    assert found.error < 0.005
+
+
+def test_what_cannot_be_made_is_refused(kept, tmp_path):
+    with pytest.raises(InputError, match=r"got 0\.005, but the nearest .* % off"):
+        made(kept, 0.005)
+    with pytest.raises(InputError, match="no averages of step 100; there are 38, 75"):
+        made(kept, 0.07, 100)
+    with pytest.raises(InputError, match="there are none yet"):
+        made(tmp_path, 0.07)
+    assert made(kept, 0.07, newest=580).step == 562  # later ones are of a killed run
+    with pytest.raises(InputError, match="missing"):
+        made(kept, 0.07, lengths=(0.05, 0.2))
+
+
+def test_a_damaged_file_is_named(kept, tmp_path):
+    for path in kept.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "000600.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"000600\.safetensors: 0\.\d+/w is not what"):
+        made(tmp_path, 0.07)
+    path.unlink()
+    assert made(tmp_path, 0.07).step == 562
+
+
+def test_an_update_moves_every_average():
+    optimizer = optax.sgd(1.0)
+    state = with_averages(init_state({"w": jnp.asarray(0.0)}, optimizer), num=2)
+    assert isinstance(state, AveragedState)
+    weights = []
+    for n in range(1, 30):
+        state = apply_gradients(
+            state,
+            {"w": jnp.asarray(-1.0)},
+            optimizer=optimizer,
+            ema_decay=0.9,
+            average_lengths=KEPT,
+        )
+        weights.append(float(n))
+        for length, average in zip(KEPT, state.averages, strict=True):
+            masses = np.diff((np.arange(n + 1) / n) ** (power_of(length) + 1.0))
+            assert average["w"] == pytest.approx(masses @ weights, rel=1e-5)
+
+
+def averaged_step(state, frozen, batch, root, *, average):
+    after, metrics = toy_step(state, frozen, batch, root, average=average)
+    averages = tuple(
+        optax.incremental_update(
+            after.params, old, share_of_new(after.step, length=length)
+        )
+        for old, length in zip(state.averages, KEPT, strict=True)
+    )
+    return AveragedState(*after, averages=averages), metrics
+
+
+def averaged_toy(folder):
+    def keep(averages, step):
+        write_snapshot(folder, KEPT, averages, step)
+
+    return toy_stage()._replace(
+        step=averaged_step,
+        init=lambda: with_averages(toy_state(), num=2),
+        keep=keep,
+        kept_steps=tuple(snapshot_steps(12, snapshots=5)),
+    )
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_cut_run_ends_with_the_same_files_and_a_spread_one_with_the_same_averages(
+    tmp_path,
+):
+    one = jax.devices()[:1]
+    unbroken = run_toy(tmp_path / "a", averaged_toy(tmp_path / "whole"), devices=one)
+    whole = files(tmp_path / "whole")
+    assert kept_steps(tmp_path / "whole") == [2, 5, 7, 10, 12] and len(whole) == 5
+    cut = averaged_toy(tmp_path / "cut")
+    for dispatches in (3, 4):
+        with pytest.raises(Preempted):
+            run_toy(tmp_path / "b", cut, devices=one, stop=StopAfter(dispatches))
+    assert kept_steps(tmp_path / "cut") == [2, 5, 7]
+    found = run_toy(tmp_path / "b", cut, devices=one)
+    assert found.digest == unbroken.digest
+    assert files(tmp_path / "cut") == whole
+    spread = averaged_toy(tmp_path / "spread")
+    run_toy(tmp_path / "c", spread, parallel=FSDP, devices=jax.devices()[:4])
+    for name in whole:
+        here, there = (
+            open_tensors(tmp_path / where / name) for where in ("whole", "spread")
+        )
+        assert list(here) == list(there)
+        for key in here:
+            np.testing.assert_allclose(here[key], there[key], rtol=1e-6)
+
+
+def test_snapshots_are_even_and_end_with_the_last_step():
+    assert snapshot_steps(1350, snapshots=4) == [338, 675, 1012, 1350]
+    assert snapshot_steps(3, snapshots=16) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lengths", [(0.0,), (0.29,), (0.1, 0.1)])
+def test_bad_lengths_are_refused(lengths):
+    with pytest.raises(InputError, match=r"average_lengths: got .*wanted each above 0"):
+        DiffusionConfig(average_lengths=lengths)
+
+
+def test_a_run_without_averages_has_no_length_to_choose(tmp_path):
+    workdir = write_run(get_config(), tmp_path / "run")
+    with pytest.raises(InputError, match="the run kept no averages"):
+        parse_sample([f"--workdir={workdir}", "--ema-length=0.1"])
+
+
+def test_recipes_from_before_lengths_are_read_and_still_written(tmp_path):
+    workdir = write_run(get_config(), tmp_path / "run")
+    settings = parse_sample([f"--workdir={workdir}"]).settings
+    text = _settings_text(settings)
+    assert "ema_length" not in json.loads(text)
+    assert _settings(text) == settings
+    longer = dataclasses.replace(settings, ema_length=0.1)
+    assert _settings(_settings_text(longer)) == longer
