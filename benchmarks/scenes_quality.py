@@ -92,7 +92,9 @@ def read_split(config: Config, split: str, *, things: int, num: int) -> Asked:
     return Asked(np.stack(images), captions)
 
 
-def draw(run: Run, captions: list[str], *, steps: int, scale: float) -> Images:
+def draw(
+    run: Run, captions: list[str], *, steps: int, scale: float, eta: float
+) -> Images:
     """Draw each caption once; the seeds are 0, 1, 2 ..."""
     tokens = open_tokenizer(run.config.diffusion.condition).encode(captions)
     sample_fn = make_sample_fn(
@@ -100,7 +102,7 @@ def draw(run: Run, captions: list[str], *, steps: int, scale: float) -> Images:
     )
     cond = ConditionInputs(tokens=jnp.asarray(tokens))
     keys = image_keys(list(range(len(captions))))
-    samples = sample_fn(run.params, keys, cond, scale, 0.0)
+    samples = sample_fn(run.params, keys, cond, scale, eta)
     return to_uint8(np.asarray(samples.images))
 
 
@@ -121,7 +123,14 @@ def pair_is_right(verdict: Verdict) -> bool:
 
 
 def measure(
-    run: Run, *, things: int, num: int, steps: int, scale: float, grid: Path | None
+    run: Run,
+    *,
+    things: int,
+    num: int,
+    steps: int,
+    scale: float,
+    eta: float,
+    grid: Path | None,
 ) -> dict[str, float]:
     """Measure a run; all figures but the PSNR are parts of 1.
 
@@ -131,6 +140,7 @@ def measure(
       num: Captions of each split.
       steps: DDIM steps.
       scale: Guidance scale.
+      eta: Of DDIM: 0 draws no noise on the way, 1 as much as DDPM.
       grid: Where to write the first samples of both splits.
     """
     found: dict[str, float] = {}
@@ -143,7 +153,7 @@ def measure(
         found[f"{name}: real pictures read right"] = share(real, lambda v: v.all)
         found[f"{name}: reconstructions read right"] = share(again, lambda v: v.all)
         found[f"{name}: reconstructions, PSNR"] = float(10 * np.log10(255**2 / error))
-        drawn = draw(run, asked.captions, steps=steps, scale=scale)
+        drawn = draw(run, asked.captions, steps=steps, scale=scale, eta=eta)
         verdicts = judge(asked.captions, drawn)
         found[f"{name}: samples with shape and colour right"] = share(
             verdicts, pair_is_right
@@ -209,6 +219,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--eta", type=float, default=0.0)
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
@@ -219,6 +230,7 @@ def main() -> int:
         num=arguments.num,
         steps=arguments.steps,
         scale=arguments.guidance_scale,
+        eta=arguments.eta,
         grid=arguments.grid,
     )
     print("| measure | value |\n|---|---:|")

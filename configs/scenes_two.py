@@ -1,7 +1,7 @@
 """Text to image: one or two coloured shapes and how they stand, on two CPU cores.
 
     python train.py --config configs/scenes_two.py --workdir runs/scenes_two
-    python sample.py --workdir runs/scenes_two --seeds 0-7 \
+    python sample.py --workdir runs/scenes_two --seeds 0-7 --eta 1 \
         --prompt "a red circle to the left of a large blue square"
 
 As `scenes.py`, on `tfds:scenes/two`: a third of its pictures show one shape, and most
@@ -46,10 +46,10 @@ def get_config() -> Config:
             # At 1e-6 half of a latent's variance is the posterior's own noise.
             kl_weight=1e-7,
             batch_size=16,
-            steps=2400,
+            steps=4000,
             scale_batches=40,
             optim=OptimConfig(
-                lr=2e-3, warmup_steps=20, decay_steps=1500, b2=0.99, ema_decay=0.99
+                lr=2e-3, warmup_steps=20, decay_steps=2500, b2=0.99, ema_decay=0.99
             ),
         ),
         diffusion=DiffusionConfig(
@@ -64,9 +64,11 @@ def get_config() -> Config:
             num_groups=16,
             prediction="v",
             # Shapes are decided where noise and signal are about equal, places where
-            # there is hardly any signal: both count.
+            # there is hardly any signal: both count, and the latter are met often, or
+            # how things stand is read late.
             loss_weight="debiased",
             loss_weight_gamma=0.6,
+            timestep_shift=3.0,
             condition=ConditionConfig(
                 context="text",
                 pooled=True,
@@ -85,13 +87,14 @@ def get_config() -> Config:
                 tokenizer="captions",
             ),
             batch_size=32,
-            steps=12_000,
+            steps=15_000,
             optim=OptimConfig(
                 # With AdamW shapes are only beginning to be learned in this time.
                 algorithm="muon",
+                muon_embeddings=False,
                 lr=3e-3,
                 warmup_steps=100,
-                decay_steps=3000,
+                decay_steps=4000,
                 ema_decay=0.998,
             ),
         ),
