@@ -51,7 +51,7 @@ def scores_section(story: Story) -> str:
         scale = ", ".join(f"{v:g}" for v in settings["guidance_scale"])
         how = f"{settings['sampler']}, {settings['steps']} steps"
         if (length := settings.get("ema_length")) is not None:
-            how = f"{how}, EMA {length:g}"
+            how = f"{settings['sampler']} {settings['steps']}, EMA {length:g}"
         cells = [number(one["scores"].get(n)) for n in names]
         rows.append([protocol, f"{count:,}", how, scale, *cells])
     return section(
