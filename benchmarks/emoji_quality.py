@@ -77,7 +77,7 @@ def measure(run: Run, *, steps: int, scale: float, grid: Path | None) -> dict[st
         stride = max(len(names[split]) // num, 1)
         chosen = list(range(0, len(names[split]), stride))[:num]
         asked = [names[split][i] for i in chosen]
-        samples = draw(run, asked, steps=steps, scale=scale)
+        samples = draw(run, asked, steps=steps, scale=scale, eta=0.0)
         order = ranks(samples, real)
         place = [
             int(np.flatnonzero(row == offset + i)[0])

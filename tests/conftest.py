@@ -22,3 +22,17 @@ def no_programs_left():
     """Let go of a module's compiled programs: two thousand tests filled 8 GiB."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def lowered():
+    """Grows by one for each program that is handed to the compiler."""
+    programs = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            programs.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield programs
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -123,20 +123,6 @@ def test_an_image_has_the_bits_of_the_program_of_its_steps():
         assert np.ptp(ours) > 0.1
 
 
-@pytest.fixture
-def lowered():
-    """Grows by one for each program that is handed to the compiler."""
-    programs = []
-
-    def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            programs.append(kwargs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield programs
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_turning_any_knob_compiles_nothing(lowered):
     fn, traces = counted()
     rng, drawn, programs = np.random.RandomState(0), [], []

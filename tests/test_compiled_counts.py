@@ -6,7 +6,6 @@ that falls is an improvement: store it. One that rises needs a reason.
 
 import dataclasses
 
-import jax
 import pytest
 
 from ldm_jax.planning.compiling import Compiled, compile_program
@@ -62,20 +61,6 @@ def test_no_program_grew(work, layout):
         if count > SLACK * stored
     ]
     assert not grown, "; ".join(grown)
-
-
-@pytest.fixture
-def lowered():
-    """Grows by one for each program that is handed to the compiler."""
-    programs = []
-
-    def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            programs.append(kwargs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield programs
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_longer_run_compiles_no_more_programs(lowered, tmp_path):

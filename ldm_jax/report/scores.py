@@ -57,8 +57,9 @@ def scores_section(story: Story) -> str:
     return section(
         "How good is it?",
         table(head, rows)
-        + "<p>Rows of different protocols cannot be compared. The row of held-out real "
-        "images is what there is to reach.</p>" + _sweep(story.metrics),
+        + "<p>Rows of different protocols cannot be compared, nor distances of "
+        "different numbers of images: fewer are further. Held-out real images stand "
+        "for scale.</p>" + _sweep(story.metrics),
     )
 
 
