@@ -35,6 +35,7 @@ def get_config() -> Config:
             image_channels=3,
             num_classes=0,
             num_train_examples=0,  # as many as the font has
+            latents="own",  # encoded once, not in every step
         ),
         autoencoder=AutoencoderConfig(
             channels=64,

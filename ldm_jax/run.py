@@ -2,14 +2,14 @@
 
 import functools
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax import config as config_lib
 from ldm_jax.build import build_networks, open_iterator, open_split
+from ldm_jax.caching.making import keep_latents
 from ldm_jax.caching.reading import Cache, check_cache, open_cache, open_latents
-from ldm_jax.config import Config
+from ldm_jax.config import OWN_LATENTS, Config
 from ldm_jax.describe import check_batches
 from ldm_jax.first_stage import autoencoder_stage, known_latent_scale
 from ldm_jax.loading import Run, load_run, load_weights, run_digest, run_model
@@ -36,13 +36,12 @@ from ldm_jax.training.loop import (
 )
 from ldm_jax.training.parallel import Layout, make_layout
 from ldm_jax.words import keep_tokenizer, with_own_tokenizer
-from ldm_jax.workdir import check_workdir, open_workdir
+from ldm_jax.workdir import check_workdir, facts_of, open_workdir
 
 __all__ = [
     "Outcome",
     "Run",
     "StageOutcome",
-    "facts_of",
     "load_run",
     "load_weights",
     "run_digest",
@@ -131,6 +130,8 @@ def train(
             done["autoencoder"] = StageOutcome(tree_digest(taken[1:]), 0.0)
         if "diffusion" in config.stages:
             frozen = Frozen(params, scale, taken.conditioner)
+            if config.data.latents == OWN_LATENTS:
+                opened, note = keep_latents(opened, workdir)
             with together():
                 cache = open_cache(opened, params, note)
             null_state = None if cache is None else cache.null_state
@@ -151,19 +152,6 @@ def train(
         }
         first_alone(lambda: write_json(final_path, final))
         return Outcome(final, trained=True)
-
-
-def facts_of(config: Config, layout: Layout) -> dict[str, Any]:
-    """Collect what must be the same on every process of a run."""
-    return {
-        **config_lib.flatten(config),
-        "ldm_jax": version("ldm_jax"),
-        "jax": version("jax"),
-        "jaxlib": version("jaxlib"),
-        "flax": version("flax"),
-        "optax": version("optax"),
-        "devices": f"{len(layout.devices)} {layout.devices[0].device_kind}",
-    }
 
 
 class StageOutcome(NamedTuple):

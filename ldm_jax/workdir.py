@@ -4,17 +4,33 @@ import contextlib
 import dataclasses
 import fcntl
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ldm_jax import config as config_lib
 from ldm_jax.config import CONFIG_FILE, Config
 from ldm_jax.training.files import write_text
 from ldm_jax.training.hosts import first_alone
+from ldm_jax.training.layout import Layout
 from ldm_jax.types import InputError
 
 LOCK_FILE = ".lock"
 MAY_CHANGE = "max_skipped_steps"
 """What a run bears may be told once it has met it: what it computes stays the same."""
+
+
+def facts_of(config: Config, layout: Layout) -> dict[str, Any]:
+    """Collect what must be the same on every process of a run."""
+    return {
+        **config_lib.flatten(config),
+        "ldm_jax": version("ldm_jax"),
+        "jax": version("jax"),
+        "jaxlib": version("jaxlib"),
+        "flax": version("flax"),
+        "optax": version("optax"),
+        "devices": f"{len(layout.devices)} {layout.devices[0].device_kind}",
+    }
 
 
 def check_workdir(config: Config, workdir: Path) -> None:

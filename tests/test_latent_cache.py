@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ldm_jax import config as config_lib
+from ldm_jax import run
 from ldm_jax.build import build_networks, open_iterator, open_split
-from ldm_jax.caching import reading
+from ldm_jax.caching import making, reading
 from ldm_jax.caching.encoders import Encoders, Made, encode_records
 from ldm_jax.caching.making import make_cache, make_shards, plan_cache
 from ldm_jax.caching.shards import find_shards
@@ -37,6 +38,7 @@ from ldm_jax.training.averaging import average_here
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import InputError, RunError
+from tests import tiny
 from tests.models import config_of, model_of
 from tests.test_tokenizer import write_clip
 
@@ -177,6 +179,39 @@ def test_an_unchanged_cache_is_left_alone_and_a_damaged_shard_made_anew(cached):
     assert cached.make(num_shards=None).num_made == 1
     assert cached.make(num_shards=2).num_made == 0
     assert {path: path.read_bytes() for path in cached.out.iterdir()} == files
+
+
+def test_a_run_that_makes_its_own_is_the_run_that_is_given_them(tmp_path, monkeypatch):
+    """What is missing when it goes on is made anew, what is whole is kept."""
+    one = PmapLayout(jax.devices()[:1])
+    for room, name in ((run, "make_layout"), (making, "PmapLayout")):
+        monkeypatch.setattr(room, name, lambda *_: one)
+    config = tiny.get_config()
+    data = {"train_split": f"train[:{NUM}]", "num_train_examples": NUM}
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **data, latents="own"),
+        autoencoder=dataclasses.replace(config.autoencoder, steps=1),
+        diffusion=dataclasses.replace(config.diffusion, steps=2),
+        log=dataclasses.replace(config.log, images_every=1000),
+    )
+    alone, given = tmp_path / "alone", tmp_path / "given"
+    final = run.train(config, alone).final
+    latents = alone / "latents"
+    reader = dataclasses.replace(
+        config,
+        first_stage=str(alone),
+        data=dataclasses.replace(config.data, latents=str(latents)),
+    )
+    digest = run.train(reader, given).final["digest_by_stage"]["diffusion"]
+    assert digest == final["digest_by_stage"]["diffusion"]
+
+    lost, *kept = sorted(latents.glob("*.array_record"))
+    before = lost.read_bytes(), [path.stat().st_mtime_ns for path in kept]
+    lost.unlink()
+    kept_config, note = making.keep_latents(config, alone)
+    assert kept_config.data.latents == str(latents) and note == read_note(latents)
+    assert before == (lost.read_bytes(), [path.stat().st_mtime_ns for path in kept])
 
 
 def test_a_dry_run_of_latents_has_no_first_stage_and_the_same_digest():

@@ -25,20 +25,20 @@ from ldm_jax.caching.encoders import (
 )
 from ldm_jax.caching.reading import differences, made_of, short, text_encoder_digest
 from ldm_jax.caching.shards import find_shards, make_shard
-from ldm_jax.config import Config
+from ldm_jax.config import IMAGES_AT_ONCE, Config
 from ldm_jax.data.latents import (
     NOTE_FILE,
     NULL_FILE,
     CacheNote,
     Field,
     Shard,
+    check_files,
     read_note,
     shard_range,
     to_json,
 )
 from ldm_jax.data.sources import Source
 from ldm_jax.networks import Networks
-from ldm_jax.run import facts_of
 from ldm_jax.training.digests import tree_digest
 from ldm_jax.training.files import write_json
 from ldm_jax.training.hosts import (
@@ -51,11 +51,13 @@ from ldm_jax.training.hosts import (
 from ldm_jax.training.log import progress_bar
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import InputError
+from ldm_jax.workdir import facts_of
 
 MIN_SHARDS = 16
 """A killed command loses the shards it was writing, and as many hosts can share."""
 SHARD_BYTES = 256 * 2**20
 LOCK_FILE = ".lock"
+OWN_FOLDER = "latents"
 
 
 class Outcome(NamedTuple):
@@ -124,6 +126,46 @@ def make_cache(
         )
         size = batch_size * len(layout.devices)
         return _fill(out, note, functools.partial(records, size=size), layout)
+
+
+def keep_latents(config: Config, workdir: Path) -> tuple[Config, CacheNote]:
+    """Make the cache that a run keeps in its own folder, or take it if it stands.
+
+    Args:
+      config: Of the run, whose stage 1 is finished.
+      workdir: Its folder.
+
+    Returns:
+      The config that reads the cache, and what the cache says of itself.
+
+    Raises:
+      InputError: If the data cannot be read.
+      RunError: If the cache cannot be written.
+      OSError: If anything else cannot.
+    """
+    out = workdir / OWN_FOLDER
+    data = dataclasses.replace(config.data, latents=str(out))
+    config = dataclasses.replace(config, data=data)
+    if gather_texts(str(_is_whole(out)))[0] != str(True):
+        make_cache(
+            config,
+            workdir,
+            out,
+            num_shards=None,
+            batch_size=IMAGES_AT_ONCE,
+            states=True,
+        )
+    with together():
+        return config, read_note(out)
+
+
+def _is_whole(out: Path) -> bool:
+    """Say whether a folder holds a finished cache, by the sizes of its files."""
+    try:
+        check_files(out, read_note(out))
+    except InputError:
+        return False
+    return True
 
 
 def plan_cache(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from ldm_jax import config as config_lib
 from ldm_jax.build import check_example, null_tokens, open_tokenizer
-from ldm_jax.config import Config
+from ldm_jax.config import OWN_LATENTS, Config
 from ldm_jax.data.captions import Tokenized
 from ldm_jax.data.latents import (
     MAKER,
@@ -99,12 +99,12 @@ def check_cache(config: Config, taken: Taken, workdir: Path) -> CacheNote | None
       workdir: Its folder, which may not be there yet.
 
     Returns:
-      What the cache says of itself; None if the run asks for none.
+      What the cache says of itself; None if the run asks for none, or makes it.
 
     Raises:
       InputError: If it is not, or the run's own first stage is not trained yet.
     """
-    if config.data.latents is None:
+    if config.data.latents in (None, OWN_LATENTS):
         return None
     folder, data = Path(config.data.latents), config.data
     note = read_note(folder)

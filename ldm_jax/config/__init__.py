@@ -23,6 +23,8 @@ from ldm_jax.config.storage import (
     to_json,
 )
 from ldm_jax.config.training import (
+    IMAGES_AT_ONCE,
+    OWN_LATENTS,
     CheckpointConfig,
     DataConfig,
     LayoutName,
@@ -35,6 +37,8 @@ from ldm_jax.config.training import (
 
 __all__ = [
     "CONFIG_FILE",
+    "IMAGES_AT_ONCE",
+    "OWN_LATENTS",
     "AdversaryConfig",
     "AutoencoderConfig",
     "CheckpointConfig",

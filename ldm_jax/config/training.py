@@ -8,6 +8,10 @@ from ldm_jax.types import ProtocolName, SamplerName
 
 LayoutName = Literal["pmap", "fsdp"]
 AlgorithmName = Literal["adamw", "muon"]
+OWN_LATENTS = "own"
+"""In the place of a cache's folder: the run makes it."""
+IMAGES_AT_ONCE = 32
+"""That a device encodes for a cache, unless another number is asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,8 @@ class DataConfig(Checked):
     """Files of a folder that cannot be read and may be passed over; they are named."""
     latents: str | None = None
     """Folder of the training split's latents, which `ldm_jax.data.cache_latents` makes;
-    unset: stage 2 encodes images. The same training, and no part of what a run is."""
+    `own`: the run makes it, in its own folder, once it has a first stage; unset: stage
+    2 encodes images. The same training, and no part of what a run is."""
 
     def _check(self) -> None:
         kind, _, name = self.source.partition(":")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldm_jax.cli import OneLineParser, load_config_file, parse_flags, run_main
-from ldm_jax.config import Config, read_config
+from ldm_jax.config import IMAGES_AT_ONCE, Config, read_config
 from ldm_jax.launch import (
     Launch,
     add_flags,
@@ -28,7 +28,6 @@ from ldm_jax.launch import (
 from ldm_jax.types import InputError
 
 PROG = "python -m ldm_jax.data.cache_latents"
-IMAGES_AT_ONCE = 32
 
 
 class Request(NamedTuple):

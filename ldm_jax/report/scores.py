@@ -29,7 +29,11 @@ def scores_section(story: Story) -> str:
     """Write what evaluations found of a run, or "" where there was none."""
     if not story.metrics:
         return ""
-    names = [n for n in SCORE_NAMES if any(n in m["scores"] for m in story.metrics)]
+    names = [
+        name
+        for name in SCORE_NAMES
+        if any(one["scores"].get(name) is not None for one in story.metrics)
+    ]
     head = [
         "protocol",
         "samples",
