@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo quality adversary test faults torture parity recipes lint types
+.PHONY: setup demo quality adversary test proofs faults torture parity recipes lint types
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make quality  measure what the demo made"
 	@echo "make adversary  train through the switch of the discriminator, and measure"
 	@echo "make test     run the tests"
+	@echo "make proofs   what takes longer: caches, scores and averages of runs, the adversary"
 	@echo "make faults   kill, stop and starve runs of one process and of two"
 	@echo "make torture  the same, ten times as often"
 	@echo "make parity   compare with diffusers, transformers and PyTorch (installs them)"
@@ -42,7 +43,10 @@ adversary: setup
 	$(RUN) benchmarks/adversarial_switch.py --seeds 0 --check
 
 test: setup
-	$(RUN) -m pytest --ignore=tests/parity --ignore=tests/faults -n 2 --dist loadfile
+	$(RUN) -m pytest --ignore=tests/parity --ignore=tests/faults --ignore=tests/proofs -n 2 --dist loadfile --no-loadscope-reorder
+
+proofs: setup
+	$(RUN) -m pytest tests/proofs -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: setup
 	$(RUN) -m pytest tests/faults -n 2 --dist load
@@ -54,7 +58,7 @@ parity: setup
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
 	@# Without what it wants: its torchvision would bring another torch.
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps torch-fidelity
-	$(RUN) -m pytest tests/parity -n 2 --dist loadfile
+	$(RUN) -m pytest tests/parity -n 2 --dist loadfile --no-loadscope-reorder
 
 recipes: setup
 	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k dry_run_of -n 2 --dist load

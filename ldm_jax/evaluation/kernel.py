@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy.special import stdtrit
 
 from ldm_jax.types import InputError
 
@@ -116,5 +116,5 @@ def _half(
         for i, j in zip(*(np.split(r, blocks) for r in rows), strict=True)
     ]
     error = np.std(found, ddof=1) / np.sqrt(blocks)
-    quantile = stats.t.ppf(0.5 + CONFIDENCE / 2.0, blocks - 1)
+    quantile = stdtrit(blocks - 1, 0.5 + CONFIDENCE / 2.0)
     return float(quantile * error)

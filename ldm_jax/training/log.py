@@ -103,10 +103,7 @@ def plot_losses(log: Path, path: Path) -> None:
       log: `metrics.jsonl`.
       path: The PNG to write, whole or not at all.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     records = read_metrics(log)
     stages = list(dict.fromkeys(record["stage"] for record in records))
@@ -115,9 +112,8 @@ def plot_losses(log: Path, path: Path) -> None:
     panels = [(stage, ("loss", "reconstruction"), True) for stage in stages]
     scored = dict.fromkeys(r["stage"] for r in records if "fid" in r)
     panels += [(stage, ("fid", "held_out_fid"), False) for stage in scored]
-    figure, all_axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 3.6), squeeze=False, dpi=120
-    )
+    figure = Figure(figsize=(5.5 * len(panels), 3.6), dpi=120)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)
     for axes, (stage, names, noisy) in zip(all_axes[0], panels, strict=True):
         rows = [record for record in records if record["stage"] == stage]
         for i, name in enumerate(names):
@@ -138,11 +134,8 @@ def plot_losses(log: Path, path: Path) -> None:
         axes.legend()
     figure.tight_layout()
     part = path.with_name(path.name + ".part")
-    try:
-        with naming(part):
-            figure.savefig(part, format="png")
-    finally:
-        pyplot.close(figure)
+    with naming(part):
+        figure.savefig(part, format="png")
     os.replace(part, path)
 
 

@@ -10,7 +10,7 @@ import pytest
 from ldm_jax.config import ParallelConfig
 from ldm_jax.rng import root_key
 from ldm_jax.training.parallel import FsdpLayout, PmapLayout, make_layout
-from tests.test_adversary import RATE, distance, make_config, run, told
+from tests.proofs.test_adversary import RATE, distance, make_config, run, told
 from tests.test_conditions import batch_of, moved, stage_of, train
 from tests.test_training import CONFIG, batches, stage
 

@@ -11,7 +11,7 @@ from ldm_jax.nn.bottleneck import Codebook
 from ldm_jax.training.adversary import adaptive_weight, hinge_loss, vanilla_loss
 from ldm_jax.training.autoencoder_loss import Objective, likeness_loss
 from ldm_jax.training.autoencoder_step import last_kernel_gradient
-from tests.test_adversary import build_networks, make_config
+from tests.proofs.test_adversary import build_networks, make_config
 
 REASON = "compares with torch, which needs the extra `parity`"
 with warnings.catch_warnings():
