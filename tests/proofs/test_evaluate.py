@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax.config import to_json
 from ldm_jax.evaluation.__main__ import main
 from ldm_jax.evaluation.features import (
     Provenance,
@@ -21,7 +20,6 @@ from ldm_jax.evaluation.frechet import moments
 from ldm_jax.evaluation.protocols import PROTOCOLS
 from ldm_jax.evaluation.request import parse
 from ldm_jax.interop.inception import inception_shapes
-from ldm_jax.interop.native import write_native
 from ldm_jax.scoring import extractors, real, reconstructions, samples
 from ldm_jax.scoring.extractors import (
     classifier_extractor,
@@ -34,7 +32,6 @@ from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.types import InputError
 from tests import tiny
 from tests.commands import run, succeeded, train, write_run
-from tests.models import model_of
 
 DOOR = "ldm_jax.evaluation"
 
@@ -42,11 +39,7 @@ DOOR = "ldm_jax.evaluation"
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     """A run as sample.py reads it, its parameters drawn and not trained."""
-    workdir = tmp_path_factory.mktemp("tiny")
-    config = tiny.get_config()
-    write_native(model_of(config), workdir)
-    (workdir / "config.json").write_text(to_json(config))
-    return workdir
+    return write_run(tiny.get_config(), tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)

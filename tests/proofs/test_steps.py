@@ -11,11 +11,10 @@ from ldm_jax.evaluation.frechet import frechet_distance
 from ldm_jax.evaluation.steps import main, parse
 from ldm_jax.evaluation.trade_off import Measured, cheapest, in_words, to_table
 from ldm_jax.images import read_png
-from ldm_jax.interop.native import write_native
 from ldm_jax.types import InputError
 from tests import tiny
-from tests.commands import run, succeeded
-from tests.models import config_of, model_of
+from tests.commands import run, succeeded, write_run
+from tests.models import config_of
 
 DOOR = "ldm_jax.evaluation.steps"
 ROWS = [
@@ -68,11 +67,7 @@ def test_components_keep_the_directions_of_most_variance():
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     """A run as sample.py reads it, its parameters drawn and not trained."""
-    workdir = tmp_path_factory.mktemp("tiny")
-    config = tiny.get_config()
-    write_native(model_of(config), workdir)
-    (workdir / "config.json").write_text(to_json(config))
-    return workdir
+    return write_run(tiny.get_config(), tmp_path_factory.mktemp("tiny"))
 
 
 def test_the_command_compares_samplers_and_names_the_cheapest(tiny_run, tmp_path):
