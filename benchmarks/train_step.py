@@ -47,13 +47,16 @@ from ldm_jax.planning.request import ELSEWHERE, Request, change
 from ldm_jax.rng import root_key
 from ldm_jax.second_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import Denoising, Frozen
+from ldm_jax.training.dispatch import several_steps
 from ldm_jax.training.parallel import make_layout
 from ldm_jax.training.state import init_state, make_optimizer
 from ldm_jax.types import InputError
 
 PROG = "benchmarks/train_step.py"
+CACHE = "compiled"
+"""Within the temporary folder: JAX keeps to the first folder it is given."""
 INNER = 4
-"""Steps between two waits for the device, as training waits only now and then."""
+"""Steps between two waits for the device, at the least: training waits now and then."""
 Turn = Callable[[], Any]
 
 
@@ -61,8 +64,8 @@ class Ours(NamedTuple):
     """Our side, ready to train.
 
     Attributes:
-      turn: Makes `INNER` steps, waits for them, and returns the seconds of these that
-        the host was busy.
+      turn: Makes some steps, waits for them, and returns the seconds of these that the
+        host was busy.
       seconds_cold: Of tracing and compiling with an empty cache.
       seconds_warm: Of tracing again and loading what the cache has.
       memory: What the compiler says a device needs.
@@ -76,8 +79,14 @@ class Ours(NamedTuple):
     flops: int
 
 
+def steps_of_turn(config: Config) -> int:
+    """Return how many steps a turn makes: whole dispatches."""
+    size = config.parallel.steps_per_dispatch
+    return -(-INNER // size) * size
+
+
 def prepare_config(
-    config: Config, *, batch: int, dtype: str | None, remat: bool
+    config: Config, *, batch: int, dtype: str | None, remat: bool, dispatch: int
 ) -> Config:
     """Return the config of a step from latents, of one batch size and precision."""
     config = change(config, "diffusion", batch_size=batch)
@@ -87,7 +96,8 @@ def prepare_config(
         second = dataclasses.replace(second, dtype=dtype)
     if not remat:
         second = dataclasses.replace(second, remat=False)
-    return dataclasses.replace(config, data=data, diffusion=second)
+    parallel = dataclasses.replace(config.parallel, steps_per_dispatch=dispatch)
+    return dataclasses.replace(config, data=data, diffusion=second, parallel=parallel)
 
 
 def random_batch(config: Config) -> Any:
@@ -123,21 +133,23 @@ def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
     conditioner = model.conditioner if condition.trained else {}
     params = jax.tree.map(jnp.asarray, Denoising(model.unet, conditioner))
     optimizer = make_optimizer(config.diffusion.optim, num_steps=config.diffusion.steps)
-    shapes = jax.eval_shape(lambda: init_state(params, optimizer))
-    like = batch_shapes(config, "diffusion", config.diffusion.batch_size)
+    size, step = config.parallel.steps_per_dispatch, stage.step
+    if size > 1:
+        batch = jax.tree.map(lambda leaf: np.stack([leaf] * size), batch)
+        step = several_steps(step)
+    mapped = layout.map_step(step)
+    state: Any = layout.init(lambda: init_state(params, optimizer))
+    placed, key = layout.place(stage.frozen), layout.place(root_key(config.seed))
+    sent = layout.split(batch, stacked=size > 1)
 
     cold = compile_program(
-        lambda: layout.lower(stage.step, shapes, stage.frozen, like),
+        lambda: mapped.lower(state, placed, sent, key),
         label="a step",
         say=lambda line: None,
     )
     jax.clear_caches()
     if cold.memory is None:
         raise InputError(f"--batches: a step needs {cold.shortage}; try a smaller one")
-    mapped = layout.map_step(stage.step)
-    state: Any = layout.init(lambda: init_state(params, optimizer))
-    placed, key = layout.place(stage.frozen), layout.place(root_key(config.seed))
-    sent = layout.split(batch)
     jax.block_until_ready((state, placed, sent))
     began = time.perf_counter()
     state, _ = mapped(state, placed, sent, key)
@@ -146,7 +158,7 @@ def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
     def turn() -> float:
         nonlocal state
         busy = 0.0
-        for _ in range(INNER):
+        for _ in range(steps_of_turn(config) // size):
             began = time.perf_counter()
             state, _ = mapped(state, placed, sent, key)
             busy += time.perf_counter() - began
@@ -219,7 +231,7 @@ def prepare_theirs(config: Config, folder: Path, batch: Any, *, compiled: bool) 
             torch._foreach_lerp_(averaged, weights, 1.0 - optim.ema_decay)
 
     def turn() -> None:
-        for _ in range(INNER):
+        for _ in range(steps_of_turn(config)):
             step()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -232,18 +244,18 @@ def measure(
 ) -> dict[str, Any]:
     """Measure one batch size."""
     batch = random_batch(config)
-    with tempfile.TemporaryDirectory() as cache:
-        ours = prepare_ours(config, model, batch, Path(cache))
-        turns: dict[str, Turn] = {"ours": ours.turn}
-        if args.against:
-            turns["diffusers"] = prepare_theirs(config, folder, batch, compiled=False)
-            if not args.no_compile:
-                turns["compiled"] = prepare_theirs(config, folder, batch, compiled=True)
-        for turn in turns.values():
-            turn()
-        seconds = take_turns(turns, rounds=args.rounds)
-        busy = statistics.median(ours.turn() for _ in range(args.rounds)) / INNER
-    steps = {name: statistics.median(row) / INNER for name, row in seconds.items()}
+    ours = prepare_ours(config, model, batch, folder / CACHE)
+    turns: dict[str, Turn] = {"ours": ours.turn}
+    if args.against:
+        turns["diffusers"] = prepare_theirs(config, folder, batch, compiled=False)
+        if not args.no_compile:
+            turns["compiled"] = prepare_theirs(config, folder, batch, compiled=True)
+    for turn in turns.values():
+        turn()
+    seconds = take_turns(turns, rounds=args.rounds)
+    each = steps_of_turn(config)
+    busy = statistics.median(ours.turn() for _ in range(args.rounds)) / each
+    steps = {name: statistics.median(row) / each for name, row in seconds.items()}
     device = jax.devices()[0]
     chip, size = chip_of(device), config.diffusion.batch_size
     mfu = None
@@ -255,6 +267,7 @@ def measure(
         "devices": len(jax.devices()),
         "batch_size": size,
         "dtype": config.diffusion.dtype,
+        "steps_a_dispatch": config.parallel.steps_per_dispatch,
         "seconds_a_step": steps,
         "images_per_second": {name: size / value for name, value in steps.items()},
         "theirs_over_ours": {n: v / steps["ours"] for n, v in steps.items()},
@@ -308,11 +321,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--against", choices=("diffusers",))
     parser.add_argument("--no-compile", action="store_true", help="theirs, eager only")
     parser.add_argument("--no-remat", action="store_true", help="keep activations")
+    parser.add_argument("--dispatch", type=int, default=1, help="steps at once, ours")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    if min(args.batches) < 1 or args.rounds < 1:
-        raise InputError("--batches, --rounds: wanted 1 or more")
+    if min(*args.batches, args.dispatch, args.rounds) < 1:
+        raise InputError("--batches, --dispatch, --rounds: wanted 1 or more")
     name = args.config or args.model
     if args.config or args.model == "digits":
         config = load_config_file(args.config or "configs/digits.py")
@@ -326,7 +340,11 @@ def main(arguments: list[str]) -> None:
             write_folder(model, Path(folder))
         for size in args.batches:
             one = prepare_config(
-                config, batch=size, dtype=args.dtype, remat=not args.no_remat
+                config,
+                batch=size,
+                dtype=args.dtype,
+                remat=not args.no_remat,
+                dispatch=args.dispatch,
             )
             rows.append(measure(one, model, Path(folder), args))
             print("\n" + to_text(rows[-1]), flush=True)

@@ -19,6 +19,7 @@ from ldm_jax.config import (
     DiffusionConfig,
     LogConfig,
     OptimConfig,
+    ParallelConfig,
     SamplingConfig,
     TextConfig,
 )
@@ -88,7 +89,7 @@ def get_config() -> Config:
                 tokenizer="captions",
             ),
             batch_size=32,
-            steps=15_000,
+            steps=12_900,
             optim=OptimConfig(
                 # With AdamW shapes are only beginning to be learned in this time.
                 algorithm="muon",
@@ -100,6 +101,7 @@ def get_config() -> Config:
             ),
         ),
         checkpoint=CheckpointConfig(every=1000, keep=2),
-        log=LogConfig(every=20, images_every=3000),
+        log=LogConfig(every=20, images_every=6000),
+        parallel=ParallelConfig(steps_per_dispatch=20),
         sampling=SamplingConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
     )

@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -11,7 +13,7 @@ from ldm_jax.build import build_networks, init_autoencoder, init_unet
 from ldm_jax.nn.attention import attend
 from ldm_jax.nn.bottleneck import DiagonalGaussian, gaussian_from_moments
 from ldm_jax.nn.conditioning import Condition
-from ldm_jax.nn.convolution import by_rows
+from ldm_jax.nn.convolution import NUMBERS, by_rows, in_a_loop, in_one_order
 from ldm_jax.nn.layers import (
     SYMMETRIC_PADDING,
     TRAILING_PADDING,
@@ -242,6 +244,57 @@ def test_rows_are_convolved_on_tpus_where_a_batch_is_small_and_maps_are_wide():
 
     assert rows_in(4, 64) == 3
     assert rows_in(8, 64) == rows_in(4, 32) == rows_in(4, 64, "cpu") == 1
+
+
+@pytest.mark.parametrize(
+    "height, width, window, stride, padding",
+    [
+        (8, 8, 3, 1, ((1, 1), (1, 1))),
+        (7, 9, 3, 2, ((1, 1), (1, 1))),
+        (8, 10, 3, 2, ((0, 1), (0, 1))),
+        (6, 5, 1, 1, ((0, 0), (0, 0))),
+        (9, 9, 5, 3, ((2, 2), (1, 0))),
+    ],
+)
+def test_gradients_in_one_order_are_the_plain_ones(
+    height, width, window, stride, padding
+):
+    x, kernel = normal(0, (3, height, width, 4)), normal(1, (window, window, 4, 5))
+    strides = (stride, stride)
+
+    def plainly(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=NUMBERS
+        )
+
+    ours = functools.partial(in_one_order, strides=strides, padding=padding)
+    values, pull = jax.vjp(ours, x, kernel)
+    wanted, pull_plainly = jax.vjp(plainly, x, kernel)
+    slope = normal(2, values.shape)
+    np.testing.assert_allclose(values, wanted, rtol=1e-6, atol=1e-6)
+    for got, plain in zip(pull(slope), pull_plainly(slope), strict=True):
+        np.testing.assert_allclose(got, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_all_convolutions_of_a_loop_have_one_order_on_a_cpu():
+    layer = conv(4, 3, jnp.float32, "conv")
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+    def loss(params, x):
+        return (layer.apply(params, x) ** 2).sum()
+
+    def orders(platform, loop):
+        with in_a_loop() if loop else contextlib.nullcontext():
+            traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(params, x)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        found = re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", text)
+        assert len(found) == 3
+        return len(set(found))
+
+    assert orders("cpu", loop=True) == 1
+    assert orders("cpu", loop=False) > 1  # as long as JAX makes it so
+    assert orders("tpu", loop=True) == orders("tpu", loop=False)
 
 
 def test_coordinates_are_the_middles_of_pixels():

@@ -1,5 +1,6 @@
 """The first stage: images to latents and back."""
 
+import functools
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from ldm_jax.nn.bottleneck import (
     Unquantized,
     read_moments,
 )
+from ldm_jax.nn.convolution import convolve
 from ldm_jax.nn.layers import (
     AUTOENCODER_EPSILON,
     TRAILING_PADDING,
@@ -276,8 +278,15 @@ class Autoencoder(nn.Module):
             self.dtype,
         )
         latent_channels = num_moments * self.latent_channels
-        self.quant_conv = nn.Conv(latent_channels, (1, 1), dtype=self.dtype)
-        self.post_quant_conv = nn.Conv(self.z_channels, (1, 1), dtype=self.dtype)
+        mix = functools.partial(
+            nn.Conv,
+            kernel_size=(1, 1),
+            padding=0,
+            dtype=self.dtype,
+            conv_general_dilated=convolve,
+        )
+        self.quant_conv = mix(latent_channels)
+        self.post_quant_conv = mix(self.z_channels)
         if self.regularizer == "vq":
             self.codebook = Codebook(self.codebook_size, self.latent_channels)
 

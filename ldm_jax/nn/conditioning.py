@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ldm_jax.nn.convolution import convolve
 from ldm_jax.nn.layers import area_downsample
 from ldm_jax.types import Dtype
 
@@ -144,7 +145,13 @@ class SpatialRescaler(nn.Module):
         """Rescale a map whose sides are multiples of two to the power of stages."""
         x = area_downsample(x.astype(self.dtype), factor=2**self.num_stages)
         mix = nn.Conv(
-            self.channels, (1, 1), use_bias=False, dtype=self.dtype, name="mix"
+            self.channels,
+            (1, 1),
+            padding=0,
+            use_bias=False,
+            dtype=self.dtype,
+            conv_general_dilated=convolve,
+            name="mix",
         )
         return mix(x)
 

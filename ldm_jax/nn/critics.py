@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ldm_jax.nn.convolution import convolve
 from ldm_jax.types import Dtype
 
 BATCH_NORM_EPSILON = 1e-5
@@ -78,6 +79,7 @@ class PatchDiscriminator(nn.Module):
             use_bias=use_bias,
             kernel_init=nn.initializers.normal(0.02),
             dtype=self.dtype,
+            conv_general_dilated=convolve,
             name=name,
         )
 

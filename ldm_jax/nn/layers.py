@@ -144,6 +144,7 @@ class Downsample(nn.Module):
             strides=2,
             padding=self.padding,
             dtype=self.dtype,
+            conv_general_dilated=convolve,
             name="conv",
         )(x)
 

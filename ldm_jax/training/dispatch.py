@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
+from ldm_jax.nn.convolution import in_a_loop
 from ldm_jax.training.averaging import Average
 from ldm_jax.training.state import AnyState
 from ldm_jax.types import PyTree
@@ -68,7 +69,8 @@ def several_steps(step: Step) -> Step:
         average: Average,
     ) -> tuple[AnyState, Any]:
         def body(state: AnyState, batch: PyTree) -> tuple[AnyState, Any]:
-            return step(state, frozen, batch, root_key, average=average)
+            with in_a_loop():
+                return step(state, frozen, batch, root_key, average=average)
 
         return jax.lax.scan(body, state, batches)
 
