@@ -32,6 +32,7 @@ from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
 from ldm_jax.run import Run, load_run
 from ldm_jax.scene.captions import parse_caption
+from ldm_jax.types import SAMPLER_NAMES, SamplerName
 
 SPLITS = {"test": "training pairs", "held_out": "held-out pairs"}
 MIN_REAL, MIN_RECONSTRUCTED = 0.99, 0.98
@@ -92,17 +93,34 @@ def read_split(config: Config, split: str, *, things: int, num: int) -> Asked:
     return Asked(np.stack(images), captions)
 
 
-def draw(
-    run: Run, captions: list[str], *, steps: int, scale: float, eta: float
-) -> Images:
+class How(NamedTuple):
+    """How samples are drawn.
+
+    Attributes:
+      sampler: Its name.
+      steps: Of it.
+      scale: Of guidance.
+      eta: Of DDIM: 0 draws no noise on the way, 1 as much as DDPM.
+    """
+
+    sampler: SamplerName
+    steps: int
+    scale: float
+    eta: float
+
+
+def draw(run: Run, captions: list[str], how: How) -> Images:
     """Draw each caption once; the seeds are 0, 1, 2 ..."""
     tokens = open_tokenizer(run.config.diffusion.condition).encode(captions)
     sample_fn = make_sample_fn(
-        run.networks, sampler="ddim", num_steps=steps, guided=scale != 1.0
+        run.networks,
+        sampler=how.sampler,
+        num_steps=how.steps,
+        guided=how.scale != 1.0,
     )
     cond = ConditionInputs(tokens=jnp.asarray(tokens))
     keys = image_keys(list(range(len(captions))))
-    samples = sample_fn(run.params, keys, cond, scale, eta)
+    samples = sample_fn(run.params, keys, cond, how.scale, how.eta)
     return to_uint8(np.asarray(samples.images))
 
 
@@ -123,24 +141,15 @@ def pair_is_right(verdict: Verdict) -> bool:
 
 
 def measure(
-    run: Run,
-    *,
-    things: int,
-    num: int,
-    steps: int,
-    scale: float,
-    eta: float,
-    grid: Path | None,
+    run: Run, how: How, *, things: int, num: int, grid: Path | None
 ) -> dict[str, float]:
     """Measure a run; all figures but the PSNR are parts of 1.
 
     Args:
       run: Trained.
+      how: Samples are drawn.
       things: In each picture.
       num: Captions of each split.
-      steps: DDIM steps.
-      scale: Guidance scale.
-      eta: Of DDIM: 0 draws no noise on the way, 1 as much as DDPM.
       grid: Where to write the first samples of both splits.
     """
     found: dict[str, float] = {}
@@ -153,7 +162,7 @@ def measure(
         found[f"{name}: real pictures read right"] = share(real, lambda v: v.all)
         found[f"{name}: reconstructions read right"] = share(again, lambda v: v.all)
         found[f"{name}: reconstructions, PSNR"] = float(10 * np.log10(255**2 / error))
-        drawn = draw(run, asked.captions, steps=steps, scale=scale, eta=eta)
+        drawn = draw(run, asked.captions, how)
         verdicts = judge(asked.captions, drawn)
         found[f"{name}: samples with shape and colour right"] = share(
             verdicts, pair_is_right
@@ -217,6 +226,7 @@ def main() -> int:
     parser.add_argument(
         "--num", type=int, default=500, help="captions of each split, at least 8"
     )
+    parser.add_argument("--sampler", choices=SAMPLER_NAMES, default="ddim")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--eta", type=float, default=0.0)
@@ -224,13 +234,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    found = measure(
-        load_run(arguments.workdir),
-        things=arguments.things,
-        num=arguments.num,
+    how = How(
+        sampler=arguments.sampler,
         steps=arguments.steps,
         scale=arguments.guidance_scale,
         eta=arguments.eta,
+    )
+    found = measure(
+        load_run(arguments.workdir),
+        how,
+        things=arguments.things,
+        num=arguments.num,
         grid=arguments.grid,
     )
     print("| measure | value |\n|---|---:|")

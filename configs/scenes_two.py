@@ -89,7 +89,7 @@ def get_config() -> Config:
                 tokenizer="captions",
             ),
             batch_size=32,
-            steps=12_900,
+            steps=15_000,
             optim=OptimConfig(
                 # With AdamW shapes are only beginning to be learned in this time.
                 algorithm="muon",
