@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from command import make_parser
 from jaxtyping import Float, UInt8
-from scenes_quality import Row, draw, sheet
+from scenes_quality import How, Row, draw, sheet
 
 from ldm_jax.build import load_split
 from ldm_jax.cli import run_main
@@ -60,7 +60,7 @@ def captions_of(run: Run, split: str) -> list[str]:
     return [bytes(examples[i]["caption"]).decode() for i in range(len(examples))]
 
 
-def measure(run: Run, *, steps: int, scale: float, grid: Path | None) -> dict[str, Any]:
+def measure(run: Run, how: How, *, grid: Path | None) -> dict[str, Any]:
     """Measure a run: shares of 1, and a PSNR in dB."""
     images = {
         split: load_split(run.config, "train" if split == "train" else "test").image
@@ -77,7 +77,7 @@ def measure(run: Run, *, steps: int, scale: float, grid: Path | None) -> dict[st
         stride = max(len(names[split]) // num, 1)
         chosen = list(range(0, len(names[split]), stride))[:num]
         asked = [names[split][i] for i in chosen]
-        samples = draw(run, asked, steps=steps, scale=scale, eta=0.0)
+        samples = draw(run, asked, how)
         order = ranks(samples, real)
         place = [
             int(np.flatnonzero(row == offset + i)[0])
@@ -111,12 +111,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    found = measure(
-        load_run(args.workdir),
-        steps=args.steps,
-        scale=args.guidance_scale,
-        grid=args.grid,
-    )
+    how = How(sampler="ddim", steps=args.steps, scale=args.guidance_scale, eta=0.0)
+    found = measure(load_run(args.workdir), how, grid=args.grid)
     print("| measure | value |\n|---|---:|")
     for name, value in found.items():
         if "PSNR" in name:
