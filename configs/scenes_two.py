@@ -102,6 +102,7 @@ def get_config() -> Config:
         ),
         checkpoint=CheckpointConfig(every=1000, keep=2),
         log=LogConfig(every=20, images_every=6000),
+        # One by one, the host is busy for up to a tenth of a step.
         parallel=ParallelConfig(steps_per_dispatch=20),
         sampling=SamplingConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
     )

@@ -76,10 +76,10 @@ def convolve(
     return jax.lax.platform_dependent(x, kernel, default=plainly, **ways)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def in_one_order(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "n m c e"],
-    *,
     strides: tuple[int, int],
     padding: Pairs,
 ) -> Float[Array, "b h2 w2 e"]:
@@ -94,22 +94,15 @@ def in_one_order(
     Returns:
       The map convolved.
     """
-    return _in_one_order(strides, padding, x, kernel)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_one_order(
-    strides: tuple[int, int], padding: Pairs, x: Array, kernel: Array
-) -> Array:
     return jax.lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=NUMBERS
     )
 
 
 def _in_one_order_forward(
-    strides: tuple[int, int], padding: Pairs, x: Array, kernel: Array
+    x: Array, kernel: Array, strides: tuple[int, int], padding: Pairs
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _in_one_order(strides, padding, x, kernel), (x, kernel)
+    return in_one_order(x, kernel, strides, padding), (x, kernel)
 
 
 def _in_one_order_backward(
@@ -144,7 +137,7 @@ def _in_one_order_backward(
     return of_x, jnp.transpose(of_kernel, (1, 2, 0, 3))
 
 
-_in_one_order.defvjp(_in_one_order_forward, _in_one_order_backward)
+in_one_order.defvjp(_in_one_order_forward, _in_one_order_backward)
 
 
 @jax.custom_vjp
