@@ -17,6 +17,7 @@ from ldm_jax.pretrained import keep_taken, take_from_elsewhere
 from ldm_jax.rng import root_key
 from ldm_jax.scoring.during import check_scores, make_measure
 from ldm_jax.second_stage import diffusion_stage
+from ldm_jax.studio import platform_text
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.digests import tree_digest
 from ldm_jax.training.files import write_json
@@ -34,8 +35,8 @@ from ldm_jax.training.loop import (
     Watch,
     run_stage,
 )
-from ldm_jax.training.parallel import Layout, make_layout
-from ldm_jax.words import keep_tokenizer, with_own_tokenizer
+from ldm_jax.training.parallel import Layout, PmapLayout, make_layout
+from ldm_jax.words import keep_tokenizer, notes_of_words, with_own_tokenizer
 from ldm_jax.workdir import check_workdir, facts_of, open_workdir
 
 __all__ = [
@@ -131,7 +132,8 @@ def train(
         if "diffusion" in config.stages:
             frozen = Frozen(params, scale, taken.conditioner)
             if config.data.latents == OWN_LATENTS:
-                opened, note = keep_latents(opened, workdir)
+                with stop.at_once(f"{OWN_LATENTS} latents are not all made"):
+                    opened, note = keep_latents(opened, workdir)
             with together():
                 cache = open_cache(opened, params, note)
             null_state = None if cache is None else cache.null_state
@@ -149,6 +151,7 @@ def train(
             "seconds_by_stage": {k: round(v.seconds, 1) for k, v in done.items()},
             "latent_scale": float(scale),
             "config_digest": config_lib.digest(config),
+            "trained_on": f"{layout.num_devices} x {platform_text(PmapLayout())}",
         }
         first_alone(lambda: write_json(final_path, final))
         return Outcome(final, trained=True)
@@ -193,6 +196,9 @@ def _run(
         layout=layout,
         iterator=iterator_of(batch_size=stage.batch_size, layout=layout),
         root_key=root_key(config.seed),
-        notes={"config": json.loads(config_lib.to_json(config))},
+        notes={
+            "config": json.loads(config_lib.to_json(config)),
+            **(notes_of_words(config, workdir) if stage.name == "diffusion" else {}),
+        },
         stop=stop,
     )

@@ -1,5 +1,7 @@
 """The tokenizer that a run learns from its own captions and keeps in its folder."""
 
+import contextlib
+import json
 import logging
 from pathlib import Path
 
@@ -10,9 +12,12 @@ from ldm_jax.data.captions import count_cut
 from ldm_jax.data.sources import has_captions, read_captions
 from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from ldm_jax.interop.model import with_tokenizer
+from ldm_jax.training.checkpoint import notes_digest
 from ldm_jax.training.log import METRICS_FILE
+from ldm_jax.training.loop import CHECKPOINTS
 
 FOLDER = "tokenizer"
+NOTE = "tokenizer"
 MAX_COUNTED = 10_000
 """Captions that are counted where none need be read to begin."""
 
@@ -32,6 +37,9 @@ def with_own_tokenizer(config: Config, workdir: Path) -> Config:
 def keep_tokenizer(config: Config, workdir: Path) -> None:
     """Learn a run's tokenizer from the captions it trains on, if it has yet to.
 
+    One that is lost is taken from the run's checkpoints, which hold it too: learned
+    anew from captions that have changed, its numbers would mean other things.
+
     Says, when a run begins, how many captions are longer than the context, whoever made
     the tokenizer.
 
@@ -50,11 +58,33 @@ def keep_tokenizer(config: Config, workdir: Path) -> None:
         return
     if (folder / TOKENIZER_FILE).exists():
         return
+    if (kept := _in_checkpoints(workdir / "diffusion" / CHECKPOINTS)) is not None:
+        write_byte_pairs(kept, folder)
+        return
     data, text = config.data, config.diffusion.condition.text
     captions = read_captions(data.source, data.train_split, directory=data.directory)
     write_byte_pairs(train_byte_pairs(captions, vocab_size=text.vocab_size), folder)
     tokenizer = load_byte_pairs(folder, length=text.length)
     _tell_cut(captions, tokenizer, "try a larger --diffusion.condition.text.length")
+
+
+def notes_of_words(config: Config, workdir: Path) -> dict[str, str]:
+    """Return what a checkpoint notes of the tokenizer that its run learned."""
+    folder = own_tokenizer(config, workdir)
+    if folder is None:
+        return {}
+    return {NOTE: (folder / TOKENIZER_FILE).read_text(encoding="utf-8")}
+
+
+def _in_checkpoints(directory: Path) -> str | None:
+    """Find the tokenizer in the newest checkpoint whose notes are intact."""
+    steps = [path for path in directory.glob("*") if path.name.isdigit()]
+    for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            notes = json.loads((step / "notes" / "metadata").read_text())
+            if notes.pop("sha256", None) == notes_digest(notes) and NOTE in notes:
+                return notes[NOTE]
+    return None
 
 
 def _tell_cut_by_another(config: Config) -> None:

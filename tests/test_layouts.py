@@ -1,8 +1,13 @@
 import json
+import os
+import signal
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -12,7 +17,7 @@ from ldm_jax.training.averaging import mean_over_parts
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.digests import LANES, leaf_digests
 from ldm_jax.training.fsdp import AXES, FsdpLayout, make_mesh, spec_of
-from ldm_jax.training.hosts import StopSignal
+from ldm_jax.training.hosts import StopSignal, stop_signal
 from ldm_jax.training.loop import Watch, dispatch_size
 from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.training.watching import Profile
@@ -32,8 +37,12 @@ def unbroken(tmp_path_factory):
 
 
 def rows(workdir):
+    return logged(workdir, "loss")
+
+
+def logged(workdir, name):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+    return [(row["step"], row[name]) for row in map(json.loads, lines)]
 
 
 # Every draw and the order of the data are the same bits, whatever computes them.
@@ -243,6 +252,41 @@ def test_a_skipped_step_changes_nothing_but_its_number(tmp_path):
     assert all(jax.tree.leaves(same))
 
 
+def test_a_skipped_step_does_not_move_the_rate_that_is_logged(tmp_path):
+    stage = toy_stage(nan_at=(4,))._replace(learning_rate=float)
+    run_toy(tmp_path, stage, max_skipped=1)
+    rates = {step: rate for step, rate in logged(tmp_path, "learning_rate")}
+    assert rates[4] == 3.0 and rates[12] == 10.0  # eleven updates: 0 to 10
+
+
+def test_a_save_asks_no_question_of_the_stop_signal(tmp_path, monkeypatch):
+    """Orbax would ask by steps the counter that all agree by on where to stop."""
+
+    def asked(*args):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(ocp.checkpoint_manager.utils, "reached_preemption", asked)
+    store = CheckpointStore(tmp_path / "c", keep=2)
+    store.save(1, {"w": jnp.ones(8)}, {})
+    store.wait()
+    assert store.restore(jax.eval_shape(lambda: {"w": jnp.ones(8)})).step == 1
+    store.close()
+
+
+def test_where_nothing_is_to_be_saved_a_run_stops_at_once():
+    with stop_signal() as stop, pytest.raises(Preempted, match="nothing yet"):
+        with stop.at_once("nothing yet"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+    with pytest.raises(Preempted, match="nor now"), stop.at_once("nor now"):
+        pass
+    with stop_signal() as stop:
+        with stop.at_once("done"):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)  # heard, and asked for between steps
+        assert stop.agreed()
+
+
 def test_a_checkpoint_of_another_model_is_named_and_left_alone(tmp_path):
     store = CheckpointStore(tmp_path / "c", keep=2)
     store.save(1, {"w": jnp.zeros((4, 4))}, {})
@@ -262,8 +306,6 @@ def test_a_folder_of_checkpoints_that_is_a_file_is_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_save_that_fails_is_told_and_the_one_before_is_good(tmp_path, monkeypatch):
-    import orbax.checkpoint as ocp
-
     store = CheckpointStore(tmp_path / "c", keep=2)
     store.save(1, {"w": jnp.ones(8)}, {})
     store.wait()
@@ -280,10 +322,25 @@ def test_a_save_that_fails_is_told_and_the_one_before_is_good(tmp_path, monkeypa
     store.close()
 
 
+@pytest.mark.parametrize("dispatch", [1, 4, 20])
+def test_a_profile_is_of_the_dispatches_that_hold_its_steps(dispatch, monkeypatch):
+    traced = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: traced.append([]))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    profile = Profile(Path(), (10, 15))
+    for done in range(0, 40, dispatch):
+        profile.before(done, dispatch)
+        if profile.is_tracing:
+            traced[-1] += range(done, done + dispatch)
+    (steps,) = traced
+    assert set(range(10, 15)) <= set(steps)
+    assert len(steps) < 5 + 2 * dispatch
+
+
 def test_a_profile_can_be_opened(tmp_path):
     profile = Profile(tmp_path, (1, 2))
     for done in range(3):
-        profile.at(done)
+        profile.before(done, 1)
         jnp.arange(3.0).sum().block_until_ready()
     profile.close()
     assert list(tmp_path.rglob("perfetto_trace.json.gz"))

@@ -3,12 +3,15 @@
 import dataclasses
 import logging
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from ldm_jax.build import null_tokens, open_split, open_tokenizer
 from ldm_jax.config import ConditionConfig, DataConfig, TextConfig
+from ldm_jax.data import sources
 from ldm_jax.data.builders.scenes.scenes_dataset_builder import Builder
 from ldm_jax.data.byte_pairs import (
     SMALLEST,
@@ -21,8 +24,15 @@ from ldm_jax.data.sources import caption_of, open_source, read_captions
 from ldm_jax.interop.model import without_tokenizer
 from ldm_jax.run import load_run, train
 from ldm_jax.subjects import tell_of_prompts
+from ldm_jax.training.checkpoint import CheckpointStore
+from ldm_jax.training.loop import CHECKPOINTS
 from ldm_jax.types import InputError
-from ldm_jax.words import keep_tokenizer, own_tokenizer, with_own_tokenizer
+from ldm_jax.words import (
+    keep_tokenizer,
+    notes_of_words,
+    own_tokenizer,
+    with_own_tokenizer,
+)
 from tests.commands import sample_here
 from tests.tiny import get_config
 
@@ -129,6 +139,50 @@ def test_a_data_set_that_is_not_there_names_the_next(tmp_path, name, message):
         open_source(name, "train", directory=str(tmp_path))
 
 
+class Prepared:
+    """A data set that TFDS has prepared, as far as it is asked here."""
+
+    def __init__(self, label=None, reads=True):
+        label = {} if label is None else {"label": label}
+        image = tfds.features.Image(shape=(8, 8, 3))
+        features = tfds.features.FeaturesDict({"image": image, **label})
+        self.info = SimpleNamespace(
+            features=features, dataset_size=1, splits={"train": 2}
+        )
+        self.data_dir, self._reads = "folder", reads
+
+    def as_data_source(self, split):
+        if not self._reads:
+            raise NotImplementedError("random access")
+        if split != "train":
+            raise ValueError(split)
+        blank = np.zeros((8, 8, 3), np.uint8)
+        return [{"image": blank, "label": b"Ada"}, {"image": blank, "label": b"Bo"}]
+
+
+def opened(monkeypatch, builder, split="train"):
+    monkeypatch.setattr(sources, "_builder", lambda name, where: builder)
+    return open_source("tfds:faces", split, directory="folder")
+
+
+def test_a_label_that_is_no_class_is_left_out(monkeypatch):
+    source = opened(monkeypatch, Prepared(tfds.features.Text()))
+    assert source.class_names == () and set(source.examples[1]) == {"image"}
+    classes = tfds.features.ClassLabel(names=["a", "b"])
+    source = opened(monkeypatch, Prepared(classes))
+    assert source.class_names == ("a", "b") and "label" in source.examples[0]
+
+
+def test_a_data_set_in_a_format_without_random_access_says_how_to_get_one(monkeypatch):
+    with pytest.raises(InputError, match=r"one by one; try .* --file_format array_rec"):
+        opened(monkeypatch, Prepared(reads=False))
+
+
+def test_a_misspelt_split_names_the_next(monkeypatch):
+    with pytest.raises(InputError, match=r"no split 'trian', wanted .*; try train$"):
+        opened(monkeypatch, Prepared(), split="trian")
+
+
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """A run of text to image on a few scenes, as small as the digits' in the tests."""
@@ -182,6 +236,25 @@ def test_a_run_learns_its_words_from_the_captions_it_trains_on(
     (tmp_path / "tokenizer/tokenizer.json").write_text(kept + "\n")
     keep_tokenizer(config, tmp_path)
     assert (tmp_path / "tokenizer/tokenizer.json").read_text() == kept + "\n"
+
+
+def test_words_that_are_lost_are_in_the_checkpoints(config, tmp_path):
+    keep_tokenizer(config, tmp_path)
+    path = tmp_path / "tokenizer/tokenizer.json"
+    learned = train_byte_pairs(CAPTIONS, vocab_size=300)
+    path.write_text(learned)  # of captions that are no longer those of the data
+    notes = notes_of_words(config, tmp_path)
+    (tmp_path / "diffusion").mkdir()
+    store = CheckpointStore(tmp_path / "diffusion" / CHECKPOINTS, keep=2)
+    for step in (3, 12):
+        store.save(step, {"w": np.ones(2)}, notes)
+        store.wait()
+    store.close()
+    damaged = tmp_path / "diffusion" / CHECKPOINTS / "12" / "notes" / "metadata"
+    damaged.write_text(damaged.read_text().replace("red", "rad"))
+    path.unlink()
+    keep_tokenizer(config, tmp_path)
+    assert path.read_text() == learned
 
 
 def test_a_first_stage_alone_reads_no_words(config, tmp_path):

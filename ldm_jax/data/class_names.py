@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from ldm_jax.data.listing import list_folder
-from ldm_jax.data.sources import FOLDER, OWN_BUILDERS, folder_path, tfds_directory
+from ldm_jax.data.sources import (
+    FOLDER,
+    OWN_BUILDERS,
+    class_names_of,
+    folder_path,
+    tfds_directory,
+)
 from ldm_jax.types import InputError
 
 
@@ -26,8 +32,7 @@ def find_class_names(name: str, *, directory: str | None) -> tuple[str, ...]:
         builder = _builder(name.removeprefix("tfds:"), where)
     except (InputError, OSError):
         return ()
-    features: Any = {} if builder is None else builder.info.features
-    return tuple(features["label"].names) if "label" in features else ()
+    return (None if builder is None else class_names_of(builder.info.features)) or ()
 
 
 def _builder(plain: str, where: str) -> Any:

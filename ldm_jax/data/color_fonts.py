@@ -1,6 +1,7 @@
 """Colour bitmaps out of a font file: which code points it has, and their pictures."""
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ FONT_NAME = "NotoColorEmoji.ttf"
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts")
 SAMPLE = "\N{GRINNING FACE}"
 """As wide as every other picture."""
+OF_DAMAGED_TABLES = (
+    AssertionError,
+    AttributeError,
+    ValueError,
+    TypeError,
+    struct.error,
+)
+"""What fontTools raises of them beside its own errors."""
 HOW_TO_GET = f"try: apt-get install fonts-noto-color-emoji, or {FONT_VARIABLE}=FILE"
 
 
@@ -75,7 +84,7 @@ class ColorFont:
                 self.code_points = frozenset(tables["cmap"].getBestCmap())
                 strikes = tables["CBLC"].strikes
                 ppem = max(strike.bitmapSizeTable.ppemX for strike in strikes)
-        except (TTLibError, OSError, AssertionError) as error:
+        except (TTLibError, OSError, *OF_DAMAGED_TABLES) as error:
             raise InputError(
                 f"{FONT_VARIABLE}: {path} is no font that can be read ({error}); "
                 f"{HOW_TO_GET}"

@@ -59,6 +59,29 @@ class Source(NamedTuple):
         return len(self.class_names)
 
 
+class WithoutLabels:
+    """Examples whose `label` is no class, such as a name or a number."""
+
+    def __init__(self, examples: Examples) -> None:
+        """Wrap examples."""
+        self._examples = examples
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._examples)
+
+    def __getitem__(self, record: int, /) -> Mapping[str, Any]:
+        """Return one example, without its label."""
+        example = self._examples[record]
+        return {name: value for name, value in example.items() if name != "label"}
+
+
+def class_names_of(features: Any) -> tuple[str, ...] | None:
+    """Return what the classes of a data set are called; None if it has none."""
+    names = getattr(features["label"], "names", None) if "label" in features else None
+    return None if names is None else tuple(names)
+
+
 def open_source(
     name: str,
     split: str,
@@ -103,6 +126,9 @@ def open_source(
         with _quiet():
             builder = _builder(name, where)
             examples = _open_split(builder, name, split)
+            class_names = class_names_of(builder.info.features)
+            if "label" in builder.info.features and class_names is None:
+                examples = WithoutLabels(examples)
             if builder.info.dataset_size < MAX_BYTES_IN_MEMORY:
                 examples = [examples[i] for i in range(len(examples))]
     except OSError as error:
@@ -118,7 +144,7 @@ def open_source(
         )
     return Source(
         examples=examples,
-        class_names=tuple(features["label"].names) if "label" in features else (),
+        class_names=class_names or (),
         channels=features["image"].shape[-1],
     )
 
@@ -207,10 +233,18 @@ def caption_of(example: Mapping[str, Any], where: str) -> str:
 def _open_split(builder: Any, name: str, split: str) -> Any:
     try:
         return builder.as_data_source(split)
-    except (KeyError, ValueError) as error:
+    except NotImplementedError:
         raise InputError(
-            f"data: {name} has no split {split!r}, wanted one of "
-            f"{', '.join(builder.info.splits)}, or a slice such as train[:90%]"
+            f"data.source: {name} is prepared in {builder.data_dir} in a format whose "
+            "examples cannot be read one by one; try another folder, and there: tfds "
+            f"build {name.removeprefix('tfds:')} --data_dir FOLDER --file_format "
+            "array_record"
+        ) from None
+    except (KeyError, ValueError) as error:
+        known = list(builder.info.splits)
+        raise InputError(
+            f"data: {name} has no split {split!r}, wanted one of {', '.join(known)}, "
+            f"or a slice such as train[:90%]{_nearest(split, known)}"
         ) from error
 
 

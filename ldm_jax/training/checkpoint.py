@@ -80,6 +80,9 @@ class CheckpointStore:
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=("state", "notes")
         )
+        # It would ask JAX's counter of questions, which `hosts.StopSignal` asks too, by
+        # its steps: the step to stop at, which all agree on, could be passed unseen.
+        self._manager.reached_preemption = lambda step: False
         # The manager's own reader waits for all processes at its end, for ever where
         # one of them found its files torn.
         this = jax.process_index()
@@ -124,7 +127,7 @@ class CheckpointStore:
                 for path, leaf in _leaves(tree)
             },
         }
-        notes["sha256"] = _notes_digest(notes)
+        notes["sha256"] = notes_digest(notes)
         self._saving, self._overheard.error = step, None
         with self._told():
             first_alone(lambda: self._probe(step))
@@ -306,7 +309,7 @@ class CheckpointStore:
         items = ocp.args.Composite(notes=ocp.args.JsonRestore())
         notes = dict(self._reader.restore(self._folder(step), args=items)["notes"])
         saved = notes.pop("sha256", None)  # an early version noted none
-        if saved is not None and saved != _notes_digest(notes):
+        if saved is not None and saved != notes_digest(notes):
             raise ValueError("its notes are not what was saved")
         return notes
 
@@ -377,7 +380,7 @@ def _agreed(do: Callable[[], T]) -> tuple[T | None, str]:
     return (None, told[0]) if told else (found, "")
 
 
-def _notes_digest(notes: dict[str, Any]) -> str:
+def notes_digest(notes: dict[str, Any]) -> str:
     """Return the sha256 of notes, however their JSON is laid out."""
     return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ldm_jax.types import InputError, RunError
+from ldm_jax.types import InputError, Preempted, RunError
 
 T = TypeVar("T")
 
@@ -110,10 +110,35 @@ class StopSignal:
         """Start with nothing heard and no question asked."""
         self._heard = False
         self._questions = 0
+        self._unsaved: str | None = None
 
     def hear(self) -> None:
-        """Note that this process was told to stop."""
+        """Note that this process was told to stop.
+
+        Raises:
+          Preempted: If nothing is to be saved first, see `at_once`.
+        """
         self._heard = True
+        if self._unsaved is not None:
+            raise Preempted(self._unsaved)
+
+    @contextlib.contextmanager
+    def at_once(self, told: str) -> Iterator[None]:
+        """Do what can be stopped anywhere and loses nothing that is worth a wait.
+
+        Args:
+          told: What to say if it is.
+
+        Raises:
+          Preempted: If this process is told to stop, or was before.
+        """
+        if self._heard:
+            raise Preempted(told)
+        self._unsaved = told
+        try:
+            yield
+        finally:
+            self._unsaved = None
 
     def agreed(self) -> bool:
         """Say whether all stop here; every process asks once a dispatch."""

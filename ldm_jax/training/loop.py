@@ -254,7 +254,7 @@ class Trainer:
             if self._curve.is_missing(self._done):
                 self._score()
             while self._done < stage.num_steps:
-                profile.at(self._done)
+                profile.before(self._done, self._size(self._done))
                 before = self._done
                 self._dispatch()
                 clock.alive()

@@ -137,7 +137,8 @@ class PendingMetrics:
         step, values = self._last
         now = time.perf_counter()
         steps_per_second = (step - self._logged) / max(now - self._clock, 1e-9)
-        values["learning_rate"] = float(self._stage.learning_rate(step - 1))
+        made = max(step - 1 - self.skipped, 0)  # by the updates that were made
+        values["learning_rate"] = float(self._stage.learning_rate(made))
         values["images_per_second"] = steps_per_second * self._stage.batch_size
         first_alone(lambda: self._log.write(self._stage.name, step, values))
         self._logged, self._clock, self._last = step, now, None

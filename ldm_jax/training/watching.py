@@ -18,18 +18,24 @@ class Profile:
 
         Args:
           folder: To write to.
-          steps: Steps done when it begins and when it ends; None traces nothing.
+          steps: Steps done when it begins and when it ends, or the dispatches that
+            hold these; None traces nothing.
         """
         self._folder = folder
         self._steps = steps
         self._tracing = False
 
-    def at(self, done: int) -> None:
-        """Begin or end, by the number of steps done."""
+    @property
+    def is_tracing(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self._tracing
+
+    def before(self, done: int, size: int) -> None:
+        """Begin or end, by the steps that are done and those that come at once."""
         if self._steps is None:
             return
         start, stop = self._steps
-        if not self._tracing and start <= done < stop:
+        if not self._tracing and done < stop and done + size > start:
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._tracing = True
         elif self._tracing and done >= stop:
