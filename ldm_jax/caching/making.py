@@ -26,6 +26,7 @@ from ldm_jax.caching.encoders import (
 from ldm_jax.caching.reading import differences, made_of, short, text_encoder_digest
 from ldm_jax.caching.shards import find_shards, make_shard
 from ldm_jax.config import IMAGES_AT_ONCE, Config
+from ldm_jax.data.captions import Tokenized
 from ldm_jax.data.latents import (
     NOTE_FILE,
     NULL_FILE,
@@ -176,9 +177,9 @@ def plan_cache(
     Raises:
       InputError: If there are fewer examples than shards, or captions and no tokenizer.
     """
-    total, first = len(source.examples), source.examples[0]
-    has_captions = "caption" in first
-    fields = _fields(config, first, states=bool(encoders.conditioner))
+    total = len(source.examples)
+    has_captions = _words_are_captions(source)
+    fields = _fields(config, source, states=bool(encoders.conditioner))
     if num_shards is None:
         by_size = -(-total * sum(field.size for field in fields) // SHARD_BYTES)
         num_shards = min(max(by_size, MIN_SHARDS), total)
@@ -202,8 +203,16 @@ def plan_cache(
     )
 
 
-def _fields(config: Config, example: Any, *, states: bool) -> tuple[Field, ...]:
-    """List the arrays of a record: what is encoded, and what the example has."""
+def _words_are_captions(source: Source) -> bool:
+    """Say whether captions are kept: a tokenizer makes the tokens, if there are any."""
+    first = source.examples[0]
+    has_own_tokens = "tokens" in first and not isinstance(source.examples, Tokenized)
+    return "caption" in first and not has_own_tokens
+
+
+def _fields(config: Config, source: Source, *, states: bool) -> tuple[Field, ...]:
+    """List the arrays of a record: what is encoded, and what the examples have."""
+    example = source.examples[0]
     fields = [Field("moments", "<f4", config.moments_shape)]
     if states:
         vectors = config.diffusion.condition.as_vectors()
@@ -211,7 +220,7 @@ def _fields(config: Config, example: Any, *, states: bool) -> tuple[Field, ...]:
         fields.append(Field("states", "<f4", shape))
     prepared = prepare({**example, "index": 0}, config)
     for name in ("label", "tokens", "embedding", "segmentation"):
-        again = name == "tokens" and "caption" in example  # a tokenizer makes them
+        again = name == "tokens" and _words_are_captions(source)
         if name in example and not again:
             array = prepared[name]
             little = array.dtype.newbyteorder("<").str

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ldm_jax import config as config_lib
 from ldm_jax.build import check_example, null_tokens, open_tokenizer
 from ldm_jax.config import OWN_LATENTS, Config
 from ldm_jax.data.captions import Tokenized
+from ldm_jax.data.folders import folder_digest
 from ldm_jax.data.latents import (
     MAKER,
     CacheNote,
@@ -23,7 +25,7 @@ from ldm_jax.data.latents import (
     read_null_state,
 )
 from ldm_jax.data.pipeline import BatchIterator, make_stream
-from ldm_jax.data.sources import Examples
+from ldm_jax.data.sources import FOLDER, Examples, folder_path
 from ldm_jax.pretrained import SCALE_FILE, Taken
 from ldm_jax.training.digests import tree_digest
 from ldm_jax.training.parallel import Layout
@@ -40,9 +42,12 @@ NUMBERS_DEPEND_ON = (
 )
 """Fields that a cache's numbers depend on, beside the first stage's parameters."""
 
+FILES = "images and captions"
+"""What the files of a folder are called where two caches are compared."""
+
 MAX_BYTES_IN_MEMORY = 256 * 2**20
-"""Smaller caches are read once and kept, with the tokens of their captions: a batch of
-32 takes 1.4 ms that took 5.0, beside a step of 190."""
+"""Caches of fewer bytes of arrays are read once and kept, with the tokens of their
+captions: a batch of 32 takes 1.4 ms that took 5.0, beside a step of 190."""
 
 READING_THREADS = 8
 """Of a cache on disk, which may be far away: they wait, and do not compute."""
@@ -64,9 +69,16 @@ class Cache(NamedTuple):
 
 
 def made_of(config: Config) -> dict[str, Any]:
-    """Collect the fields of a config that a cache's numbers depend on."""
+    """Collect what a cache's numbers depend on: fields of a config, files of a folder.
+
+    Raises:
+      InputError: If the folder is not there.
+    """
     flat = config_lib.flatten(config)
-    return {name: flat[name] for name in NUMBERS_DEPEND_ON}
+    facts = {name: flat[name] for name in NUMBERS_DEPEND_ON}
+    if config.data.source.startswith(FOLDER):
+        facts[FILES] = short(folder_digest(folder_path(config.data.source)))
+    return facts
 
 
 def text_encoder_digest(
@@ -115,6 +127,8 @@ def check_cache(config: Config, taken: Taken, workdir: Path) -> CacheNote | None
     check_files(folder, note)
     found = {**note.made_of}
     wanted = made_of(config)
+    if FILES not in found:  # an early version did not note them
+        wanted.pop(FILES, None)
     if config.diffusion.condition.uses_classes:
         found["data.num_classes"] = note.num_classes
         wanted["data.num_classes"] = data.num_classes
@@ -127,6 +141,7 @@ def check_cache(config: Config, taken: Taken, workdir: Path) -> CacheNote | None
             f"values, or make another cache with {MAKER}"
         )
     _check_states(config, taken.conditioner, note)
+    _check_words(config, note)
     if taken.first_stage is not None:
         check_first_stage(config, taken.first_stage[0], note)
     elif not (workdir / "autoencoder" / SCALE_FILE).exists():
@@ -186,6 +201,16 @@ def _check_states(config: Config, conditioner: PyTree, note: CacheNote) -> None:
         )
 
 
+def _check_words(config: Config, note: CacheNote) -> None:
+    has_tokens = note.has_captions or "tokens" in {field.name for field in note.fields}
+    reads = config.diffusion.condition.uses_tokens and not _reads_states(config, note)
+    if reads and not has_tokens:
+        raise InputError(
+            f"data.latents: {config.data.latents} holds no captions, which this model "
+            f"reads; make another cache, with this config, by {MAKER}"
+        )
+
+
 def open_cache(config: Config, params: PyTree, note: CacheNote | None) -> Cache | None:
     """Open a cache that `check_cache` found good, for training.
 
@@ -210,9 +235,10 @@ def open_cache(config: Config, params: PyTree, note: CacheNote | None) -> Cache 
     num_threads = READING_THREADS
     if condition.uses_tokens and not states and note.has_captions:
         examples = Tokenized(examples, open_tokenizer(condition))
-    if sum(shard.size for shard in note.shards) < MAX_BYTES_IN_MEMORY:
+    if note.num_examples * note.record_size < MAX_BYTES_IN_MEMORY:
         num_threads = 1
-        examples = [examples[i] for i in range(len(examples))]
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            examples = list(pool.map(examples.__getitem__, range(len(examples))))
     check_example(with_states(config) if states else config, examples[0])
     null_state = read_null_state(folder, note) if states else None
     return Cache(examples, null_state, num_threads)

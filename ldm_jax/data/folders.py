@@ -26,7 +26,7 @@ from ldm_jax.data.image_files import (
     read_header,
     read_image,
 )
-from ldm_jax.data.listing import Listing, list_folder, select, some
+from ldm_jax.data.listing import Listing, digest_of, list_folder, select, some
 from ldm_jax.types import InputError, RunError
 
 T = TypeVar("T")
@@ -141,6 +141,15 @@ def open_folder(
         keeps=sum(headers[name].num_bytes for name in names) < max_bytes_in_memory,
     )
     return examples, classes
+
+
+def folder_digest(root: Path) -> str:
+    """Tell two states of a folder apart, by names and sizes of its files.
+
+    Raises:
+      InputError: If it is no folder, or holds no images.
+    """
+    return digest_of(list_folder(root))
 
 
 def folder_captions(root: Path, split: str) -> list[str]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ldm_jax.data.image_files import SUFFIXES, Stamp
 from ldm_jax.types import InputError
 
+CAPTION_SUFFIXES = (".txt", ".jsonl")
 TRAIN, TEST, ALL = "train", "test", "all"
 SPLIT_FOLDERS = frozenset({TRAIN, TEST, "val", "valid", "validation"})
 HELD_OUT_PART = 20
@@ -90,6 +91,16 @@ def list_folder(root: Path) -> Listing:
         images = tuple(name for name in images if "/" in name)
         return Listing(root, stamps, images, _by_folder(images, tops), True)
     return Listing(root, stamps, images, _held_out(images), False)
+
+
+def digest_of(listing: Listing) -> str:
+    """Tell two states of a folder apart by names and sizes of images and captions."""
+    files = [
+        (name, stamp.size)
+        for name, stamp in sorted(listing.stamps.items())
+        if name.lower().endswith((*SUFFIXES, *CAPTION_SUFFIXES))
+    ]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def select(listing: Listing, split: str) -> tuple[str, ...]:
