@@ -13,6 +13,7 @@ from ldm_jax.images import write_png
 from ldm_jax.interop.native import write_native
 from ldm_jax.report.__main__ import main
 from ldm_jax.report.charts import Curve, chart
+from ldm_jax.report.scores import _sweep, best_by_way
 from ldm_jax.report.story import read_story
 from ldm_jax.types import InputError
 from tests import tiny
@@ -75,14 +76,28 @@ def make_run(workdir, *, trained=True, finished=True):
     return workdir
 
 
-def measured(scale, fid):
+def measured(scale, fid, *, checkpoint="c" * 64):
     return {
-        "scores": {"fid": fid, "kid": 0.1, "precision": 0.5, "sfid": None},
+        "scores": {
+            "fid": fid,
+            "kid": 0.1,
+            "precision": 0.5,
+            "recall": 0.25,
+            "sfid": None,
+        },
         "held_out_scores": {"fid": 0.01, "kid": 0.0, "precision": 0.9},
         "num_held_out": 297,
         "protocol": {"name": "dataset-classifier", "network": "classifier"},
-        "settings": {"sampler": "ddim", "steps": 20, "guidance_scale": [scale]},
+        "settings": {
+            "sampler": "ddim",
+            "steps": 20,
+            "guidance_scale": [scale],
+            "step": 8,
+        },
         "seeds": "0-499",
+        "network": "n" * 64,
+        "real": {"source": "tfds:digits", "data": "r" * 64},
+        "made_with": {"checkpoint": checkpoint, "platform": "cpu"},
     }
 
 
@@ -99,6 +114,10 @@ def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
         folder = workdir / "evaluation" / str(i)
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(measured(scale, fid)))
+    found = {"psnr": 38.5, "ssim": None, "lpips": None, "rfid": 0.5, "num_images": 297}
+    found = {"reconstructions": found, "protocol": {"name": "dataset-classifier"}}
+    path = workdir / "evaluation" / "reconstructions_dataset-classifier.json"
+    path.write_text(json.dumps(found))
     (workdir / "steps").mkdir()
     cheapest = {"sampler": "unipc", "steps": 10}
     found = {"cheapest": cheapest, "num_images": 500}
@@ -114,6 +133,10 @@ def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
         "How good is it?",
         "297 held-out real images",
         "FID against guidance scale",
+        "Precision and recall against guidance scale",
+        "dataset-classifier, 500 samples",
+        "rFID",
+        "38.5",
         "Reconstructions",
         "Samples over training",
         "Denoising",
@@ -124,6 +147,7 @@ def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
         '"num_timesteps": 1000',
         "python train.py --config",
         "python -m ldm_jax.evaluation",
+        f"--workdir '{workdir}' --step 8 --protocol dataset-classifier",
         "prefers-color-scheme: dark",
     ]
     missing = [word for word in words if word not in page.text]
@@ -192,3 +216,24 @@ def test_charts_of_little_or_nothing():
         flat = Curve("loss", list(range(len(values))), values)
         for logarithmic in (True, False):
             assert re.search("points=", chart([flat], logarithmic=logarithmic, **LOOK))
+
+
+def test_a_curve_is_of_one_checkpoint_and_one_way():
+    points = [(1.0, 0.5), (2.0, 0.2), (3.0, 0.9)]
+    one = [measured(*point) for point in points]
+    other = [measured(*point, checkpoint="o" * 64) for point in points]
+    assert _sweep(one).count("<polyline") == 3  # FID; precision and recall
+    assert _sweep([*one, *other]).count("<polyline") == 6
+    # Two of one and one of another are no curve, however well they would look.
+    assert _sweep([*one[:2], other[2]]) == ""
+
+
+def test_scores_of_different_protocols_have_a_tile_each(tmp_path):
+    workdir = make_run(tmp_path / "run")
+    adm = {**measured(1.0, 12.0), "protocol": {"name": "adm", "network": "inception"}}
+    found = [measured(1.0, 0.5), measured(2.0, 0.3), adm]
+    story = read_story(workdir)._replace(metrics=found)
+    assert best_by_way(story) == {
+        "dataset-classifier, 500 samples": 0.3,
+        "adm, 500 samples": 12.0,
+    }

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from ldm_jax.config import to_json
 from ldm_jax.report.charts import Curve, chart
 from ldm_jax.report.parts import escaped, figure, section, table
-from ldm_jax.report.scores import score_curves, scores_section
+from ldm_jax.report.scores import best_by_way, score_curves, scores_section
 from ldm_jax.report.shots import Shots
 from ldm_jax.report.story import StageStory, Story
 from ldm_jax.report.style import STYLE
@@ -87,10 +88,7 @@ def _hero(story: Story) -> str:
         if stage.seconds:
             more = f"{more} in {_duration(stage.seconds)}"
         tiles.append(_tile(STAGE_TITLES[stage.name], share, more))
-    if story.metrics:
-        best = min(story.metrics, key=lambda one: one["scores"]["fid"])
-        value = best["scores"]["fid"]
-        tiles.append(_tile("FID", f"{value:.3g}", best["protocol"]["name"]))
+    tiles += [_tile("FID", f"{fid:.3g}", of) for of, fid in best_by_way(story).items()]
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -192,11 +190,13 @@ def _steps(story: Story) -> str:
 
 def _making(story: Story, facts: dict[str, str]) -> str:
     place = story.workdir
+    again, name = f"{place}_again", shlex.quote(str(place))
     commands = [
-        f"python train.py --config {place}/config.json --workdir {place}_again",
-        f"python sample.py --workdir {place}",
+        f"python train.py --config {shlex.quote(f'{place}/config.json')} --workdir "
+        f"{shlex.quote(again)}",
+        f"python sample.py --workdir {name}",
         *(_evaluation_command(story, one) for one in story.metrics),
-        f"python -m ldm_jax.report --workdir {place}",
+        f"python -m ldm_jax.report --workdir {name}",
     ]
     listed = "\n".join(commands)
     final = {} if story.final is None else story.final
@@ -214,17 +214,25 @@ def _making(story: Story, facts: dict[str, str]) -> str:
 
 def _evaluation_command(story: Story, one: dict[str, Any]) -> str:
     settings = one["settings"]
-    count = int(one["seeds"].split("-")[1]) + 1
     scale = ",".join(f"{value:g}" for value in settings["guidance_scale"])
-    name = one["protocol"]["name"]
-    length = settings.get("ema_length")
-    averaged = "" if length is None else f" --ema-lengths {length:g}"
-    weights = "" if one["protocol"]["network"] == "classifier" else " --inception FILE"
-    return (
-        f"python -m ldm_jax.evaluation --workdir {story.workdir} --protocol {name}"
-        f"{weights} --num-images {count} --sampler {settings['sampler']} --steps "
-        f"{settings['steps']} --guidance-scale {scale}{averaged}"
-    )
+    takes_file = one["protocol"]["network"] != "classifier"
+    is_own = one["real"]["source"] == story.config.data.source
+    flags = {
+        "workdir": shlex.quote(str(story.workdir)),
+        "step": settings.get("step"),
+        "protocol": one["protocol"]["name"],
+        "inception": "FILE" if takes_file else None,
+        "reference": None if is_own else "FILE",
+        "num-images": int(one["seeds"].split("-")[1]) + 1,
+        "sampler": settings["sampler"],
+        "steps": settings["steps"],
+        "spacing": settings.get("spacing"),
+        "eta": settings.get("eta") or None,
+        "guidance-scale": scale,
+        "ema-lengths": settings.get("ema_length"),
+    }
+    told = (f"--{name} {value}" for name, value in flags.items() if value is not None)
+    return f"python -m ldm_jax.evaluation {' '.join(told)}"
 
 
 def _file(path: Path) -> str:

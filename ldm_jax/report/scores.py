@@ -1,5 +1,7 @@
 """How good a run is, told on its page: a table, sweeps, and curves over training."""
 
+import json
+import math
 from typing import Any
 
 from ldm_jax.report.charts import Curve, chart
@@ -16,6 +18,12 @@ SCORE_NAMES = {
     "density": "density",
     "coverage": "coverage",
 }
+LIKE = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "rfid": "rFID",
+}
 SWEPT = {
     "guidance_scale": "guidance scale",
     "steps": "steps",
@@ -23,12 +31,24 @@ SWEPT = {
 }
 """What may be measured for several values."""
 LEAST_OF_A_SWEEP = 3
+DRAWN_OF_A_SWEEP = {("fid",): "FID", ("precision", "recall"): "Precision and recall"}
+
+
+def best_by_way(story: Story) -> dict[str, float]:
+    """Return the least FID of each protocol and number of samples: others differ."""
+    best: dict[str, float] = {}
+    for one in story.metrics:
+        count = int(one["seeds"].split("-")[1]) + 1
+        way = f"{one['protocol']['name']}, {count:,} samples"
+        best[way] = min(best.get(way, math.inf), one["scores"]["fid"])
+    return best
 
 
 def scores_section(story: Story) -> str:
     """Write what evaluations found of a run, or "" where there was none."""
+    likeness = _likeness(story)
     if not story.metrics:
-        return ""
+        return section("How good is it?", likeness) if likeness else ""
     names = [
         name
         for name in SCORE_NAMES
@@ -69,47 +89,89 @@ def scores_section(story: Story) -> str:
         + table(head, rows)
         + "<p>Rows of different protocols cannot be compared, nor distances of "
         "different numbers of images: fewer are further. Held-out real images stand "
-        "for scale.</p>" + _sweep(story.metrics),
+        "for scale.</p>" + _sweep(story.metrics) + likeness,
     )
 
 
+def _likeness(story: Story) -> str:
+    """Write how like their originals the first stage's reconstructions are."""
+    rows = [
+        [
+            one["protocol"]["name"],
+            f"{likeness['num_images']:,} held-out images",
+            *(number(likeness.get(name)) for name in LIKE),
+        ]
+        for one in story.reconstructions
+        for likeness in [one["reconstructions"]]
+    ]
+    return table(["", "reconstructions", *LIKE.values()], rows) if rows else ""
+
+
 def _sweep(metrics: list[dict[str, Any]]) -> str:
-    """Draw FID against what was measured for several values, all else being equal."""
+    """Draw scores against what was measured for several values, all else equal."""
     figures: list[str] = []
     for what, x_name in SWEPT.items():
-        groups: dict[str, list[tuple[float, float]]] = {}
+        groups: dict[str, list[dict[str, Any]]] = {}
         for one in metrics:
-            settings = one["settings"]
-            value = settings.get(what)
-            if isinstance(value, list):
-                value = value[0] if len(value) == 1 else None
-            if value is None:
-                continue
-            rest = ", ".join(
-                f"{SWEPT[name]} {_listed(settings[name])}"
-                for name in SWEPT
-                if name != what and settings.get(name) is not None
-            )
-            name = f"{one['protocol']['name']}: {settings['sampler']}, {rest}"
-            key = f"{name}, seeds {one['seeds']}"
-            groups.setdefault(key, []).append((value, one["scores"]["fid"]))
-        curves = [
-            Curve(name, *map(list, zip(*sorted(points), strict=True)))
-            for name, points in groups.items()
-            if len({x for x, _ in points}) >= LEAST_OF_A_SWEEP
+            if _swept_value(one, what) is not None:
+                groups.setdefault(_rest(one, what), []).append(one)
+        sweeps = [
+            sorted(group, key=lambda one: _swept_value(one, what))
+            for group in groups.values()
+            if len({_swept_value(one, what) for one in group}) >= LEAST_OF_A_SWEEP
         ]
-        title = f"FID against {x_name}"
-        drawn = chart(
-            curves,
-            title=title,
-            x_name=x_name,
-            logarithmic=False,
-            smooth=False,
-            dots=True,
-        )
-        if drawn:
-            figures.append(figure(drawn, title))
+        for scores, title in DRAWN_OF_A_SWEEP.items():
+            curves = [
+                Curve(
+                    f"{SCORE_NAMES[name]}, {_way(sweep[0], what)}",
+                    [_swept_value(one, what) for one in sweep],
+                    [one["scores"][name] for one in sweep],
+                )
+                for sweep in sweeps
+                for name in scores
+            ]
+            title = f"{title} against {x_name}"
+            drawn = chart(
+                curves,
+                title=title,
+                x_name=x_name,
+                logarithmic=False,
+                smooth=False,
+                dots=True,
+            )
+            if drawn:
+                figures.append(figure(drawn, title))
     return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
+
+
+def _swept_value(one: dict[str, Any], what: str) -> Any:
+    """Return the value of what may be swept; None where it has none, or several."""
+    value = one["settings"].get(what)
+    if isinstance(value, list):
+        return value[0] if len(value) == 1 else None
+    return value
+
+
+def _way(one: dict[str, Any], what: str) -> str:
+    """Say how samples were made and measured, but for what is swept."""
+    settings = one["settings"]
+    rest = ", ".join(
+        f"{SWEPT[name]} {_listed(settings[name])}"
+        for name in SWEPT
+        if name != what and settings.get(name) is not None
+    )
+    count = int(one["seeds"].split("-")[1]) + 1
+    name, sampler = one["protocol"]["name"], settings["sampler"]
+    return f"{name}: {sampler}, {rest}, {count:,} samples"
+
+
+def _rest(one: dict[str, Any], what: str) -> str:
+    """Collect all that two points of a curve have in common."""
+    settings = {k: v for k, v in one["settings"].items() if k != what}
+    # An average of another length is another set of weights, of the same step.
+    made_with = {} if what == "ema_length" else one["made_with"]
+    facts = (one["protocol"], one["network"], one["real"]["data"], one["seeds"])
+    return json.dumps([settings, made_with, *facts], sort_keys=True)
 
 
 def _listed(value: Any) -> str:

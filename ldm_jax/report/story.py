@@ -58,6 +58,7 @@ class Story(NamedTuple):
       stages: In order.
       final: Of `final.json`; None while the run is not finished.
       metrics: Of every `metrics.json` of an evaluation.
+      reconstructions: What was found of the first stage, by protocol.
       steps: Of `steps.json`, with its picture; None where it was not made.
       steps_picture: The plot of it.
     """
@@ -68,6 +69,7 @@ class Story(NamedTuple):
     stages: list[StageStory]
     final: dict[str, Any] | None
     metrics: list[dict[str, Any]]
+    reconstructions: list[dict[str, Any]]
     steps: dict[str, Any] | None
     steps_picture: Path | None
 
@@ -112,6 +114,8 @@ def read_story(workdir: Path) -> Story:
         )
     found = sorted((workdir / EVALUATION).glob("*/metrics.json"))
     metrics = [one for path in found if (one := _json(path)) is not None]
+    found = sorted((workdir / EVALUATION).glob("reconstructions_*.json"))
+    reconstructions = [one for path in found if (one := _json(path)) is not None]
     picture = workdir / STEPS / "steps.png"
     return Story(
         workdir=workdir,
@@ -120,6 +124,7 @@ def read_story(workdir: Path) -> Story:
         stages=stages,
         final=final,
         metrics=metrics,
+        reconstructions=reconstructions,
         steps=_json(workdir / STEPS / "steps.json"),
         steps_picture=picture if picture.exists() else None,
     )

@@ -61,9 +61,12 @@ def _facts(story: Story) -> dict[str, str]:
     examples = f", {number:,} examples" if number else ""
     device = platform_text(_one_device())
     now = datetime.datetime.now(datetime.UTC)
+    final = {} if story.final is None else story.final
+    trained = {"trained on": final["trained_on"]} if "trained_on" in final else {}
     return {
         "data": f"{data.source}, split {data.train_split}{examples}",
         "seed": str(seed),
+        **trained,
         "report written": f"{now:%Y-%m-%d %H:%M} UTC on {device}, "
         f"ldm_jax {version('ldm_jax')}, JAX {jax.__version__}",
     }
