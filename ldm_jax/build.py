@@ -383,7 +383,7 @@ def open_iterator(config: Config, *, batch_size: int, layout: Layout) -> BatchIt
 
 
 def load_split(config: Config, split: Split, *, limit: int | None = None) -> Batch:
-    """Load a split, or its first `limit` examples, as the run sees its images."""
+    """Load a split, or `limit` of its examples, as the run sees its images."""
     examples = open_split(config, split).examples
     return load_all(
         examples,

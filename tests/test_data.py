@@ -119,9 +119,20 @@ def test_resizing_keeps_a_flat_image_flat_and_makes_grey_colour():
 
 
 def test_load_all_reads_in_the_order_of_the_split(test):
-    batch = load_all(test, image_size=8, image_channels=1, limit=5)
-    assert np.array_equal(batch.example_index, np.arange(5))
-    assert all(np.array_equal(batch.image[i], test[i]["image"]) for i in range(5))
+    batch = load_all(test, image_size=8, image_channels=1)
+    assert np.array_equal(batch.example_index, np.arange(297))
+    assert all(np.array_equal(batch.image[i], test[i]["image"]) for i in range(297))
+
+
+def test_a_part_of_a_split_is_from_all_over_it(test):
+    by_class = sorted(test, key=lambda example: int(example["label"]))
+    batch = load_all(by_class, image_size=8, image_channels=1, limit=60)
+    assert len(batch.image) == 60
+    assert set(batch.label) == set(range(10))
+    rows = [by_class[i]["image"] for i in batch.example_index]
+    assert np.array_equal(batch.image, rows)
+    fewer = load_all(by_class, image_size=8, image_channels=1, limit=30)
+    assert set(fewer.example_index) < set(batch.example_index)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

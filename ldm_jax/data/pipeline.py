@@ -311,6 +311,20 @@ def to_batch(element: Mapping[str, np.ndarray]) -> Batch | LatentBatch:
     )
 
 
+def scattered(num: int) -> Int[np.ndarray, " n"]:
+    """Return an order of examples in which any first part stands for all of them.
+
+    Data sets come class by class: the first thousand show two of ten.
+
+    Args:
+      num: Examples there are.
+
+    Returns:
+      Their places, always the same for as many.
+    """
+    return np.random.RandomState(0).permutation(num)
+
+
 def load_all(
     examples: Examples,
     *,
@@ -324,18 +338,21 @@ def load_all(
       examples: The split.
       image_size: Side, in pixels.
       image_channels: 1 or 3.
-      limit: Read only so many.
+      limit: Read only so many, from all over the split.
 
     Returns:
-      The examples, the index of each its index the position in the split.
+      The examples, the index of each the position in the split, rising.
     """
+    chosen = range(len(examples))
+    if limit is not None and limit < len(examples):
+        chosen = sorted(map(int, scattered(len(examples))[:limit]))
     rows: Iterator[dict[str, np.ndarray]] = (
         prepare_example(
             {**examples[i], "index": i},
             image_size=image_size,
             image_channels=image_channels,
         )
-        for i in range(len(examples))[:limit]
+        for i in chosen
     )
     columns = list(rows)
     batch = to_batch(

@@ -60,7 +60,7 @@ class Reference(NamedTuple):
       provenance: What they are of.
       pooled: Moments of all features.
       spatial: Moments of sFID's; None where the network has none.
-      kept: Features one by one, of the first images.
+      kept: Features one by one, of images from all over, in no order.
     """
 
     provenance: Provenance

@@ -27,7 +27,8 @@ class Protocol(NamedTuple):
       kernel_subsets: Subsets of the kernel distance.
       kernel_size: Images in each.
       neighbours: k of precision, recall, density and coverage.
-      neighbour_images: Most images of either side for these four.
+      neighbour_images: Most real images for these four.
+      neighbour_samples: Most samples for them.
     """
 
     name: ProtocolName
@@ -40,21 +41,26 @@ class Protocol(NamedTuple):
     kernel_size: int
     neighbours: int
     neighbour_images: int
+    neighbour_samples: int
 
 
 _ROWS = (
     # name, network, resize, images; splits, seed; subsets, size; k, at most
     Protocol(
-        "adm", "inception", "tensorflow_1", 50_000, 10, None, 100, 1000, 3, 10_000
+        "adm", "inception", "tensorflow_1", 50_000, 10, None, 100, 1000, 3, 10_000,
+        50_000,
     ),
     Protocol(
         "torch-fidelity", "inception", "tensorflow_1", 50_000, 10, 2020, 100, 1000, 3,
-        50_000,
+        50_000, 50_000,
     ),
-    Protocol("clean-fid", "inception", "clean", 50_000, 10, 2020, 100, 1000, 3, 10_000),
+    Protocol(
+        "clean-fid", "inception", "clean", 50_000, 10, 2020, 100, 1000, 3, 10_000,
+        10_000,
+    ),
     Protocol(
         "dataset-classifier", "classifier", "none", 50_000, 10, 2020, 100, 100, 3,
-        10_000,
+        10_000, 10_000,
     ),
 )  # fmt: skip
 PROTOCOLS: dict[ProtocolName, Protocol] = {row.name: row for row in _ROWS}

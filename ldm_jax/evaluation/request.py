@@ -66,7 +66,10 @@ def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
     add("--protocol", help=f"one of {', '.join(PROTOCOL_NAMES)}")
     add("--inception", type=Path, help="weights of FID's Inception (.pth, safetensors)")
     add(
-        "--reference", type=Path, help="statistics of real images; the run's by default"
+        "--reference",
+        type=Path,
+        help="statistics of real images, or a reference batch of ADM's; the run's own "
+        "images by default",
     )
     add("--num-images", type=int, help="samples; the protocol's number by default")
     add("--sampler", default="ddim")

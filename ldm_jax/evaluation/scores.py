@@ -65,9 +65,10 @@ def score(protocol: Protocol, made: FeatureSet, reference: Reference) -> Scores:
             made.logits, splits=protocol.score_splits, seed=protocol.score_seed
         )
         found |= {"inception_score": clear.mean, "inception_score_std": clear.std}
-    most = protocol.neighbour_images
     near = neighbourhoods(
-        made.pooled[:most], kept[:most], neighbours=protocol.neighbours
+        made.pooled[: protocol.neighbour_samples],
+        kept[: protocol.neighbour_images],
+        neighbours=protocol.neighbours,
     )
     return found | near._asdict()
 

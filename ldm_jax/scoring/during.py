@@ -141,6 +141,7 @@ def _settings(config: Config, workdir: Path) -> Settings:
         "sampler": asked.sampler,
         "steps": asked.steps,
         "guidance-scale": asked.guidance_scale,
+        "out": workdir / FOLDER,  # nothing is written there by these settings
     }
     flags = [f"--{name}={value}" for name, value in words.items()]
     return cast(SampleRequest, parse_sample(flags)).settings

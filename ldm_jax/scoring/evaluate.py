@@ -135,7 +135,7 @@ def _evaluate(
     folder = request.out / gather_texts(_name(request, settings, facts))[0]
     folder.mkdir(exist_ok=True)
     with together():  # one that cannot write leaves no other waiting
-        seconds = draw_shards(
+        drawn = draw_shards(
             studio, judged.extractor, folder, num_images=request.num_images
         )
     if not is_first():
@@ -150,7 +150,9 @@ def _evaluate(
         **facts,
         "real": judged.reference.provenance._asdict(),
         "classifier_accuracy": judged.accuracy,
-        "seconds_of_sampling": seconds,
+        # Of this command: a part of them where it went on.
+        "images_drawn": drawn.num_images,
+        "seconds_of_sampling": drawn.seconds,
         "devices": studio.layout.num_devices,
         "versions": json.loads(versions()),
     }

@@ -13,8 +13,9 @@ from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.evaluation.scores import Scores, check_enough, score
 from ldm_jax.interop.inception import load_inception
 from ldm_jax.interop.names import flatten, unflatten
-from ldm_jax.scoring.extractors import Extractor
+from ldm_jax.scoring.extractors import Extractor, extract_all
 from ldm_jax.scoring.real import (
+    ROWS,
     data_digest,
     extractor_of,
     real_statistics,
@@ -137,6 +138,7 @@ def _held_out(
 ) -> Scores | None:
     """Score held-out images as if they were samples; None where they are too few."""
     try:
-        return score(protocol, extractor.extract(images), reference)
+        seen = extract_all(extractor, images, size=ROWS)
+        return score(protocol, seen, reference)
     except InputError:
         return None

@@ -3,18 +3,23 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from ldm_jax.build import load_split, open_split
+from ldm_jax.caching.shards import file_digest
 from ldm_jax.config import Config
-from ldm_jax.data.pipeline import load_all, prepare_example
+from ldm_jax.data.folders import folder_digest
+from ldm_jax.data.pipeline import load_all, prepare_example, scattered
+from ldm_jax.data.sources import FOLDER, Examples, folder_path
 from ldm_jax.evaluation.features import (
     MOST_KEPT,
     Provenance,
     Reference,
     check_comparable,
+    read_arrays,
     read_reference,
     reference_of,
     write_reference,
@@ -22,6 +27,7 @@ from ldm_jax.evaluation.features import (
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.evaluation.scores import check_enough
 from ldm_jax.evaluation.streams import Sums, merge, sums_of
+from ldm_jax.scoring.adm import is_batch, reference_of_batch
 from ldm_jax.scoring.extractors import (
     Extractor,
     classifier_extractor,
@@ -35,17 +41,24 @@ ROWS = 256
 
 
 def data_digest(config: Config) -> str:
-    """Tell data sets apart as a run sees them, without reading them."""
+    """Tell data sets apart as a run sees them, without reading them.
+
+    Raises:
+      InputError: If a folder of images is not there.
+    """
     data = config.data
-    facts = (data.source, data.directory, data.train_split, data.image_size)
-    text = repr((*facts, data.image_channels, data.crop, data.num_train_examples))
-    return hashlib.sha256(text.encode()).hexdigest()
+    facts: list[Any] = [data.source, data.directory, data.train_split, data.image_size]
+    facts += [data.image_channels, data.crop, data.num_train_examples]
+    if data.source.startswith(FOLDER):
+        facts.append(folder_digest(folder_path(data.source)))
+    return hashlib.sha256(repr(tuple(facts)).encode()).hexdigest()
 
 
-def images_of(config: Config) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-    """Read the training split in order, as the run sees it, without flips."""
+def images_of(
+    config: Config, examples: Examples
+) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+    """Read examples in order, as the run sees them, without flips."""
     data = config.data
-    examples = open_split(config, "train").examples
     for start in range(0, len(examples), ROWS):
         rows = [
             prepare_example(
@@ -68,7 +81,13 @@ def measure_real(config: Config, protocol: Protocol, extractor: Extractor) -> Re
     pooled: Sums | None = None
     spatial: Sums | None = None
     kept: list[np.ndarray] = []
-    for images in images_of(config):
+    examples = open_split(config, "train").examples
+    # Kept one by one, in an order in which the first ones stand for all.
+    chosen = scattered(len(examples))[:MOST_KEPT]
+    is_kept = np.zeros(len(examples), bool)
+    is_kept[chosen] = True
+    start = 0
+    for images in images_of(config, examples):
         total.update(np.ascontiguousarray(images).tobytes())
         seen = extractor.extract(images)
         part = sums_of(seen.pooled)
@@ -76,8 +95,8 @@ def measure_real(config: Config, protocol: Protocol, extractor: Extractor) -> Re
         if seen.spatial is not None:
             part = sums_of(seen.spatial)
             spatial = part if spatial is None else merge(spatial, part)
-        if sum(map(len, kept)) < MOST_KEPT:
-            kept.append(seen.pooled)
+        kept.append(seen.pooled[is_kept[start : start + len(images)]])
+        start += len(images)
     if pooled is None:
         raise InputError(f"--data.source: {config.data.source} holds no images")
     check_enough(pooled.num, len(pooled.mean), what=f"{config.data.source}")
@@ -90,7 +109,7 @@ def measure_real(config: Config, protocol: Protocol, extractor: Extractor) -> Re
         image_size=config.data.image_size,
         data=total.hexdigest(),
     )
-    rows = np.concatenate(kept)[:MOST_KEPT]
+    rows = np.concatenate(kept)[np.argsort(np.argsort(chosen))]
     return reference_of(provenance, pooled, spatial, rows)
 
 
@@ -108,7 +127,8 @@ def real_statistics(
       config: Of the run.
       protocol: How.
       extractor: Its network.
-      given: File that is to be compared with, or None for the run's own data.
+      given: File that is to be compared with, statistics of ours or a reference batch
+        of ADM's; None for the run's own data.
       folder: Where statistics of the run's own data are kept.
 
     Raises:
@@ -120,6 +140,17 @@ def real_statistics(
         protocol.name, extractor.digest, data.source, data.train_split, 0, 0, ""
     )
     if given is not None:
+        arrays = read_arrays(given)
+        if is_batch(arrays):
+            digest = file_digest(given).sha256
+            of = f"{extractor.digest[:12]}_{digest[:12]}"
+            path = folder / f"real_{protocol.name}_{of}.npz"
+            if not path.exists():
+                made = reference_of_batch(
+                    given, arrays, protocol, extractor, digest=digest
+                )
+                write_reference(path, made)
+            given = path
         reference = read_reference(given)
         check_comparable(wanted, reference.provenance, path=given)
         return reference
@@ -144,7 +175,8 @@ def taught(config: Config) -> tuple[PyTree, float]:
       Its parameters, and the part of the test split that it reads right.
 
     Raises:
-      InputError: If the data set has fewer than two classes.
+      InputError: If the data set has fewer than two classes, or other than the config
+        says.
     """
     data = config.data
     if data.num_classes < 2:
@@ -153,9 +185,16 @@ def taught(config: Config) -> tuple[PyTree, float]:
             f"{data.source} has {data.num_classes or 'none'}; try --protocol adm with "
             "--inception FILE"
         )
+    source = open_split(config, "train")
+    if source.num_classes != data.num_classes:
+        raise InputError(
+            f"--protocol: dataset-classifier reads the labels of {data.source}, which "
+            f"has {source.num_classes or 'no'} classes, but data.num_classes is "
+            f"{data.num_classes}; try --protocol adm with --inception FILE"
+        )
     side, channels = data.image_size, data.image_channels
     limit = min(MOST_KEPT, MOST_BYTES // (side * side * channels))
-    examples = open_split(config, "train").examples
+    examples = source.examples
     train = load_all(examples, image_size=side, image_channels=channels, limit=limit)
     params = teach(train.image, train.label, num_classes=data.num_classes)
     test = load_split(config, "test", limit=limit)

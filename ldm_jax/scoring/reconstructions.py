@@ -20,7 +20,7 @@ from ldm_jax.interop.perceptual import load_lpips
 from ldm_jax.nn.critics import Lpips
 from ldm_jax.pretrained import load_first_stage, load_taken
 from ldm_jax.recipes import versions
-from ldm_jax.scoring.extractors import Extractor
+from ldm_jax.scoring.extractors import Extractor, extract_all
 from ldm_jax.training.files import write_json
 from ldm_jax.types import PyTree
 
@@ -95,7 +95,7 @@ def score_reconstructions(
         distance = _lpips(load_lpips(lpips_files), images, made)
     rfid = None
     if extractor is not None:
-        seen = [extractor.extract(x).pooled for x in (images, made)]
+        seen = [extract_all(extractor, x, size=CHUNK).pooled for x in (images, made)]
         if len(images) > seen[0].shape[1]:
             rfid = frechet_distance(*map(moments, seen))
     return Likeness(

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -16,11 +17,38 @@ from ldm_jax.images import grid, write_png
 from ldm_jax.scoring.extractors import Extractor
 from ldm_jax.studio import Studio
 from ldm_jax.subjects import Shown, Subject
+from ldm_jax.types import InputError
 
 SHARD = 256
-"""Samples whose features are one file: an interruption costs no more of a process."""
+"""Samples whose features are one file, once they are all there."""
+PART = 128
+"""Samples after which it is written: an interruption costs no more of a process."""
 GRID_SIDE = 10
 MOST_CAPTIONS = 10_000
+
+
+class Drawn(NamedTuple):
+    """What a process drew.
+
+    Attributes:
+      num_images: How many; those that were there already are not among them.
+      seconds: It took.
+    """
+
+    num_images: int
+    seconds: float
+
+
+class Features(NamedTuple):
+    """A file of features.
+
+    Attributes:
+      path: The file; None if there is none.
+      num: Samples it is of, the first ones of its shard.
+    """
+
+    path: Path | None
+    num: int
 
 
 def draw_shards(
@@ -30,7 +58,7 @@ def draw_shards(
     *,
     num_images: int,
     tells: bool = True,
-) -> float:
+) -> Drawn:
     """Draw the samples whose features are not there yet; this process' share.
 
     Args:
@@ -41,16 +69,18 @@ def draw_shards(
       tells: Whether a bar shows how far it is.
 
     Returns:
-      Seconds that it took.
+      How many it drew, and how long that took.
     """
-    paths = _shards(folder, num_images)
-    mine = range(jax.process_index(), len(paths), jax.process_count())
-    missing = [i for i in mine if not paths[i].exists()]
+    num_shards = -(-num_images // SHARD)
+    mine = range(jax.process_index(), num_shards, jax.process_count())
+    sizes = {i: min(SHARD, num_images - i * SHARD) for i in mine}
+    there = {i: _found(folder, i, size) for i, size in sizes.items()}
+    missing = [i for i, size in sizes.items() if there[i].num < size]
     shown = shown_by_seed(studio.run.config, num_images)
     subjects = [
         Subject(shown[seed % len(shown)], seed)
         for i in missing
-        for seed in range(i * SHARD, min((i + 1) * SHARD, num_images))
+        for seed in range(i * SHARD + there[i].num, i * SHARD + sizes[i])
     ]
     began = time.monotonic()
     done = num_images - len(subjects)
@@ -63,18 +93,29 @@ def draw_shards(
     ) as bar:
         pictures = draw(studio, subjects)
         for i in missing:
-            num = min(SHARD, num_images - i * SHARD)
-            images: list[np.ndarray] = []
-            for _ in range(num):
-                images.append(next(pictures).image)
-                bar.update()
-            stacked = np.stack(images)
-            if i == 0:
-                _write_grid(folder / "samples.png", stacked)
-            seen = extractor.extract(stacked)
-            arrays = {k: v for k, v in seen._asdict().items() if v is not None}
-            write_arrays(paths[i], arrays)
-    return time.monotonic() - began
+            before = there[i]
+            while before.num < sizes[i]:
+                images: list[np.ndarray] = []
+                for _ in range(min(PART, sizes[i] - before.num)):
+                    images.append(next(pictures).image)
+                    bar.update()
+                stacked = np.stack(images)
+                if i == 0 and before.num == 0:
+                    _write_grid(folder / "samples.png", stacked)
+                before = _add(folder, i, before, extractor.extract(stacked))
+    return Drawn(len(subjects), time.monotonic() - began)
+
+
+def _add(folder: Path, shard: int, before: Features, seen: FeatureSet) -> Features:
+    """Write what is known of a shard's first samples, more than before."""
+    if before.path is not None:
+        seen = join([_read(before.path), seen])
+    after = Features(_path(folder, shard, len(seen.pooled)), len(seen.pooled))
+    arrays = {k: v for k, v in seen._asdict().items() if v is not None}
+    write_arrays(cast(Path, after.path), arrays)
+    if before.path is not None:
+        before.path.unlink()
+    return after
 
 
 def shown_by_seed(config: Config, num_images: int) -> list[Shown]:
@@ -105,20 +146,46 @@ def read_shards(folder: Path, *, num_images: int) -> FeatureSet:
     Raises:
       InputError: If a file is missing or damaged.
     """
-    found = [read_arrays(path) for path in _shards(folder, num_images)]
-    return join(
-        [FeatureSet(a["pooled"], a.get("spatial"), a.get("logits")) for a in found]
-    )
-
-
-def _shards(folder: Path, num_images: int) -> list[Path]:
-    """List the files of features. A last one of fewer has its number in its name."""
-    paths: list[Path] = []
+    parts: list[FeatureSet] = []
     for start in range(0, num_images, SHARD):
         size = min(SHARD, num_images - start)
-        tail = "" if size == SHARD else f"_{size}"
-        paths.append(folder / f"features_{start // SHARD:06d}{tail}.npz")
-    return paths
+        found = _found(folder, start // SHARD, size)
+        if found.path is None or found.num < size:
+            raise InputError(
+                f"{folder}: features of samples {start} to {start + size - 1} are "
+                "missing; give the same command again"
+            )
+        seen = _read(found.path)
+        parts.append(FeatureSet(*(None if x is None else x[:size] for x in seen)))
+    return join(parts)
+
+
+def _read(path: Path) -> FeatureSet:
+    arrays = read_arrays(path)
+    return FeatureSet(arrays["pooled"], arrays.get("spatial"), arrays.get("logits"))
+
+
+def _found(folder: Path, shard: int, size: int) -> Features:
+    """Find the features of a shard's first `size` samples, or of as many as are there.
+
+    A command that asked for fewer, or that was interrupted, left a file of fewer.
+    """
+    counts = [SHARD] if _path(folder, shard, SHARD).exists() else []
+    name = _path(folder, shard, SHARD).stem
+    for path in folder.glob(f"{name}_*.npz"):
+        if (tail := path.stem.removeprefix(f"{name}_")).isdigit():
+            counts.append(int(tail))
+    if not counts:
+        return Features(None, 0)
+    enough = [num for num in counts if num >= size]
+    num = min(enough) if enough else max(counts)
+    return Features(_path(folder, shard, num), num)
+
+
+def _path(folder: Path, shard: int, num: int) -> Path:
+    """Name a file of features; one of fewer than a shard has their number in it."""
+    tail = "" if num == SHARD else f"_{num}"
+    return folder / f"features_{shard:06d}{tail}.npz"
 
 
 def _write_grid(path: Path, images: UInt8[np.ndarray, "n h w c"]) -> None:

@@ -3,11 +3,15 @@
 import dataclasses
 import functools
 import json
+import os
 
 import jax
 import numpy as np
 import pytest
 
+from ldm_jax.caching.reading import made_of
+from ldm_jax.config import ConditionConfig
+from ldm_jax.data.sources import Source, open_source
 from ldm_jax.evaluation.__main__ import main
 from ldm_jax.evaluation.features import (
     Provenance,
@@ -19,7 +23,9 @@ from ldm_jax.evaluation.features import (
 from ldm_jax.evaluation.frechet import moments
 from ldm_jax.evaluation.protocols import PROTOCOLS
 from ldm_jax.evaluation.request import parse
+from ldm_jax.images import write_png
 from ldm_jax.interop.inception import inception_shapes
+from ldm_jax.nn.classifier import Seen
 from ldm_jax.scoring import extractors, real, reconstructions, samples
 from ldm_jax.scoring.extractors import (
     classifier_extractor,
@@ -54,6 +60,12 @@ def measure(tiny_run, out, *flags):
     main([str(arg) for arg in (*args, *flags, "--compilation-cache", "none")])
     (path,) = out.glob("*/metrics.json")
     return path
+
+
+def assert_alike(one, other):
+    told = {k: v for k, v in other["scores"].items() if v is not None}
+    assert one["scores"].keys() == other["scores"].keys()
+    assert {k: one["scores"][k] for k in told} == pytest.approx(told, rel=1e-5)
 
 
 def test_the_command_scores_a_run_and_says_how(tiny_run, tmp_path, capsys):
@@ -109,8 +121,39 @@ def test_an_interrupted_one_goes_on_without_drawing_twice(
     assert [job.seed for job in drawn] == list(range(32, 70))
     assert resumed["scores"] == whole["scores"]
     drawn.clear()
-    assert json.loads(measure(tiny_run, out).read_text())["scores"] == whole["scores"]
+    more = json.loads(measure(tiny_run, out, "--num-images", 80).read_text())
+    assert [job.seed for job in drawn] == list(range(70, 80))
+    assert more["images_drawn"] == 10
+    fresh = json.loads(
+        measure(tiny_run, tmp_path / "fresh", "--num-images", 80).read_text()
+    )
+    assert_alike(more, fresh)
+    drawn.clear()
+    fewer = json.loads(measure(tiny_run, out, "--num-images", 70).read_text())
     assert not drawn
+    assert_alike(fewer, whole)
+
+
+def test_a_shard_that_is_cut_short_is_gone_on_with(tiny_run, tmp_path, monkeypatch):
+    whole = json.loads(measure(tiny_run, tmp_path / "whole").read_text())
+    monkeypatch.setattr(samples, "PART", 8)
+    real_extract, seen = samples.join, []
+
+    def stop(parts):
+        seen.append(parts)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real_extract(parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "join", stop)
+        with pytest.raises(KeyboardInterrupt):
+            measure(tiny_run, tmp_path / "cut")
+    left = [path.name for path in tmp_path.rglob("cut/*/features_*.npz")]
+    assert left == ["features_000000_16.npz"]
+    found = json.loads(measure(tiny_run, tmp_path / "cut").read_text())
+    assert found["images_drawn"] == 70 - 16
+    assert_alike(found, whole)
 
 
 def test_several_ways_are_measured_one_after_the_other(tiny_run, tmp_path, capsys):
@@ -173,6 +216,95 @@ def test_features_do_not_depend_on_devices_or_batches():
             wanted = np.asarray(getattr(alone, name))
             error = np.abs(getattr(found, name) - wanted).max()
             assert error < 1e-6 * np.abs(wanted).max(), (name, size)
+
+
+def test_networks_that_judge_multiply_in_full_on_any_chip(monkeypatch):
+    seen = []
+
+    def look(params, images, *, num_classes):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return Seen(images[:, 0, 0], images[:, 0, 0])
+
+    monkeypatch.setattr(extractors, "look", look)
+    classifier_extractor({"w": np.ones(1)}, num_classes=4).extract(images(3))
+    assert set(seen) == {"highest"}
+
+
+def test_statistics_of_a_part_are_of_all_classes(monkeypatch):
+    by_class = sorted(
+        open_source("tfds:digits", "train", directory=None).examples,
+        key=lambda example: int(example["label"]),
+    )
+    source = Source(by_class, tuple("0123456789"), 1)
+    monkeypatch.setattr(real, "open_split", lambda config, split: source)
+    monkeypatch.setattr(real, "MOST_KEPT", 80)
+    label_by_image = {x["image"].tobytes(): int(x["label"]) for x in by_class}
+
+    def tell(images):
+        labels = [label_by_image[image.tobytes()] for image in images]
+        return np.stack([labels, labels], axis=1).astype(np.float32)
+
+    extractor = function_extractor(tell, digest="d")
+    config, protocol = tiny.get_config(), PROTOCOLS["dataset-classifier"]
+    kept = real.measure_real(config, protocol, extractor).kept[:, 0]
+    assert len(kept) == 80
+    assert set(kept[:60]) == set(range(10))  # any first part stands for all
+
+
+def levels_of(shown):
+    """Three features of each image, in the place of Inception's."""
+    return shown.reshape(len(shown), -1)[:, :3].astype(np.float32)
+
+
+def test_a_reference_batch_of_adm_is_read_as_it_is_published(tmp_path):
+    shown = images(40, side=8, channels=3)
+    path = tmp_path / "VIRTUAL_things.npz"
+    mu, sigma = np.arange(3.0), np.diag([1.0, 4.0, 9.0])
+    np.savez(path, arr_0=shown, mu=mu, sigma=sigma, mu_s=mu, sigma_s=2.0 * sigma)
+    extractor = function_extractor(levels_of, digest="d" * 64)
+    read = functools.partial(
+        real.real_statistics, tiny.get_config(), given=path, folder=tmp_path
+    )
+    found = read(PROTOCOLS["adm"], extractor)
+    again = read(PROTOCOLS["adm"], extractor._replace(extract=None))  # it was kept
+    for one in (found, again):
+        assert np.array_equal(one.pooled.covariance, sigma)
+        assert np.array_equal(one.spatial.covariance, 2.0 * sigma)
+        assert np.array_equal(one.kept, levels_of(shown))
+        assert one.provenance.num_images == 40
+    np.savez(path, arr_0=shown)
+    plain = read(PROTOCOLS["adm"], extractor)
+    assert np.allclose(plain.pooled.mean, levels_of(shown).mean(axis=0))
+    with pytest.raises(InputError, match=r"wanted statistics of torch-fidelity"):
+        read(PROTOCOLS["torch-fidelity"], extractor)
+    np.savez(path, arr_0=shown[..., 0])
+    with pytest.raises(InputError, match=r"uint8 of shape \(40, 8, 8\), wanted"):
+        read(PROTOCOLS["adm"], extractor)
+
+
+def test_a_classifier_of_other_classes_than_the_config_says_is_refused():
+    config = tiny.get_config()
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, num_classes=7),
+        diffusion=dataclasses.replace(config.diffusion, condition=ConditionConfig()),
+    )
+    with pytest.raises(InputError, match=r"has 10 classes, but data\.num_classes is 7"):
+        real.taught(config)
+
+
+def test_statistics_of_a_folder_are_of_what_is_in_it(tmp_path):
+    config = tiny.get_config()
+    data = dataclasses.replace(config.data, source=f"folder:{tmp_path}")
+    config = dataclasses.replace(config, data=data)
+    write_png(tmp_path / "a.png", images(1)[0])
+    before = real.data_digest(config), made_of(config)
+    os.utime(tmp_path / "a.png", (0, 0))
+    (tmp_path / "notes.md").write_text("no image")
+    assert (real.data_digest(config), made_of(config)) == before
+    write_png(tmp_path / "a.png", images(1, side=20)[0])
+    after = real.data_digest(config), made_of(config)
+    assert all(new != old for new, old in zip(after, before, strict=True))
 
 
 def test_the_classifier_learns_digits_and_is_the_same_each_time():
