@@ -1,5 +1,6 @@
 """Samples of a run by seed, and what a network says of them, file by file."""
 
+import functools
 import time
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -155,9 +156,13 @@ def read_shards(folder: Path, *, num_images: int) -> FeatureSet:
                 f"{folder}: features of samples {start} to {start + size - 1} are "
                 "missing; give the same command again"
             )
-        seen = _read(found.path)
-        parts.append(FeatureSet(*(None if x is None else x[:size] for x in seen)))
+        cut = functools.partial(_first, num=size)
+        parts.append(jax.tree.map(cut, _read(found.path)))
     return join(parts)
+
+
+def _first(rows: np.ndarray, *, num: int) -> np.ndarray:
+    return rows[:num]
 
 
 def _read(path: Path) -> FeatureSet:
