@@ -26,7 +26,7 @@ from ldm_jax.config import Config
 from ldm_jax.data.sources import open_source
 from ldm_jax.evaluation.scenes import Reading, Verdict, check, read_scenes
 from ldm_jax.first_stage import make_reconstruct
-from ldm_jax.generate import make_sample_fn
+from ldm_jax.generate import EVERYWHERE, make_sample_fn
 from ldm_jax.images import to_uint8, write_png
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
@@ -101,16 +101,20 @@ class How(NamedTuple):
       steps: Of it.
       scale: Of guidance.
       eta: Of DDIM: 0 draws no noise on the way, 1 as much as DDPM.
+      interval: Of sigma / alpha, in which there is guidance.
+      first_seed: Of the first caption; the others follow.
     """
 
     sampler: SamplerName
     steps: int
     scale: float
     eta: float
+    interval: tuple[float, float] = EVERYWHERE
+    first_seed: int = 0
 
 
 def draw(run: Run, captions: list[str], how: How) -> Images:
-    """Draw each caption once; the seeds are 0, 1, 2 ..."""
+    """Draw each caption once, every one with a seed of its own."""
     tokens = open_tokenizer(run.config.diffusion.condition).encode(captions)
     sample_fn = make_sample_fn(
         run.networks,
@@ -119,8 +123,15 @@ def draw(run: Run, captions: list[str], how: How) -> Images:
         guided=how.scale != 1.0,
     )
     cond = ConditionInputs(tokens=jnp.asarray(tokens))
-    keys = image_keys(list(range(len(captions))))
-    samples = sample_fn(run.params, keys, cond, how.scale, how.eta)
+    keys = image_keys([how.first_seed + i for i in range(len(captions))])
+    samples = sample_fn(
+        run.params,
+        keys,
+        cond,
+        how.scale,
+        how.eta,
+        guidance_interval=how.interval,
+    )
     return to_uint8(np.asarray(samples.images))
 
 
@@ -230,6 +241,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--eta", type=float, default=0.0)
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=EVERYWHERE,
+        metavar=("LOW", "HIGH"),
+        help="of sigma / alpha, as of sample.py",
+    )
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
@@ -239,6 +259,8 @@ def main() -> int:
         steps=arguments.steps,
         scale=arguments.guidance_scale,
         eta=arguments.eta,
+        interval=tuple(arguments.guidance_interval),
+        first_seed=arguments.first_seed,
     )
     found = measure(
         load_run(arguments.workdir),

@@ -2,6 +2,7 @@
 
     python train.py --config configs/scenes_two.py --workdir runs/scenes_two
     python sample.py --workdir runs/scenes_two --seeds 0-7 --eta 1 \
+        --guidance-scale 2.5 --guidance-interval 0.3 inf \
         --prompt "a red circle to the left of a large blue square"
 
 As `scenes.py`, on `tfds:scenes/two`: a third of its pictures show one shape, and most
@@ -89,7 +90,7 @@ def get_config() -> Config:
                 tokenizer="captions",
             ),
             batch_size=32,
-            steps=15_000,
+            steps=12_600,
             optim=OptimConfig(
                 # With AdamW shapes are only beginning to be learned in this time.
                 algorithm="muon",
