@@ -3,6 +3,7 @@
 import matplotlib
 import numpy as np
 import pytest
+from fontTools.ttLib import TTFont
 
 from ldm_jax.data.color_fonts import FONT_VARIABLE, ColorFont, find_font
 from ldm_jax.data.emoji import JOINER, PEOPLE, ROLES, TONES, list_emoji
@@ -37,6 +38,19 @@ def test_pictures_are_those_of_the_font_on_white(font_path):
     assert picture.shape == (20, 20, 3)
     assert np.all(picture[4:16] == RED[:3])  # 20 wide and 16 high, in the middle
     assert np.all(picture[:1] == 255) and np.all(picture[-1:] == 255)
+
+
+@pytest.mark.parametrize("lost", ["characters", "table"])
+def test_a_font_without_characters_is_told(font_path, tmp_path, lost):
+    path = tmp_path / "damaged.ttf"
+    with TTFont(font_path) as font:
+        if lost == "table":
+            del font["cmap"]
+        else:
+            font["cmap"].tables = []
+        font.save(path)
+    with pytest.raises(InputError, match=r"damaged\.ttf is no font that can be read"):
+        ColorFont(path)
 
 
 def test_sequences_are_one_picture_or_none(font_path):

@@ -20,6 +20,7 @@ SAMPLE = "\N{GRINNING FACE}"
 OF_DAMAGED_TABLES = (
     AssertionError,
     AttributeError,
+    KeyError,
     ValueError,
     TypeError,
     struct.error,

@@ -13,7 +13,12 @@ from PIL import Image
 from ldm_jax.config import to_json
 from ldm_jax.report.charts import Curve, chart
 from ldm_jax.report.parts import escaped, figure, section, table
-from ldm_jax.report.scores import best_by_way, score_curves, scores_section
+from ldm_jax.report.scores import (
+    best_by_way,
+    num_samples,
+    score_curves,
+    scores_section,
+)
 from ldm_jax.report.shots import Shots
 from ldm_jax.report.story import StageStory, Story
 from ldm_jax.report.style import STYLE
@@ -223,7 +228,7 @@ def _evaluation_command(story: Story, one: dict[str, Any]) -> str:
         "protocol": one["protocol"]["name"],
         "inception": "FILE" if takes_file else None,
         "reference": None if is_own else "FILE",
-        "num-images": int(one["seeds"].split("-")[1]) + 1,
+        "num-images": num_samples(one),
         "sampler": settings["sampler"],
         "steps": settings["steps"],
         "spacing": settings.get("spacing"),

@@ -34,12 +34,16 @@ LEAST_OF_A_SWEEP = 3
 DRAWN_OF_A_SWEEP = {("fid",): "FID", ("precision", "recall"): "Precision and recall"}
 
 
+def num_samples(one: dict[str, Any]) -> int:
+    """Return how many samples an evaluation is of."""
+    return int(one["seeds"].split("-")[1]) + 1
+
+
 def best_by_way(story: Story) -> dict[str, float]:
     """Return the least FID of each protocol and number of samples: others differ."""
     best: dict[str, float] = {}
     for one in story.metrics:
-        count = int(one["seeds"].split("-")[1]) + 1
-        way = f"{one['protocol']['name']}, {count:,} samples"
+        way = f"{one['protocol']['name']}, {num_samples(one):,} samples"
         best[way] = min(best.get(way, math.inf), one["scores"]["fid"])
     return best
 
@@ -71,13 +75,12 @@ def scores_section(story: Story) -> str:
             real = f"{one['num_held_out']:,} held-out real images"
             rows.append([protocol, real, "", "", *cells])
             told.add(protocol)
-        count = int(one["seeds"].split("-")[1]) + 1
         scale = ", ".join(f"{v:g}" for v in settings["guidance_scale"])
         how = f"{settings['sampler']}, {settings['steps']} steps"
         if (length := settings.get("ema_length")) is not None:
             how = f"{settings['sampler']} {settings['steps']}, EMA {length:g}"
         cells = [number(one["scores"].get(n)) for n in names]
-        rows.append([protocol, f"{count:,}", how, scale, *cells])
+        rows.append([protocol, f"{num_samples(one):,}", how, scale, *cells])
     protocols = dict.fromkeys(row[0] for row in rows)
     told_once = ""
     if len(protocols) == 1:  # said once, and the table fits the page
@@ -160,9 +163,8 @@ def _way(one: dict[str, Any], what: str) -> str:
         for name in SWEPT
         if name != what and settings.get(name) is not None
     )
-    count = int(one["seeds"].split("-")[1]) + 1
     name, sampler = one["protocol"]["name"], settings["sampler"]
-    return f"{name}: {sampler}, {rest}, {count:,} samples"
+    return f"{name}: {sampler}, {rest}, {num_samples(one):,} samples"
 
 
 def _rest(one: dict[str, Any], what: str) -> str:

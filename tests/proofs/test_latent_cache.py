@@ -17,6 +17,7 @@ from ldm_jax.caching import making, reading
 from ldm_jax.caching.encoders import Encoders, Made, encode_records
 from ldm_jax.caching.making import make_cache, make_shards, plan_cache
 from ldm_jax.caching.shards import find_shards
+from ldm_jax.config import ConditionConfig
 from ldm_jax.data.builders.scenes.scenes_dataset_builder import Builder
 from ldm_jax.data.cache_latents import parse
 from ldm_jax.data.latents import (
@@ -243,6 +244,15 @@ def test_a_cache_of_another_first_stage_is_refused_with_both_digests(cached):
     assert read_note(cached.out).first_stage[:12] in line
     with pytest.raises(InputError, match="another first stage"):
         reading.open_cache(cached.reading(), params, read_note(cached.out))
+
+
+def test_a_cache_without_words_is_not_taken_for_one_with(cached):
+    config = cached.reading()
+    condition = ConditionConfig(context="text")
+    text = {"condition": condition, "transformer_depth": 1}
+    diffusion = dataclasses.replace(config.diffusion, **text)
+    line = refused(cached, dataclasses.replace(config, diffusion=diffusion))
+    assert "holds no captions, which this model reads" in line
 
 
 @pytest.mark.parametrize(
