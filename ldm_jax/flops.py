@@ -23,8 +23,8 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> int:
       args: Arrays or their shapes.
 
     Returns:
-      Two for each multiply and add; of branches, those of the costliest; of loops
-      whose length is not known, one round.
+      Two for each multiply and add; of branches, those of the costliest, or of what
+      any platform can do; of loops whose length is not known, one round.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -41,6 +41,10 @@ def _count_equation(equation: Any) -> int:
         return _convolution_flops(equation)
     inner = [_count(jaxpr) for jaxpr in _inner(params)]
     if name == "cond":
+        # Of ways for each platform that is the plain one: others may pad.
+        platforms = params.get("branches_platforms") or ()
+        if None in platforms:
+            return inner[platforms.index(None)]
         return max(inner, default=0)
     return sum(inner) * (params["length"] if name == "scan" else 1)
 

@@ -1,5 +1,6 @@
 """Attention as one kernel: equal to the plain one, and chosen where it belongs."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +8,12 @@ import pytest
 
 from ldm_jax.flops import count_flops
 from ldm_jax.nn import attention
-from ldm_jax.nn.attention import attend, attend_plainly
-from ldm_jax.nn.attention_blocks import Shape, blocks_of
+from ldm_jax.nn.attention import SelfAttention, attend, attend_plainly
+from ldm_jax.nn.attention_blocks import LANES, Packing, Shape, blocks_of, packing_of
 from ldm_jax.nn.fused_attention import fused_attention
+from ldm_jax.nn.layers import Affine, dense
+from ldm_jax.nn.packed_heads import attend_between, pack
+from ldm_jax.nn.transformer import Attention
 
 KERNEL = "tpu_custom_call"
 
@@ -24,8 +28,20 @@ def arrays(shape: Shape, *, heads: int = 2, batch: int = 2, dtype=jnp.float32):
 
 
 def interpreted(q, k, v):
-    heads = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    return jnp.swapaxes(fused_attention(*heads, True), 1, 2)
+    """Pack heads, run the kernel and take them apart again."""
+    b, n, heads, width = q.shape
+    packing = packing_of(heads, width)
+    packed = (
+        pack(x.reshape(*x.shape[:2], heads * width), packing, axis=2) for x in (q, k, v)
+    )
+    mixed = fused_attention(*packed, packing, True)
+    assert mixed.shape == (b, n, packing.groups * packing.lanes)
+    used = packing.together * width
+    groups = mixed.reshape(b, n, packing.groups, packing.lanes)
+    assert not groups[..., used:].any()
+    slots = groups[..., :used].reshape(b, n, -1, width)
+    assert not slots[:, :, heads:].any()
+    return slots[:, :, :heads]
 
 
 def distance(one, other):
@@ -34,19 +50,19 @@ def distance(one, other):
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "shape, heads",
     [
-        Shape(256, 256, 64),
-        Shape(512, 512, 40),
-        Shape(1024, 300, 40),
-        Shape(384, 384, 32),
-        Shape(256, 1000, 160),
-        Shape(1024, 1024, 7),
-        Shape(128, 640, 512),
+        (Shape(256, 256, 64), 2),
+        (Shape(512, 512, 40), 4),  # three share a group; the second group has one
+        (Shape(1024, 300, 40), 2),
+        (Shape(384, 384, 32), 7),  # four share a group
+        (Shape(256, 1000, 160), 2),  # two registers a head
+        (Shape(1024, 1024, 7), 2),
+        (Shape(128, 640, 512), 1),
     ],
 )
-def test_values_and_gradients_are_those_of_the_plain_one(shape):
-    q, k, v, slope = arrays(shape)
+def test_values_and_gradients_are_those_of_the_plain_one(shape, heads):
+    q, k, v, slope = arrays(shape, heads=heads)
     values, pull = jax.vjp(interpreted, q, k, v)
     plain, pull_plainly = jax.vjp(attend_plainly, q, k, v)
     assert distance(values, plain) < 3e-6
@@ -98,60 +114,148 @@ def test_how_tokens_are_cut(shape, blocks):
     assert blocks_of(shape) == blocks
 
 
+@pytest.mark.parametrize(
+    "heads, width, packing",
+    [
+        (14, 32, (4, 128, 4)),
+        (8, 40, (3, 128, 3)),
+        (8, 80, (1, 128, 8)),
+        (8, 160, (1, 256, 8)),
+        (1, 512, (1, 512, 1)),
+        (2, 32, (2, 128, 1)),
+        (3, 64, (2, 128, 2)),
+    ],
+)
+def test_how_heads_lie_in_lanes(heads, width, packing):
+    assert packing_of(heads, width) == Packing(heads, width, *packing)
+
+
+def test_packed_channels_are_where_their_lanes_are():
+    x = jnp.arange(1, 3 * 40 + 41)  # four heads of 40
+    packing = packing_of(4, 40)
+    packed = np.asarray(pack(x, packing, axis=0))
+    assert packed.shape == (2 * LANES,)
+    for head in range(4):
+        start = head // 3 * LANES + head % 3 * 40
+        np.testing.assert_array_equal(
+            packed[start : start + 40], x[40 * head : 40 * head + 40]
+        )
+    assert np.count_nonzero(packed) == len(x)
+
+
+LAYERS = {
+    "pixels": (SelfAttention(4, 4, 1e-5, False, jnp.float32), (2, 16, 16, 160), None),
+    "tokens": (Attention(5, jnp.float32), (2, 256, 160), None),
+    "context": (Attention(5, jnp.float32), (2, 256, 160), (2, 300, 24)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_between_its_projections_is_the_plain_one(name, monkeypatch):
+    layer, shape, read = LAYERS[name]
+    keys = jax.random.split(jax.random.key(5), 4)
+    args = [jax.random.normal(keys[0], shape)]
+    if layer.__class__ is Attention:
+        args.append(None if read is None else jax.random.normal(keys[1], read))
+    params = layer.init(keys[2], *args)
+    slope = jax.random.normal(keys[3], shape)
+
+    def total(params, x):
+        return jnp.vdot(layer.apply(params, x, *args[1:]), slope)
+
+    def both():  # anew, so that nothing traced before is taken
+        fn = lambda *given: total(*given)  # noqa: E731
+        return jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(params, args[0])
+
+    plain = both()
+    calls = []
+
+    def in_lanes(*layer_args):
+        calls.append(layer_args)
+        return attend_between(*layer_args, interpret=True)
+
+    for module in ("attention", "transformer"):
+        monkeypatch.setattr(f"ldm_jax.nn.{module}.attend_in_lanes", in_lanes)
+        monkeypatch.setattr(
+            f"ldm_jax.nn.{module}.for_platform", lambda shape, plainly, ours: ours
+        )
+    ours = both()
+    assert len(calls) == 1
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert distance(one, other) < 1e-5
+
+
+def test_dense_is_that_of_flax():
+    x = jax.random.normal(jax.random.key(1), (2, 3, 8))
+    for use_bias, dtype in ((True, jnp.float32), (False, jnp.bfloat16)):
+        layer = nn.Dense(5, use_bias=use_bias, dtype=dtype, bias_init=nn.initializers.normal())
+        params = layer.init(jax.random.key(0), x)
+        kernel, bias = (params["params"].get(k) for k in ("kernel", "bias"))
+        np.testing.assert_array_equal(
+            dense(x, Affine(kernel, bias), dtype), layer.apply(params, x)
+        )
+
+
 def lowered(fn, platform, *args):
     return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
-def total(q, k, v, slope):
-    return jnp.vdot(attend(q, k, v), slope)
+def layer_and_params(side: int, width: int, heads: int):
+    layer = SelfAttention(heads, 4, 1e-5, False, jnp.bfloat16)
+    x = jnp.ones((1, side, side, heads * width), jnp.bfloat16)
+    return layer, layer.init(jax.random.key(0), x), x
 
 
 def test_the_platform_compiled_for_chooses():
-    args = arrays(Shape(256, 256, 40))
-    step = jax.value_and_grad(total, argnums=(0, 1, 2))
-    for_tpu = lowered(step, "tpu", *args)
+    layer, params, x = layer_and_params(side=16, width=40, heads=2)
+    step = jax.value_and_grad(lambda *a: layer.apply(*a).astype(jnp.float32).sum())
+    for_tpu = lowered(step, "tpu", params, x)
     assert for_tpu.count(KERNEL) == 2  # there and back
     assert "exponential" not in for_tpu
-    assert KERNEL not in lowered(step, "cpu", *args)
-    assert KERNEL not in lowered(step, "cuda", *args)  # none is here to try it on
+    assert KERNEL not in lowered(step, "cpu", params, x)
+    assert KERNEL not in lowered(step, "cuda", params, x)  # none is here to try it on
 
 
 def test_what_no_kernel_fits_is_done_plainly():
-    for shape in (Shape(64, 64, 40), Shape(1000, 1000, 8)):
-        assert KERNEL not in lowered(total, "tpu", *arrays(shape, heads=1, batch=1))
-    q, k, v, _ = arrays(Shape(256, 256, 40))
-    mask = jnp.tril(jnp.ones((256, 256), bool))
-    masked = lowered(lambda q, k, v: attend(q, k, v, mask=mask), "tpu", q, k, v)
-    assert KERNEL not in masked
+    for side in (8, 33):
+        layer, params, x = layer_and_params(side=side, width=8, heads=1)
+        assert KERNEL not in lowered(layer.apply, "tpu", params, x)
 
 
-def test_on_a_cpu_nothing_changes():
-    q, k, v, slope = arrays(Shape(256, 256, 40))
+def test_on_a_cpu_nothing_changes(monkeypatch):
+    layer, params, x = layer_and_params(side=16, width=40, heads=2)
 
-    def both(attention_fn):
-        fn = lambda *a: jnp.vdot(attention_fn(*a), slope)  # noqa: E731
-        return jax.jit(jax.value_and_grad(fn, argnums=(0, 1, 2)))(q, k, v)
+    def both():
+        fn = lambda *a: layer.apply(*a).astype(jnp.float32).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(fn))(params, x)
 
-    jax.tree.map(np.testing.assert_array_equal, both(attend), both(attend_plainly))
+    chosen = both()
+    monkeypatch.setattr(attention, "for_platform", lambda shape, plainly, ours: plainly)
+    jax.tree.map(np.testing.assert_array_equal, chosen, both())
 
 
-def test_the_kernel_counts_the_same_flops():
-    q, k, v, slope = arrays(Shape(256, 256, 40))
-    plainly = lambda *a: jnp.vdot(attend_plainly(*a[:3]), a[3])  # noqa: E731
+def test_the_flops_are_those_of_the_plain_layer(monkeypatch):
+    # 80 channels of a head lie in 128 lanes, which is not the mathematics' doing.
+    layer, params, x = layer_and_params(side=16, width=80, heads=2)
+    ways = []
     for transform in (lambda fn: fn, jax.grad):
-        ours = count_flops(transform(total), q, k, v, slope)
-        assert ours == count_flops(transform(plainly), q, k, v, slope)
+        fn = lambda *a: layer.apply(*a).astype(jnp.float32).sum()  # noqa: E731
+        ways.append(count_flops(transform(fn), params, x))
+    monkeypatch.setattr(attention, "for_platform", lambda shape, plainly, ours: plainly)
+    for transform, counted in zip((lambda fn: fn, jax.grad), ways, strict=True):
+        fn = lambda *a: layer.apply(*a).astype(jnp.float32).sum()  # noqa: E731
+        assert count_flops(transform(fn), params, x) == counted
 
 
 def test_a_gpu_without_such_attention_is_told_of_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     attention.cudnn_attends.cache_clear()
-    q, k, v, slope = (x.astype(jnp.bfloat16) for x in arrays(Shape(256, 256, 40)))
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(Shape(256, 256, 40)))
     with pytest.warns(UserWarning, match=r"cuDNN does not attend from 256 to 256"):
-        told = total(q, k, v, slope)
-    again = total(q, k, v, slope)  # a second warning would be an error
+        told = attend(q, k, v)
+    again = attend(q, k, v)  # a second warning would be an error
     attention.cudnn_attends.cache_clear()
-    assert told == again
+    np.testing.assert_array_equal(told, again)
 
 
 def test_a_gpu_is_not_asked_about_the_few_tokens_of_a_text(monkeypatch):

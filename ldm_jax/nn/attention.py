@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ldm_jax.nn.attention_blocks import Shape, blocks_of, is_worth_a_kernel
-from ldm_jax.nn.layers import GroupNorm
+from ldm_jax.nn.layers import Affine, GroupNorm, Weights, dense, split_affine
 from ldm_jax.types import Dtype
 
 
@@ -23,9 +23,9 @@ def attend(
 ) -> Float[Array, "b n k d"]:
     """Softmax attention of `k` heads, the softmax in float32.
 
-    On a TPU, and on a GPU in 16 bits, attention that is large enough is one kernel that
-    never writes its probabilities to memory; which one is a matter of the platform
-    that the program is compiled for. Everywhere else it is `attend_plainly`.
+    On a GPU in 16 bits, attention that is large enough is cuDNN's kernel, which never
+    writes its probabilities to memory. Everywhere else it is `attend_plainly`. On a TPU
+    a whole layer is done in another way: see `for_platform`.
 
     Args:
       q: Queries, n tokens.
@@ -44,14 +44,9 @@ def attend(
     shape = Shape(queries=q.shape[1], keys=k.shape[1], width=q.shape[3])
     if mask is not None or not is_worth_a_kernel(shape):
         return plainly(q, k, v)
-    kernels: dict[str, Any] = {}
-    if blocks_of(shape):
-        kernels["tpu"] = _on_tpu
-    if q.dtype == jnp.bfloat16 and cudnn_attends(shape):
-        kernels["cuda"] = _on_gpu
-    if not kernels:
+    if q.dtype != jnp.bfloat16 or not cudnn_attends(shape):
         return plainly(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, default=plainly, **kernels)
+    return jax.lax.platform_dependent(q, k, v, default=plainly, cuda=_on_gpu)
 
 
 def attend_plainly(
@@ -71,13 +66,50 @@ def attend_plainly(
     return jnp.einsum("bknm,bmkd->bnkd", weights.astype(v.dtype), v)
 
 
-@jax.jit  # so that layers of one shape trace their kernels once
-def _on_tpu(q: Array, k: Array, v: Array) -> Array:
-    # Here, since kernels take a tenth of a second to import and few programs need them.
-    from ldm_jax.nn.fused_attention import fused_attention
+def for_platform(
+    shape: Shape, plainly: Callable[..., Array], in_lanes: Callable[..., Array]
+) -> Callable[..., Array]:
+    """Choose how a layer of attention is done: by the platform it is compiled for.
 
-    heads = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    return jnp.swapaxes(fused_attention(*heads), 1, 2)
+    On a TPU attention that is large enough is one kernel that never writes its
+    probabilities to memory, and the projections around it write and read what lies as
+    it wants it.
+
+    Args:
+      shape: Of the attention.
+      plainly: Does the layer by `attend`.
+      in_lanes: Does it by `attend_in_lanes`.
+
+    Returns:
+      What takes the arguments of both.
+    """
+    if blocks_of(shape) is None:
+        return plainly
+    return functools.partial(
+        jax.lax.platform_dependent, default=plainly, tpu=in_lanes
+    )
+
+
+def attend_in_lanes(
+    x: Float[Array, "b n c"],
+    read: Float[Array, "b m e"],
+    projections: tuple[Affine, Affine, Affine, Affine],
+    num_heads: int,
+    dtype: Dtype,
+) -> Float[Array, "b n f"]:
+    """Project, attend and project, on a TPU.
+
+    Args:
+      x: Tokens that read.
+      read: Tokens that are read.
+      projections: To queries, keys and values, and from the mixed values.
+      num_heads: Heads.
+      dtype: Compute dtype.
+    """
+    # Here, since kernels take a tenth of a second to import and few programs need them.
+    from ldm_jax.nn.packed_heads import attend_between
+
+    return attend_between(x, read, projections, num_heads, dtype)
 
 
 def _on_gpu(q: Array, k: Array, v: Array) -> Array:
@@ -145,13 +177,25 @@ class SelfAttention(nn.Module):
                 f"attention: {c} channels do not divide into {self.num_heads} heads"
             )
         y = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm")(x)
-        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(y.reshape(b, h * w, c))
-        q, k, v = jnp.moveaxis(
-            qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads), 2, 0
-        )
-        y = attend(q, k, v).reshape(b, h * w, c)
-        kernel_init = (
-            nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
-        )
-        y = nn.Dense(c, kernel_init=kernel_init, dtype=self.dtype, name="out")(y)
-        return x + y.reshape(b, h, w, c)
+        joined = Weights(3 * c, use_bias=True, zero_init=False, name="qkv")(c)
+        out = Weights(c, use_bias=True, zero_init=self.zero_init, name="out")(c)
+
+        def plainly(
+            y: Float[Array, "b n c"], joined: Affine, out: Affine
+        ) -> Float[Array, "b n c"]:
+            qkv = dense(y, joined, self.dtype)
+            q, k, v = jnp.moveaxis(
+                qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads), 2, 0
+            )
+            return dense(attend(q, k, v).reshape(b, h * w, c), out, self.dtype)
+
+        def in_lanes(
+            y: Float[Array, "b n c"], joined: Affine, out: Affine
+        ) -> Float[Array, "b n c"]:
+            return attend_in_lanes(
+                y, y, (*split_affine(joined, 3), out), self.num_heads, self.dtype
+            )
+
+        shape = Shape(queries=h * w, keys=h * w, width=c // self.num_heads)
+        layer = for_platform(shape, plainly, in_lanes)
+        return x + layer(y.reshape(b, h * w, c), joined, out).reshape(b, h, w, c)

@@ -8,6 +8,7 @@ LEAST_KEYS = 256
 """Fewer, as the 77 tokens of a text, take less time plainly."""
 MOST_KEYS, WIDEST = 4096, 512
 """Keys, and channels of a head, that fit on the chip beside a block of queries."""
+LANES = 128
 SIZES = (512, 256, 128)
 """Tokens of a block; the larger, the more of its work overlaps."""
 MOST_UNCUT = 1024
@@ -28,6 +29,28 @@ class Shape(NamedTuple):
     width: int
 
 
+class Packing(NamedTuple):
+    """How the channels of all heads lie in a row of a chip's lanes.
+
+    A register has 128 lanes. An array whose rows are the 32 or 40 channels of a head
+    leaves most of them empty, in memory too, and an array with an axis of heads is
+    copied to get there. So heads lie side by side, as many as fit into whole registers.
+
+    Attributes:
+      heads: Heads.
+      width: Channels of a head.
+      together: Heads that share a group of lanes.
+      lanes: Of a group; a multiple of 128.
+      groups: Of lanes, over all heads.
+    """
+
+    heads: int
+    width: int
+    together: int
+    lanes: int
+    groups: int
+
+
 class Blocks(NamedTuple):
     """How many tokens are worked on at once.
 
@@ -38,6 +61,18 @@ class Blocks(NamedTuple):
 
     queries: int
     keys: int
+
+
+def packing_of(heads: int, width: int) -> Packing:
+    """Lay out heads in lanes.
+
+    Args:
+      heads: Heads.
+      width: Channels of a head.
+    """
+    together = min(max(1, LANES // width), heads)
+    lanes = -(-width // LANES) * LANES
+    return Packing(heads, width, together, lanes, -(-heads // together))
 
 
 def is_worth_a_kernel(shape: Shape) -> bool:

@@ -6,6 +6,7 @@ autoencoder, 1e-5 in the UNet) and the padding of the stride-2 convolution.
 """
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,6 +49,73 @@ def timestep_embedding(
     )
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Affine(NamedTuple):
+    """A linear layer's parameters, float32.
+
+    Attributes:
+      kernel: Channels in, channels out.
+      bias: Channels out; None where it has none.
+    """
+
+    kernel: Float[Array, "c e"]
+    bias: Float[Array, " e"] | None
+
+
+class Weights(nn.Module):
+    """The parameters of a `nn.Dense` by themselves, for who multiplies by them.
+
+    Fields:
+      features: Channels out.
+      use_bias: Whether there is a bias.
+      zero_init: Start with a zero kernel.
+    """
+
+    features: int
+    use_bias: bool
+    zero_init: bool
+
+    @nn.compact
+    def __call__(self, channels: int) -> Affine:
+        """Return them, for so many channels in."""
+        init = (
+            nn.initializers.zeros
+            if self.zero_init
+            else nn.initializers.lecun_normal()
+        )
+        shape = (channels, self.features)
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        if not self.use_bias:
+            return Affine(kernel, None)
+        zeros = nn.initializers.zeros
+        return Affine(kernel, self.param("bias", zeros, shape[1:], jnp.float32))
+
+
+def split_affine(weights: Affine, parts: int) -> tuple[Affine, ...]:
+    """Cut a layer into layers that each have an equal share of its channels out."""
+    kernels = jnp.split(weights.kernel, parts, axis=1)
+    biases = [None] * parts
+    if weights.bias is not None:
+        biases = jnp.split(weights.bias, parts)
+    return tuple(map(Affine, kernels, biases))
+
+
+def dense(
+    x: Float[Array, "b n c"], weights: Affine, dtype: Dtype
+) -> Float[Array, "b n e"]:
+    """Do what `nn.Dense` does.
+
+    Args:
+      x: Tokens.
+      weights: Of the layer.
+      dtype: Compute dtype.
+    """
+    contracted = (((x.ndim - 1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(x.astype(dtype), weights.kernel.astype(dtype), contracted)
+    if weights.bias is not None:
+        y += weights.bias.astype(dtype).reshape(1, 1, -1)
+    return y
 
 
 class GroupNorm(nn.Module):

@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ldm_jax.nn.attention import attend
-from ldm_jax.nn.layers import GroupNorm
+from ldm_jax.nn.attention import attend, attend_in_lanes, for_platform
+from ldm_jax.nn.attention_blocks import Shape
+from ldm_jax.nn.layers import Affine, GroupNorm, Weights, dense
 from ldm_jax.types import Dtype
 
 SPATIAL_TRANSFORMER_EPSILON = 1e-6
@@ -34,14 +35,42 @@ class Attention(nn.Module):
         """Read `context`, or `x` itself where there is none."""
         b, n, width = x.shape
         read = x if context is None else context.astype(self.dtype)
+        m, channels = read.shape[1:]
 
-        def heads(name: str, tokens: Float[Array, "b m e"]) -> Float[Array, "b m k d"]:
-            y = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(tokens)
-            return y.reshape(b, tokens.shape[1], self.num_heads, -1)
+        def weights(name: str, channels: int, *, use_bias: bool = False) -> Affine:
+            return Weights(width, use_bias=use_bias, zero_init=False, name=name)(
+                channels
+            )
 
-        mixed = attend(heads("q", x), heads("k", read), heads("v", read))
-        out = nn.Dense(width, dtype=self.dtype, name="out")
-        return out(mixed.reshape(b, n, width))
+        projections = (
+            weights("q", width),
+            weights("k", channels),
+            weights("v", channels),
+            weights("out", width, use_bias=True),
+        )
+
+        def plainly(
+            x: Float[Array, "b n d"],
+            read: Float[Array, "b m e"],
+            projections: tuple[Affine, Affine, Affine, Affine],
+        ) -> Float[Array, "b n d"]:
+            *ways_in, out = projections
+            heads = (
+                dense(tokens, way, self.dtype).reshape(b, -1, self.num_heads, size)
+                for tokens, way in zip((x, read, read), ways_in, strict=True)
+            )
+            return dense(attend(*heads).reshape(b, n, width), out, self.dtype)
+
+        def in_lanes(
+            x: Float[Array, "b n d"],
+            read: Float[Array, "b m e"],
+            projections: tuple[Affine, Affine, Affine, Affine],
+        ) -> Float[Array, "b n d"]:
+            return attend_in_lanes(x, read, projections, self.num_heads, self.dtype)
+
+        size = width // self.num_heads
+        shape = Shape(queries=n, keys=m, width=size)
+        return for_platform(shape, plainly, in_lanes)(x, read, projections)
 
 
 class TransformerBlock(nn.Module):

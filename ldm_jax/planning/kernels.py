@@ -1,10 +1,11 @@
 """How long our kernels take, of which a compiler tells no cycles. Imports no JAX.
 
 Read off the compiler's own schedule instead (libtpu 0.0.52: the bundles of one step of
-the kernel, `*-final_bundles.txt`, times its steps): with heads of 32 and 40 channels a
-v6e needs 3.0 to 3.4 bundles forward and 5.1 to 5.7 backward for each 1024
-probabilities, a v5e 4.3, and 9.3 to 9.7. Wider heads take more once they are wider than
-the chip's matrix unit: with 512 channels a v6e needs 5.3 and 12.0, a v5e 14.2 and 38.6.
+the kernel, `*-final_bundles.txt`, times its steps): with heads of 32 to 80 channels a
+v6e needs 3.1 to 3.5 bundles forward and 5.5 to 6.8 backward for each 1024
+probabilities, a v5e 4.3 to 4.5, and 11.0 to 11.7. Wider heads take more once they are
+wider than the chip's matrix unit: with 512 channels a v6e needs 5.3 and 12.0, a v5e
+14.2 and 38.3.
 Waiting for memory is not in these numbers; all keys of a head are on the chip.
 """
 
@@ -30,8 +31,8 @@ class Rate(NamedTuple):
     width: int
 
 
-OF_SMALL_UNITS = Rate(4.3, 9.7, 128)
-RATES = {"v6e": Rate(3.4, 5.7, 256), "tpu7x": Rate(3.4, 5.7, 256)}
+OF_SMALL_UNITS = Rate(4.5, 11.7, 128)
+RATES = {"v6e": Rate(3.5, 6.8, 256), "tpu7x": Rate(3.5, 6.8, 256)}
 """By chip; others have matrix units of 128 x 128. That of a TPU7x was not measured."""
 PRODUCTS = {"attention_forward": 2, "attention_backward": 5}
 

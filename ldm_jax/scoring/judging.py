@@ -14,13 +14,8 @@ from ldm_jax.evaluation.scores import Scores, check_enough, score
 from ldm_jax.interop.inception import load_inception
 from ldm_jax.interop.names import flatten, unflatten
 from ldm_jax.scoring.extractors import Extractor, extract_all
-from ldm_jax.scoring.real import (
-    ROWS,
-    data_digest,
-    extractor_of,
-    real_statistics,
-    taught,
-)
+from ldm_jax.scoring.measuring import ROWS
+from ldm_jax.scoring.real import data_digest, extractor_of, real_statistics, taught
 from ldm_jax.training.hosts import first_alone, is_first
 from ldm_jax.types import InputError, PyTree
 
@@ -90,14 +85,7 @@ def judge(
     first_alone(lambda: load_network(config, inception, folder))
     network = load_network(config, inception, folder)
     extractor = extractor_of(config, protocol, params=network.params)
-
-    def measured() -> Reference:
-        return real_statistics(
-            config, protocol, extractor, given=reference, folder=folder
-        )
-
-    first_alone(measured)
-    real = measured()
+    real = real_statistics(config, protocol, extractor, given=reference, folder=folder)
     check_enough(num_images, len(real.pooled.mean), what=what)
     images = load_split(config, "test", limit=num_images).image
     held_out = None

@@ -1,19 +1,16 @@
 """The real images of a run: as it sees them, and their statistics under a protocol."""
 
 import hashlib
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from jaxtyping import UInt8
 
 from ldm_jax.build import load_split, open_split
 from ldm_jax.caching.shards import file_digest
 from ldm_jax.config import Config
 from ldm_jax.data.folders import folder_digest
-from ldm_jax.data.pipeline import load_all, prepare_example, scattered
-from ldm_jax.data.sources import FOLDER, Examples, folder_path
+from ldm_jax.data.pipeline import load_all
+from ldm_jax.data.sources import FOLDER, folder_path
 from ldm_jax.evaluation.features import (
     MOST_KEPT,
     Provenance,
@@ -21,23 +18,19 @@ from ldm_jax.evaluation.features import (
     check_comparable,
     read_arrays,
     read_reference,
-    reference_of,
     write_reference,
 )
 from ldm_jax.evaluation.protocols import Protocol
-from ldm_jax.evaluation.scores import check_enough
-from ldm_jax.evaluation.streams import Sums, merge, sums_of
 from ldm_jax.scoring.adm import is_batch, reference_of_batch
 from ldm_jax.scoring.extractors import (
     Extractor,
     classifier_extractor,
     inception_extractor,
 )
+from ldm_jax.scoring.measuring import measure_real
 from ldm_jax.scoring.teaching import MOST_BYTES, accuracy, teach
+from ldm_jax.training.hosts import first_alone, gather_texts, together
 from ldm_jax.types import InputError, PyTree
-
-ROWS = 256
-"""Real images that are in memory at once."""
 
 
 def data_digest(config: Config) -> str:
@@ -54,65 +47,6 @@ def data_digest(config: Config) -> str:
     return hashlib.sha256(repr(tuple(facts)).encode()).hexdigest()
 
 
-def images_of(
-    config: Config, examples: Examples
-) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-    """Read examples in order, as the run sees them, without flips."""
-    data = config.data
-    for start in range(0, len(examples), ROWS):
-        rows = [
-            prepare_example(
-                {**examples[i], "index": i},
-                image_size=data.image_size,
-                image_channels=data.image_channels,
-            )["image"]
-            for i in range(start, min(start + ROWS, len(examples)))
-        ]
-        yield np.stack(rows)
-
-
-def measure_real(config: Config, protocol: Protocol, extractor: Extractor) -> Reference:
-    """Measure the training split, in one pass.
-
-    Raises:
-      InputError: If the data cannot be read, or are too few.
-    """
-    total = hashlib.sha256()
-    pooled: Sums | None = None
-    spatial: Sums | None = None
-    kept: list[np.ndarray] = []
-    examples = open_split(config, "train").examples
-    # Kept one by one, in an order in which the first ones stand for all.
-    chosen = scattered(len(examples))[:MOST_KEPT]
-    is_kept = np.zeros(len(examples), bool)
-    is_kept[chosen] = True
-    start = 0
-    for images in images_of(config, examples):
-        total.update(np.ascontiguousarray(images).tobytes())
-        seen = extractor.extract(images)
-        part = sums_of(seen.pooled)
-        pooled = part if pooled is None else merge(pooled, part)
-        if seen.spatial is not None:
-            part = sums_of(seen.spatial)
-            spatial = part if spatial is None else merge(spatial, part)
-        kept.append(seen.pooled[is_kept[start : start + len(images)]])
-        start += len(images)
-    if pooled is None:
-        raise InputError(f"--data.source: {config.data.source} holds no images")
-    check_enough(pooled.num, len(pooled.mean), what=f"{config.data.source}")
-    provenance = Provenance(
-        protocol=protocol.name,
-        network=extractor.digest,
-        source=config.data.source,
-        split=config.data.train_split,
-        num_images=pooled.num,
-        image_size=config.data.image_size,
-        data=total.hexdigest(),
-    )
-    rows = np.concatenate(kept)[np.argsort(np.argsort(chosen))]
-    return reference_of(provenance, pooled, spatial, rows)
-
-
 def real_statistics(
     config: Config,
     protocol: Protocol,
@@ -122,6 +56,8 @@ def real_statistics(
     folder: Path,
 ) -> Reference:
     """Take statistics from a file, or from an earlier call, or measure them.
+
+    Every process calls this; all share the measuring.
 
     Args:
       config: Of the run.
@@ -140,29 +76,39 @@ def real_statistics(
         protocol.name, extractor.digest, data.source, data.train_split, 0, 0, ""
     )
     if given is not None:
-        arrays = read_arrays(given)
-        if is_batch(arrays):
-            digest = file_digest(given).sha256
-            of = f"{extractor.digest[:12]}_{digest[:12]}"
-            path = folder / f"real_{protocol.name}_{of}.npz"
-            if not path.exists():
-                made = reference_of_batch(
-                    given, arrays, protocol, extractor, digest=digest
-                )
-                write_reference(path, made)
-            given = path
-        reference = read_reference(given)
-        check_comparable(wanted, reference.provenance, path=given)
-        return reference
-    of = f"{extractor.digest[:12]}_{data_digest(config)[:12]}"
-    path = folder / f"real_{protocol.name}_{of}.npz"
-    if path.exists():
+        path = first_alone(
+            lambda: _path_of_given(given, protocol, extractor, folder=folder)
+        )
+        path = Path(gather_texts(str(path))[0])
         reference = read_reference(path)
         check_comparable(wanted, reference.provenance, path=path)
         return reference
-    reference = measure_real(config, protocol, extractor)
-    write_reference(path, reference)
+    of = f"{extractor.digest[:12]}_{data_digest(config)[:12]}"
+    path = folder / f"real_{protocol.name}_{of}.npz"
+    if not json.loads(gather_texts(json.dumps(path.exists()))[0]):
+        measured = measure_real(config, protocol, extractor, folder=folder)
+        with together():
+            if measured is not None:
+                write_reference(path, measured)
+    reference = read_reference(path)
+    check_comparable(wanted, reference.provenance, path=path)
     return reference
+
+
+def _path_of_given(
+    given: Path, protocol: Protocol, extractor: Extractor, *, folder: Path
+) -> Path:
+    """Return a file of statistics as it is; of a batch of ADM's, one made of it."""
+    arrays = read_arrays(given)
+    if not is_batch(arrays):
+        return given
+    digest = file_digest(given).sha256
+    of = f"{extractor.digest[:12]}_{digest[:12]}"
+    path = folder / f"real_{protocol.name}_{of}.npz"
+    if not path.exists():
+        made = reference_of_batch(given, arrays, protocol, extractor, digest=digest)
+        write_reference(path, made)
+    return path
 
 
 def taught(config: Config) -> tuple[PyTree, float]:

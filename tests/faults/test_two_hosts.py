@@ -6,8 +6,10 @@ import shutil
 import socket
 import subprocess
 
+import numpy as np
 import pytest
 
+from ldm_jax.evaluation.features import read_reference
 from ldm_jax.training.log import read_metrics
 from tests.commands import TIMEOUT, TINY, error_line, start, succeeded, train
 
@@ -51,6 +53,11 @@ def scores(workdir):
     return [r for r in read_metrics(workdir / "metrics.jsonl") if "fid" in r]
 
 
+def real_statistics(workdir):
+    (path,) = (workdir / "evaluation").glob("real_*.npz")
+    return read_reference(path)
+
+
 @pytest.fixture(scope="module")
 def run_of_one(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one") / "run"
@@ -67,10 +74,22 @@ def of_one(run_of_one):
 @pytest.mark.parametrize("layout", ["pmap", "fsdp"] if TORTURE else ["fsdp"])
 def test_two_hosts_have_the_losses_of_one(tmp_path, run_of_one, of_one, layout):
     flags = (*FLAGS, *SCORED, "--parallel.layout", layout)
-    # What judges is not taught twice.
-    shutil.copytree(run_of_one / "evaluation", tmp_path / "run" / "evaluation")
+    # What judges is not taught twice, but the real images are measured again, by both.
+    shutil.copytree(
+        run_of_one / "evaluation",
+        tmp_path / "run" / "evaluation",
+        ignore=shutil.ignore_patterns("real_*"),
+    )
     for done in ended(two_of_train(tmp_path / "run", *flags)):
         succeeded(done)
+    here, there = map(real_statistics, (tmp_path / "run", run_of_one))
+    assert here.provenance == there.provenance
+    np.testing.assert_allclose(here.pooled.mean, there.pooled.mean, rtol=1e-6)
+    scale = np.abs(there.pooled.covariance).max()
+    apart = np.abs(here.pooled.covariance - there.pooled.covariance).max()
+    assert apart < 1e-6 * scale
+    np.testing.assert_allclose(here.kept, there.kept, rtol=1e-4, atol=1e-5)
+    assert not list((tmp_path / "run" / "evaluation").glob("share_*"))
     # Both drew: 300 images are two files of features, one of each process.
     ours, theirs = scores(tmp_path / "run"), scores(run_of_one)
     assert [one["step"] for one in ours] == [10, 20]

@@ -26,7 +26,7 @@ from ldm_jax.evaluation.request import parse
 from ldm_jax.images import write_png
 from ldm_jax.interop.inception import inception_shapes
 from ldm_jax.nn.classifier import Seen
-from ldm_jax.scoring import extractors, real, reconstructions, samples
+from ldm_jax.scoring import extractors, measuring, real, reconstructions, samples
 from ldm_jax.scoring.extractors import (
     classifier_extractor,
     extract_all,
@@ -230,14 +230,14 @@ def test_networks_that_judge_multiply_in_full_on_any_chip(monkeypatch):
     assert set(seen) == {"highest"}
 
 
-def test_statistics_of_a_part_are_of_all_classes(monkeypatch):
+def test_statistics_of_a_part_are_of_all_classes(monkeypatch, tmp_path):
     by_class = sorted(
         open_source("tfds:digits", "train", directory=None).examples,
         key=lambda example: int(example["label"]),
     )
     source = Source(by_class, tuple("0123456789"), 1)
-    monkeypatch.setattr(real, "open_split", lambda config, split: source)
-    monkeypatch.setattr(real, "MOST_KEPT", 80)
+    monkeypatch.setattr(measuring, "open_split", lambda config, split: source)
+    monkeypatch.setattr(measuring, "MOST_KEPT", 80)
     label_by_image = {x["image"].tobytes(): int(x["label"]) for x in by_class}
 
     def tell(images):
@@ -246,7 +246,10 @@ def test_statistics_of_a_part_are_of_all_classes(monkeypatch):
 
     extractor = function_extractor(tell, digest="d")
     config, protocol = tiny.get_config(), PROTOCOLS["dataset-classifier"]
-    kept = real.measure_real(config, protocol, extractor).kept[:, 0]
+    found = measuring.measure_real(config, protocol, extractor, folder=tmp_path)
+    kept = found.kept[:, 0]
+    everything = np.array([label_by_image[x["image"].tobytes()] for x in by_class])
+    assert np.isclose(found.pooled.mean[0], everything.mean(), rtol=1e-12)
     assert len(kept) == 80
     assert set(kept[:60]) == set(range(10))  # any first part stands for all
 
