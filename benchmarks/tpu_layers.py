@@ -2,10 +2,10 @@
 
     python benchmarks/tpu_layers.py --topology v6e:2x2
 
-Compiles attention and 3x3 convolutions of Stable Diffusion 1.5 at 4 images a chip and
-of LDM-4 at 16, values and gradients in bfloat16, for a TPU that need not be here (the
-extra `plan`). Prints for each the bytes moved, the temporaries and the estimated
-cycles, those of kernels among them. JSON with --json FILE.
+Compiles attention with its projections, and 3x3 convolutions, of Stable Diffusion 1.5
+at 4 images a chip and of LDM-4 at 16, values and gradients in bfloat16, for a TPU that
+need not be here (the extra `plan`). Prints for each the bytes moved, the temporaries
+and the estimated cycles, those of kernels among them. JSON with --json FILE.
 """
 
 import json
@@ -20,8 +20,9 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
 from ldm_jax.cli import run_main
-from ldm_jax.nn.attention import attend, attend_plainly
+from ldm_jax.nn.attention import attend_in_lanes, attend_plainly
 from ldm_jax.nn.convolution import convolve
+from ldm_jax.nn.layers import Affine
 from ldm_jax.planning.compiling import chip_of, compile_program
 from ldm_jax.planning.kernels import kernel_cycles
 from ldm_jax.planning.programs import open_devices
@@ -50,10 +51,22 @@ class Layer(NamedTuple):
 
 
 def attention(model: str, *sizes: int) -> Layer:
-    """Attention of images, tokens, heads and channels of a head."""
+    """Attention of images, tokens, heads and channels of a head, and projections."""
     images, tokens, heads, width = sizes
+    channels = heads * width
     name = f"{model}: {images} x {tokens} tokens, {heads} heads of {width}"
-    return Layer(name, attend_plainly, attend, (sizes,) * 3)
+
+    def plain(x: Array, *kernels: Array) -> Array:
+        *ways_in, out = kernels
+        q, k, v = ((x @ way).reshape(images, tokens, heads, width) for way in ways_in)
+        return attend_plainly(q, k, v).reshape(images, tokens, channels) @ out
+
+    def ours(x: Array, *kernels: Array) -> Array:
+        q, k, v, out = (Affine(kernel, None) for kernel in kernels)
+        return attend_in_lanes(x, x, (q, k, v, out), heads, jnp.bfloat16)
+
+    shapes = ((images, tokens, channels), *[(channels, channels)] * 4)
+    return Layer(name, plain, ours, shapes)
 
 
 def convolution(model: str, *sizes: int) -> Layer:

@@ -1,5 +1,7 @@
 """Attention as one kernel: equal to the plain one, and chosen where it belongs."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -188,8 +190,10 @@ def test_a_layer_between_its_projections_is_the_plain_one(name, monkeypatch):
 def test_dense_is_that_of_flax():
     x = jax.random.normal(jax.random.key(1), (2, 3, 8))
     for use_bias, dtype in ((True, jnp.float32), (False, jnp.bfloat16)):
-        layer = nn.Dense(5, use_bias=use_bias, dtype=dtype, bias_init=nn.initializers.normal())
-        params = layer.init(jax.random.key(0), x)
+        layer = nn.Dense(
+            5, use_bias=use_bias, dtype=dtype, bias_init=nn.initializers.normal()
+        )
+        params: Any = layer.init(jax.random.key(0), x)
         kernel, bias = (params["params"].get(k) for k in ("kernel", "bias"))
         np.testing.assert_array_equal(
             dense(x, Affine(kernel, bias), dtype), layer.apply(params, x)
@@ -200,6 +204,11 @@ def lowered(fn, platform, *args):
     return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
+def outcome(layer, params, x):
+    found: Any = layer.apply(params, x)
+    return found.astype(jnp.float32)
+
+
 def layer_and_params(side: int, width: int, heads: int):
     layer = SelfAttention(heads, 4, 1e-5, False, jnp.bfloat16)
     x = jnp.ones((1, side, side, heads * width), jnp.bfloat16)
@@ -208,7 +217,7 @@ def layer_and_params(side: int, width: int, heads: int):
 
 def test_the_platform_compiled_for_chooses():
     layer, params, x = layer_and_params(side=16, width=40, heads=2)
-    step = jax.value_and_grad(lambda *a: layer.apply(*a).astype(jnp.float32).sum())
+    step = jax.value_and_grad(lambda *a: jnp.sum(outcome(layer, *a)))
     for_tpu = lowered(step, "tpu", params, x)
     assert for_tpu.count(KERNEL) == 2  # there and back
     assert "exponential" not in for_tpu
@@ -226,7 +235,7 @@ def test_on_a_cpu_nothing_changes(monkeypatch):
     layer, params, x = layer_and_params(side=16, width=40, heads=2)
 
     def both():
-        fn = lambda *a: layer.apply(*a).astype(jnp.float32).sum()  # noqa: E731
+        fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
         return jax.jit(jax.value_and_grad(fn))(params, x)
 
     chosen = both()
@@ -239,11 +248,11 @@ def test_the_flops_are_those_of_the_plain_layer(monkeypatch):
     layer, params, x = layer_and_params(side=16, width=80, heads=2)
     ways = []
     for transform in (lambda fn: fn, jax.grad):
-        fn = lambda *a: layer.apply(*a).astype(jnp.float32).sum()  # noqa: E731
+        fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
         ways.append(count_flops(transform(fn), params, x))
     monkeypatch.setattr(attention, "for_platform", lambda shape, plainly, ours: plainly)
     for transform, counted in zip((lambda fn: fn, jax.grad), ways, strict=True):
-        fn = lambda *a: layer.apply(*a).astype(jnp.float32).sum()  # noqa: E731
+        fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
         assert count_flops(transform(fn), params, x) == counted
 
 

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -85,9 +86,10 @@ def for_platform(
     """
     if blocks_of(shape) is None:
         return plainly
-    return functools.partial(
+    chosen: Any = functools.partial(
         jax.lax.platform_dependent, default=plainly, tpu=in_lanes
     )
+    return chosen
 
 
 def attend_in_lanes(
@@ -192,9 +194,8 @@ class SelfAttention(nn.Module):
         def in_lanes(
             y: Float[Array, "b n c"], joined: Affine, out: Affine
         ) -> Float[Array, "b n c"]:
-            return attend_in_lanes(
-                y, y, (*split_affine(joined, 3), out), self.num_heads, self.dtype
-            )
+            q, k, v = split_affine(joined, 3)
+            return attend_in_lanes(y, y, (q, k, v, out), self.num_heads, self.dtype)
 
         shape = Shape(queries=h * w, keys=h * w, width=c // self.num_heads)
         layer = for_platform(shape, plainly, in_lanes)

@@ -80,9 +80,7 @@ class Weights(nn.Module):
     def __call__(self, channels: int) -> Affine:
         """Return them, for so many channels in."""
         init = (
-            nn.initializers.zeros
-            if self.zero_init
-            else nn.initializers.lecun_normal()
+            nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
         )
         shape = (channels, self.features)
         kernel = self.param("kernel", init, shape, jnp.float32)

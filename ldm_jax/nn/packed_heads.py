@@ -5,6 +5,7 @@ their kernels are put where the lanes are, and no activation is moved.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def attend_between(  # compiled, so that layers of one shape trace their kernels
         dense(tokens, weights, dtype)
         for tokens, weights in zip((x, read, read), packed, strict=True)
     )
-    mixed = fused_attention(q, k, v, packing, interpret)
+    mixed: Any = fused_attention(q, k, v, packing, interpret)
     kernel = pack(out.kernel, packing, axis=0)
     return dense(mixed, Affine(kernel, out.bias), dtype)
 
