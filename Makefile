@@ -56,8 +56,8 @@ torture: setup
 
 parity: setup
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
-	@# Without what it wants: its torchvision would bring another torch.
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps torch-fidelity
+	@# Without what they want: torchvision would bring another torch.
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps torch-fidelity clean-fid
 	$(RUN) -m pytest tests/parity -n 2 --dist loadfile --no-loadscope-reorder
 
 recipes: setup

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import functools
 import re
@@ -12,7 +13,14 @@ from ldm_jax.build import build_networks, init_autoencoder, init_unet
 from ldm_jax.nn.attention import attend
 from ldm_jax.nn.bottleneck import DiagonalGaussian, gaussian_from_moments
 from ldm_jax.nn.conditioning import Condition
-from ldm_jax.nn.convolution import NUMBERS, by_rows, in_one_order
+from ldm_jax.nn.convolution import (
+    NUMBERS,
+    by_rows,
+    in_a_loop,
+    in_four_phases,
+    in_one_order,
+    with_gaps,
+)
 from ldm_jax.nn.layers import (
     SYMMETRIC_PADDING,
     TRAILING_PADDING,
@@ -232,6 +240,57 @@ def test_a_convolution_by_rows_is_the_plain_one(height, width, into, out):
     np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(pull(slope), pull_plainly(slope), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", [in_four_phases, with_gaps])
+@pytest.mark.parametrize("height, width, into, out", [(8, 8, 3, 5), (1, 9, 2, 4)])
+def test_a_doubled_map_is_convolved_at_its_own_size(way, height, width, into, out):
+    x, kernel = normal(0, (2, height, width, into)), normal(1, (3, 3, into, out))
+    slope = normal(2, (2, 2 * height, 2 * width, out))
+
+    def plainly(x, kernel):
+        twice = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return jax.lax.conv_general_dilated(
+            twice, kernel, (1, 1), "SAME", dimension_numbers=NUMBERS
+        )
+
+    def distances(fn, x, kernel, slope):
+        """Return how far values and gradients are from the truth."""
+        values, pull = jax.vjp(fn, x, kernel)
+        found = (values, *pull(slope.astype(values.dtype)))
+        return [
+            np.linalg.norm(np.asarray(one, np.float64) - other) / np.linalg.norm(other)
+            for one, other in zip(found, truth, strict=True)
+        ]
+
+    # In 16 bits the kernel's sums are rounded once, as its weights are.
+    half = x.astype(jnp.bfloat16)
+    wanted, pull = jax.vjp(plainly, half.astype(jnp.float32), kernel)
+    truth = [np.asarray(one, np.float64) for one in (wanted, *pull(slope))]
+    cast = lambda x, kernel: plainly(x, kernel.astype(x.dtype))  # noqa: E731
+    ours, theirs = (distances(fn, half, kernel, slope) for fn in (way, cast))
+    assert all(a < 1.3 * b for a, b in zip(ours, theirs, strict=True))
+    wanted, pull = jax.vjp(plainly, x, kernel)
+    truth = [np.asarray(one, np.float64) for one in (wanted, *pull(slope))]
+    assert max(distances(way, x, kernel, slope)) < 1e-6
+
+
+def test_which_way_a_doubled_map_is_convolved():
+    layer = Upsample(jnp.float32)
+
+    def products_in(side, platform, *, looped=False):
+        x = jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32)
+        params = jax.eval_shape(layer.init, jax.random.key(0), x)
+        with in_a_loop() if looped else contextlib.nullcontext():
+            lowered = jax.jit(layer.apply).trace(params, x)
+        text = lowered.lower(lowering_platforms=(platform,)).as_text()
+        dilated = "lhs_dilate = [2, 2]" in text
+        return text.count("stablehlo.convolution"), dilated
+
+    assert products_in(8, "cpu") == products_in(8, "cpu", looped=True) == (4, False)
+    assert products_in(4, "cpu") == (1, False)
+    assert products_in(8, "tpu") == products_in(4, "tpu") == (1, True)
+    assert products_in(8, "cuda") == (1, False)
 
 
 def test_rows_are_convolved_on_tpus_where_a_batch_is_small_and_maps_are_wide():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
-from ldm_jax.nn.convolution import convolve
+from ldm_jax.nn.convolution import convolve, convolve_doubled
 from ldm_jax.types import Dtype
 
 AUTOENCODER_EPSILON = 1e-6
@@ -52,19 +52,19 @@ def timestep_embedding(
 
 
 class Affine(NamedTuple):
-    """A linear layer's parameters, float32.
+    """Parameters of a linear layer or a convolution, float32.
 
     Attributes:
-      kernel: Channels in, channels out.
+      kernel: Window if there is one, channels in, channels out.
       bias: Channels out; None where it has none.
     """
 
-    kernel: Float[Array, "c e"]
+    kernel: Float[Array, "*window c e"]
     bias: Float[Array, " e"] | None
 
 
 class Weights(nn.Module):
-    """The parameters of a `nn.Dense` by themselves, for who multiplies by them.
+    """The parameters of a `nn.Dense` or `nn.Conv` by themselves, to multiply by.
 
     Fields:
       features: Channels out.
@@ -77,17 +77,17 @@ class Weights(nn.Module):
     zero_init: bool
 
     @nn.compact
-    def __call__(self, channels: int) -> Affine:
-        """Return them, for so many channels in."""
+    def __call__(self, channels: int, window: tuple[int, ...] = ()) -> Affine:
+        """Return them, for so many channels in and such a window."""
         init = (
             nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
         )
-        shape = (channels, self.features)
+        shape = (*window, channels, self.features)
         kernel = self.param("kernel", init, shape, jnp.float32)
         if not self.use_bias:
             return Affine(kernel, None)
         zeros = nn.initializers.zeros
-        return Affine(kernel, self.param("bias", zeros, shape[1:], jnp.float32))
+        return Affine(kernel, self.param("bias", zeros, shape[-1:], jnp.float32))
 
 
 def split_affine(weights: Affine, parts: int) -> tuple[Affine, ...]:
@@ -223,8 +223,11 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         """Return the map at twice the resolution."""
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return conv(x.shape[-1], 3, self.dtype, "conv")(x)
+        channels = x.shape[-1]
+        weights = Weights(channels, use_bias=True, zero_init=False, name="conv")
+        kernel, bias = weights(channels, window=(3, 3))
+        y = convolve_doubled(x.astype(self.dtype), kernel)
+        return y + jnp.asarray(bias).astype(self.dtype)[None, None, None, :]
 
 
 def area_downsample(

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cleanfid.resize import build_resizer
 
 from ldm_jax.evaluation.frechet import frechet_distance, moments
 from ldm_jax.evaluation.inception_score import inception_score
 from ldm_jax.evaluation.kernel import kernel_distance
 from ldm_jax.evaluation.neighbours import neighbourhoods
-from ldm_jax.evaluation.resizing import resize_bilinearly
+from ldm_jax.evaluation.resizing import resize_bilinearly, resize_cleanly
 from ldm_jax.interop.inception import load_inception
 from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.nn.inception import Inception
@@ -138,3 +139,10 @@ def test_features_are_those_of_its_network(tmp_path, monkeypatch, kind):
         scale = np.abs(value).max()
         assert np.abs(getattr(got, name) - value).max() < 1e-4 * scale, name
     assert wanted["pooled"].std() > 1e-3
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (32, 32), (256, 256), (700, 410)])
+def test_images_are_resized_as_clean_fid_resizes_them(height, width):
+    images = np.random.RandomState(1).randint(0, 256, (2, height, width, 3), np.uint8)
+    theirs = np.stack([build_resizer("clean")(image) for image in images])
+    np.testing.assert_array_equal(resize_cleanly(images, side=299), theirs)
