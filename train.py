@@ -8,12 +8,17 @@ import json
 from ldm_jax.cli import parse_train, run_main
 from ldm_jax.launch import start, use_huge_pages
 
+WORTH_DRAWING = 60.0
+"""Seconds of training after which drawing samples for the report is no long wait."""
+
 
 def main(args: list[str]) -> None:
     """Parse, train, say finished."""
     arguments = parse_train(args)
     # Only now: help and misspelt flags need not wait for JAX.
     start(arguments.launch, peer_timeout=arguments.config.parallel.peer_timeout)
+    import jax
+
     from ldm_jax.describe import describe
     from ldm_jax.report.story import read_story
     from ldm_jax.report.writing import write_report
@@ -28,16 +33,16 @@ def main(args: list[str]) -> None:
     outcome = train(config, workdir, profile=arguments.profile)
     if not is_first():
         return
-    if outcome.trained:
-        write_report(read_story(workdir), workdir / "report.html", draws=False)
     final = outcome.final
-    if not outcome.trained:
-        print(f"finished: {workdir} has nothing left to train")
-    else:
-        seconds = ", ".join(
-            f"{name} {value:.0f} s" for name, value in final["seconds_by_stage"].items()
-        )
+    by_stage = final["seconds_by_stage"]
+    if outcome.trained:
+        # Of several processes the others are gone, and samples are drawn by all.
+        draws = sum(by_stage.values()) > WORTH_DRAWING and jax.process_count() == 1
+        write_report(read_story(workdir), workdir / "report.html", draws=draws)
+        seconds = ", ".join(f"{name} {value:.0f} s" for name, value in by_stage.items())
         print(f"finished: {workdir} ({seconds})")
+    else:
+        print(f"finished: {workdir} has nothing left to train")
     print(f"digest {final['digest']}")
 
 

@@ -5,12 +5,14 @@ import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
+import jax
 import numpy as np
 import pytest
 
 from ldm_jax.config import to_json
 from ldm_jax.images import write_png
 from ldm_jax.interop.native import write_native
+from ldm_jax.report import writing
 from ldm_jax.report.__main__ import main
 from ldm_jax.report.charts import Curve, chart
 from ldm_jax.report.scores import _sweep, best_by_way
@@ -165,6 +167,17 @@ def test_a_run_that_has_only_begun_has_a_page_too(tmp_path):
     empty.mkdir()
     (empty / "config.json").write_text(to_json(tiny.get_config()))
     assert "0 of 8 steps" in Page(write(empty, "--no-samples")).text
+
+
+def test_a_page_is_written_where_there_is_no_memory_to_draw(tmp_path, monkeypatch):
+    def shoot(workdir, config):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB\nallocations: ...")
+
+    monkeypatch.setattr(writing, "shoot", shoot)
+    workdir = make_run(tmp_path / "run")
+    writing.write_report(read_story(workdir), tmp_path / "page.html", draws=True)
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert "Nothing was drawn for this report: RESOURCE_EXHAUSTED: 3 GiB." in text
 
 
 def test_a_torn_line_and_half_a_file_are_left_out(tmp_path):

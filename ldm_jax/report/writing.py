@@ -42,8 +42,9 @@ def _shots(story: Story) -> tuple[Shots | None, str]:
         return None, "This model is given pictures or vectors: see its samples above."
     try:
         return shoot(story.workdir, config), ""
-    except (InputError, RunError) as error:
-        return None, f"Nothing was drawn for this report: {error}."
+    except (InputError, RunError, jax.errors.JaxRuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        return None, f"Nothing was drawn for this report: {lines[0]}."
 
 
 def _parameters(story: Story) -> dict[str, str]:
