@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from ldm_jax.build import load_split
+from ldm_jax.config import Config
 from ldm_jax.diffusion.levels import make_levels
 from ldm_jax.diffusion.solvers import make_table
 from ldm_jax.evaluation.components import (
@@ -20,13 +20,17 @@ from ldm_jax.evaluation.components import (
     moments_of,
     small_images,
 )
-from ldm_jax.evaluation.frechet import frechet_distance
+from ldm_jax.evaluation.frechet import Moments, frechet_distance, moments
 from ldm_jax.evaluation.trade_off import LIMIT_SAMPLER, Measured, StepsRequest
 from ldm_jax.generate import make_sample_fn
 from ldm_jax.images import to_uint8
 from ldm_jax.loading import Run, load_run
-from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
+from ldm_jax.scoring.extractors import extract_all
+from ldm_jax.scoring.judging import FOLDER, judge
+from ldm_jax.scoring.measuring import ROWS
+from ldm_jax.scoring.samples import shown_by_seed
+from ldm_jax.subjects import condition_inputs
 from ldm_jax.types import InputError, SamplerName
 
 MAX_REAL_IMAGES = 10_000
@@ -40,7 +44,8 @@ class Comparison(NamedTuple):
 
     Attributes:
       rows: The settings.
-      floor: Fréchet distance of the held-out split to the training split.
+      floor: Fréchet distance of the held-out split to the training split; None where
+        it has too few images.
       num_held_out: Images of the held-out split.
       digest: Of the checkpoint.
       platform: What it ran on.
@@ -48,11 +53,27 @@ class Comparison(NamedTuple):
     """
 
     rows: list[Measured]
-    floor: float
+    floor: float | None
     num_held_out: int
     digest: str
     platform: str
     limit_steps: int
+
+
+class Space(NamedTuple):
+    """Where distances are measured.
+
+    Attributes:
+      moments: From images to those of their features.
+      real: Those of the training split.
+      floor: Distance of the held-out split; None where it has too few images.
+      num_held_out: Images of the held-out split.
+    """
+
+    moments: Callable[[UInt8[np.ndarray, "n h w c"]], Moments]
+    real: Moments
+    floor: float | None
+    num_held_out: int
 
 
 class Setting(NamedTuple):
@@ -92,13 +113,8 @@ def compare(request: StepsRequest) -> Comparison:
         ]
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    train, test = (
-        small_images(load_split(run.config, split, limit=MAX_REAL_IMAGES).image)
-        for split in ("train", "test")
-    )
+    space = open_space(request, run.config)
     request.out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    projection = fit_projection(train)
-    real = moments_of(projection, train)
     starts = list(range(0, request.num_images, run.networks.chunk))
     total = sum(setting.calls for setting in [limit, *settings]) * len(starts)
     rows: list[Measured] = []
@@ -106,7 +122,7 @@ def compare(request: StepsRequest) -> Comparison:
         converged, _ = draw_all(limit, starts, bar)
         for setting in settings:
             images, seconds = draw_all(setting, starts, bar)
-            found = moments_of(projection, small_images(to_uint8(images)))
+            found = space.moments(to_uint8(images))
             error = GREY_LEVELS * math.sqrt(np.square(images - converged).mean())
             rows.append(
                 Measured(
@@ -114,13 +130,52 @@ def compare(request: StepsRequest) -> Comparison:
                     steps=setting.steps,
                     calls=setting.calls,
                     seconds=seconds / min(run.networks.chunk, request.num_images),
-                    distance=frechet_distance(found, real),
+                    distance=frechet_distance(found, space.real),
                     error=None if setting.draws_noise else error,
                 )
             )
-    floor = frechet_distance(moments_of(projection, test), real)
-    platform = jax.default_backend()
-    return Comparison(rows, floor, len(test), run.digest, platform, limit_steps)
+    return Comparison(
+        rows,
+        space.floor,
+        space.num_held_out,
+        run.digest,
+        jax.default_backend(),
+        limit_steps,
+    )
+
+
+def open_space(request: StepsRequest, config: Config) -> Space:
+    """Make where distances are measured: by a protocol, or by small images.
+
+    Raises:
+      InputError: If data or weights cannot be read, or there are too few images.
+      OSError: If statistics of real images cannot be kept.
+    """
+    if request.protocol is None:
+        train, test = (
+            small_images(load_split(config, split, limit=MAX_REAL_IMAGES).image)
+            for split in ("train", "test")
+        )
+        projection = fit_projection(train)
+        real = moments_of(projection, train)
+        floor = frechet_distance(moments_of(projection, test), real)
+        seen = lambda images: moments_of(projection, small_images(images))  # noqa: E731
+        return Space(seen, real, floor, len(test))
+    judged = judge(
+        config,
+        request.protocol,
+        inception=request.inception,
+        reference=None,
+        folder=request.workdir / FOLDER,
+        num_images=request.num_images,
+        what="--num-images",
+    )
+
+    def look(images: UInt8[np.ndarray, "n h w c"]) -> Moments:
+        return moments(extract_all(judged.extractor, images, size=ROWS).pooled)
+
+    floor = None if judged.held_out is None else judged.held_out["fid"]
+    return Space(look, judged.reference.pooled, floor, judged.num_held_out)
 
 
 def make_setting(
@@ -151,13 +206,14 @@ def make_setting(
         guided=request.guidance_scale != 1.0,
     )
 
+    shown = shown_by_seed(config, request.num_images)
+
     def draw(start: int) -> np.ndarray:
         seeds = list(range(start, min(start + networks.chunk, request.num_images)))
-        cond, scale = ConditionInputs(), request.guidance_scale
-        if config.diffusion.condition.uses_classes:
-            label = [seed % config.data.num_classes for seed in seeds]
-            cond = ConditionInputs(label=jnp.asarray(label, jnp.int32))
-        return np.asarray(sample_fn(run.params, image_keys(seeds), cond, scale).images)
+        cond, uncond = condition_inputs(config, [shown[i % len(shown)] for i in seeds])
+        keys, scale = image_keys(seeds), request.guidance_scale
+        made = sample_fn(run.params, keys, cond, scale, uncond=uncond)
+        return np.asarray(made.images)
 
     return Setting(sampler, steps, table.num_calls, bool(table.noise.any()), draw)
 

@@ -1,5 +1,6 @@
 """Attention as one kernel: equal to the plain one, and chosen where it belongs."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +14,9 @@ from ldm_jax.nn import attention
 from ldm_jax.nn.attention import SelfAttention, attend, attend_plainly
 from ldm_jax.nn.attention_blocks import LANES, Packing, Shape, blocks_of, packing_of
 from ldm_jax.nn.fused_attention import fused_attention
-from ldm_jax.nn.layers import Affine, dense
+from ldm_jax.nn.layers import Affine, dense, dense_of_many
 from ldm_jax.nn.packed_heads import attend_between, pack
-from ldm_jax.nn.transformer import Attention
+from ldm_jax.nn.transformer import Attention, exact_gelu
 
 KERNEL = "tpu_custom_call"
 
@@ -207,6 +208,48 @@ def lowered(fn, platform, *args):
 def outcome(layer, params, x):
     found: Any = layer.apply(params, x)
     return found.astype(jnp.float32)
+
+
+def test_many_tokens_are_summed_for_a_bias_as_few_are():
+    keys = jax.random.split(jax.random.key(2), 4)
+    weights = Affine(
+        jax.random.normal(keys[0], (8, 5)), jax.random.normal(keys[1], (5,))
+    )
+    x, slope = (
+        jax.random.normal(key, (2, 300, n))
+        for key, n in zip(keys[2:], (8, 5), strict=True)
+    )
+
+    def step(layer):
+        def total(x, weights):
+            return jnp.vdot(layer(x, weights, jnp.float32), slope)
+
+        return jax.value_and_grad(total, argnums=(0, 1))
+
+    many, few = (jax.jit(step(layer))(x, weights) for layer in (dense_of_many, dense))
+    jax.tree.map(np.testing.assert_array_equal, many, few)  # on a CPU
+    for_tpu = lowered(step(dense_of_many), "tpu", x, weights)
+    plain = lowered(step(dense), "tpu", x, weights)
+    assert for_tpu.count("dot_general") == plain.count("dot_general") + 1
+
+
+def test_gelu_in_16_bits_is_as_near_to_the_exact_one():
+    x = jnp.linspace(-6.0, 6.0, 4001).astype(jnp.bfloat16).reshape(1, 1, -1)
+    both = []
+    for gelu in (exact_gelu, functools.partial(jax.nn.gelu, approximate=False)):
+        values, pull = jax.vjp(gelu, x)
+        assert values.dtype == jnp.bfloat16
+        both.append((values, *pull(jnp.ones_like(x))))
+    truth, pull = jax.vjp(exact_gelu, x.astype(jnp.float32))
+    exact = (truth, *pull(jnp.ones_like(truth)))
+    ours, theirs = (
+        [
+            float(jnp.abs(a.astype(jnp.float32) - b).max())
+            for a, b in zip(one, exact, strict=True)
+        ]
+        for one in both
+    )
+    assert ours[0] <= theirs[0] and ours[1] <= 1.5 * theirs[1]
 
 
 def layer_and_params(side: int, width: int, heads: int):

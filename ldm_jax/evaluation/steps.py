@@ -3,10 +3,10 @@
     python -m ldm_jax.evaluation.steps --workdir runs/digits
 
 Prints a table and names the cheapest setting within 5 % of the best; writes steps.json
-and steps.png. Quality is the Fréchet distance to the training split between principal
-components of small averaged images. That is a stand-in which needs nothing from
-outside: it sees layout and contrast, not texture, and is not the FID of a feature
-network.
+and steps.png. Quality is the Fréchet distance to the training split, with --protocol of
+the features that it looks at, as in `python -m ldm_jax.evaluation`: that is FID. Else
+it is that of principal components of small averaged images, a stand-in which needs
+nothing from outside and sees layout and contrast, not texture.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from ldm_jax.cli import OneLineParser, run_main
 from ldm_jax.config import Config, read_config
+from ldm_jax.evaluation.protocols import protocol_of
+from ldm_jax.evaluation.request import check_network
 from ldm_jax.evaluation.trade_off import (
     LIMIT_SAMPLER,
     TOLERANCE,
@@ -26,7 +28,13 @@ from ldm_jax.evaluation.trade_off import (
     to_table,
 )
 from ldm_jax.launch import use_huge_pages
-from ldm_jax.types import SAMPLER_NAMES, SPACING_NAMES, InputError, choices
+from ldm_jax.types import (
+    PROTOCOL_NAMES,
+    SAMPLER_NAMES,
+    SPACING_NAMES,
+    InputError,
+    choices,
+)
 
 PROG = "python -m ldm_jax.evaluation.steps"
 
@@ -56,6 +64,8 @@ def parse(args: list[str]) -> StepsRequest:
     add("--spacing", help=f"one of {', '.join(SPACING_NAMES)}; the run's by default")
     add("--num-images", type=int, default=500, help="images of each setting")
     add("--guidance-scale", type=float, default=1.0, help="1, the default, is none")
+    add("--protocol", help=f"one of {', '.join(PROTOCOL_NAMES)}")
+    add("--inception", type=Path, help="weights of FID's Inception (.pth, safetensors)")
     add(
         "--limit-steps",
         type=int,
@@ -77,6 +87,11 @@ def parse(args: list[str]) -> StepsRequest:
         raise InputError(
             f"--guidance-scale: got {given.guidance_scale}, wanted 0 or more"
         )
+    protocol = None if given.protocol is None else protocol_of(given.protocol)
+    if protocol is not None:
+        check_network(protocol, given.inception)
+    elif given.inception is not None:
+        raise InputError("--inception: got it without --protocol; try --protocol adm")
     out = given.out or given.workdir / "steps"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, wanted a folder")
@@ -88,6 +103,8 @@ def parse(args: list[str]) -> StepsRequest:
         spacing=given.spacing,
         num_images=given.num_images,
         guidance_scale=given.guidance_scale,
+        protocol=protocol,
+        inception=given.inception,
         limit_steps=given.limit_steps,
         out=out,
     )
@@ -104,13 +121,13 @@ def check_run(config: Config, given: argparse.Namespace) -> None:
     condition, top = second.condition, second.num_timesteps
     if outside := [steps for steps in given.steps if not 1 <= steps <= top]:
         raise InputError(f"--steps: got {outside[0]}, wanted 1 to {top}")
-    reads_more = condition.uses_tokens or condition.context == "embedding"
-    if reads_more or condition.concat != "none":
+    if condition.context == "embedding" or condition.concat != "none":
         raise InputError(
-            f"--workdir: {given.workdir} is conditioned on texts, vectors or pictures; "
-            "wanted a model of classes, or without condition"
+            f"--workdir: {given.workdir} is conditioned on vectors or pictures; wanted "
+            "a model of texts or classes, or without condition"
         )
-    if given.guidance_scale != 1.0 and not condition.uses_classes:
+    reads = condition.uses_tokens or condition.uses_classes
+    if given.guidance_scale != 1.0 and not reads:
         raise InputError(
             f"--guidance-scale: got {given.guidance_scale}, but this model has no "
             "condition; leave it at 1"
@@ -130,6 +147,7 @@ def main(args: list[str]) -> None:
         "platform": found.platform,
         "num_images": request.num_images,
         "guidance_scale": request.guidance_scale,
+        "protocol": request.protocol and request.protocol.name,
         "spacing": request.spacing,
         "limit": {"sampler": LIMIT_SAMPLER, "steps": found.limit_steps},
         "held_out_distance": found.floor,
@@ -141,7 +159,8 @@ def main(args: list[str]) -> None:
     (request.out / "steps.json").write_text(text)
     plot(found.rows, chosen, request.out / "steps.png", floor=found.floor)
     print(to_table(found.rows, chosen))  # noqa: T201
-    real = f"{found.num_held_out} held-out images: {found.floor:.4g}"
+    floor = "too few" if found.floor is None else f"{found.floor:.4g}"
+    real = f"{found.num_held_out} held-out images: {floor}"
     print(f"\n{real}; fewer images lie further off, drawn or real")  # noqa: T201
     print(f"cheapest within {TOLERANCE:.0%} of the best: {in_words(chosen)}")  # noqa: T201
 

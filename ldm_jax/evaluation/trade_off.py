@@ -5,6 +5,7 @@ import operator
 from pathlib import Path
 from typing import NamedTuple
 
+from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.types import SamplerName, SpacingName
 
 TOLERANCE = 0.05
@@ -22,6 +23,8 @@ class StepsRequest:
       spacing: How they are spaced; None for the schedule's default.
       num_images: Images of each setting, at least 2.
       guidance_scale: At least 0; 1 guides nothing.
+      protocol: Whose features are compared; None for components of small images.
+      inception: File of Inception's weights, where the protocol wants it.
       limit_steps: Steps of the images that stand for the converged ones; the most
         there are where that is more.
       out: Folder of what is written.
@@ -33,6 +36,8 @@ class StepsRequest:
     spacing: SpacingName | None
     num_images: int
     guidance_scale: float
+    protocol: Protocol | None
+    inception: Path | None
     limit_steps: int
     out: Path
 
@@ -96,14 +101,16 @@ def to_table(rows: list[Measured], chosen: Measured) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Measured], chosen: Measured, path: Path, *, floor: float) -> None:
+def plot(
+    rows: list[Measured], chosen: Measured, path: Path, *, floor: float | None
+) -> None:
     """Draw quality against steps and seconds, and convergence against network calls.
 
     Args:
       rows: What was measured.
       chosen: The one to circle.
       path: The PNG to write.
-      floor: Distance of held-out images.
+      floor: Distance of held-out images; None where they are too few.
     """
     import matplotlib
 
@@ -124,7 +131,8 @@ def plot(rows: list[Measured], chosen: Measured, path: Path, *, floor: float) ->
             xs, ys = ([getattr(r, name) for r in line] for name in (x, y))
             axes.plot(xs, ys, "o-", color=f"C{i}", markersize=4, label=sampler)
         if y == "distance":
-            axes.axhline(floor, color="grey", ls="--", label="held-out images")
+            if floor is not None:
+                axes.axhline(floor, color="grey", ls="--", label="held-out images")
             circle = {"s": 160, "facecolors": "none", "edgecolors": "black"}
             spot = getattr(chosen, x), chosen.distance
             axes.scatter(*spot, **circle, label="cheapest within 5 %")

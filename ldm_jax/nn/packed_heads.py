@@ -13,11 +13,8 @@ from jaxtyping import Array, Float
 
 from ldm_jax.nn.attention_blocks import Packing, packing_of
 from ldm_jax.nn.fused_attention import fused_attention
-from ldm_jax.nn.layers import Affine, dense
+from ldm_jax.nn.layers import Affine, dense_of_many
 from ldm_jax.types import Dtype
-
-SUBLANES = 8
-"""Rows of a register."""
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), static_argnames="interpret")
@@ -50,41 +47,12 @@ def attend_between(  # compiled, so that layers of one shape trace their kernels
         for kernel, bias in ways_in
     ]
     q, k, v = (
-        _dense(tokens, weights, dtype)
+        dense_of_many(tokens, weights, dtype)
         for tokens, weights in zip((x, read, read), packed, strict=True)
     )
     mixed: Any = fused_attention(q, k, v, packing, interpret)
     kernel = pack(out.kernel, packing, axis=0)
-    return _dense(mixed, Affine(kernel, out.bias), dtype)
-
-
-def _dense(x: Array, weights: Affine, dtype: Dtype) -> Array:
-    y = dense(x, Affine(weights.kernel, None), dtype)
-    return y if weights.bias is None else _add(y, weights.bias.astype(dtype))
-
-
-@jax.custom_vjp
-def _add(y: Float[Array, "b n e"], bias: Float[Array, " e"]) -> Float[Array, "b n e"]:
-    """Add a bias, whose gradient is a product with ones.
-
-    As a sum over rows it takes as long as a projection itself.
-    """
-    return y + bias[None, None, :]
-
-
-def _add_forward(y: Array, bias: Array) -> tuple[Array, None]:
-    return _add(y, bias), None
-
-
-def _add_backward(_: None, slope: Array) -> tuple[Array, Array]:
-    rows = slope.reshape(-1, slope.shape[-1])
-    # More than one row of ones, or the compiler would make a sum of it.
-    ones = jnp.ones((SUBLANES, len(rows)), slope.dtype)
-    total = jnp.matmul(ones, rows, preferred_element_type=jnp.float32)[0]
-    return slope, total.astype(slope.dtype)
-
-
-_add.defvjp(_add_forward, _add_backward)
+    return dense_of_many(mixed, Affine(kernel, out.bias), dtype)
 
 
 def pack(x: Array, packing: Packing, *, axis: int) -> Array:

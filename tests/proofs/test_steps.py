@@ -91,6 +91,24 @@ def test_the_command_compares_samplers_and_names_the_cheapest(tiny_run, tmp_path
     assert read_png(out / "steps.png").size
 
 
+def test_distances_are_those_of_a_protocol_where_one_is_named(tiny_run, tmp_path):
+    args = ["--samplers", "ddim", "--steps", 2, "--limit-steps", 2]
+    looks = ["--protocol", "dataset-classifier", "--num-images", 160]
+    out = tmp_path / "out"
+    succeeded(run("-m", DOOR, "--workdir", tiny_run, "--out", out, *args, *looks))
+    report = json.loads((out / "steps.json").read_text())
+    assert report["protocol"] == "dataset-classifier"
+    (row,) = report["settings"]
+    # The same seeds by the evaluation, and the same statistics of real images.
+    flags = ("--steps", 2, "--num-images", 160)
+    succeeded(run("-m", "ldm_jax.evaluation", "--workdir", tiny_run, *flags))
+    (path,) = (tiny_run / "evaluation").glob("*/metrics.json")
+    scores = json.loads(path.read_text())
+    assert row["distance"] == pytest.approx(scores["scores"]["fid"], rel=1e-4)
+    floor = scores["held_out_scores"]["fid"]
+    assert report["held_out_distance"] == pytest.approx(floor, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -106,6 +124,9 @@ def test_the_command_compares_samplers_and_names_the_cheapest(tiny_run, tmp_path
         (["--out", "README.md"], "--out: README.md is a file"),
         (["--workdir", "tests"], "--workdir: tests is not a run"),
         (["--sampler", "ddim"], "unrecognized arguments: --sampler"),
+        (["--protocol", "adn"], "--protocol: .*did you mean adm"),
+        (["--protocol", "adm"], "--inception: not given"),
+        (["--inception", "i.pth"], "--inception: got it without --protocol"),
     ],
 )
 def test_bad_flags_are_told_in_one_line(tiny_run, args, words):
@@ -117,8 +138,8 @@ def test_bad_flags_are_told_in_one_line(tiny_run, args, words):
     ("kind", "changes", "args", "words"),
     [
         ("label", {"stages": ("autoencoder",)}, [], "an autoencoder alone"),
-        ("clip", {}, [], "conditioned on texts"),
-        ("masked_image", {}, [], "conditioned on texts"),
+        ("embedding", {}, [], "conditioned on vectors"),
+        ("masked_image", {}, [], "conditioned on vectors or pictures"),
         ("none", {}, ["--guidance-scale", "2"], "no condition"),
     ],
 )
