@@ -2,9 +2,11 @@
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
 import math
 import re
 import shlex
@@ -35,6 +37,7 @@ from tests import tiny
 from tests.browser import CHROMIUM, open_tab
 from tests.commands import ROOT, environment, error_line, run, write_run
 from tests.models import config_of
+from tests.test_tokenizer import write_clip
 
 DOOR = ("-m", "ldm_jax.browse")
 CLASSES = Limits(max_steps=9, max_images=4, num_classes=10, reads_text=False)
@@ -231,10 +234,10 @@ def test_help_is_fast_and_without_jax():
     assert "127.0.0.1" in done.stdout and "--sampler" in done.stdout
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """The page of a run that was never trained, at its address."""
-    folder = write_run(tiny.get_config(), tmp_path_factory.mktemp("browse") / "tiny")
+@contextlib.contextmanager
+def page_of(config, folder):
+    """Serve the page of a run that was never trained; yield its folder and address."""
+    write_run(config, folder)
     flags = ("--port", "0", "--max-steps", "9", "--max-images", "4")
     with subprocess.Popen(
         [sys.executable, *DOOR, str(folder), *flags],
@@ -246,8 +249,16 @@ def served(tmp_path_factory):
         lines = iter(process.stdout.readline, "")
         line = next((line for line in lines if line.startswith("http")), "")
         assert line, "the page was not served"
-        yield folder, line.split()[0]
-        process.terminate()
+        try:
+            yield folder, line.split()[0]
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with page_of(tiny.get_config(), tmp_path_factory.mktemp("browse") / "tiny") as page:
+        yield page
 
 
 def status_of(request):
@@ -331,4 +342,45 @@ def test_the_page_in_a_browser(served, tmp_path):
                 == "pixelated"
             )
         assert all(x.startswith((url, "data:", f"ws{url[4:]}")) for x in tab.asked)
+        assert not tab.said
+
+
+def write(tab, knob, text):
+    """Type a text in the place of what is there."""
+    tab.run(f"""document.querySelector('[aria-label="{knob}"]').select()""")
+    tab.send("Input.insertText", text=text)
+
+
+@needs_nicegui
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.timeout(180)
+def test_the_page_of_a_model_of_texts(tmp_path):
+    (tmp_path / "words").mkdir()
+    write_clip(tmp_path / "words", "sd1")
+    config = config_of("clip")
+    condition = dataclasses.replace(
+        config.diffusion.condition, tokenizer=str(tmp_path / "words")
+    )
+    diffusion = dataclasses.replace(config.diffusion, condition=condition)
+    config = dataclasses.replace(config, diffusion=diffusion)
+    with (
+        page_of(config, tmp_path / "run") as (_, url),
+        open_tab(tmp_path / "profile") as tab,
+    ):
+        tab.go(url)
+        tab.wait(f"({STATUS}).includes('Write what is to be drawn')")
+        write(tab, "prompt", "cat")
+        tab.wait(f"({STATUS}).includes('9 steps, ')")
+        before = tab.run(IMAGES)
+        assert len(before) == 4
+        write(tab, "prompt", "hello 'cat'")
+        tab.wait(f"!({IMAGES}).some(x => {json.dumps(before)}.includes(x))")
+        tab.wait(f"({STATUS}).includes('9 steps, ')")
+        assert "--prompt" in tab.run(COMMAND) and "hello" in tab.run(COMMAND)
+        after = tab.run(IMAGES)
+        assert len(after) == 4
+        image = Image.open(io.BytesIO(base64.b64decode(after[0][22:])))
+        assert image.text["prompt"] == "hello 'cat'"
+        write(tab, "prompt", "")
+        tab.wait(f"({STATUS}).includes('Write what is to be drawn')")
         assert not tab.said
