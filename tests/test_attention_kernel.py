@@ -180,7 +180,8 @@ def test_a_layer_between_its_projections_is_the_plain_one(name, monkeypatch):
     for module in ("attention", "transformer"):
         monkeypatch.setattr(f"ldm_jax.nn.{module}.attend_in_lanes", in_lanes)
         monkeypatch.setattr(
-            f"ldm_jax.nn.{module}.for_platform", lambda shape, plainly, ours: ours
+            f"ldm_jax.nn.{module}.for_platform",
+            lambda shape, dtype, plainly, ours: ours,
         )
     ours = both()
     assert len(calls) == 1
@@ -274,6 +275,26 @@ def test_what_no_kernel_fits_is_done_plainly():
         assert KERNEL not in lowered(layer.apply, "tpu", params, x)
 
 
+@pytest.mark.parametrize(
+    "shape, dtype, small, large",
+    [
+        # As libtpu 0.0.52 compiles them for a v4 and a v5p, or refuses.
+        (Shape(4096, 4096, 40), jnp.bfloat16, True, True),
+        (Shape(2048, 2048, 256), jnp.bfloat16, False, True),
+        (Shape(1024, 1024, 512), jnp.bfloat16, False, True),
+        (Shape(4096, 4096, 512), jnp.bfloat16, False, True),
+        (Shape(1024, 1024, 64), jnp.float32, True, True),
+        (Shape(4096, 4096, 128), jnp.float32, False, True),
+        (Shape(4096, 4096, 512), jnp.float32, False, False),
+        (Shape(64, 64, 64), jnp.bfloat16, False, False),
+    ],
+)
+def test_chips_with_little_memory_have_no_kernel_of_much(shape, dtype, small, large):
+    for kind, fits in (("TPU v4", small), ("TPU v5", large)):
+        with attention.for_chip(kind):
+            assert attention.kernel_fits(shape, dtype) == fits
+
+
 def test_on_a_cpu_nothing_changes(monkeypatch):
     layer, params, x = layer_and_params(side=16, width=40, heads=2)
 
@@ -282,7 +303,9 @@ def test_on_a_cpu_nothing_changes(monkeypatch):
         return jax.jit(jax.value_and_grad(fn))(params, x)
 
     chosen = both()
-    monkeypatch.setattr(attention, "for_platform", lambda shape, plainly, ours: plainly)
+    monkeypatch.setattr(
+        attention, "for_platform", lambda shape, dtype, plainly, ours: plainly
+    )
     jax.tree.map(np.testing.assert_array_equal, chosen, both())
 
 
@@ -293,7 +316,9 @@ def test_the_flops_are_those_of_the_plain_layer(monkeypatch):
     for transform in (lambda fn: fn, jax.grad):
         fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
         ways.append(count_flops(transform(fn), params, x))
-    monkeypatch.setattr(attention, "for_platform", lambda shape, plainly, ours: plainly)
+    monkeypatch.setattr(
+        attention, "for_platform", lambda shape, dtype, plainly, ours: plainly
+    )
     for transform, counted in zip((lambda fn: fn, jax.grad), ways, strict=True):
         fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
         assert count_flops(transform(fn), params, x) == counted

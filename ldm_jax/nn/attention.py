@@ -1,8 +1,10 @@
 """Attention over the pixels of a feature map."""
 
+import contextlib
+import contextvars
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -10,9 +12,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ldm_jax.nn.attention_blocks import Shape, blocks_of, is_worth_a_kernel
+from ldm_jax.nn.attention_blocks import (
+    MEMORY,
+    SMALL_MEMORY,
+    WITH_SMALL_MEMORY,
+    Shape,
+    blocks_of,
+    bytes_of,
+    is_worth_a_kernel,
+)
 from ldm_jax.nn.layers import Affine, GroupNorm, Weights, dense, split_affine
 from ldm_jax.types import Dtype
+
+_kind: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "_kind", default=None
+)
 
 
 def attend(
@@ -67,8 +81,38 @@ def attend_plainly(
     return jnp.einsum("bknm,bmkd->bnkd", weights.astype(v.dtype), v)
 
 
+@contextlib.contextmanager
+def for_chip(kind: str) -> Iterator[None]:
+    """Trace for a kind of device that need not be here, as `TPU v4`."""
+    token = _kind.set(kind)
+    try:
+        yield
+    finally:
+        _kind.reset(token)
+
+
+def kernel_fits(shape: Shape, dtype: Dtype) -> bool:
+    """Say whether a TPU, the one that is here or is traced for, has room for a kernel.
+
+    Args:
+      shape: Of the attention.
+      dtype: Compute dtype.
+    """
+    blocks = blocks_of(shape)
+    if blocks is None:
+        return False
+    kind = _kind.get()
+    if kind is None and jax.default_backend() == "tpu":
+        kind = jax.local_devices()[0].device_kind
+    room = SMALL_MEMORY if kind in WITH_SMALL_MEMORY else MEMORY
+    return bytes_of(shape, blocks, jnp.dtype(dtype).itemsize) < room
+
+
 def for_platform(
-    shape: Shape, plainly: Callable[..., Array], in_lanes: Callable[..., Array]
+    shape: Shape,
+    dtype: Dtype,
+    plainly: Callable[..., Array],
+    in_lanes: Callable[..., Array],
 ) -> Callable[..., Array]:
     """Choose how a layer of attention is done: by the platform it is compiled for.
 
@@ -78,13 +122,14 @@ def for_platform(
 
     Args:
       shape: Of the attention.
+      dtype: Compute dtype.
       plainly: Does the layer by `attend`.
       in_lanes: Does it by `attend_in_lanes`.
 
     Returns:
       What takes the arguments of both.
     """
-    if blocks_of(shape) is None:
+    if not kernel_fits(shape, dtype):
         return plainly
     chosen: Any = functools.partial(
         jax.lax.platform_dependent, default=plainly, tpu=in_lanes
@@ -198,5 +243,5 @@ class SelfAttention(nn.Module):
             return attend_in_lanes(y, y, (q, k, v, out), self.num_heads, self.dtype)
 
         shape = Shape(queries=h * w, keys=h * w, width=c // self.num_heads)
-        layer = for_platform(shape, plainly, in_lanes)
+        layer = for_platform(shape, self.dtype, plainly, in_lanes)
         return x + layer(y.reshape(b, h * w, c), joined, out).reshape(b, h, w, c)

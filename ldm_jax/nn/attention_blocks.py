@@ -9,6 +9,11 @@ LEAST_KEYS = 256
 MOST_KEYS, WIDEST = 4096, 512
 """Keys, and channels of a head, that fit on the chip beside a block of queries."""
 LANES = 128
+MEMORY = 64 * 2**20
+"""Bytes on a chip that the kernel may take."""
+SMALL_MEMORY = 16 * 2**20
+WITH_SMALL_MEMORY = ("TPU v2", "TPU v3", "TPU v4")
+"""Kinds of devices that have no more."""
 SIZES = (512, 256, 128)
 """Tokens of a block; the larger, the more of its work overlaps."""
 MOST_UNCUT = 1024
@@ -102,6 +107,26 @@ def blocks_of(shape: Shape) -> Blocks | None:
     if not keys and shape.keys <= MOST_UNCUT:
         keys = shape.keys
     return Blocks(queries, keys) if queries and keys else None
+
+
+def bytes_of(shape: Shape, blocks: Blocks, itemsize: int) -> int:
+    """Estimate what the kernel takes on the chip; of its two ways the one with more.
+
+    Windows lie there twice, so that one is filled while the other is worked on. What
+    registers do not hold was read off the compiler's own account (libtpu 0.0.52): all
+    logits of a block forward, and backward little, more with wide heads.
+
+    Args:
+      shape: Of the attention.
+      blocks: How it is cut.
+      itemsize: Bytes of a number.
+    """
+    lanes = packing_of(1, shape.width).lanes
+    keys, queries = shape.keys * lanes, blocks.queries * lanes
+    forward = 4 * (keys + queries) * itemsize + 4 * blocks.queries * shape.keys
+    sums, rest = 8 * keys, max(2 * 2**20, 2**13 * lanes)
+    backward = 8 * (keys + queries) * itemsize + sums + rest
+    return max(forward, backward)
 
 
 def _largest(tokens: int) -> int:

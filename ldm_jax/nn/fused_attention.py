@@ -22,9 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from ldm_jax.nn.attention_blocks import LANES, Packing, Shape, blocks_of
-
-VMEM_BYTES = 64 * 2**20
+from ldm_jax.nn.attention_blocks import LANES, MEMORY, Packing, Shape, blocks_of
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -154,7 +152,7 @@ class _Cut:
             ),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=VMEM_BYTES,
+                vmem_limit_bytes=MEMORY,
             ),
             **kwargs,
         )(*arrays)

@@ -74,7 +74,8 @@ class Attention(nn.Module):
 
         size = width // self.num_heads
         shape = Shape(queries=n, keys=m, width=size)
-        return for_platform(shape, plainly, in_lanes)(x, read, projections)
+        layer = for_platform(shape, self.dtype, plainly, in_lanes)
+        return layer(x, read, projections)
 
 
 class TransformerBlock(nn.Module):

@@ -24,6 +24,7 @@ from ldm_jax.edit import Edit
 from ldm_jax.flops import count_flops
 from ldm_jax.generate import make_plan
 from ldm_jax.networks import SampleParams, images_a_call, null_condition
+from ldm_jax.nn.attention import for_chip
 from ldm_jax.planning.request import Request, batch_size_of, change
 from ldm_jax.planning.topology import Topology
 from ldm_jax.rng import image_keys
@@ -108,8 +109,13 @@ def step_work(config: Config, request: Request, devices: list[Any] | None) -> Wo
     local = stage.batch_size // layout.num_devices
     step = skip_nonfinite(stage.step) if config.max_skipped_steps else stage.step
     share = functools.partial(_share, num_devices=_copies(layout))
+
+    def lower() -> jax.stages.Lowered:
+        with for_chip(layout.devices[0].device_kind):
+            return layout.lower(step, state, stage.frozen, batch)
+
     return Work(
-        lower=functools.partial(layout.lower, step, state, stage.frozen, batch),
+        lower=lower,
         num_devices=layout.num_devices,
         images=local,
         state_bytes=share(placed[0]),
@@ -173,8 +179,13 @@ def sample_work(config: Config, request: Request, devices: list[Any] | None) -> 
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
     args = jax.tree.map(on_device, (models, knobs, inputs))
+
+    def lower() -> jax.stages.Lowered:
+        with for_chip(layout.devices[0].device_kind):
+            return jax.jit(fn).lower(*args)
+
     return Work(
-        lower=lambda: jax.jit(fn).lower(*args),
+        lower=lower,
         num_devices=1,
         images=images,
         state_bytes=0,

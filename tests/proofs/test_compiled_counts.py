@@ -5,6 +5,7 @@ that falls is an improvement: store it. One that rises needs a reason.
 """
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,21 @@ def test_no_program_grew(work, layout):
         if count > SLACK * stored
     ]
     assert not grown, "; ".join(grown)
+
+
+@pytest.mark.parametrize("layout", ["pmap", "fsdp"])
+def test_state_is_updated_in_place(layout):
+    # Parameters, their average and the optimiser's moments: what is returned anew is
+    # less than any of them.
+    config = get_config()
+    parallel = dataclasses.replace(config.parallel, layout=layout)
+    config = dataclasses.replace(config, parallel=parallel)
+    request = Request(config, None, "diffusion", None, "ddim", 4, False)
+    work = step_work(resolve(request, NUM_DEVICES), request, None)
+    stats: Any = work.lower().compile().memory_analysis()
+    anew = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    assert stats.alias_size_in_bytes >= 0.99 * work.state_bytes
+    assert anew < 0.02 * work.state_bytes
 
 
 def test_a_longer_run_compiles_no_more_programs(lowered, tmp_path):
