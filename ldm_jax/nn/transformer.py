@@ -9,7 +9,14 @@ from jaxtyping import Array, Float
 
 from ldm_jax.nn.attention import attend, attend_in_lanes, for_platform
 from ldm_jax.nn.attention_blocks import Shape
-from ldm_jax.nn.layers import Affine, GroupNorm, Weights, dense, dense_of_many
+from ldm_jax.nn.layers import (
+    Affine,
+    GroupNorm,
+    Weights,
+    dense,
+    dense_of_many,
+    split_affine,
+)
 from ldm_jax.types import Dtype
 
 SPATIAL_TRANSFORMER_EPSILON = 1e-6
@@ -111,7 +118,9 @@ class TransformerBlock(nn.Module):
         inner = 2 * MLP_EXPANSION * width
         weights = Weights(inner, use_bias=True, zero_init=False, name="mlp_in")(width)
         layer = dense_of_many if n >= MANY_TOKENS else dense
-        value, gate = jnp.split(layer(normed("norm3"), weights, self.dtype), 2, axis=-1)
+        h = normed("norm3")
+        # As two layers, so that gradients need not be put side by side.
+        value, gate = (layer(h, half, self.dtype) for half in split_affine(weights, 2))
         h = value * exact_gelu(gate)
         return x + nn.Dense(width, dtype=self.dtype, name="mlp_out")(h)
 

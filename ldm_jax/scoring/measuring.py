@@ -88,11 +88,11 @@ def measure_real(
       OSError: If a share cannot be written.
     """
     processes = jax.process_count()
-    examples = open_split(config, "train").examples
-    if not len(examples):
-        raise InputError(f"--data.source: {config.data.source} holds no images")
     paths = [folder / f"share_{i}_of_{processes}.npz" for i in range(processes)]
     with together():
+        examples = open_split(config, "train").examples
+        if not len(examples):
+            raise InputError(f"--data.source: {config.data.source} holds no images")
         mine = _look(config, examples, extractor)
         if not is_first():
             _write_share(paths[jax.process_index()], mine)
