@@ -117,10 +117,14 @@ class TransformerBlock(nn.Module):
         n, width = x.shape[1:]
         inner = 2 * MLP_EXPANSION * width
         weights = Weights(inner, use_bias=True, zero_init=False, name="mlp_in")(width)
-        layer = dense_of_many if n >= MANY_TOKENS else dense
         h = normed("norm3")
-        # As two layers, so that gradients need not be put side by side.
-        value, gate = (layer(h, half, self.dtype) for half in split_affine(weights, 2))
+        if n >= MANY_TOKENS:
+            # As two layers, so that large gradients need not be put side by side.
+            first, second = split_affine(weights, 2)
+            value = dense_of_many(h, first, self.dtype)
+            gate = dense_of_many(h, second, self.dtype)
+        else:
+            value, gate = jnp.split(dense(h, weights, self.dtype), 2, axis=-1)
         h = value * exact_gelu(gate)
         return x + nn.Dense(width, dtype=self.dtype, name="mlp_out")(h)
 
