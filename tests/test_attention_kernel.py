@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from ldm_jax.flops import count_flops
-from ldm_jax.nn import attention
+from ldm_jax.nn import attention, transformer
 from ldm_jax.nn.attention import SelfAttention, attend, attend_plainly
 from ldm_jax.nn.attention_blocks import LANES, Packing, Shape, blocks_of, packing_of
 from ldm_jax.nn.fused_attention import fused_attention
 from ldm_jax.nn.layers import Affine, dense, dense_of_many
 from ldm_jax.nn.packed_heads import attend_between, pack
-from ldm_jax.nn.transformer import Attention, exact_gelu
+from ldm_jax.nn.transformer import Attention, TransformerBlock, exact_gelu
 
 KERNEL = "tpu_custom_call"
 
@@ -206,8 +206,8 @@ def lowered(fn, platform, *args):
     return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
-def outcome(layer, params, x):
-    found: Any = layer.apply(params, x)
+def outcome(layer, params, *given):
+    found: Any = layer.apply(params, *given)
     return found.astype(jnp.float32)
 
 
@@ -232,6 +232,23 @@ def test_many_tokens_are_summed_for_a_bias_as_few_are():
     for_tpu = lowered(step(dense_of_many), "tpu", x, weights)
     plain = lowered(step(dense), "tpu", x, weights)
     assert for_tpu.count("dot_general") == plain.count("dot_general") + 1
+
+
+def test_the_mlp_of_many_tokens_is_that_of_few(monkeypatch):
+    block = TransformerBlock(2, jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, transformer.MANY_TOKENS, 16))
+    params = block.init(jax.random.key(1), x, None)
+
+    def both():
+        fn = lambda *given: jnp.square(outcome(block, *given, None)).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(params, x)
+
+    many = both()
+    monkeypatch.setattr(transformer, "MANY_TOKENS", 10**6)
+    few = both()
+    assert jax.tree.structure(many) == jax.tree.structure(few)
+    for one, other in zip(jax.tree.leaves(many), jax.tree.leaves(few), strict=True):
+        assert distance(one, other) < 1e-5
 
 
 def test_gelu_in_16_bits_is_as_near_to_the_exact_one():
