@@ -20,9 +20,10 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
 from ldm_jax.cli import run_main
-from ldm_jax.nn.attention import attend_in_lanes, attend_plainly
+from ldm_jax.nn.attention import attend_plainly
 from ldm_jax.nn.convolution import convolve
 from ldm_jax.nn.layers import Affine
+from ldm_jax.nn.packed_heads import attend_in_lanes
 from ldm_jax.planning.compiling import chip_of, compile_program
 from ldm_jax.planning.kernels import kernel_cycles
 from ldm_jax.planning.programs import open_devices

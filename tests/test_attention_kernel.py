@@ -15,7 +15,7 @@ from ldm_jax.nn.attention import SelfAttention, attend, attend_plainly
 from ldm_jax.nn.attention_blocks import LANES, Packing, Shape, blocks_of, packing_of
 from ldm_jax.nn.fused_attention import fused_attention
 from ldm_jax.nn.layers import Affine, dense, dense_of_many
-from ldm_jax.nn.packed_heads import attend_between, pack
+from ldm_jax.nn.packed_heads import attend_in_lanes, pack
 from ldm_jax.nn.transformer import Attention, TransformerBlock, exact_gelu
 
 KERNEL = "tpu_custom_call"
@@ -173,9 +173,9 @@ def test_a_layer_between_its_projections_is_the_plain_one(name, monkeypatch):
     plain = both()
     calls = []
 
-    def in_lanes(*layer_args):
+    def in_lanes(*layer_args, **static):
         calls.append(layer_args)
-        return attend_between(*layer_args, interpret=True)
+        return attend_in_lanes(*layer_args, **static, interpret=True)
 
     for module in ("attention", "transformer"):
         monkeypatch.setattr(f"ldm_jax.nn.{module}.attend_in_lanes", in_lanes)

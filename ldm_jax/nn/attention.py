@@ -22,6 +22,7 @@ from ldm_jax.nn.attention_blocks import (
     is_worth_a_kernel,
 )
 from ldm_jax.nn.layers import Affine, GroupNorm, Weights, dense, split_affine
+from ldm_jax.nn.packed_heads import attend_in_lanes
 from ldm_jax.types import Dtype
 
 _kind: contextvars.ContextVar[str | None] = contextvars.ContextVar(
@@ -135,28 +136,6 @@ def for_platform(
         jax.lax.platform_dependent, default=plainly, tpu=in_lanes
     )
     return chosen
-
-
-def attend_in_lanes(
-    x: Float[Array, "b n c"],
-    read: Float[Array, "b m e"],
-    projections: tuple[Affine, Affine, Affine, Affine],
-    num_heads: int,
-    dtype: Dtype,
-) -> Float[Array, "b n f"]:
-    """Project, attend and project, on a TPU.
-
-    Args:
-      x: Tokens that read.
-      read: Tokens that are read.
-      projections: To queries, keys and values, and from the mixed values.
-      num_heads: Heads.
-      dtype: Compute dtype.
-    """
-    # Here, since kernels take a tenth of a second to import and few programs need them.
-    from ldm_jax.nn.packed_heads import attend_between
-
-    return attend_between(x, read, projections, num_heads, dtype)
 
 
 def _on_gpu(q: Array, k: Array, v: Array) -> Array:

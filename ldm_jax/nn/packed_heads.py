@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ldm_jax.nn.attention_blocks import Packing, packing_of
-from ldm_jax.nn.fused_attention import fused_attention
 from ldm_jax.nn.layers import Affine, dense_of_many
 from ldm_jax.types import Dtype
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), static_argnames="interpret")
-def attend_between(  # compiled, so that layers of one shape trace their kernels once
+@functools.partial(jax.jit, static_argnames=("num_heads", "dtype", "interpret"))
+def attend_in_lanes(  # compiled, so that layers of one shape trace their kernels once
     x: Float[Array, "b n c"],
     read: Float[Array, "b m e"],
     projections: tuple[Affine, Affine, Affine, Affine],
@@ -27,7 +26,7 @@ def attend_between(  # compiled, so that layers of one shape trace their kernels
     *,
     interpret: bool = False,
 ) -> Float[Array, "b n f"]:
-    """Project, attend and project.
+    """Project, attend and project, on a TPU.
 
     Args:
       x: Tokens that read.
@@ -37,6 +36,9 @@ def attend_between(  # compiled, so that layers of one shape trace their kernels
       dtype: Compute dtype.
       interpret: Run the kernel as plain operations, on any device.
     """
+    # Here, since kernels take a tenth of a second to import and few programs need them.
+    from ldm_jax.nn.fused_attention import fused_attention
+
     *ways_in, out = projections
     packing = packing_of(num_heads, out.kernel.shape[0] // num_heads)
     packed = [

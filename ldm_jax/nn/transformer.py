@@ -1,5 +1,6 @@
 """Transformers over the pixels of a feature map that may read a context."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ldm_jax.nn.attention import attend, attend_in_lanes, for_platform
+from ldm_jax.nn.attention import attend, for_platform
 from ldm_jax.nn.attention_blocks import Shape
 from ldm_jax.nn.layers import (
     Affine,
@@ -17,6 +18,7 @@ from ldm_jax.nn.layers import (
     dense_of_many,
     split_affine,
 )
+from ldm_jax.nn.packed_heads import attend_in_lanes
 from ldm_jax.types import Dtype
 
 SPATIAL_TRANSFORMER_EPSILON = 1e-6
@@ -72,13 +74,9 @@ class Attention(nn.Module):
             )
             return dense(attend(*heads).reshape(b, n, width), out, self.dtype)
 
-        def in_lanes(
-            x: Float[Array, "b n d"],
-            read: Float[Array, "b m e"],
-            projections: tuple[Affine, Affine, Affine, Affine],
-        ) -> Float[Array, "b n d"]:
-            return attend_in_lanes(x, read, projections, self.num_heads, self.dtype)
-
+        in_lanes = functools.partial(
+            attend_in_lanes, num_heads=self.num_heads, dtype=self.dtype
+        )
         size = width // self.num_heads
         shape = Shape(queries=n, keys=m, width=size)
         layer = for_platform(shape, self.dtype, plainly, in_lanes)
