@@ -22,7 +22,7 @@ from ldm_jax.planning.hlo import (
     parse_program,
     parse_shortage,
 )
-from ldm_jax.planning.kernels import kernel_cycles
+from ldm_jax.planning.kernels import PRODUCTS, kernel_cycles
 from ldm_jax.planning.planner import plan
 from ldm_jax.planning.programs import resolve, sample_work
 from ldm_jax.planning.remedies import remedies
@@ -140,15 +140,15 @@ def test_cycles_of_a_loop_count_its_rounds():
 KERNELS = """
 %body.1 (state: (s32[])) -> (s32[]) {
   %back = (bf16[2,8]{1,0}) custom-call(%a), custom_call_target="tpu_custom_call", \
-metadata={op_name="jit(f)/transpose(jvp(attention_backward))/pallas_call"}, \
+metadata={op_name="jit(f)/transpose(jvp(attention_backward_16x64))/pallas_call"}, \
 backend_config={"cost_estimate":{"flops":"1310720","transcendentals":"1024",\
 "bytes_accessed":"9"}}
 }
 
 ENTRY %main (a: bf16[2,8]) -> bf16[2,8] {
   %there = bf16[2,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", \
-metadata={op_name="jit(f)/attention_forward/pallas_call"}, \
-backend_config={"cost_estimate":{"flops":"163840","transcendentals":"2048"}}
+metadata={op_name="jit(f)/attention_forward_512x4096/pallas_call"}, \
+backend_config={"cost_estimate":{"flops":"671088640","transcendentals":"8388608"}}
   %other = bf16[2,8]{1,0} custom-call(%a), custom_call_target="Sharding"
   %loop = (s32[]) while(%t), condition=%c, body=%body.1, \
 backend_config={"known_trip_count":{"n":"3"}}
@@ -159,17 +159,48 @@ backend_config={"known_trip_count":{"n":"3"}}
 def test_kernels_count_what_they_were_said_to_do():
     found = kernels(parse_program(KERNELS))
     assert found == [
-        Kernel("attention_forward", 163840, 2048, 1),
-        Kernel("attention_backward", 1310720, 1024, 3),
+        Kernel("attention_forward_512x4096", 671_088_640, 8_388_608, 1),
+        Kernel("attention_backward_16x64", 1_310_720, 1024, 3),
     ]
-    # 20 channels forward; 128 backward, which is as wide as the units of a v5e.
-    v5e, v6e = chip_named("v5e"), chip_named("v6e")
-    assert kernel_cycles(v5e, found) == round(2 * 4.5 + 3 * 11.7)
-    assert kernel_cycles(v6e, found) == round(2 * 3.5 + 3 * 6.8)
-    wide = [found[1]._replace(flops=4 * found[1].flops, times=1)]
-    assert kernel_cycles(v5e, wide) == round(4 * 11.7)
-    assert kernel_cycles(v6e, wide) == round(2 * 6.8)
-    assert kernel_cycles(v5e, [found[0]._replace(name="another")]) == 0
+    # Four steps of 2048 x 1024 forward, three of 1024 backward: the least.
+    assert kernel_cycles(chip_named("v5e"), found) == pytest.approx(
+        4 * (170 + 2048 * 4.27) + 3 * 1900, abs=1
+    )
+    assert kernel_cycles(chip_named("v6e"), found) == pytest.approx(
+        4 * (300 + 2048 * 2.91) + 3 * 1400, abs=1
+    )
+    assert kernel_cycles(chip_named("v5e"), [found[0]._replace(name="another")]) == 0
+
+
+BUNDLES = {
+    # chip, channels of a head: by 1024 probabilities of a step, forward and backward
+    ("v6e", 32): {64: (665, 1166), 512: (1773, 3333)},
+    ("v6e", 40): {1024: (3222, 6015), 2048: (6241, 11334)},
+    ("v6e", 64): {256: (1041, 1965), 512: (1770, 3333), 2048: (6243, 11335)},
+    ("v6e", 80): {512: (1758, 3450)},
+    ("v6e", 160): {64: (714, 1416)},
+    ("v6e", 256): {512: (1762, 3510)},
+    ("v6e", 512): {64: (679, 1368), 512: (2827, 6500), 2048: (10747, 24567)},
+    ("v5e", 32): {64: (691, 1449), 512: (2302, 5994)},
+    ("v5e", 40): {1024: (4390, 11500), 2048: (8852, 22496)},
+    ("v5e", 64): {256: (1320, 3239), 512: (2301, 5993), 2048: (8842, 22505)},
+    ("v5e", 80): {512: (2272, 5911)},
+    ("v5e", 160): {64: (785, 1885)},
+    ("v5e", 256): {512: (4092, 9707)},
+    ("v5e", 512): {64: (1097, 2361), 512: (7304, 19702), 2048: (29138, 78574)},
+}
+"""What libtpu 0.0.52 scheduled for one step of our kernels."""
+
+
+@pytest.mark.parametrize("chip, width", BUNDLES)
+def test_cycles_of_kernels_are_those_of_their_schedules(chip, width):
+    for size, bundles in BUNDLES[chip, width].items():
+        each, most = 1024 * size, 1.05 if width <= 80 and size >= 256 else 1.32
+        for way, products, wanted in zip(PRODUCTS, (2, 5), bundles, strict=True):
+            name = f"attention_{way}_512x{2 * size}"
+            kernel = Kernel(name, 2 * products * width * each, each, 1)
+            cycles = kernel_cycles(chip_named(chip), [kernel])
+            assert 0.95 * wanted < cycles < most * wanted, (way, size)
 
 
 def test_a_text_without_entry_is_refused():

@@ -124,6 +124,7 @@ class _Cut:
         )
         self.whole = pl.BlockSpec((1, keys, lanes), lambda b, g, i, j: (b, 0, g))
         self._grid = (batch, packing.groups, queries // size, together)
+        self._step = f"{size}x{keys}"
         self._probabilities = batch * packing.heads * queries * keys
         self._width = packing.width
 
@@ -132,14 +133,19 @@ class _Cut:
         kernel: Any,
         arrays: Sequence[Array],
         *,
+        name: str,
         out_shape: list[jax.ShapeDtypeStruct],
         products: int,
         **kwargs: Any,
     ) -> tuple[Array, ...]:
-        """Run a kernel that makes so many products of probabilities' size."""
+        """Run a kernel that makes so many products of probabilities' size.
+
+        Its name says how many a step has, by which the plan knows how long it takes.
+        """
         moved = [*arrays, *out_shape]
         made = pl.pallas_call(
             kernel,
+            name=f"{name}_{self._step}",
             grid=self._grid,
             out_shape=out_shape,
             # The compiler cannot look inside; with this it schedules what is around.
