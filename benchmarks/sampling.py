@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from ldm_jax.launch import use_huge_pages
 from ldm_jax.networks import (
     Networks,
     SampleParams,
+    calls_at_once,
     denoiser_of,
     images_a_call,
     null_condition,
@@ -166,15 +168,16 @@ def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
 
     Returns:
       `network`: the passes of the network for the whole batch, in the calls that the
-      sampler makes (on a CPU, an image each); `plain`: the same as one plain batch;
-      `one step`: a sample of one step, for what a sample costs around its steps. And
-      the floating-point operations of a pass of the whole batch, with condition and
-      without, as XLA counts them.
+      sampler makes (on a CPU, an image each, side by side); `plain`: the same as one
+      plain batch; `one step`: a sample of one step, for what a sample costs around its
+      steps. And the floating-point operations of a pass of the whole batch, with
+      condition and without, as XLA counts them.
     """
     networks, params, batch = case.networks, case.params, len(case.noise)
     null = null_condition(networks, case.cond)
     pair = [prepare(networks, params, inputs) for inputs in (null, case.cond)]
     size = images_a_call(networks, jax.default_backend())
+    at_once = calls_at_once(networks, jax.default_backend())
 
     def network(num: int) -> tuple[Pass, jax.Array]:
         cond = jax.tree.map(
@@ -200,9 +203,13 @@ def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
             return jax.lax.fori_loop(0, case.steps, step, x)
 
         def several() -> None:
-            for _ in range(batch // num):
-                jax.block_until_ready(run(params, x_t))
+            with ThreadPoolExecutor(at_once) as threads:
+                list(threads.map(once, range(batch // num)))
 
+        def once(_: int) -> None:
+            jax.block_until_ready(run(params, x_t))
+
+        once(0)  # compiled by one thread alone
         return several
 
     forward, x_t = network(batch)

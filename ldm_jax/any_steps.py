@@ -20,6 +20,7 @@ from ldm_jax.generate import EVERYWHERE, check_inputs, make_knobs, make_plan
 from ldm_jax.networks import (
     Networks,
     SampleParams,
+    calls_at_once,
     images_a_call,
     in_chunks,
     null_condition,
@@ -103,7 +104,9 @@ def make_any_steps_fn(
         return Course(padded, spread)
 
     run = jax.jit(functools.partial(sample_course, plan))
-    size = images_a_call(networks, jax.default_backend())
+    platform = jax.default_backend()
+    size = images_a_call(networks, platform)
+    at_once = calls_at_once(networks, platform)
 
     def any_steps_fn(
         params: SampleParams,
@@ -123,6 +126,6 @@ def make_any_steps_fn(
             guidance_scale, 0.0, EVERYWHERE, 0.0, sampler=sampler, num_steps=max_steps
         )
         call = functools.partial(run, Models(params, None), knobs, course_of(num_steps))
-        return in_chunks(call, inputs, size=size)
+        return in_chunks(call, inputs, size=size, at_once=at_once)
 
     return any_steps_fn

@@ -16,7 +16,7 @@ from ldm_jax.images import grid, read_png, write_png
 from ldm_jax.pictures import reading
 from ldm_jax.recipes import differences, texts_of, write_recipe
 from ldm_jax.requests import SampleRequest
-from ldm_jax.studio import Studio, images_at_once, open_studio
+from ldm_jax.studio import Studio, images_a_turn, open_studio
 from ldm_jax.subjects import (
     Subject,
     condition_inputs,
@@ -206,7 +206,7 @@ def share(num: int, studio: Studio, *, turn: int, turns: int) -> list[int]:
 
     Whatever is there already, so that processes that look at different times agree.
     """
-    size = images_at_once(studio)
+    size = images_a_turn(studio)  # not of cores, which hosts may have more or less of
     return [i for i in range(num) if i // size % turns == turn]
 
 

@@ -17,6 +17,7 @@ from ldm_jax.edit import Edit
 from ldm_jax.networks import (
     Networks,
     SampleParams,
+    calls_at_once,
     images_a_call,
     in_chunks,
     null_condition,
@@ -126,6 +127,7 @@ def make_sample_fn(
     devices = 1 if layout is None else len(layout.devices)
     platform = jax.default_backend() if layout is None else layout.platform
     size = images_a_call(networks, platform) * devices
+    at_once = calls_at_once(networks, platform) if devices == 1 else 1
 
     def sample_fn(
         params: SampleParams,
@@ -154,7 +156,7 @@ def make_sample_fn(
             num_steps=plan.levels.num_steps,
         )
         call = functools.partial(run, Models(params, weak_params), knobs)
-        images, frames = in_chunks(call, inputs, size=size)
+        images, frames = in_chunks(call, inputs, size=size, at_once=at_once)
         return Samples(images, jnp.moveaxis(frames, 1, 0))
 
     return sample_fn

@@ -13,6 +13,7 @@ from ldm_jax.diffusion.solvers import inversion, slope_of, tabulate
 from ldm_jax.networks import (
     Networks,
     SampleParams,
+    calls_at_once,
     denoiser_of,
     encode_images,
     images_a_call,
@@ -88,7 +89,9 @@ def make_invert_fn(
         params: SampleParams, images: Float[Array, "b h w c"], cond: ConditionInputs
     ) -> Float[Array, "b h2 w2 d"]:
         fn = functools.partial(invert_chunk, params)
-        size = images_a_call(networks, jax.default_backend())
-        return in_chunks(fn, (images, cond), size=size)
+        platform = jax.default_backend()
+        size = images_a_call(networks, platform)
+        at_once = calls_at_once(networks, platform)
+        return in_chunks(fn, (images, cond), size=size, at_once=at_once)
 
     return invert_fn

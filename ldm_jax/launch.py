@@ -68,6 +68,22 @@ def _waits_to_be_asked() -> bool:
         return False
 
 
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_devices_are_given() -> bool:
+    """Say whether the user said how many devices a CPU counts as."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return (
+        "JAX_NUM_CPU_DEVICES" in os.environ
+        or "xla_force_host_platform_device_count" in flags
+    )
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a program starts."""
     parser.add_argument(
@@ -150,11 +166,13 @@ def check_launch(given: Any, *, beside: Path | None) -> Launch:
     )
 
 
-def start(launch: Launch, *, peer_timeout: int) -> None:
-    """Start JAX: set the cache, join the others.
+def start(launch: Launch, *, peer_timeout: int, cpu_devices: int = 1) -> None:
+    """Start JAX: set the cache and what a CPU counts as, join the others.
 
     Args:
       launch: How.
+      cpu_devices: Devices that a CPU counts as, if it has the cores and the user did
+        not say otherwise.
       peer_timeout: Seconds without a sign of life after which a process counts as
         dead. Then the others end themselves too, and name it.
 
@@ -167,6 +185,8 @@ def start(launch: Launch, *, peer_timeout: int) -> None:
         jax.config.update("jax_compilation_cache_dir", str(launch.cache))
         seconds = "jax_persistent_cache_min_compile_time_secs"
         jax.config.update(seconds, MIN_COMPILE_SECONDS)
+    if not cpu_devices_are_given():
+        jax.config.update("jax_num_cpu_devices", min(cpu_devices, num_cores()))
     if not launch.pod or jax.distributed.is_initialized():
         return
     try:

@@ -1,6 +1,7 @@
 """A trained model, static parts and arrays, and what each of its networks does."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, cast
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int, Real
 from ldm_jax.diffusion.denoiser import Denoiser
 from ldm_jax.diffusion.parameterize import PredictionName
 from ldm_jax.diffusion.schedules import Schedule
+from ldm_jax.launch import num_cores
 from ldm_jax.nn.autoencoder import Autoencoder
 from ldm_jax.nn.conditioning import (
     Condition,
@@ -23,6 +25,11 @@ from ldm_jax.nn.tiling import decode_in_tiles
 from ldm_jax.nn.unet import UNet
 from ldm_jax.training.autoencoder_step import encode
 from ldm_jax.types import PyTree
+
+MAPS_A_CALL = 8
+"""Maps of an image's size, as wide as the autoencoder, that a call holds at once."""
+MOST_MAP_BYTES = 2**30
+"""Of all calls side by side."""
 
 
 class Networks(NamedTuple):
@@ -149,7 +156,28 @@ def images_a_call(networks: Networks, platform: str) -> int:
     return 1 if platform == "cpu" else networks.chunk
 
 
-def in_chunks(fn: Callable[[PyTree], PyTree], inputs: PyTree, *, size: int) -> PyTree:
+def calls_at_once(networks: Networks, platform: str) -> int:
+    """Return how many calls of `images_a_call` to make side by side.
+
+    On a CPU as many as there are cores, so that small networks, whose single operations
+    are not worth cutting up, use them all; fewer where images are so large that their
+    maps would take much memory. Elsewhere one: a chip makes one call after the other.
+
+    Args:
+      networks: Of the model.
+      platform: Where it runs, in JAX's words.
+    """
+    if platform != "cpu":
+        return 1
+    height, width, _ = networks.latent_shape
+    pixels = height * width * downsampling(networks) ** 2
+    bytes_of_map = 4 * pixels * networks.autoencoder.channels
+    return max(1, min(num_cores(), MOST_MAP_BYTES // (MAPS_A_CALL * bytes_of_map)))
+
+
+def in_chunks(
+    fn: Callable[[PyTree], PyTree], inputs: PyTree, *, size: int, at_once: int = 1
+) -> PyTree:
     """Map a function of `size` images over any number, the last call filled up.
 
     One program makes every image, so that it has the same bits whatever the number of
@@ -160,6 +188,7 @@ def in_chunks(fn: Callable[[PyTree], PyTree], inputs: PyTree, *, size: int) -> P
       fn: From arrays by image to arrays by image.
       inputs: Any tree of arrays by image.
       size: Images a call.
+      at_once: Calls side by side, each in a thread; only where all inputs are arrays.
 
     Returns:
       What the function returns, for all images.
@@ -176,8 +205,33 @@ def in_chunks(fn: Callable[[PyTree], PyTree], inputs: PyTree, *, size: int) -> P
         return jax.tree.map(join, outputs)
     if num == size:
         return fn(inputs)
-    parts = [fn(_take(inputs, row)) for row in slots]
+    parts = _call_all(fn, [_take(inputs, row) for row in slots], at_once)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num], *parts)
+
+
+def _call_all(
+    fn: Callable[[PyTree], PyTree], inputs: list[PyTree], at_once: int
+) -> list[PyTree]:
+    """Call a function for every input; side by side only if it is compiled already.
+
+    A thread does not know of settings that hold in the calling one alone, as a
+    precision within a `with`, and what it compiled would differ in the last bits.
+    """
+    first, *others = inputs
+    done = [fn(first)]  # compiled if need be, and not waited for
+
+    def call(given: PyTree) -> PyTree:
+        with jax.no_tracing():
+            return jax.block_until_ready(fn(given))
+
+    if at_once > 1:
+        try:
+            with ThreadPoolExecutor(at_once) as threads:
+                return done + list(threads.map(call, others))
+        except RuntimeError as error:
+            if "no_tracing" not in str(error):
+                raise
+    return done + [fn(given) for given in others]
 
 
 @jax.jit

@@ -1,7 +1,6 @@
 """A model, its settings and its canvas, ready to draw any number of subjects."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -11,8 +10,14 @@ import numpy as np
 from ldm_jax.config import Config
 from ldm_jax.config import digest as config_digest
 from ldm_jax.generate import SampleFn, make_sample_fn
+from ldm_jax.launch import num_cores
 from ldm_jax.loading import Run, load_run, load_weights
-from ldm_jax.networks import Networks, downsampling, images_a_call
+from ldm_jax.networks import (
+    Networks,
+    calls_at_once,
+    downsampling,
+    images_a_call,
+)
 from ldm_jax.pictures import Canvas, lay_canvas
 from ldm_jax.settings import Settings
 from ldm_jax.subjects import check_settings
@@ -215,7 +220,7 @@ def platform_text(layout: PmapLayout) -> str:
     text = f"{layout.platform} {device.device_kind}"
     if layout.platform != "cpu":
         return text
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
@@ -227,7 +232,16 @@ def spread_over(studio: Studio) -> PmapLayout | None:
     return studio.layout if len(studio.layout.devices) > 1 else None
 
 
-def images_at_once(studio: Studio) -> int:
-    """Return how many images all devices make at once."""
+def images_a_turn(studio: Studio) -> int:
+    """Return how many images all devices make in one call each."""
     layout = studio.layout
     return images_a_call(studio.networks, layout.platform) * len(layout.devices)
+
+
+def images_at_once(studio: Studio) -> int:
+    """Return how many images are made at once: by all devices, or by calls of one."""
+    layout = studio.layout
+    calls = 1
+    if len(layout.devices) == 1:
+        calls = calls_at_once(studio.networks, layout.platform)
+    return images_a_turn(studio) * calls

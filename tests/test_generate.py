@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from ldm_jax import chunk
+from ldm_jax import networks as ldm_networks
 from ldm_jax.build import build_networks
 from ldm_jax.diffusion.levels import make_levels
 from ldm_jax.diffusion.samplers import starting_noise
@@ -17,7 +20,7 @@ from ldm_jax.edit import Edit, free_latents, slerp, start_of
 from ldm_jax.exchange import to_sample_params
 from ldm_jax.generate import make_sample_fn, steps_of_strength
 from ldm_jax.inversion import make_invert_fn
-from ldm_jax.networks import decode, encode_images
+from ldm_jax.networks import calls_at_once, decode, encode_images, in_chunks
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.nn.tiling import decode_in_tiles, ramp, tile_starts
 from ldm_jax.rng import image_keys
@@ -67,6 +70,64 @@ def images(seeds, numbers, sampler="ddim", scale=2.0, params=None, **knobs):
     return np.asarray(
         fn(params, image_keys(seeds), labels(*numbers), scale, eta, **knobs).images
     )
+
+
+def in_threads(inputs, at_once):
+    """Call a jitted product three rows at a time; return it, and who called when."""
+    callers = []
+    product = jax.jit(lambda x: jnp.sin(x) @ jnp.ones((64, 64), x.dtype))
+
+    def fn(part):
+        callers.append(threading.get_ident())
+        time.sleep(0.02)  # so that no thread is done before the next one starts
+        return product(part)
+
+    return lambda: (in_chunks(fn, inputs, size=3, at_once=at_once), callers)
+
+
+def test_calls_side_by_side_make_what_one_after_the_other_does():
+    x = jnp.asarray(np.random.RandomState(0).randn(20, 64), jnp.float32)
+    here = threading.get_ident()
+    run, alone = in_threads(x, 4), in_threads(x, 1)()[0]
+    for _ in range(2):
+        made, callers = run()
+        assert callers[0] == here and callers.count(here) == 1
+        assert len(set(callers)) == 5 and len(callers) == 7
+        assert np.array_equal(made, alone)
+        callers.clear()
+
+
+def test_a_setting_of_this_thread_alone_holds_for_every_call():
+    x = jnp.asarray(np.random.RandomState(0).randn(9, 64), jnp.float32)
+    alone, run = in_threads(x, 1)()[0], in_threads(x, 2)
+    with jax.default_matmul_precision("highest"):
+        made, callers = run()
+    assert callers.count(threading.get_ident()) == 3
+    assert np.array_equal(made, alone)
+
+
+def test_what_goes_wrong_in_a_call_is_said():
+    def fn(part):
+        if float(part[0, 0]) == 2.0:
+            raise ValueError("no such picture")
+        return part
+
+    with pytest.raises(ValueError, match="no such picture"):
+        in_chunks(fn, jnp.arange(4.0)[:, None], size=1, at_once=2)
+
+
+def test_calls_side_by_side_are_bounded_by_cores_and_memory(monkeypatch):
+    monkeypatch.setattr(ldm_networks, "num_cores", lambda: 96)
+    small = model("tiny")[0]
+    assert calls_at_once(small, "cpu") == 96
+    assert calls_at_once(small, "tpu") == 1
+    wide = small.autoencoder.clone(channels=128)
+
+    def at_once(side):
+        one = small._replace(autoencoder=wide, latent_shape=(side // 2, side // 2, 4))
+        return calls_at_once(one, "cpu")
+
+    assert [at_once(side) for side in (64, 256, 512, 1024)] == [64, 4, 1, 1]
 
 
 @pytest.mark.parametrize("sampler", KINDS)

@@ -10,7 +10,7 @@ from ldm_jax.any_steps import AnyStepsFn, make_any_steps_fn
 from ldm_jax.browse.request import BrowseRequest
 from ldm_jax.browse.wish import Limits, Wish, limits_of, request_of
 from ldm_jax.images import encode_png, to_uint8
-from ldm_jax.networks import images_a_call
+from ldm_jax.networks import calls_at_once, images_a_call
 from ldm_jax.recipes import write_recipe
 from ldm_jax.rng import image_keys
 from ldm_jax.studio import Studio, open_studio
@@ -106,11 +106,13 @@ def draw(easel: Easel, wish: Wish) -> Iterator[Drawn]:
     config, params = studio.run.config, studio.run.params
     request = request_of(wish, studio.settings)
     subjects = subjects_of(config, request)
-    size = images_a_call(studio.networks, jax.default_backend())
-    for start in range(0, len(subjects), size):
-        part = subjects[start : start + size]
-        # Filled up here, so that all arrays around the program have one shape too.
-        call = part + part[-1:] * (size - len(part))
+    platform = jax.default_backend()
+    size = images_a_call(studio.networks, platform)
+    at_once = size * calls_at_once(studio.networks, platform)
+    for start in range(0, len(subjects), at_once):
+        part = subjects[start : start + at_once]
+        # Filled up here, so that arrays around the program have few shapes too.
+        call = part + part[-1:] * (-len(part) % size)
         cond, uncond = condition_inputs(config, [subject.shown for subject in call])
         images = easel.fn(
             params,
