@@ -16,7 +16,12 @@ def main(args: list[str]) -> None:
     """Parse, train, say finished."""
     arguments = parse_train(args)
     # Only now: help and misspelt flags need not wait for JAX.
-    start(arguments.launch, peer_timeout=arguments.config.parallel.peer_timeout)
+    parallel = arguments.config.parallel
+    start(
+        arguments.launch,
+        peer_timeout=parallel.peer_timeout,
+        cpu_devices=parallel.cpu_devices,
+    )
     import jax
 
     from ldm_jax.describe import describe

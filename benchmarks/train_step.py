@@ -5,11 +5,12 @@
         --dtype bfloat16
 
 Times whole updates from random latents: noise, loss, gradients, clipping, AdamW and the
-average of the weights. Prints the time of a step, images/s, the FLOP/s of the
-mathematics and their share of the chip's peak, memory, what compiling takes with an
-empty cache and with a full one, and how long the host is busy with a step. JSON with
---json FILE. With --against diffusers (the extra `parity`) it trains their UNet too,
-eager and compiled, of the same weights, with the same batch and precision.
+average of the weights, as the recipe trains: as many steps a dispatch, on as many
+devices. Prints the time of a step, images/s, the FLOP/s of the mathematics and their
+share of the chip's peak, memory, what compiling takes with an empty cache and with a
+full one, and how long the host is busy with a step. JSON with --json FILE. With
+--against diffusers (the extra `parity`) it trains their UNet too, eager and compiled,
+of the same weights, with the same batch and precision.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from ldm_jax.config import Config
 from ldm_jax.describe import batch_shapes
 from ldm_jax.interop.model import Model
 from ldm_jax.interop.write import write_folder
-from ldm_jax.launch import use_huge_pages
+from ldm_jax.launch import Launch, start, use_huge_pages
 from ldm_jax.planning.compiling import Memory, chip_of, compile_program
 from ldm_jax.planning.programs import step_flops
 from ldm_jax.planning.request import ELSEWHERE, Request, change
@@ -86,7 +87,12 @@ def steps_of_turn(config: Config) -> int:
 
 
 def prepare_config(
-    config: Config, *, batch: int, dtype: str | None, remat: bool, dispatch: int
+    config: Config,
+    *,
+    batch: int,
+    dtype: str | None,
+    remat: bool,
+    dispatch: int | None,
 ) -> Config:
     """Return the config of a step from latents, of one batch size and precision."""
     config = change(config, "diffusion", batch_size=batch)
@@ -96,7 +102,9 @@ def prepare_config(
         second = dataclasses.replace(second, dtype=dtype)
     if not remat:
         second = dataclasses.replace(second, remat=False)
-    parallel = dataclasses.replace(config.parallel, steps_per_dispatch=dispatch)
+    parallel = config.parallel
+    if dispatch is not None:
+        parallel = dataclasses.replace(parallel, steps_per_dispatch=dispatch)
     return dataclasses.replace(config, data=data, diffusion=second, parallel=parallel)
 
 
@@ -321,17 +329,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--against", choices=("diffusers",))
     parser.add_argument("--no-compile", action="store_true", help="theirs, eager only")
     parser.add_argument("--no-remat", action="store_true", help="keep activations")
-    parser.add_argument("--dispatch", type=int, default=1, help="steps at once, ours")
+    parser.add_argument("--dispatch", type=int, help="steps at once, ours; as trained")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    if min(*args.batches, args.dispatch, args.rounds) < 1:
+    if min(*args.batches, args.dispatch or 1, args.rounds) < 1:
         raise InputError("--batches, --dispatch, --rounds: wanted 1 or more")
     name = args.config or args.model
     if args.config or args.model == "digits":
         config = load_config_file(args.config or "configs/digits.py")
     else:
         config = text_config()
+    parallel = config.parallel
+    start(
+        Launch(), peer_timeout=parallel.peer_timeout, cpu_devices=parallel.cpu_devices
+    )
     model = draw_model(config)
     rows: list[dict[str, Any]] = []
     print(f"{name}, {jax.default_backend()}")

@@ -14,6 +14,7 @@ from ldm_jax.config import (
     DiffusionConfig,
     LogConfig,
     OptimConfig,
+    ParallelConfig,
     SamplingConfig,
 )
 
@@ -58,7 +59,9 @@ def get_config() -> Config:
                 ema_decay=0.998,
             ),
         ),
+        # Steps are short: ten at a time, and each core has its own images.
+        parallel=ParallelConfig(steps_per_dispatch=10, cpu_devices=2),
         checkpoint=CheckpointConfig(every=200, keep=2),
-        log=LogConfig(every=10, images_every=675),
+        log=LogConfig(every=10, images_every=450),
         sampling=SamplingConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
     )

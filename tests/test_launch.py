@@ -54,6 +54,32 @@ def test_the_processes_of_a_pod_share_images_by_themselves(tmp_path):
         parse_sample([*request, "--process", "0/2"])
 
 
+@pytest.mark.parametrize(
+    ("given", "devices"),
+    [
+        ({}, min(2, launch.num_cores())),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4),
+    ],
+)
+def test_a_cpu_counts_as_what_the_recipe_says_or_the_user(given, devices):
+    program = (
+        "from ldm_jax.launch import Launch, start\n"
+        "start(Launch(), peer_timeout=100, cpu_devices=2)\n"
+        "import jax; print(jax.device_count())"
+    )
+    names = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=env | given,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == f"{devices}\n", done.stderr
+
+
 @pytest.fixture
 def two(monkeypatch):
     """Another process, which tells what the test puts here."""

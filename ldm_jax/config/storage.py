@@ -21,6 +21,7 @@ when one goes on."""
 LATER_FIELDS = frozenset(
     {
         "max_skipped_steps",
+        "parallel.cpu_devices",
         "data.crop",
         "data.flip",
         "diffusion.condition.pooled",
@@ -108,6 +109,8 @@ def digest(config: Config) -> str:
     tree, default = dataclasses.asdict(config), flatten(Config())
     for path in LATER_FIELDS:
         *parents, name = path.split(".")
+        if not HOW_FIELDS.isdisjoint(parents):
+            continue  # gone with all of its parent
         leaf = functools.reduce(dict.__getitem__, parents, tree)
         if path in HOW_FIELDS or leaf[name] == default[path]:
             del leaf[name]

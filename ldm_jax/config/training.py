@@ -177,13 +177,16 @@ class ParallelConfig(Checked):
     """Parts a batch is computed in, one after the other; divides each chip's share."""
     steps_per_dispatch: int = 1
     """Steps a chip makes before the host is asked again, where nothing is due."""
+    cpu_devices: int = 1
+    """Devices that a CPU counts as, at most one a core: each has its share of a batch,
+    which small networks use the cores better by. Chips ignore it."""
     peer_timeout: int = 100
     """Seconds without a sign of life after which a process counts as dead."""
     stall_timeout: int = 1800
     """Seconds a step may take before every thread's stack is printed; 0: never."""
 
     def _check(self) -> None:
-        self._want_at_least(1, "accumulate", "steps_per_dispatch")
+        self._want_at_least(1, "accumulate", "steps_per_dispatch", "cpu_devices")
         self._want_at_least(10, "peer_timeout")
         self._want_at_least(0, "stall_timeout")
 

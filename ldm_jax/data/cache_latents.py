@@ -145,7 +145,12 @@ def main(args: list[str]) -> None:
     """Parse, encode, say finished."""
     request = parse(args)
     # Only now: help and bad input need not wait for JAX.
-    start(request.launch, peer_timeout=request.config.parallel.peer_timeout)
+    parallel = request.config.parallel
+    start(
+        request.launch,
+        peer_timeout=parallel.peer_timeout,
+        cpu_devices=parallel.cpu_devices,
+    )
     from ldm_jax.caching.making import make_cache
     from ldm_jax.training.hosts import is_first
 
