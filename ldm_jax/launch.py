@@ -4,6 +4,7 @@ Nothing here imports JAX before `start`: help and bad input answer at once.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -185,8 +186,10 @@ def start(launch: Launch, *, peer_timeout: int, cpu_devices: int = 1) -> None:
         jax.config.update("jax_compilation_cache_dir", str(launch.cache))
         seconds = "jax_persistent_cache_min_compile_time_secs"
         jax.config.update(seconds, MIN_COMPILE_SECONDS)
-    if not cpu_devices_are_given():
-        jax.config.update("jax_num_cpu_devices", min(cpu_devices, num_cores()))
+    devices = min(cpu_devices, num_cores())
+    if devices > 1 and not cpu_devices_are_given():
+        with contextlib.suppress(RuntimeError):  # JAX runs already, with what it has
+            jax.config.update("jax_num_cpu_devices", devices)
     if not launch.pod or jax.distributed.is_initialized():
         return
     try:
