@@ -4,8 +4,8 @@ Read off the compiler's own schedule instead: the bundles of one step of a kerne
 (libtpu 0.0.52, `*-final_bundles.txt`), for 64 to 2048 times 1024 probabilities a step
 and heads of 32 to 512 channels, listed in `tests/test_plan.py`. What is fitted here is
 at most 5 % below any, and above by at most 5 % for heads of up to 80 channels and 512
-tokens or more, by a third for the shortest steps. Waiting for memory is not in these
-numbers; all keys of a head are on the chip.
+tokens or more, elsewhere by a third. Waiting for memory is not in these numbers; all
+keys of a head are on the chip.
 """
 
 import re
