@@ -1,9 +1,12 @@
+import asyncio
+import gc
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.digests import tree_digest
@@ -138,3 +141,30 @@ def test_reading_only_moves_nothing(store):
     reader = CheckpointStore(store.directory, keep=2, read_only=True)
     assert reader.restore(TARGET).step == 1
     assert (store.directory / "2").is_dir()
+
+
+async def of_somebody_else():
+    raise ValueError("not of a checkpoint")
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_reads_that_fail_beside_the_one_that_is_told_are_silent(
+    theirs, tmp_path, caplog
+):
+    CheckpointStore(tmp_path / "checkpoints", keep=1).close()
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{tmp_path}/nothing/"},
+    }
+
+    async def leave_one_alone():
+        opened = of_somebody_else() if theirs else tensorstore.open(spec)
+        task = asyncio.ensure_future(opened)
+        await asyncio.wait([task])
+
+    # As Orbax reads: in a loop of its own, that it closes at the first failure.
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave_one_alone())
+    loop.close()
+    gc.collect()
+    assert len(caplog.messages) == theirs

@@ -39,13 +39,16 @@ def quieten(overheard: Overheard) -> None:
     """Keep Orbax, and what it leaves to Python, from printing of their own."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("absl").addFilter(overheard)
-    logging.getLogger("asyncio").addFilter(_is_not_orbax)
+    logging.getLogger("asyncio").addFilter(_is_of_others)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _unraisable
 
 
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.getMessage()
+def _is_of_others(record: logging.LogRecord) -> bool:
+    # Of several reads that fail at once Orbax raises the first one. The others are
+    # tensorstore's tasks, of which `_wrap_awaitable` is all that asyncio may know.
+    words = ("orbax", "tensorstore", "_wrap_awaitable")
+    return not any(word in record.getMessage() for word in words)
 
 
 def _unraisable(told: Any) -> None:
