@@ -12,13 +12,11 @@ from jaxtyping import Array, Float
 
 FEW_IMAGES, WIDE = 8, 64
 """With fewer images than the first a TPU convolves maps as wide as the second in less
-time row by row, and doubled maps as they are."""
-
-MANY_PIXELS = 64
-"""With fewer in a batch, four convolutions on a CPU take longer than a larger one."""
+time row by row."""
 
 Pairs = tuple[tuple[int, int], tuple[int, int]]
 NUMBERS = ("NHWC", "HWIO", "NHWC")
+NUMBERS_OF_ROWS = ("NWC", "WIO", "NWC")
 _in_a_loop = contextvars.ContextVar("_in_a_loop", default=False)
 
 
@@ -77,107 +75,6 @@ def convolve(
     if not ways:
         return plainly(x, kernel)
     return jax.lax.platform_dependent(x, kernel, default=plainly, **ways)
-
-
-def convolve_doubled(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c e"]
-) -> Float[Array, "b h2 w2 e"]:
-    """Repeat every pixel of a map twice in both directions, and convolve.
-
-    Of the nine pixels under the window four are different, so that nine products are
-    four of sums of the kernel's weights: 4/9 of the arithmetic, on CPUs and TPUs.
-
-    Args:
-      x: The map.
-      kernel: The kernel, float32; cast to the dtype of the map, after any sums.
-
-    Returns:
-      The map doubled and convolved, its edges padded with zeros.
-    """
-    b, h, w, _ = x.shape
-    ways: dict[str, Any] = {}
-    if b >= FEW_IMAGES:
-        ways["tpu"] = with_gaps
-    if b * h * w >= MANY_PIXELS:
-        ways["cpu"] = in_four_phases
-    if not ways:
-        return _doubled_plainly(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, default=_doubled_plainly, **ways)
-
-
-def _doubled_plainly(x: Array, kernel: Array) -> Array:
-    return convolve(
-        x.repeat(2, axis=1).repeat(2, axis=2),
-        kernel.astype(x.dtype),
-        (1, 1),
-        ((1, 1), (1, 1)),
-        dimension_numbers=NUMBERS,
-    )
-
-
-def in_four_phases(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c e"]
-) -> Float[Array, "b h2 w2 e"]:
-    """Make pixels of even and odd rows and columns one after the other.
-
-    A window over an even row sees the row before once and its own twice; over an odd
-    row its own twice and the one after once.
-
-    Args:
-      x: The map.
-      kernel: The kernel, float32.
-    """
-    b, h, w, _ = x.shape
-    rows = [
-        jnp.stack(
-            [
-                convolve(
-                    x,
-                    both.astype(x.dtype),
-                    (1, 1),
-                    ((1 - odd_row, odd_row), (1 - odd_column, odd_column)),
-                    dimension_numbers=NUMBERS,
-                )
-                for odd_column, both in enumerate(_even_and_odd(of_rows, axis=1))
-            ],
-            axis=3,
-        )
-        for odd_row, of_rows in enumerate(_even_and_odd(kernel, axis=0))
-    ]
-    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
-
-
-def _even_and_odd(kernel: Array, *, axis: int) -> tuple[Array, Array]:
-    first, middle, last = jnp.split(kernel, 3, axis)
-    return (
-        jnp.concatenate([first, middle + last], axis),
-        jnp.concatenate([first + middle, last], axis),
-    )
-
-
-def with_gaps(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c e"]
-) -> Float[Array, "b h2 w2 e"]:
-    """Put zeros between the pixels and convolve with a window of 4 x 4.
-
-    Wherever it stands, four of its sixteen weights meet a pixel: those of the phase.
-
-    Args:
-      x: The map.
-      kernel: The kernel, float32.
-    """
-    for axis in (0, 1):
-        first, middle, last = jnp.split(kernel, 3, axis)
-        weights = [first, first + middle, middle + last, last]
-        kernel = jnp.concatenate(weights, axis)
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        (1, 1),
-        ((2, 2), (2, 2)),
-        lhs_dilation=(2, 2),
-        dimension_numbers=NUMBERS,
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -260,7 +157,7 @@ def by_rows(
     b, h, w, _ = x.shape
     total = sum(
         _convolve_rows(rows, kernel[i], preferred_element_type=jnp.float32)
-        for i, rows in enumerate(_shifted_rows(x))
+        for i, rows in enumerate(shifted_rows(x))
     )
     return jnp.reshape(total, (b, h, w, -1)).astype(x.dtype)
 
@@ -277,7 +174,7 @@ def _by_rows_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, A
         jax.linear_transpose(functools.partial(_convolve_rows, rows), kernel[0])(flat)[
             0
         ]
-        for rows in _shifted_rows(x)
+        for rows in shifted_rows(x)
     ]
     return of_x, jnp.stack(of_kernel)
 
@@ -285,7 +182,7 @@ def _by_rows_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, A
 by_rows.defvjp(_by_rows_forward, _by_rows_backward)
 
 
-def _shifted_rows(x: Float[Array, "b h w c"]) -> list[Float[Array, "n w c"]]:
+def shifted_rows(x: Float[Array, "b h w c"]) -> list[Float[Array, "n w c"]]:
     """Return all rows, and those above and below them, as images of one row."""
     b, h, w, c = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
@@ -295,7 +192,6 @@ def _shifted_rows(x: Float[Array, "b h w c"]) -> list[Float[Array, "n w c"]]:
 def _convolve_rows(
     rows: Float[Array, "n w c"], kernel: Float[Array, "3 c e"], **kwargs: Any
 ) -> Float[Array, "n w e"]:
-    numbers = ("NWC", "WIO", "NWC")
     return jax.lax.conv_general_dilated(
-        rows, kernel, (1,), ((1, 1),), dimension_numbers=numbers, **kwargs
+        rows, kernel, (1,), ((1, 1),), dimension_numbers=NUMBERS_OF_ROWS, **kwargs
     )

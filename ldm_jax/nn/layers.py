@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
-from ldm_jax.nn.convolution import convolve, convolve_doubled
+from ldm_jax.nn.convolution import convolve
+from ldm_jax.nn.doubling import convolve_doubled
 from ldm_jax.types import Dtype
 
 AUTOENCODER_EPSILON = 1e-6
