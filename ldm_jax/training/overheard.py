@@ -45,10 +45,9 @@ def quieten(overheard: Overheard) -> None:
 
 
 def _is_of_others(record: logging.LogRecord) -> bool:
-    # Of several reads that fail at once Orbax raises the first one. The others are
-    # tensorstore's tasks, of which `_wrap_awaitable` is all that asyncio may know.
-    words = ("orbax", "tensorstore", "_wrap_awaitable")
-    return not any(word in record.getMessage() for word in words)
+    # Of reads that fail at once Orbax raises the first; the rest are tensorstore's.
+    message = record.getMessage()
+    return "orbax" not in message and "tensorstore" not in message
 
 
 def _unraisable(told: Any) -> None:
