@@ -45,9 +45,10 @@ def quieten(overheard: Overheard) -> None:
 
 
 def _is_of_others(record: logging.LogRecord) -> bool:
-    # Of reads that fail at once Orbax raises the first; the rest are tensorstore's.
-    message = record.getMessage()
-    return "orbax" not in message and "tensorstore" not in message
+    # Of reads that fail at once Orbax raises the first. The rest are tensorstore's, but
+    # its name is not in all: a future may fail, and the task that waits for it.
+    words = ("orbax", "tensorstore", "OCDBT", "_wrap_awaitable")
+    return not any(word in record.getMessage() for word in words)
 
 
 def _unraisable(told: Any) -> None:
