@@ -21,7 +21,6 @@ MAX_BYTES_IN_MEMORY = 64 * 2**20
 
 OWN_BUILDERS = {
     "digits": "ldm_jax.data.builders.digits.digits_dataset_builder",
-    "emoji": "ldm_jax.data.builders.emoji.emoji_dataset_builder",
     "scenes": "ldm_jax.data.builders.scenes.scenes_dataset_builder",
 }
 """Data sets that are drawn or shipped here, by name; prepared when first opened."""

@@ -1,1 +1,0 @@
-"""Emoji, drawn from a font of this machine."""
