@@ -38,7 +38,8 @@ BATCH = 32
 WARM_UP = 10
 MAX_WAITING = 0.05
 NUM_PHOTOS, PHOTO_SIDES = 256, (480, 360)
-CONFIGS = ("configs/digits.py", "configs/scenes.py")
+SCENES = "builder:examples/scenes/scenes_dataset_builder.py/one"
+CONFIGS = ("configs/digits.py", "examples/scenes/config.py")
 
 
 class Reading(NamedTuple):
@@ -176,7 +177,7 @@ def main() -> int:
         write_photos(photos)
         readings = [
             Reading("digits, 8x8 PNG to 32x32", "tfds:digits", 32, 1),
-            Reading("scenes, 32x32 PNG", "tfds:scenes/one", 32, 3),
+            Reading("scenes, 32x32 PNG", SCENES, 32, 3),
             Reading("folder of 480x360 JPEG to 256x256", f"folder:{photos}", 256, 3),
         ]
         print("| source | images/s a core |\n|---|---:|")

@@ -15,7 +15,6 @@ FLOOR_BY_ROOM = {
     "images": 0,
     "launch": 0,
     "rng": 0,
-    "scene": 0,
     "diffusion": 1,
     "nn": 1,
     "data": 2,
@@ -98,6 +97,12 @@ def test_no_file_imports_from_a_higher_floor(path):
     floor = ROOF if is_door else FLOOR_BY_ROOM[room(path)]
     above = {r for r in imported_rooms(path) if FLOOR_BY_ROOM[r] > floor}
     assert not above
+
+
+def test_the_package_knows_no_example():
+    for path in FILES:
+        assert not any(name.split(".")[0] == "examples" for name in imported(path))
+        assert "scene" not in path.read_text().lower(), path
 
 
 def test_nothing_imports_a_door_into_the_house():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from examples.scenes.scenes_dataset_builder import Builder
 from ldm_jax.build import null_tokens, open_split, open_tokenizer
 from ldm_jax.config import ConditionConfig, DataConfig, TextConfig
 from ldm_jax.data import sources
-from ldm_jax.data.builders.scenes.scenes_dataset_builder import Builder
 from ldm_jax.data.byte_pairs import (
     SMALLEST,
     load_byte_pairs,
@@ -130,7 +130,6 @@ def test_a_caption_that_is_not_utf8_is_told():
     [
         ("tfds:digitz", r"got tfds:digitz, .*\); try digits$"),
         ("tfds:oxford_flower102", r"; try oxford_flowers102$"),
-        ("tfds:scenes/onee", r"wanted a config of scenes: one, two.*; try one$"),
         ("tfds:mnist", r"not prepared .*; try: tfds build mnist --data_dir"),
     ],
 )
@@ -196,7 +195,7 @@ def config(tmp_path, monkeypatch):
     return dataclasses.replace(
         tiny,
         data=DataConfig(
-            source="tfds:scenes/one",
+            source="builder:examples/scenes/scenes_dataset_builder.py/one",
             directory=str(tmp_path / "data"),
             image_size=8,
             image_channels=3,

@@ -19,8 +19,9 @@ class DataConfig(Checked):
     """Where the images come from and what they are made into."""
 
     source: str = "tfds:digits"
-    """Data set: `tfds:NAME`, where `tfds:digits` is scikit-learn's handwritten digits,
-    or `folder:PATH`, a folder of images (docs/your_own_pictures.md)."""
+    """Data set: `tfds:NAME`, where `tfds:digits` is scikit-learn's handwritten digits;
+    `folder:PATH`, a folder of images (docs/your_own_pictures.md); or
+    `builder:FILE.py/CONFIG`, a TFDS builder of your own, prepared when it is needed."""
     directory: str | None = None
     """Where TFDS keeps data; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     train_split: str = "train"
@@ -50,8 +51,9 @@ class DataConfig(Checked):
 
     def _check(self) -> None:
         kind, _, name = self.source.partition(":")
-        named = kind in ("tfds", "folder") and name != ""
-        self._want("source", named, "tfds:NAME or folder:PATH; try tfds:digits")
+        named = kind in ("tfds", "folder", "builder") and name != ""
+        wanted = "tfds:NAME, folder:PATH or builder:FILE.py; try tfds:digits"
+        self._want("source", named, wanted)
         self._want_at_least(1, "image_size")
         self._want("image_channels", self.image_channels in (1, 3), "1 or 3")
         self._want_at_least(0, "num_classes", "num_train_examples", "max_broken_files")
@@ -63,7 +65,7 @@ class OptimConfig(Checked):
 
     algorithm: AlgorithmName = "adamw"
     """AdamW; or Muon, which makes the updates of matrices orthogonal and leaves all
-    else to AdamW at the same rate: `configs/scenes.py` learns shapes by it."""
+    else to AdamW at the same rate: small networks learn shapes sooner by it."""
     muon_embeddings: bool = True
     """Whether Muon also moves tables of embeddings, whose rows no product mixes. False
     leaves them to AdamW: words find their neighbours sooner."""

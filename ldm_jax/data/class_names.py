@@ -1,13 +1,13 @@
 """What the classes of a data set are called, found without preparing anything."""
 
-import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 from ldm_jax.data.listing import list_folder
+from ldm_jax.data.own_builders import find_own, told
 from ldm_jax.data.sources import (
     FOLDER,
-    OWN_BUILDERS,
     class_names_of,
     folder_path,
     tfds_directory,
@@ -29,23 +29,21 @@ def find_class_names(name: str, *, directory: str | None) -> tuple[str, ...]:
         if name.startswith(FOLDER):
             return list_folder(folder_path(name)).class_names
         where = str(Path(directory).expanduser()) if directory else tfds_directory()
-        builder = _builder(name.removeprefix("tfds:"), where)
+        builder = _builder(name, where)
     except (InputError, OSError):
         return ()
     return (None if builder is None else class_names_of(builder.info.features)) or ()
 
 
-def _builder(plain: str, where: str) -> Any:
+def _builder(name: str, where: str) -> Any:
     """Find a builder that knows its features; None if none is here."""
     import tensorflow_datasets as tfds
 
-    own, _, config = plain.partition("/")
-    if own in OWN_BUILDERS:
-        cls: Any = importlib.import_module(OWN_BUILDERS[own]).Builder
-        if config and config not in cls.builder_configs:
-            return None
-        return cls(config=config or None, data_dir=where)
-    if not (Path(where) / own.partition(":")[0]).is_dir():
+    if own := find_own(name):
+        with told(name):
+            return own.make(where)
+    plain = name.removeprefix("tfds:")
+    if not (Path(where) / re.split("[/:]", plain)[0]).is_dir():
         return None
     try:
         builder = tfds.builder(plain, data_dir=where, try_gcs=False)

@@ -1,8 +1,6 @@
 """Data sets on disk, as random access to single examples."""
 
 import contextlib
-import difflib
-import importlib
 import io
 import logging
 from collections.abc import Iterator, Mapping
@@ -10,6 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ldm_jax.data.folders import Need, folder_captions, num_threads, open_folder
+from ldm_jax.data.own_builders import (
+    BUILDER,
+    OWN_BUILDERS,
+    find_own,
+    nearest,
+    told,
+)
 from ldm_jax.types import InputError
 
 FOLDER = "folder:"
@@ -17,13 +22,6 @@ FOLDER = "folder:"
 
 MAX_BYTES_IN_MEMORY = 64 * 2**20
 """Smaller data sets are decoded once and kept: decoding is most of the reading."""
-
-
-OWN_BUILDERS = {
-    "digits": "ldm_jax.data.builders.digits.digits_dataset_builder",
-    "scenes": "ldm_jax.data.builders.scenes.scenes_dataset_builder",
-}
-"""Data sets that are drawn or shipped here, by name; prepared when first opened."""
 
 
 @runtime_checkable
@@ -93,8 +91,9 @@ def open_source(
     """Open a split of a folder of images or of a TFDS data set.
 
     Args:
-      name: `folder:PATH`; or `tfds:NAME` or `tfds:NAME/CONFIG`, where `digits` and
-        `scenes` are this package's own, and are prepared first.
+      name: `folder:PATH`; or `tfds:NAME` or `tfds:NAME/CONFIG`; or `builder:PATH.py` or
+        `builder:PATH.py/CONFIG`, a Python file with a TFDS builder. `tfds:digits` is
+        this package's own; it and what a file builds are prepared first.
       split: Which part, in TFDS' notation.
       directory: Where TFDS keeps prepared data; None for TFDS' own default.
       needs: What the examples of a folder must have.
@@ -233,48 +232,43 @@ def _open_split(builder: Any, name: str, split: str) -> Any:
     try:
         return builder.as_data_source(split)
     except NotImplementedError:
+        plain = name.removeprefix("tfds:")
+        advice = f", and there: tfds build {plain} --data_dir FOLDER --file_format"
+        advice = " for it" if name.startswith(BUILDER) else f"{advice} array_record"
         raise InputError(
             f"data.source: {name} is prepared in {builder.data_dir} in a format whose "
-            "examples cannot be read one by one; try another folder, and there: tfds "
-            f"build {name.removeprefix('tfds:')} --data_dir FOLDER --file_format "
-            "array_record"
+            f"examples cannot be read one by one; try another folder{advice}"
         ) from None
     except (KeyError, ValueError) as error:
         known = list(builder.info.splits)
         raise InputError(
             f"data: {name} has no split {split!r}, wanted one of {', '.join(known)}, "
-            f"or a slice such as train[:90%]{_nearest(split, known)}"
+            f"or a slice such as train[:90%]{nearest(split, known)}"
         ) from error
 
 
 def _builder(name: str, where: str) -> Any:
-    """Find the builder of a prepared data set; prepare our own."""
+    """Find the builder of a prepared data set; prepare our own and those of files."""
     import tensorflow_datasets as tfds
 
-    plain = name.removeprefix("tfds:")
-    own, _, config = plain.partition("/")
-    if own in OWN_BUILDERS:
-        cls: Any = importlib.import_module(OWN_BUILDERS[own]).Builder
-        known = list(cls.builder_configs)
-        if config and config not in known:
-            raise InputError(
-                f"data.source: got {name}, wanted a config of {own}: "
-                f"{', '.join(known) or 'it has none'}{_nearest(config, known)}"
-            )
-        builder: Any = cls(
-            config=config or None, data_dir=where, file_format="array_record"
-        )
-        builder.download_and_prepare()
+    if own := find_own(name):
+        with told(name):
+            builder: Any = own.make(where)
+            builder.download_and_prepare()
         return builder
+    plain = name.removeprefix("tfds:")
     try:
         builder = tfds.builder(plain, data_dir=where, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
         reason = " ".join(str(error).split()).split(" Available datasets")[0][:160]
         known = [*OWN_BUILDERS, *tfds.list_builders(with_community_datasets=False)]
-        nearest = _nearest(own, known) or "; see its catalogue for the names"
+        advice = nearest(plain.partition("/")[0], known) or (
+            "; see its catalogue for the names, or give your own builder's file, as in "
+            "builder:FILE.py"
+        )
         raise InputError(
             f"data.source: got {name}, which TFDS does not find in {where} "
-            f"({reason}){nearest}"
+            f"({reason}){advice}"
         ) from error
     if not builder.is_prepared():
         raise InputError(
@@ -282,12 +276,6 @@ def _builder(name: str, where: str) -> Any:
             f"--data_dir {where} --file_format array_record"
         )
     return builder
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    """Return "; try NAME" for the known name most like a wrong one; "" if none is."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f"; try {found[0]}" if found else ""
 
 
 def tfds_directory() -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples.scenes.scenes_dataset_builder import Builder
 from ldm_jax import config as config_lib
 from ldm_jax import run
 from ldm_jax.build import build_networks, open_iterator, open_split
@@ -18,7 +19,6 @@ from ldm_jax.caching.encoders import Encoders, Made, encode_records
 from ldm_jax.caching.making import make_cache, make_shards, plan_cache
 from ldm_jax.caching.shards import find_shards
 from ldm_jax.config import ConditionConfig
-from ldm_jax.data.builders.scenes.scenes_dataset_builder import Builder
 from ldm_jax.data.cache_latents import parse
 from ldm_jax.data.latents import (
     CacheNote,
@@ -45,6 +45,7 @@ from tests.test_tokenizer import write_clip
 
 NUM, BATCH, STEPS = 24, 8, 5
 SMALL = {"channel_multipliers": (1,), "attention_downsampling": (1,)}
+SCENES = "builder:examples/scenes/scenes_dataset_builder.py/one"
 MOMENTS = {"label": 8, "none": 3, "clip": 8}
 
 
@@ -132,7 +133,7 @@ def prepared(request, tmp_path_factory):
         if request.param == "clip":
             for name, number in (("train", NUM), ("test", 10), ("held_out", 4)):
                 patch.setattr(Builder.builder_configs["one"], f"num_{name}", number)
-            data = {"source": "tfds:scenes/one", "directory": str(folder / "data")}
+            data = {"source": SCENES, "directory": str(folder / "data")}
             data |= {"num_classes": 64, "train_split": "train"}
         made = Prepared(request.param, folder, **data)
         assert made.make().num_made == 5

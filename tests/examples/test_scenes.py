@@ -6,11 +6,17 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from ldm_jax.data.scenes import HELD_OUT, SPLITS, TRAINED, Placed, make_scene, paint
-from ldm_jax.evaluation.scenes import Reading, check, matches, read_scene, read_scenes
-from ldm_jax.scene.captions import Wanted, WantedThing, parse_caption, write_caption
-from ldm_jax.scene.outlines import HALF_EXTENTS, coverage, is_inside
-from ldm_jax.scene.things import (
+from examples.scenes.captions import Wanted, WantedThing, parse_caption, write_caption
+from examples.scenes.checker.scenes import (
+    Reading,
+    check,
+    matches,
+    read_scene,
+    read_scenes,
+)
+from examples.scenes.draw import HELD_OUT, SPLITS, TRAINED, Placed, make_scene, paint
+from examples.scenes.outlines import HALF_EXTENTS, coverage, is_inside
+from examples.scenes.things import (
     COLOURS,
     PAIRS,
     PLACES,
@@ -422,7 +428,7 @@ def test_a_relation_is_between_two():
 def test_the_data_set_is_prepared_and_read_back(tmp_path):
     import sys
 
-    from ldm_jax.data.builders.scenes import scenes_dataset_builder as scenes_builder
+    from examples.scenes import scenes_dataset_builder as scenes_builder
 
     config = scenes_builder.SceneConfig(
         name="tiny", most=3, num_train=7, num_test=3, num_held_out=2
@@ -445,7 +451,7 @@ def test_the_data_set_is_prepared_and_read_back(tmp_path):
 
 
 def test_the_configs_are_as_documented():
-    from ldm_jax.data.builders.scenes.scenes_dataset_builder import Builder
+    from examples.scenes.scenes_dataset_builder import Builder
 
     configs = {c.name: (c.most, c.pixels) for c in Builder.BUILDER_CONFIGS}
     assert configs == {

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float32, Int
 from scipy import ndimage
 
-from ldm_jax.evaluation.scene_spots import PIXELS
-from ldm_jax.scene.outlines import coverage
-from ldm_jax.scene.things import POINTS, SHAPES, ShapeName
+from examples.scenes.checker.spots import PIXELS
+from examples.scenes.outlines import coverage
+from examples.scenes.things import POINTS, SHAPES, ShapeName
 
 POINTS_A_PIXEL = POINTS // PIXELS
 RADII = (25, 27, 29, 31, 33, 41, 43, 45, 47, 49)

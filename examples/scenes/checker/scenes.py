@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from ldm_jax.evaluation.scene_spots import (
+from examples.scenes.captions import Wanted, WantedThing, parse_caption
+from examples.scenes.checker.spots import (
     PIXELS,
     Spot,
     average,
@@ -21,14 +22,13 @@ from ldm_jax.evaluation.scene_spots import (
     is_background,
     to_luma_chroma,
 )
-from ldm_jax.evaluation.scene_templates import (
+from examples.scenes.checker.templates import (
     POINTS_A_PIXEL,
     bank,
     fit,
     fitting_colour,
 )
-from ldm_jax.scene.captions import Wanted, WantedThing, parse_caption
-from ldm_jax.scene.things import (
+from examples.scenes.things import (
     COLOURS,
     RADII,
     RGB,

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ldm_jax.data.scenes import SPLITS, SplitName, make_scene
-from ldm_jax.scene.things import MOST_THINGS, PAIRS
+from examples.scenes.draw import SPLITS, SplitName, make_scene
+from examples.scenes.things import MOST_THINGS, PAIRS
 
 NAMES = {1: "one", 2: "two", 3: "three"}
 NUM_TRAIN = {1: 20_000, 2: 40_000, 3: 40_000}
@@ -54,7 +54,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     `image` is encoded as PNG, so that TFDS neither decodes nor encodes it and
     TensorFlow is not needed. `label` is the colour and shape of the first thing.
     `objects` has a row for each thing in the order of the caption's sense: shape,
-    colour and size as indices of `ldm_jax.scene.things`, x and y in points (256ths of
+    colour and size as indices of `examples.scenes.things`, x and y in points (256ths of
     the side); rows of -1 fill it up.
     """
 

@@ -1,6 +1,6 @@
 """What does a wrong word cost a text-to-image run of scenes, at each noise level?
 
-    python benchmarks/swapped_words.py --workdir runs/scenes
+    python -m examples.scenes.swapped_words --workdir runs/scenes
 
 Takes captions of the split `test` with a place or a relation in them, swaps one word
 for another, and prints by how much the loss of the true picture rises. A word that the
@@ -9,6 +9,7 @@ noise, shapes in the middle. One that costs nothing anywhere is not read. Works 
 that is still being trained.
 """
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import make_parser
 from jaxtyping import Array, Float, Int
 
+from examples.scenes.things import COLOURS, SHAPES
 from ldm_jax.build import open_tokenizer
-from ldm_jax.cli import run_main
+from ldm_jax.cli import OneLineParser, run_main
 from ldm_jax.data.sources import open_source
 from ldm_jax.diffusion.objectives import denoising_loss
 from ldm_jax.diffusion.schedules import Level, level_at
@@ -29,10 +30,9 @@ from ldm_jax.networks import denoiser_of, encode_images, prepare
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import root_key
 from ldm_jax.run import Run, load_run
-from ldm_jax.scene.things import COLOURS, SHAPES
 from ldm_jax.types import InputError
 
-PROG = "benchmarks/swapped_words.py"
+PROG = "examples/scenes/swapped_words.py"
 POSITIONS = (200, 400, 500, 600, 700, 800, 900, 990)
 """Of 1,000 levels, from little noise to much."""
 PLACES = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
@@ -99,7 +99,7 @@ def read(run: Run, num: int) -> Captioned:
     if not images:
         raise InputError(
             f"--workdir: got a run on {data.source}, whose captions say nothing of "
-            "places; wanted one on tfds:scenes"
+            "places; wanted one of examples/scenes"
         )
     return Captioned(np.stack(images) / 127.5 - 1.0, captions)
 
@@ -154,7 +154,12 @@ def costs(run: Run, captioned: Captioned) -> list[dict[str, float]]:
 
 def main(args: list[str]) -> None:
     """Measure and print a table."""
-    parser = make_parser(PROG, __doc__)
+    parser = OneLineParser(
+        prog=PROG,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
     parser.add_argument("--num", type=int, default=128, help="captions")
     parser.add_argument("--json", type=Path, help="file to write")

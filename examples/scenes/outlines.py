@@ -5,7 +5,7 @@ import functools
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ldm_jax.scene.things import POINTS, SHAPES, ShapeName
+from examples.scenes.things import POINTS, SHAPES, ShapeName
 
 SUPERSAMPLING = 8
 """Samples a pixel, in each direction."""

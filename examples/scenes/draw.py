@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from ldm_jax.scene.captions import Wanted, WantedThing, write_caption
-from ldm_jax.scene.outlines import HALF_EXTENTS, coverage
-from ldm_jax.scene.things import (
+from examples.scenes.captions import Wanted, WantedThing, write_caption
+from examples.scenes.outlines import HALF_EXTENTS, coverage
+from examples.scenes.things import (
     COLOURS,
     MOST_THINGS,
     PAIRS,

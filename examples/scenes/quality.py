@@ -1,6 +1,6 @@
 """Does a text-to-image run draw what the words ask for: read by an exact checker.
 
-    python benchmarks/scenes_quality.py --workdir runs/scenes --grid scenes.png
+    python -m examples.scenes.quality --workdir runs/scenes --grid scenes.png
 
 Captions come from two splits that it never saw: `test`, of the pairs of colour and
 shape it was trained on, and `held_out`, of the others. Prints a table, and JSON with
@@ -21,17 +21,17 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from examples.scenes.captions import parse_caption
+from examples.scenes.checker.scenes import Reading, Verdict, check, read_scenes
 from ldm_jax.build import open_tokenizer
 from ldm_jax.config import Config
 from ldm_jax.data.sources import open_source
-from ldm_jax.evaluation.scenes import Reading, Verdict, check, read_scenes
 from ldm_jax.first_stage import make_reconstruct
 from ldm_jax.generate import EVERYWHERE, make_sample_fn
 from ldm_jax.images import to_uint8, write_png
 from ldm_jax.nn.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
 from ldm_jax.run import Run, load_run
-from ldm_jax.scene.captions import parse_caption
 from ldm_jax.types import SAMPLER_NAMES, SamplerName
 
 SPLITS = {"test": "training pairs", "held_out": "held-out pairs"}

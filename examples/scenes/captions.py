@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
-from ldm_jax.scene.things import (
+from examples.scenes.things import (
     COLOURS,
     MOST_THINGS,
     SHAPES,

@@ -1,0 +1,1 @@
+"""Coloured shapes, drawn and captioned here: data set, recipes, exact checker."""

@@ -1,0 +1,1 @@
+"""What a picture of a scene shows, read from its pixels."""

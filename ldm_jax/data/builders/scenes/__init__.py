@@ -1,1 +1,0 @@
-"""Captioned scenes as a TFDS data set."""

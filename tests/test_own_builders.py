@@ -1,0 +1,163 @@
+"""A TFDS builder of a user's own, found by the path of its Python file."""
+
+import shutil
+import textwrap
+
+import pytest
+
+from ldm_jax.config import DataConfig
+from ldm_jax.data.class_names import find_class_names
+from ldm_jax.data.sources import open_source, read_captions
+from ldm_jax.types import InputError
+
+BUILDER = '''
+import io
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from {neighbour} import CLASSES
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """Grey squares, each darker than the one before."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name="few"),
+        tfds.core.BuilderConfig(name="many"),
+    ]
+
+    def _info(self):
+        return self.dataset_info_from_configs(
+            description="Squares.",
+            features=tfds.features.FeaturesDict(
+                {{
+                    "image": tfds.features.Image(shape=(8, 8, 3), dtype=np.uint8),
+                    "label": tfds.features.ClassLabel(names=CLASSES),
+                    "caption": tfds.features.Text(),
+                }}
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {{"train": self._generate_examples()}}
+
+    def _generate_examples(self):
+        for i in range({{"few": 2, "many": 4}}[self.builder_config.name]):
+            image, png = np.full((8, 8, 3), 10 * i, np.uint8), io.BytesIO()
+            Image.fromarray(image).save(png, format="PNG")
+            words = {{"label": i % 2, "caption": f"square {{i}}"}}
+            yield i, {{"image": png.getvalue(), **words}}
+'''
+
+
+def write(folder, name, *, package=None):
+    """Write a builder and its neighbour; in a package if it is to have a name."""
+    inside = folder / package if package else folder
+    inside.mkdir(parents=True, exist_ok=True)
+    if package:
+        (inside / "__init__.py").write_text("")
+    (inside / f"{name}_classes.py").write_text('CLASSES = ["even", "odd"]\n')
+    # Of a package's two ways to name a neighbour, the one that needs the package.
+    neighbour = f".{name}_classes" if package else f"{name}_classes"
+    path = inside / f"{name}_dataset_builder.py"
+    path.write_text(BUILDER.format(neighbour=neighbour))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("lone_squares", None), ("packed_squares", "squares_room")]
+)
+def test_a_builder_is_found_by_its_file_and_prepared(tmp_path, name, package):
+    path = write(tmp_path / "code", name, package=package)
+    data = str(tmp_path / "data")
+    given = f"builder:{path}/many"
+    assert DataConfig(source=given).source == given
+    assert find_class_names(given, directory=data) == ("even", "odd")
+    assert not (tmp_path / "data").exists()
+    source = open_source(given, "train", directory=data)
+    assert (source.class_names, source.channels) == (("even", "odd"), 3)
+    assert [int(row["image"][0, 0, 0]) for row in source.examples] == [0, 10, 20, 30]
+    assert read_captions(given, "train[:1]", directory=data) == ["square 0"]
+    # Without a config it is TFDS' default, the first.
+    first = open_source(f"builder:{path}", "train", directory=data)
+    assert len(first.examples) == 2
+    # What is prepared is a data set like any other, with or without the file.
+    shutil.rmtree(tmp_path / "code")
+    again = open_source(f"tfds:{name}/many", "train", directory=data)
+    assert len(again.examples) == 4
+
+
+def refused(source, tmp_path):
+    with pytest.raises(InputError) as caught:
+        open_source(source, "train", directory=str(tmp_path / "data"))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("data.source: ")
+    return line
+
+
+def test_a_wrong_config_names_the_next(tmp_path):
+    path = write(tmp_path, "few_squares")
+    line = refused(f"builder:{path}/fwe", tmp_path)
+    assert line.endswith("wanted a config of few_squares: few, many; try few")
+
+
+def test_a_file_that_is_not_there_or_no_python_is_told(tmp_path):
+    line = refused("builder:nowhere/x_dataset_builder.py/one", tmp_path)
+    assert "no file nowhere/x_dataset_builder.py in " in line and "; try " in line
+    assert "no Python file mnist in " in refused("builder:mnist", tmp_path)
+    assert find_class_names("builder:nowhere.py", directory=None) == ()
+    with pytest.raises(InputError, match=r"folder:PATH or builder:FILE\.py"):
+        DataConfig(source="bilder:x.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("broken_a", "x = 1\nx.y\n", " line 2 raised AttributeError: 'int' object"),
+        ("broken_b", "import no_such_thing_here\n", " line 1 raised ModuleNotFound"),
+        ("broken_c", "x =\n", " raised SyntaxError: invalid syntax"),
+        ("broken_d", "x = 1\n", " has the builders none, wanted one class of"),
+        ("json", "x = 1\n", " is imported as json, which is another file: "),
+    ],
+)
+def test_a_file_that_is_no_builder_is_told_in_one_line(tmp_path, name, text, message):
+    path = tmp_path / f"{name}.py"
+    path.write_text(text)
+    assert f"data.source: {path}{message}" in refused(f"builder:{path}", tmp_path)
+
+
+def test_what_a_builder_raises_is_told_with_its_line(tmp_path):
+    path = write(tmp_path, "late_squares")
+    text = path.read_text()
+    path.write_text(text.replace("        for i in", "        1 / 0\n        for i in"))
+    line = 1 + text[: text.index("        for i in")].count("\n")
+    told = refused(f"builder:{path}", tmp_path)
+    assert told == f"data.source: {path} line {line} raised ZeroDivisionError: " + (
+        "division by zero"
+    )
+
+
+def test_an_image_that_wants_tensorflow_says_what_to_yield(tmp_path):
+    path = write(tmp_path, "array_squares")
+    path.write_text(path.read_text().replace("png.getvalue()", "image"))
+    told = refused(f"builder:{path}", tmp_path)
+    assert "No module named 'tensorflow'" in told and len(told) < 900
+    assert "; try examples whose image is the bytes of a PNG file" in told
+
+
+def test_two_builders_in_a_file_are_one_too_many(tmp_path):
+    path = tmp_path / "two_builders.py"
+    path.write_text(
+        textwrap.dedent("""
+        import tensorflow_datasets as tfds
+        class TwoOne(tfds.core.GeneratorBasedBuilder):
+            pass
+        class TwoOther(tfds.core.GeneratorBasedBuilder):
+            pass
+        """)
+    )
+    assert "has the builders TwoOne, TwoOther" in refused(f"builder:{path}", tmp_path)
