@@ -61,9 +61,9 @@ parity: setup
 	$(RUN) -m pytest tests/parity -n 2 --dist loadfile --no-loadscope-reorder
 
 recipes: setup
-	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_recipes.py -k dry_run_of -n 2 --dist load
-	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_compvis_names.py -n 2 --dist load
-	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_words.py tests/test_folder_check.py \
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/config/test_presets.py -k dry_run_of -n 2 --dist load
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/pretrained/test_compvis_names.py -n 2 --dist load
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/training/test_train_tokenizer.py tests/tools/test_check_images.py \
 	  -k 'draws or trains_on' -n 2 --dist load
 
 lint: setup

@@ -5,9 +5,9 @@ python sample.py --workdir runs/digits --labels 0-9 --seeds 0-9 --out samples
 
 import sys
 
-from ldm_jax.cli import run_main
-from ldm_jax.launch import PEER_TIMEOUT, start, use_huge_pages
-from ldm_jax.requests import ReplayRequest, parse_sample
+from ldm_jax.config.flags import run_main
+from ldm_jax.parallel.launch import PEER_TIMEOUT, start, use_huge_pages
+from ldm_jax.sampling.request import ReplayRequest, parse_sample
 from ldm_jax.types import RunError
 
 
@@ -20,21 +20,21 @@ def main(args: list[str]) -> None:
         return
     start(request.launch, peer_timeout=PEER_TIMEOUT)
     if request.as_dataset:
-        from ldm_jax.synthetic import write_dataset
+        from ldm_jax.sampling.synthetic_dataset import write_dataset
 
         outcome = write_dataset(request)
         for line in (*outcome.written, *outcome.notes):
             print(line)
         return
-    from ldm_jax.gallery import write_gallery
+    from ldm_jax.sampling.outputs import write_images
 
-    for path in write_gallery(request):
+    for path in write_images(request):
         print(path)
 
 
 def compare(request: ReplayRequest) -> None:
     """Make an image again, and say whether every pixel is the same."""
-    from ldm_jax.replay import replay
+    from ldm_jax.sampling.metadata import replay
 
     found = replay(request)
     for warning in found.warnings:

@@ -5,8 +5,8 @@ python train.py --config configs/digits.py --workdir runs/digits
 
 import json
 
-from ldm_jax.cli import parse_train, run_main
-from ldm_jax.launch import start, use_huge_pages
+from ldm_jax.config.flags import parse_train, run_main
+from ldm_jax.parallel.launch import start, use_huge_pages
 
 WORTH_DRAWING = 60.0
 """Seconds of training after which drawing samples for the report is no long wait."""
@@ -24,12 +24,12 @@ def main(args: list[str]) -> None:
     )
     import jax
 
-    from ldm_jax.describe import describe
-    from ldm_jax.report.story import read_story
-    from ldm_jax.report.writing import write_report
+    from ldm_jax.parallel.make_layout import make_layout
+    from ldm_jax.parallel.multihost import is_first
     from ldm_jax.run import train
-    from ldm_jax.training.hosts import is_first
-    from ldm_jax.training.parallel import make_layout
+    from ldm_jax.tools.report.run_summary import read_run_summary
+    from ldm_jax.tools.report.writing import write_report
+    from ldm_jax.training.dry_run import describe
 
     config, workdir = arguments.config, arguments.workdir
     if workdir is None:
@@ -43,7 +43,7 @@ def main(args: list[str]) -> None:
     if outcome.trained:
         # Of several processes the others are gone, and samples are drawn by all.
         draws = sum(by_stage.values()) > WORTH_DRAWING and jax.process_count() == 1
-        write_report(read_story(workdir), workdir / "report.html", draws=draws)
+        write_report(read_run_summary(workdir), workdir / "report.html", draws=draws)
         seconds = ", ".join(f"{name} {value:.0f} s" for name, value in by_stage.items())
         print(f"finished: {workdir} ({seconds})")
     else:

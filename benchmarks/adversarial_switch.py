@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ldm_jax.build import build_networks, load_split, open_iterator
-from ldm_jax.cli import load_config_file
+from ldm_jax.build import build_model, load_split, open_iterator
 from ldm_jax.config import Config
+from ldm_jax.config.flags import load_config_file
 from ldm_jax.data.pipeline import to_batch
-from ldm_jax.first_stage import autoencoder_stage, load_perceptual, make_reconstruct
+from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.pretrained.frozen import load_perceptual
 from ldm_jax.rng import root_key
-from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.training.autoencoder_stage import autoencoder_stage, make_reconstruct
 
 MAX_LOSS = 1.5
 """Decibels that the adversary may cost."""
@@ -50,34 +51,34 @@ class Switch(NamedTuple):
 
 def measure(config: Config) -> Switch:
     """Train stage 1 and measure it on the way."""
-    networks, layout = build_networks(config), PmapLayout()
+    model, layout = build_model(config), PmapLayout()
     perceptual = load_perceptual(config)
-    stage = autoencoder_stage(config, networks, Path(), perceptual=perceptual)
+    stage = autoencoder_stage(config, model, Path(), perceptual=perceptual)
     psnr = make_psnr(config)
     state, frozen = layout.place(stage.init()), layout.place(stage.frozen)
     key, step = layout.place(root_key(config.seed)), layout.map_step(stage.step)
     iterator = open_iterator(config, batch_size=stage.batch_size, layout=layout)
     start = config.autoencoder.adversary.start_step
-    values, pending, told, finite = [], [], {}, True
+    values, waiting, details, finite = [], [], {}, True
     for done in range(1, stage.num_steps + 1):
         batch = layout.split(to_batch(next(iterator)))
         state, metrics = step(state, frozen, batch, key)
-        pending.append(metrics)
+        waiting.append(metrics)
         if done % CHECK_EVERY == 0 or done in (start, stage.num_steps):
-            for row in jax.device_get([layout.local(row) for row in pending]):
+            for row in jax.device_get([layout.local(row) for row in waiting]):
                 named = row._asdict().items()
-                told = {k: float(value) for k, value in named if value is not None}
-                finite = finite and bool(np.isfinite(list(told.values())).all())
-            pending = []
+                details = {k: float(value) for k, value in named if value is not None}
+                finite = finite and bool(np.isfinite(list(details.values())).all())
+            waiting = []
             if done >= start:
                 values.append(psnr(layout.local(state).ema))
     iterator.close()
-    return Switch(values[0], min(values[1:]), values[-1], finite, told)
+    return Switch(values[0], min(values[1:]), values[-1], finite, details)
 
 
 def make_psnr(config: Config) -> Callable[[Any], float]:
     """Make a function from parameters to the PSNR of the held-out images, in dB."""
-    reconstruct = make_reconstruct(build_networks(config))
+    reconstruct = make_reconstruct(build_model(config))
     images = load_split(config, "test").image
 
     def psnr(params: Any) -> float:

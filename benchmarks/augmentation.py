@@ -38,16 +38,17 @@ from scipy import stats
 from sklearn.svm import SVC
 
 from ldm_jax.build import load_split
-from ldm_jax.cli import load_config_file, run_main
 from ldm_jax.config import Config
+from ldm_jax.config.flags import load_config_file, run_main
+from ldm_jax.config.launch import Launch
 from ldm_jax.data.pipeline import Batch, load_all
 from ldm_jax.data.sources import open_source
-from ldm_jax.launch import PEER_TIMEOUT, Launch, start, use_huge_pages
-from ldm_jax.requests import SampleRequest, parse_sample
+from ldm_jax.files import write_json
+from ldm_jax.parallel.launch import PEER_TIMEOUT, start, use_huge_pages
 from ldm_jax.rng import root_key
 from ldm_jax.run import train
-from ldm_jax.synthetic import DATA_SETS, NAME, write_dataset
-from ldm_jax.training.files import write_json
+from ldm_jax.sampling.request import SampleRequest, parse_sample
+from ldm_jax.sampling.synthetic_dataset import DATA_SETS, NAME, write_dataset
 
 NUM_TRAIN, NUM_WINDOWS = 1500, 5
 SVM_C, SVM_GAMMA = 1.0, 0.002
@@ -300,8 +301,10 @@ def main(args: list[str]) -> None:
         first, end = window(n, seed)
         say(f"n {n}, seed {seed}: digits {first} to {end - 1}; {minutes:.0f} min to go")
         found[n, seed] = one = measure(given, n, seed)
-        told = [f"{name} {100 * np.mean(x):.1f}" for name, x in one["accuracy"].items()]
-        say(f"n {n}, seed {seed}: {', '.join(told)} % ({one['seconds']:.0f} s)")
+        details = [
+            f"{name} {100 * np.mean(x):.1f}" for name, x in one["accuracy"].items()
+        ]
+        say(f"n {n}, seed {seed}: {', '.join(details)} % ({one['seconds']:.0f} s)")
         jax.clear_caches()  # the programs of another n are other programs
     rows = {
         n: summarise([found[n, seed] for seed in range(given.num_seeds)])

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ldm_jax.cli import OneLineParser
+from ldm_jax.config.flags import OneLineParser
 
 
 def make_parser(prog: str, description: str | None) -> OneLineParser:

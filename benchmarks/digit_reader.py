@@ -161,8 +161,8 @@ def logits_of(params: Any, images: Float[Array, "b h w 1"]) -> Float[Array, "b n
 def error_of(params: Any, batch: Labelled) -> Float[Array, ""]:
     """Return the mean cross-entropy."""
     logits = logits_of(params, batch.images)
-    told = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    return told.mean()
+    details = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return details.mean()
 
 
 @functools.partial(jax.jit, static_argnames=("arm", "num_steps"))

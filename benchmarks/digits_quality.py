@@ -19,13 +19,13 @@ from sklearn.svm import SVC
 
 from ldm_jax.build import load_split
 from ldm_jax.data.pipeline import Batch
-from ldm_jax.evaluation.frechet import frechet_distance, moments
-from ldm_jax.first_stage import make_reconstruct
-from ldm_jax.generate import make_sample_fn
+from ldm_jax.evaluation.fid import frechet_distance, moments
 from ldm_jax.images import to_uint8
-from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
 from ldm_jax.run import Run, load_run
+from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.training.autoencoder_stage import make_reconstruct
 
 NUM_COMPONENTS = 32
 SVM_C, SVM_GAMMA = 1.0, 0.002
@@ -46,7 +46,7 @@ def shrink(images: np.ndarray) -> np.ndarray:
 def draw(run: Run, per_class: int, steps: int, scale: float) -> Batch:
     """Sample every class with the seeds 0, 1, 2 ..., label by label."""
     sample_fn = make_sample_fn(
-        run.networks, sampler="ddim", num_steps=steps, guided=scale != 1.0
+        run.model, sampler="ddim", num_steps=steps, guided=scale != 1.0
     )
     seeds = list(range(per_class)) * 10
     labels = np.repeat(np.arange(10), per_class).astype(np.int32)
@@ -87,7 +87,7 @@ def measure(run: Run, per_class: int, steps: int, scale: float) -> list[Row]:
     def distance(features: np.ndarray) -> float:
         return frechet_distance(moments(pca.transform(features)), reference)
 
-    reconstruct = make_reconstruct(run.networks)
+    reconstruct = make_reconstruct(run.model)
     output = reconstruct(run.params.autoencoder, test.image).astype(np.float64)
     psnr = 10 * np.log10(255**2 / np.square(output - test.image).mean())
     guided, plain = draw(run, per_class, steps, scale), draw(run, per_class, steps, 1.0)

@@ -21,18 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ldm_jax.build import build_networks, init_autoencoder, open_iterator
-from ldm_jax.cli import load_config_file
+from ldm_jax.build import build_model, init_autoencoder, open_iterator
 from ldm_jax.config import Config
+from ldm_jax.config.flags import load_config_file
 from ldm_jax.data.pipeline import BatchIterator, make_iterator
 from ldm_jax.data.sources import open_source
+from ldm_jax.parallel.make_layout import make_layout
+from ldm_jax.parallel.multihost import stop_signal
 from ldm_jax.rng import root_key
-from ldm_jax.second_stage import diffusion_stage
+from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import Frozen
-from ldm_jax.training.hosts import stop_signal
-from ldm_jax.training.loop import Watch, run_stage
-from ldm_jax.training.parallel import make_layout
-from ldm_jax.words import keep_tokenizer, with_own_tokenizer
+from ldm_jax.training.loop import LoopConfig, run_stage
+from ldm_jax.training.train_tokenizer import keep_tokenizer, with_own_tokenizer
 
 BATCH = 32
 WARM_UP = 10
@@ -137,15 +137,15 @@ def waiting_share(config: Config, workdir: Path, *, steps: int) -> float:
     workdir.mkdir()
     keep_tokenizer(config, workdir)
     config = with_own_tokenizer(config, workdir)
-    networks = build_networks(config)
-    frozen = Frozen(init_autoencoder(config, networks), jnp.float32(1.0), {})
-    stage = diffusion_stage(config, networks, frozen, workdir)
+    model = build_model(config)
+    frozen = Frozen(init_autoencoder(config, model), jnp.float32(1.0), {})
+    stage = diffusion_stage(config, model, frozen, workdir)
     stage = stage._replace(num_steps=steps, draw=lambda ema, step: None)
     iterator = Timed(open_iterator(config, batch_size=stage.batch_size, layout=layout))
     with stop_signal() as stop:
         run_stage(
             stage,
-            watch=Watch(
+            loop_config=LoopConfig(
                 workdir,
                 config.checkpoint,
                 config.log,

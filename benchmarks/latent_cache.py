@@ -24,20 +24,20 @@ from typing import Any
 
 import jax
 
-from ldm_jax.build import build_networks, open_iterator
-from ldm_jax.caching.making import make_cache
-from ldm_jax.caching.reading import check_cache, open_cache, open_latents
-from ldm_jax.cli import load_config_file, run_main
+from ldm_jax.build import build_model, open_iterator
 from ldm_jax.config import Config, read_config
-from ldm_jax.launch import use_huge_pages
-from ldm_jax.networks import Networks
-from ldm_jax.planning.programs import step_flops
-from ldm_jax.planning.request import Request
-from ldm_jax.pretrained import Taken, load_finished
+from ldm_jax.config.flags import load_config_file, run_main
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.parallel.launch import use_huge_pages
+from ldm_jax.parallel.make_layout import Layout, make_layout
+from ldm_jax.pretrained.frozen import load_finished, open_encoders
 from ldm_jax.rng import root_key
-from ldm_jax.second_stage import diffusion_stage
-from ldm_jax.training.diffusion_step import Frozen
-from ldm_jax.training.parallel import Layout, make_layout
+from ldm_jax.tools.plan.arguments import Request
+from ldm_jax.tools.plan.programs import step_flops
+from ldm_jax.training.diffusion_stage import diffusion_stage
+from ldm_jax.training.diffusion_step import Frozen, FrozenWeights
+from ldm_jax.training.encode_latents import make_cache
+from ldm_jax.training.latent_cache import check_cache, open_cache, open_latents
 from ldm_jax.training.prefetch import Prefetch
 from ldm_jax.types import InputError
 
@@ -52,7 +52,7 @@ RECIPES = (
     "text2img256_kl8_1p4b",
     "sd15",
 )
-Turn = Callable[[int], list[tuple[float, float]]]
+Round = Callable[[int], list[tuple[float, float]]]
 
 
 def reading(config: Config, folder: str) -> Config:
@@ -62,14 +62,16 @@ def reading(config: Config, folder: str) -> Config:
 
 
 def open_side(
-    config: Config, networks: Networks, frozen: Frozen, layout: Layout
-) -> Turn:
+    config: Config, model: LatentDiffusion, frozen: Frozen, layout: Layout
+) -> Round:
     """Start training; return what makes steps, and says seconds and loss of each."""
-    taken = Taken(None, (frozen.autoencoder, frozen.latent_scale), frozen.conditioner)
-    note = check_cache(config, taken, Path())
+    frozen_weights = FrozenWeights(
+        None, (frozen.autoencoder, frozen.latent_scale), frozen.conditioner
+    )
+    note = check_cache(config, frozen_weights, Path())
     cache = open_cache(config, frozen.autoencoder, note)
     null_state = None if cache is None else cache.null_state
-    stage = diffusion_stage(config, networks, frozen, Path(), null_state=null_state)
+    stage = diffusion_stage(config, model, frozen, Path(), null_state=null_state)
     opened = functools.partial(open_iterator, config)
     if cache is not None:
         opened = functools.partial(open_latents, config, cache)
@@ -79,39 +81,41 @@ def open_side(
     batches = Prefetch(opened(batch_size=stage.batch_size, layout=layout), layout)
     state: Any = layout.init(stage.init)
 
-    def turn(num_steps: int) -> list[tuple[float, float]]:
+    def round_of(num_steps: int) -> list[tuple[float, float]]:
         nonlocal state
-        told = []
+        details = []
         for _ in range(num_steps):
             began = time.perf_counter()
             batch, _ = batches.take(1, then=1)
             state, metrics = mapped(state, placed, batch, key)
             loss = float(layout.local(metrics).loss)
-            told.append((time.perf_counter() - began, loss))
-        return told
+            details.append((time.perf_counter() - began, loss))
+        return details
 
-    return turn
+    return round_of
 
 
 def measure(workdir: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Make a cache of a run, and train from it and from images, taking turns."""
     config = read_config(workdir)
-    networks = build_networks(config)
-    frozen = load_finished(config, networks, workdir)
+    model = build_model(config)
+    frozen = load_finished(config, model, workdir)
     layout = make_layout(config.parallel)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         asked = {"num_shards": None, "batch_size": 32, "states": True}
-        note = make_cache(config, workdir, Path(folder), **asked).note
+        note = make_cache(
+            config, workdir, Path(folder), open_encoders=open_encoders, **asked
+        ).note
         made = time.perf_counter() - began
         sides = {
-            "images": open_side(config, networks, frozen, layout),
-            "latents": open_side(reading(config, folder), networks, frozen, layout),
+            "images": open_side(config, model, frozen, layout),
+            "latents": open_side(reading(config, folder), model, frozen, layout),
         }
-        rows = {name: turn(WARM_UP) for name, turn in sides.items()}
+        rows = {name: round_of(WARM_UP) for name, round_of in sides.items()}
         for _ in range(args.rounds):
-            for name, turn in sides.items():
-                rows[name] += turn(args.steps)
+            for name, round_of in sides.items():
+                rows[name] += round_of(args.steps)
     seconds = {
         name: statistics.median(second for second, _ in row[WARM_UP:])
         for name, row in rows.items()
@@ -196,10 +200,10 @@ def to_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         flops = {name: value / 1e12 for name, value in row["flops_an_image"].items()}
         sizes = (row[f"bytes_of_{name}"] for name in ("pixels", "moments", "states"))
-        told = " | ".join(f"{size / 2**10:.0f}" for size in sizes)
+        details = " | ".join(f"{size / 2**10:.0f}" for size in sizes)
         lines.append(
             f"| `{row['recipe']}` | {flops['images']:.3f} | {flops['latents']:.3f} | "
-            f"{row['saved']:.0%} | {told} |"
+            f"{row['saved']:.0%} | {details} |"
         )
     return "\n".join(lines)
 

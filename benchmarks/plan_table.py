@@ -18,7 +18,7 @@ from typing import Any
 
 from command import make_parser
 
-from ldm_jax.cli import run_main
+from ldm_jax.config.flags import run_main
 from ldm_jax.types import InputError
 
 PROG = "benchmarks/plan_table.py"
@@ -45,7 +45,14 @@ def make(path: Path, out: Path, own: argparse.Namespace, extra: list[str]) -> No
     target = out / f"{str(name).replace('/', '-')}.json"
     if target.exists():
         return
-    command = [sys.executable, "-m", "ldm_jax.plan", "--json", "--config", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "ldm_jax.cli.plan",
+        "--json",
+        "--config",
+        str(path),
+    ]
     command += ["--topology", own.topology, *extra]
     command += ["--batch-per-device", str(own.batch_per_device)]
     start = time.perf_counter()
@@ -101,7 +108,7 @@ def main(args: list[str]) -> None:
     parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the plans")
-    add("--topology", default="v5e:4x4", help="as of ldm_jax.plan")
+    add("--topology", default="v5e:4x4", help="as of ldm_jax.cli.plan")
     add("--batch-per-device", type=int, default=4, help="images of a chip")
     add("--limit", type=int, default=1800, help="seconds for each recipe")
     add("--only", nargs="+", help="recipes by name, as ldm/sd15; all by default")

@@ -21,12 +21,12 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm_jax.build import load_split
-from ldm_jax.edit import Edit, masked_inputs
-from ldm_jax.generate import make_sample_fn
 from ldm_jax.images import to_float, to_uint8, write_png
-from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.rng import Stream, example_keys, image_keys, root_key
 from ldm_jax.run import Run, load_run
+from ldm_jax.sampling.editing import Edit, masked_inputs
+from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.training.conditions import HOLE_VALUE, low_resolution, random_holes
 
 MIN_GAIN = {"low_resolution": 1.5, "masked_image": 5.0}
@@ -103,9 +103,7 @@ def fill(run: Run, truth: Images) -> Task:
         given=np.where(cut > 0.5, level, truth).astype(np.uint8),
         plain=plain,
         counted=cut,
-        cond=ConditionInputs(
-            image=masked_inputs(run.networks, run.params, images, holes)
-        ),
+        cond=ConditionInputs(image=masked_inputs(run.model, run.params, images, holes)),
         edit=Edit(image=images, mask=holes),
     )
 
@@ -120,9 +118,7 @@ def psnr(task: Task, images: Images | Float[np.ndarray, "b h w c"]) -> float:
 
 def restore(run: Run, task: Task, *, steps: int, seed: int) -> Images:
     """Draw one answer for each image."""
-    sample_fn = make_sample_fn(
-        run.networks, sampler="ddim", num_steps=steps, guided=False
-    )
+    sample_fn = make_sample_fn(run.model, sampler="ddim", num_steps=steps, guided=False)
     first = seed * len(task.truth)
     keys = image_keys(list(range(first, first + len(task.truth))))
     images: Array = sample_fn(run.params, keys, task.cond, edit=task.edit).images

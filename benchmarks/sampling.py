@@ -27,22 +27,17 @@ from command import make_parser
 from jax import Array
 from side_by_side import (
     LATENT_SCALE,
+    alternate,
     draw_model,
     import_peers,
-    take_turns,
     text_config,
 )
 
-from ldm_jax.build import build_networks
-from ldm_jax.cli import load_config_file, run_main
+from ldm_jax.build import build_model
 from ldm_jax.config import Config
-from ldm_jax.exchange import to_sample_params
-from ldm_jax.generate import make_sample_fn
-from ldm_jax.interop.model import Model
-from ldm_jax.interop.write import write_folder
-from ldm_jax.launch import use_huge_pages
-from ldm_jax.networks import (
-    Networks,
+from ldm_jax.config.flags import load_config_file, run_main
+from ldm_jax.latent_diffusion import (
+    LatentDiffusion,
     SampleParams,
     calls_at_once,
     denoiser_of,
@@ -50,8 +45,13 @@ from ldm_jax.networks import (
     null_condition,
     prepare,
 )
-from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.models.conditioning import ConditionInputs
+from ldm_jax.parallel.launch import use_huge_pages
+from ldm_jax.pretrained.export import write_folder
+from ldm_jax.pretrained.load_weights import to_sample_params
+from ldm_jax.pretrained.model import ModelWeights
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
+from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.types import InputError
 
 PROG = "benchmarks/sampling.py"
@@ -67,14 +67,14 @@ class Case(NamedTuple):
     """One batch to draw.
 
     Attributes:
-      networks: With `chunk` images a call.
+      model: With `chunk` images a call.
       params: Of both stages.
       cond: What each image shows.
       noise: Where each begins, on the host.
       steps: Denoising steps.
     """
 
-    networks: Networks
+    model: LatentDiffusion
     params: SampleParams
     cond: ConditionInputs
     noise: np.ndarray
@@ -95,9 +95,9 @@ def config_of(name: str, *, dtype: str | None) -> Config:
     return dataclasses.replace(config, autoencoder=first, diffusion=second)
 
 
-def make_case(config: Config, model: Model, *, batch: int, steps: int) -> Case:
+def make_case(config: Config, weights: ModelWeights, *, batch: int, steps: int) -> Case:
     """Choose conditions and seeds for a batch."""
-    networks = build_networks(config)._replace(chunk=batch)
+    model = build_model(config)._replace(chunk=batch)
     label, embedding = None, None
     if config.diffusion.condition.label:
         label = jnp.arange(batch, dtype=jnp.int32) % config.data.num_classes
@@ -107,14 +107,14 @@ def make_case(config: Config, model: Model, *, batch: int, steps: int) -> Case:
         embedding = jnp.asarray(np.random.RandomState(1).randn(*shape), jnp.float32)
     cond = ConditionInputs(label=label, embedding=embedding)
     keys = image_step_keys(image_keys(list(range(batch))), Stream.SAMPLE_START)
-    noise = np.asarray(normal(keys, networks.latent_shape))
-    return Case(networks, to_sample_params(model), cond, noise, steps)
+    noise = np.asarray(normal(keys, model.latent_shape))
+    return Case(model, to_sample_params(weights), cond, noise, steps)
 
 
 def our_sample(case: Case) -> Draw:
     """Make what draws a batch with this package."""
     batch = len(case.noise)
-    sample_fn = make_sample_fn(case.networks, sampler="ddim", num_steps=case.steps)
+    sample_fn = make_sample_fn(case.model, sampler="ddim", num_steps=case.steps)
 
     def draw() -> np.ndarray:
         keys = image_keys(list(range(batch)))
@@ -126,7 +126,7 @@ def our_sample(case: Case) -> Draw:
 def their_sample(case: Case, folder: Path, *, mode: str | None) -> Draw:
     """Make what draws the same batch with diffusers, eager or compiled in a mode."""
     torch, library, device = import_peers()
-    dtype = getattr(torch, np.dtype(case.networks.unet.dtype).name)
+    dtype = getattr(torch, np.dtype(case.model.unet.dtype).name)
     has_labels = case.cond.label is not None
     name = "UNet2DModel" if has_labels else "UNet2DConditionModel"
     parts = [(name, "unet"), ("AutoencoderKL", "vae")]
@@ -142,17 +142,17 @@ def their_sample(case: Case, folder: Path, *, mode: str | None) -> Draw:
     if mode is not None:
         unet = torch.compile(unet, dynamic=False, mode=mode)
         decoder = torch.compile(decoder, dynamic=False)
-    null = null_condition(case.networks, case.cond)
+    null = null_condition(case.model, case.cond)
     word = "class_labels" if has_labels else "encoder_hidden_states"
     rows = [c.label if has_labels else c.embedding for c in (null, case.cond)]
     both = torch.from_numpy(np.concatenate([np.asarray(row) for row in rows]))
-    told = both.to(device) if has_labels else both.to(device, dtype)
+    details = both.to(device) if has_labels else both.to(device, dtype)
     start = torch.from_numpy(case.noise.transpose(0, 3, 1, 2).copy())
 
     @torch.inference_mode()
     def draw() -> np.ndarray:
         scheduler.set_timesteps(case.steps, device=device)
-        x, cond = start.to(device, dtype), {word: told}
+        x, cond = start.to(device, dtype), {word: details}
         for t in scheduler.timesteps:
             uncond, conditional = unet(torch.cat([x, x]), t, **cond).sample.chunk(2)
             guided = uncond + SCALE * (conditional - uncond)
@@ -173,11 +173,11 @@ def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
       steps. And the floating-point operations of a pass of the whole batch, with
       condition and without, as XLA counts them.
     """
-    networks, params, batch = case.networks, case.params, len(case.noise)
-    null = null_condition(networks, case.cond)
-    pair = [prepare(networks, params, inputs) for inputs in (null, case.cond)]
-    size = images_a_call(networks, jax.default_backend())
-    at_once = calls_at_once(networks, jax.default_backend())
+    model, params, batch = case.model, case.params, len(case.noise)
+    null = null_condition(model, case.cond)
+    pair = [prepare(model, params, inputs) for inputs in (null, case.cond)]
+    size = images_a_call(model, jax.default_backend())
+    at_once = calls_at_once(model, jax.default_backend())
 
     def network(num: int) -> tuple[Pass, jax.Array]:
         cond = jax.tree.map(
@@ -186,7 +186,7 @@ def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
         t = jnp.full(2 * num, 500.0)
 
         def forward(params: SampleParams, x: jax.Array) -> jax.Array:
-            return denoiser_of(networks, params)(x, t, cond)
+            return denoiser_of(model, params)(x, t, cond)
 
         return forward, jnp.concatenate([jnp.asarray(case.noise[:num])] * 2)
 
@@ -223,11 +223,11 @@ def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
 
 
 def measure(
-    config: Config, model: Model, folder: Path, args: Namespace
+    config: Config, weights: ModelWeights, folder: Path, args: Namespace
 ) -> Iterator[dict[str, Any]]:
     """Measure every batch size; yield a row of figures for each."""
     for batch in args.batches:
-        case = make_case(config, model, batch=batch, steps=args.steps)
+        case = make_case(config, weights, batch=batch, steps=args.steps)
         draws = {"ours": our_sample(case)}
         if not args.no_eager:
             draws["diffusers"] = their_sample(case, folder, mode=None)
@@ -238,7 +238,7 @@ def measure(
         if not args.no_parts:
             parts, flops = our_parts(case)
         first = {name: draw() for name, draw in (draws | parts).items()}
-        seconds = take_turns(draws | parts, rounds=args.rounds)
+        seconds = alternate(draws | parts, rounds=args.rounds)
         median = {name: statistics.median(s) for name, s in seconds.items()}
         theirs = [name for name in draws if name != "ours"]
         row: dict[str, Any] = {
@@ -330,12 +330,12 @@ def main(arguments: list[str]) -> None:
     config = config_of(
         "configs/digits.py" if name == "digits" else name, dtype=args.dtype
     )
-    model = draw_model(config)
+    weights = draw_model(config)
     rows: list[dict[str, Any]] = []
     print(f"{name}, {args.steps} guided DDIM steps, {jax.devices()[0].device_kind}")
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(model, Path(folder))
-        for row in measure(config, model, Path(folder), args):
+        write_folder(weights, Path(folder))
+        for row in measure(config, weights, Path(folder), args):
             rows.append(row)
             print("\n" + to_text(row), flush=True)
             if args.json:

@@ -16,8 +16,8 @@ from ldm_jax.config import (
     DataConfig,
     DiffusionConfig,
 )
-from ldm_jax.exchange import network_shapes
-from ldm_jax.interop.model import Model
+from ldm_jax.pretrained.load_weights import network_shapes
+from ldm_jax.pretrained.model import ModelWeights
 
 LATENT_SCALE = 0.5
 REST, SHORTEST = 0.3, 0.5
@@ -67,7 +67,7 @@ def text_config() -> Config:
     )  # fmt: skip
 
 
-def draw_model(config: Config) -> Model:
+def draw_model(config: Config) -> ModelWeights:
     """Draw parameters that keep the scale of what goes through: no layer is zero."""
     random = np.random.Generator(np.random.SFC64(0))
 
@@ -84,10 +84,10 @@ def draw_model(config: Config) -> Model:
     first, second, conditioner = (
         jax.tree_util.tree_map_with_path(draw, tree) for tree in shapes
     )
-    return Model(config, first, second, conditioner, LATENT_SCALE)
+    return ModelWeights(config, first, second, conditioner, LATENT_SCALE)
 
 
-def take_turns(
+def alternate(
     draws: dict[str, Callable[[], Any]], *, rounds: int
 ) -> dict[str, list[float]]:
     """Time everything once a round, so that a slow moment of the machine hits all.

@@ -19,15 +19,15 @@ from command import make_parser
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
-from ldm_jax.cli import run_main
-from ldm_jax.nn.attention import attend_plainly
-from ldm_jax.nn.convolution import convolve
-from ldm_jax.nn.layers import Affine
-from ldm_jax.nn.packed_heads import attend_in_lanes
-from ldm_jax.planning.compiling import chip_of, compile_program
-from ldm_jax.planning.kernels import kernel_cycles
-from ldm_jax.planning.programs import open_devices
-from ldm_jax.planning.topology import parse_topology, prepare_environment
+from ldm_jax.config.flags import run_main
+from ldm_jax.models.attention import attend_plainly
+from ldm_jax.models.kernels.convolution import convolve
+from ldm_jax.models.kernels.packed_heads import attend_in_lanes
+from ldm_jax.models.layers import Affine
+from ldm_jax.tools.plan.compiling import chip_of, compile_program
+from ldm_jax.tools.plan.kernels import kernel_cycles
+from ldm_jax.tools.plan.programs import open_devices
+from ldm_jax.tools.plan.topology import parse_topology, prepare_environment
 from ldm_jax.types import InputError
 
 PROG = "benchmarks/tpu_layers.py"
@@ -129,7 +129,7 @@ def measure(fn: Callable[..., Array], layer: Layer, device: Any) -> dict[str, fl
 def main(args: list[str]) -> None:
     """Compile every layer both ways, and print a table."""
     parser = make_parser(PROG, __doc__)
-    parser.add_argument("--topology", default="v6e:2x2", help="as of ldm_jax.plan")
+    parser.add_argument("--topology", default="v6e:2x2", help="as of ldm_jax.cli.plan")
     parser.add_argument("--json", type=Path, help="file to write")
     given = parser.parse_args(args)
     prepare_environment()

@@ -29,27 +29,28 @@ import numpy as np
 from command import make_parser
 from side_by_side import (
     LATENT_SCALE,
+    alternate,
     draw_model,
     import_peers,
-    take_turns,
     text_config,
 )
 
-from ldm_jax.build import build_networks
-from ldm_jax.cli import load_config_file, run_main
+from ldm_jax.build import build_model
 from ldm_jax.config import Config
-from ldm_jax.describe import batch_shapes
-from ldm_jax.interop.model import Model
-from ldm_jax.interop.write import write_folder
-from ldm_jax.launch import Launch, start, use_huge_pages
-from ldm_jax.planning.compiling import Memory, chip_of, compile_program
-from ldm_jax.planning.programs import step_flops
-from ldm_jax.planning.request import ELSEWHERE, Request, change
+from ldm_jax.config.flags import load_config_file, run_main
+from ldm_jax.config.launch import Launch
+from ldm_jax.parallel.launch import start, use_huge_pages
+from ldm_jax.parallel.make_layout import make_layout
+from ldm_jax.pretrained.export import write_folder
+from ldm_jax.pretrained.model import ModelWeights
 from ldm_jax.rng import root_key
-from ldm_jax.second_stage import diffusion_stage
+from ldm_jax.tools.plan.arguments import ELSEWHERE, Request, change
+from ldm_jax.tools.plan.compiling import Memory, chip_of, compile_program
+from ldm_jax.tools.plan.programs import step_flops
+from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import Denoising, Frozen
 from ldm_jax.training.dispatch import several_steps
-from ldm_jax.training.parallel import make_layout
+from ldm_jax.training.dry_run import batch_shapes
 from ldm_jax.training.state import init_state, make_optimizer
 from ldm_jax.types import InputError
 
@@ -58,29 +59,29 @@ CACHE = "compiled"
 """Within the temporary folder: JAX keeps to the first folder it is given."""
 INNER = 4
 """Steps between two waits for the device, at the least: training waits now and then."""
-Turn = Callable[[], Any]
+Round = Callable[[], Any]
 
 
 class Ours(NamedTuple):
     """Our side, ready to train.
 
     Attributes:
-      turn: Makes some steps, waits for them, and returns the seconds of these that the
-        host was busy.
+      round_of: Makes some steps, waits for them, and returns the seconds of these that
+        the host was busy.
       seconds_cold: Of tracing and compiling with an empty cache.
       seconds_warm: Of tracing again and loading what the cache has.
       memory: What the compiler says a device needs.
       flops: Of the mathematics of one step.
     """
 
-    turn: Callable[[], float]
+    round_of: Callable[[], float]
     seconds_cold: float
     seconds_warm: float
     memory: Memory
     flops: int
 
 
-def steps_of_turn(config: Config) -> int:
+def steps_of_round(config: Config) -> int:
     """Return how many steps a turn makes: whole dispatches."""
     size = config.parallel.steps_per_dispatch
     return -(-INNER // size) * size
@@ -125,11 +126,13 @@ def random_batch(config: Config) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
+def prepare_ours(
+    config: Config, weights: ModelWeights, batch: Any, cache: Path
+) -> Ours:
     """Compile our step twice, and start training."""
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    networks, layout = build_networks(config), make_layout(config.parallel)
+    model, layout = build_model(config), make_layout(config.parallel)
     layout.check_batch_size(config.diffusion.batch_size, "--batches")
     condition, null_state = config.diffusion.condition, None
     if condition.freezes_text:
@@ -137,9 +140,9 @@ def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
         shape = (vectors.embedding_length, vectors.embedding_width)
         null_state = np.zeros(shape, np.float32)
     frozen = Frozen({}, jnp.float32(LATENT_SCALE), {})
-    stage = diffusion_stage(config, networks, frozen, Path(), null_state=null_state)
-    conditioner = model.conditioner if condition.trained else {}
-    params = jax.tree.map(jnp.asarray, Denoising(model.unet, conditioner))
+    stage = diffusion_stage(config, model, frozen, Path(), null_state=null_state)
+    conditioner = weights.conditioner if condition.trained else {}
+    params = jax.tree.map(jnp.asarray, Denoising(weights.unet, conditioner))
     optimizer = make_optimizer(config.diffusion.optim, num_steps=config.diffusion.steps)
     size, step = config.parallel.steps_per_dispatch, stage.step
     if size > 1:
@@ -163,10 +166,10 @@ def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
     state, _ = mapped(state, placed, sent, key)
     seconds_warm = time.perf_counter() - began
 
-    def turn() -> float:
+    def round_of() -> float:
         nonlocal state
         busy = 0.0
-        for _ in range(steps_of_turn(config) // size):
+        for _ in range(steps_of_round(config) // size):
             began = time.perf_counter()
             state, _ = mapped(state, placed, sent, key)
             busy += time.perf_counter() - began
@@ -175,10 +178,12 @@ def prepare_ours(config: Config, model: Model, batch: Any, cache: Path) -> Ours:
 
     request = Request(config, None, "diffusion", None, "ddim", 50, False)
     flops = step_flops(config, request, config.diffusion.batch_size)
-    return Ours(turn, cold.seconds, seconds_warm, cold.memory, flops)
+    return Ours(round_of, cold.seconds, seconds_warm, cold.memory, flops)
 
 
-def prepare_theirs(config: Config, folder: Path, batch: Any, *, compiled: bool) -> Turn:
+def prepare_theirs(
+    config: Config, folder: Path, batch: Any, *, compiled: bool
+) -> Round:
     """Make what trains the same UNet with diffusers and torch, eager or compiled.
 
     The posterior's noise, the dropping of conditions, the levels, clipping, AdamW and
@@ -238,31 +243,31 @@ def prepare_theirs(config: Config, folder: Path, batch: Any, *, compiled: bool) 
         with torch.no_grad():
             torch._foreach_lerp_(averaged, weights, 1.0 - optim.ema_decay)
 
-    def turn() -> None:
-        for _ in range(steps_of_turn(config)):
+    def round_of() -> None:
+        for _ in range(steps_of_round(config)):
             step()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return turn
+    return round_of
 
 
 def measure(
-    config: Config, model: Model, folder: Path, args: argparse.Namespace
+    config: Config, weights: ModelWeights, folder: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Measure one batch size."""
     batch = random_batch(config)
-    ours = prepare_ours(config, model, batch, folder / CACHE)
-    turns: dict[str, Turn] = {"ours": ours.turn}
+    ours = prepare_ours(config, weights, batch, folder / CACHE)
+    rounds_of: dict[str, Round] = {"ours": ours.round_of}
     if args.against:
-        turns["diffusers"] = prepare_theirs(config, folder, batch, compiled=False)
+        rounds_of["diffusers"] = prepare_theirs(config, folder, batch, compiled=False)
         if not args.no_compile:
-            turns["compiled"] = prepare_theirs(config, folder, batch, compiled=True)
-    for turn in turns.values():
-        turn()
-    seconds = take_turns(turns, rounds=args.rounds)
-    each = steps_of_turn(config)
-    busy = statistics.median(ours.turn() for _ in range(args.rounds)) / each
+            rounds_of["compiled"] = prepare_theirs(config, folder, batch, compiled=True)
+    for round_of in rounds_of.values():
+        round_of()
+    seconds = alternate(rounds_of, rounds=args.rounds)
+    each = steps_of_round(config)
+    busy = statistics.median(ours.round_of() for _ in range(args.rounds)) / each
     steps = {name: statistics.median(row) / each for name, row in seconds.items()}
     device = jax.devices()[0]
     chip, size = chip_of(device), config.diffusion.batch_size
@@ -306,12 +311,14 @@ def to_text(row: dict[str, Any]) -> str:
         )
     mfu, peak = row["mfu"], row["peak_bytes"]
     of_peak = "no peak known" if mfu is None else f"{mfu:.1%} of the peak (MFU)"
-    taken = "" if peak is None else f", {peak / 2**30:.2f} GiB taken at the most"
+    frozen_weights = (
+        "" if peak is None else f", {peak / 2**30:.2f} GiB taken at the most"
+    )
     return "\n".join(
         [
             *lines,
             f"{of_peak}; a device needs {row['bytes_by_the_compiler'] / 2**30:.2f} GiB "
-            f"by the compiler{taken}",
+            f"by the compiler{frozen_weights}",
             f"traced and compiled in {row['seconds_to_compile']:.1f} s, from the cache "
             f"in {row['seconds_from_cache']:.1f} s",
             f"the host is busy for {1e3 * row['seconds_host_is_busy']:.2f} ms a step",
@@ -344,12 +351,12 @@ def main(arguments: list[str]) -> None:
     start(
         Launch(), peer_timeout=parallel.peer_timeout, cpu_devices=parallel.cpu_devices
     )
-    model = draw_model(config)
+    weights = draw_model(config)
     rows: list[dict[str, Any]] = []
     print(f"{name}, {jax.default_backend()}")
     with tempfile.TemporaryDirectory() as folder:
         if args.against:
-            write_folder(model, Path(folder))
+            write_folder(weights, Path(folder))
         for size in args.batches:
             one = prepare_config(
                 config,
@@ -358,7 +365,7 @@ def main(arguments: list[str]) -> None:
                 remat=not args.no_remat,
                 dispatch=args.dispatch,
             )
-            rows.append(measure(one, model, Path(folder), args))
+            rows.append(measure(one, weights, Path(folder), args))
             print("\n" + to_text(rows[-1]), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=2) + "\n")

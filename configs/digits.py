@@ -15,7 +15,7 @@ from ldm_jax.config import (
     LogConfig,
     OptimConfig,
     ParallelConfig,
-    SamplingConfig,
+    PreviewConfig,
 )
 
 
@@ -63,5 +63,5 @@ def get_config() -> Config:
         parallel=ParallelConfig(steps_per_dispatch=10, cpu_devices=2),
         checkpoint=CheckpointConfig(every=200, keep=2),
         log=LogConfig(every=10, images_every=450),
-        sampling=SamplingConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
+        sampling=PreviewConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
     )

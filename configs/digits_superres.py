@@ -17,7 +17,7 @@ from ldm_jax.config import (
     DiffusionConfig,
     LogConfig,
     OptimConfig,
-    SamplingConfig,
+    PreviewConfig,
 )
 
 
@@ -65,5 +65,5 @@ def get_config() -> Config:
         ),
         checkpoint=CheckpointConfig(every=200, keep=2),
         log=LogConfig(every=10, images_every=400),
-        sampling=SamplingConfig(chunk=16, grid_steps=20),
+        sampling=PreviewConfig(chunk=16, grid_steps=20),
     )

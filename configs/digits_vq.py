@@ -18,7 +18,7 @@ from ldm_jax.config import (
     DiffusionConfig,
     LogConfig,
     OptimConfig,
-    SamplingConfig,
+    PreviewConfig,
 )
 
 
@@ -69,5 +69,5 @@ def get_config() -> Config:
         ),
         checkpoint=CheckpointConfig(every=200, keep=2),
         log=LogConfig(every=10, images_every=675),
-        sampling=SamplingConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
+        sampling=PreviewConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
     )

@@ -12,7 +12,7 @@ import numpy as np
 from ldm_jax.config import ConditionConfig, Config
 from ldm_jax.data.byte_pairs import empty_prompt, load_byte_pairs
 from ldm_jax.data.captions import Tokenized
-from ldm_jax.data.folders import Need
+from ldm_jax.data.folder import Need
 from ldm_jax.data.pipeline import (
     Augment,
     Batch,
@@ -34,19 +34,19 @@ from ldm_jax.diffusion.schedules import (
     Schedule,
     make_schedule,
 )
-from ldm_jax.networks import Networks
-from ldm_jax.nn.autoencoder import Autoencoder
-from ldm_jax.nn.conditioning import (
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.models.autoencoder import Autoencoder
+from ldm_jax.models.conditioning import (
     ClassEmbedding,
     Condition,
     Conditioner,
     ConditionInputs,
     SpatialRescaler,
 )
-from ldm_jax.nn.text import ClipTextTransformer, TextTransformer
-from ldm_jax.nn.unet import UNet
+from ldm_jax.models.text_encoders import ClipTextTransformer, TextTransformer
+from ldm_jax.models.unet import UNet
+from ldm_jax.parallel.make_layout import Layout
 from ldm_jax.rng import Stream, root_key, stream_key
-from ldm_jax.training.parallel import Layout
 from ldm_jax.types import InputError, PyTree
 
 Split = Literal["train", "test"]
@@ -59,10 +59,10 @@ INPUT_BY_CONTEXT: dict[str, Literal["none", "label", "tokens", "embedding"]] = {
 }
 
 
-def build_networks(config: Config) -> Networks:
+def build_model(config: Config) -> LatentDiffusion:
     """Build both networks, unbound, and the schedule."""
     second = config.diffusion
-    return Networks(
+    return LatentDiffusion(
         autoencoder=build_autoencoder(config),
         unet=build_unet(config),
         conditioner=build_conditioner(config),
@@ -216,28 +216,28 @@ def build_autoencoder(config: Config) -> Autoencoder:
     )
 
 
-def init_autoencoder(config: Config, networks: Networks) -> PyTree:
+def init_autoencoder(config: Config, model: LatentDiffusion) -> PyTree:
     """Draw the first stage's parameters from the run's root key."""
     data = config.data
     image = jnp.zeros((1, data.image_size, data.image_size, data.image_channels))
-    noise = jnp.zeros((1, *networks.latent_shape))
+    noise = jnp.zeros((1, *model.latent_shape))
     key = stream_key(root_key(config.seed), Stream.INIT_AUTOENCODER)
-    return jax.jit(networks.autoencoder.init)(key, image, noise)["params"]
+    return jax.jit(model.autoencoder.init)(key, image, noise)["params"]
 
 
-def init_unet(config: Config, networks: Networks) -> PyTree:
+def init_unet(config: Config, model: LatentDiffusion) -> PyTree:
     """Draw the second stage's parameters from the run's root key."""
-    latent = jnp.zeros((1, *networks.latent_shape))
+    latent = jnp.zeros((1, *model.latent_shape))
     key = stream_key(root_key(config.seed), Stream.INIT_UNET)
     cond = blank_condition(config)
-    init = jax.jit(networks.unet.init)
+    init = jax.jit(model.unet.init)
     return init(key, latent, jnp.zeros((1,), jnp.int32), cond)["params"]
 
 
-def init_conditioner(config: Config, networks: Networks) -> PyTree:
+def init_conditioner(config: Config, model: LatentDiffusion) -> PyTree:
     """Draw the conditioner's parameters from the run's root key; {} if it has none."""
     key = stream_key(root_key(config.seed), Stream.INIT_CONDITIONER)
-    variables = jax.jit(networks.conditioner.init)(key, blank_inputs(config))
+    variables = jax.jit(model.conditioner.init)(key, blank_inputs(config))
     return variables.get("params", {})
 
 

@@ -6,22 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax import config as config_lib
-from ldm_jax.build import build_networks, open_iterator, open_split
-from ldm_jax.caching.making import keep_latents
-from ldm_jax.caching.reading import Cache, check_cache, open_cache, open_latents
+from ldm_jax.build import build_model, open_iterator, open_split
 from ldm_jax.config import OWN_LATENTS, Config
-from ldm_jax.describe import check_batches
-from ldm_jax.first_stage import autoencoder_stage, known_latent_scale
-from ldm_jax.loading import Run, load_run, load_weights, run_digest, run_model
-from ldm_jax.pretrained import keep_taken, take_from_elsewhere
-from ldm_jax.rng import root_key
-from ldm_jax.scoring.during import check_scores, make_measure
-from ldm_jax.second_stage import diffusion_stage
-from ldm_jax.studio import platform_text
-from ldm_jax.training.diffusion_step import Frozen
-from ldm_jax.training.digests import tree_digest
-from ldm_jax.training.files import write_json
-from ldm_jax.training.hosts import (
+from ldm_jax.evaluation.online import check_scores, make_measure
+from ldm_jax.files import write_json
+from ldm_jax.parallel.make_layout import Layout, PmapLayout, make_layout
+from ldm_jax.parallel.multihost import (
     StopSignal,
     check_same,
     first_alone,
@@ -29,15 +19,36 @@ from ldm_jax.training.hosts import (
     stop_signal,
     together,
 )
+from ldm_jax.pretrained.frozen import open_encoders, read_frozen, save_frozen
+from ldm_jax.pretrained.load_run import (
+    Run,
+    load_run,
+    load_weights,
+    run_digest,
+    run_model,
+)
+from ldm_jax.rng import root_key
+from ldm_jax.sampling.pipeline import platform_text
+from ldm_jax.sampling.preview import make_preview
+from ldm_jax.training.autoencoder_stage import autoencoder_stage, known_latent_scale
+from ldm_jax.training.diffusion_stage import diffusion_stage
+from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.digest import tree_digest
+from ldm_jax.training.dry_run import check_batches
+from ldm_jax.training.encode_latents import keep_latents
+from ldm_jax.training.latent_cache import Cache, check_cache, open_cache, open_latents
 from ldm_jax.training.loop import (
     Finished,
+    LoopConfig,
     Stage,
-    Watch,
     run_stage,
 )
-from ldm_jax.training.parallel import Layout, PmapLayout, make_layout
-from ldm_jax.words import keep_tokenizer, notes_of_words, with_own_tokenizer
-from ldm_jax.workdir import check_workdir, facts_of, open_workdir
+from ldm_jax.training.train_tokenizer import (
+    keep_tokenizer,
+    notes_of_words,
+    with_own_tokenizer,
+)
+from ldm_jax.training.workdir import check_workdir, facts_of, open_workdir
 
 __all__ = [
     "Outcome",
@@ -97,16 +108,16 @@ def train(
         check_batches(config, layout)
         check_scores(config)
         check_workdir(config, workdir)
-        networks = build_networks(config)
+        model = build_model(config)
     if gather_texts(str(final_path.exists()))[0] == str(True):
         return Outcome(json.loads(final_path.read_text()), trained=False)
     with together():
-        taken = take_from_elsewhere(config, networks, workdir)
+        frozen_weights = read_frozen(config, model, workdir)
         for split in ("test", "train"):
             open_split(config, split)
-        note = check_cache(config, taken, workdir)
+        note = check_cache(config, frozen_weights, workdir)
     with open_workdir(config, workdir), stop_signal() as stop:
-        first_alone(lambda: keep_taken(taken, workdir))
+        first_alone(lambda: save_frozen(frozen_weights, workdir))
         first_alone(lambda: keep_tokenizer(config, workdir))
         opened = with_own_tokenizer(config, workdir)
         run = functools.partial(
@@ -118,30 +129,34 @@ def train(
             stop=stop,
         )
         done: dict[str, StageOutcome] = {}
-        if taken.first_stage is None:
+        if frozen_weights.first_stage is None:
             stage = autoencoder_stage(
-                opened, networks, workdir, perceptual=taken.perceptual
+                opened, model, workdir, perceptual=frozen_weights.perceptual
             )
             finished = run(stage)
             done["autoencoder"] = StageOutcome(finished.digest, finished.seconds)
             params = finished.ema
-            scale = known_latent_scale(opened, networks, params, layout, workdir)
+            scale = known_latent_scale(opened, model, params, layout, workdir)
         else:
-            params, scale = taken.first_stage
-            done["autoencoder"] = StageOutcome(tree_digest(taken[1:]), 0.0)
+            params, scale = frozen_weights.first_stage
+            done["autoencoder"] = StageOutcome(tree_digest(frozen_weights[1:]), 0.0)
         if "diffusion" in config.stages:
-            frozen = Frozen(params, scale, taken.conditioner)
+            frozen = Frozen(params, scale, frozen_weights.conditioner)
             if config.data.latents == OWN_LATENTS:
                 with stop.at_once(f"{OWN_LATENTS} latents are not all made"):
-                    opened, note = keep_latents(opened, workdir)
+                    opened, note = keep_latents(
+                        opened, workdir, open_encoders=open_encoders
+                    )
             with together():
                 cache = open_cache(opened, params, note)
             null_state = None if cache is None else cache.null_state
             stage = diffusion_stage(
-                opened, networks, frozen, workdir, null_state=null_state
+                opened, model, frozen, workdir, null_state=null_state
             )
+            draw = make_preview(opened, model, frozen, workdir)
+            stage = stage._replace(draw=draw)
             if config.scores.every:
-                measure = make_measure(opened, networks, frozen, workdir)
+                measure = make_measure(opened, model, frozen, workdir)
                 stage = stage._replace(measure=measure)
             finished = run(stage, cache=cache)
             done["diffusion"] = StageOutcome(finished.digest, finished.seconds)
@@ -184,7 +199,7 @@ def _run(
         iterator_of = functools.partial(open_latents, config, cache)
     return run_stage(
         stage,
-        watch=Watch(
+        loop_config=LoopConfig(
             workdir,
             config.checkpoint,
             config.log,

@@ -25,7 +25,7 @@ Hours: not measured here.
 """
 
 from ldm_jax.config import CheckpointConfig, Config, DataConfig, LogConfig
-from ldm_jax.config.published import first_stage
+from ldm_jax.config.presets import first_stage
 
 
 def get_config() -> Config:

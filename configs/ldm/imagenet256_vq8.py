@@ -23,9 +23,9 @@ from ldm_jax.config import (
     DataConfig,
     DiffusionConfig,
     LogConfig,
-    SamplingConfig,
+    PreviewConfig,
 )
-from ldm_jax.config.published import adamw, first_stage
+from ldm_jax.config.presets import adamw, first_stage
 
 
 def get_config() -> Config:
@@ -55,5 +55,5 @@ def get_config() -> Config:
         ),
         checkpoint=CheckpointConfig(every=5000, keep=2),
         log=LogConfig(every=100, images_every=5000),
-        sampling=SamplingConfig(chunk=16, grid_steps=50, grid_guidance_scale=3.0),
+        sampling=PreviewConfig(chunk=16, grid_steps=50, grid_guidance_scale=3.0),
     )

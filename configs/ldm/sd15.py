@@ -28,9 +28,9 @@ from ldm_jax.config import (
     DataConfig,
     DiffusionConfig,
     LogConfig,
-    SamplingConfig,
+    PreviewConfig,
 )
-from ldm_jax.config.published import SD_BETAS, SD_LATENT_SCALE, adamw, first_stage
+from ldm_jax.config.presets import SD_BETAS, SD_LATENT_SCALE, adamw, first_stage
 
 
 def get_config() -> Config:
@@ -64,5 +64,5 @@ def get_config() -> Config:
         ),
         checkpoint=CheckpointConfig(every=5000, keep=2),
         log=LogConfig(every=100, images_every=5000),
-        sampling=SamplingConfig(chunk=4, grid_steps=50, grid_guidance_scale=7.5),
+        sampling=PreviewConfig(chunk=4, grid_steps=50, grid_guidance_scale=7.5),
     )

@@ -135,13 +135,13 @@ def write_caption(wanted: Wanted, pick: Pick) -> str:
 
 def _write_relation(wanted: Wanted, relation: RelationName, pick: Pick) -> str:
     first, second = wanted.things
-    subject, other = _phrase(first, pick), _phrase(second, pick)
+    spec, other = _phrase(first, pick), _phrase(second, pick)
     words = _one(RELATION_WORDS[relation], pick)
     if first.place is not None or second.place is not None:
-        return f"{_opening(wanted, pick)}{subject} {words} {other}"
+        return f"{_opening(wanted, pick)}{spec} {words} {other}"
     ways = (
-        f"{_opening(wanted, pick)}{subject} {words} {other}",
-        f"{words} {other} there is {subject}",
+        f"{_opening(wanted, pick)}{spec} {words} {other}",
+        f"{words} {other} there is {spec}",
         f"the {_noun(first, pick)} is {words} the {_noun(second, pick)}",
     )
     return _one((ways[0], ways[0], *ways), pick)

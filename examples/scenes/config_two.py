@@ -21,7 +21,7 @@ from ldm_jax.config import (
     LogConfig,
     OptimConfig,
     ParallelConfig,
-    SamplingConfig,
+    PreviewConfig,
     TextConfig,
 )
 
@@ -105,5 +105,5 @@ def get_config() -> Config:
         log=LogConfig(every=20, images_every=6000),
         # One by one, the host is busy for up to a tenth of a step.
         parallel=ParallelConfig(steps_per_dispatch=20),
-        sampling=SamplingConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
+        sampling=PreviewConfig(chunk=16, grid_steps=20, grid_guidance_scale=2.0),
     )

@@ -26,12 +26,12 @@ from examples.scenes.checker.scenes import Reading, Verdict, check, read_scenes
 from ldm_jax.build import open_tokenizer
 from ldm_jax.config import Config
 from ldm_jax.data.sources import open_source
-from ldm_jax.first_stage import make_reconstruct
-from ldm_jax.generate import EVERYWHERE, make_sample_fn
 from ldm_jax.images import to_uint8, write_png
-from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
 from ldm_jax.run import Run, load_run
+from ldm_jax.sampling.sample_fn import EVERYWHERE, make_sample_fn
+from ldm_jax.training.autoencoder_stage import make_reconstruct
 from ldm_jax.types import SAMPLER_NAMES, SamplerName
 
 SPLITS = {"test": "training pairs", "held_out": "held-out pairs"}
@@ -117,7 +117,7 @@ def draw(run: Run, captions: list[str], how: How) -> Images:
     """Draw each caption once, every one with a seed of its own."""
     tokens = open_tokenizer(run.config.diffusion.condition).encode(captions)
     sample_fn = make_sample_fn(
-        run.networks,
+        run.model,
         sampler=how.sampler,
         num_steps=how.steps,
         guided=how.scale != 1.0,
@@ -135,7 +135,7 @@ def draw(run: Run, captions: list[str], how: How) -> Images:
     return to_uint8(np.asarray(samples.images))
 
 
-def judge(captions: list[str], images: Images) -> list[Verdict]:
+def score(captions: list[str], images: Images) -> list[Verdict]:
     """Check every picture against its caption."""
     readings: list[Reading] = read_scenes(images)
     return [check(c, r) for c, r in zip(captions, readings, strict=True)]
@@ -167,14 +167,14 @@ def measure(
     rows: list[Row] = []
     for split, name in SPLITS.items():
         asked = read_split(run.config, split, things=things, num=num)
-        output = make_reconstruct(run.networks)(run.params.autoencoder, asked.images)
+        output = make_reconstruct(run.model)(run.params.autoencoder, asked.images)
         error = np.square(output.astype(np.float64) - asked.images).mean()
-        real, again = judge(asked.captions, asked.images), judge(asked.captions, output)
+        real, again = score(asked.captions, asked.images), score(asked.captions, output)
         found[f"{name}: real pictures read right"] = share(real, lambda v: v.all)
         found[f"{name}: reconstructions read right"] = share(again, lambda v: v.all)
         found[f"{name}: reconstructions, PSNR"] = float(10 * np.log10(255**2 / error))
         drawn = draw(run, asked.captions, how)
-        verdicts = judge(asked.captions, drawn)
+        verdicts = score(asked.captions, drawn)
         found[f"{name}: samples with shape and colour right"] = share(
             verdicts, pair_is_right
         )

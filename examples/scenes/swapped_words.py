@@ -22,12 +22,12 @@ from jaxtyping import Array, Float, Int
 
 from examples.scenes.things import COLOURS, SHAPES
 from ldm_jax.build import open_tokenizer
-from ldm_jax.cli import OneLineParser, run_main
+from ldm_jax.config.flags import OneLineParser, run_main
 from ldm_jax.data.sources import open_source
-from ldm_jax.diffusion.objectives import denoising_loss
+from ldm_jax.diffusion.losses import denoising_loss
 from ldm_jax.diffusion.schedules import Level, level_at
-from ldm_jax.networks import denoiser_of, encode_images, prepare
-from ldm_jax.nn.conditioning import ConditionInputs
+from ldm_jax.latent_diffusion import denoiser_of, encode_images, prepare
+from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.rng import root_key
 from ldm_jax.run import Run, load_run
 from ldm_jax.types import InputError
@@ -111,17 +111,17 @@ def caption_of(example: Mapping[str, Any]) -> str:
 
 def costs(run: Run, captioned: Captioned) -> list[dict[str, float]]:
     """Return a row for each noise level: its SNR, its loss, and what each swap adds."""
-    networks, settings = run.networks, run.config.diffusion
+    model, settings = run.model, run.config.diffusion
     tokenizer = open_tokenizer(settings.condition)
     images = jnp.asarray(captioned.images, jnp.float32)
-    latents = encode_images(networks, run.params, images)
+    latents = encode_images(model, run.params, images)
     eps = jax.random.normal(root_key(0), latents.shape)
 
     @jax.jit
     def loss(level: Level, tokens: Int[Array, "b n"]) -> Float[Array, ""]:
-        cond = prepare(networks, run.params, ConditionInputs(tokens=tokens))
+        cond = prepare(model, run.params, ConditionInputs(tokens=tokens))
         losses = denoising_loss(
-            denoiser_of(networks, run.params),
+            denoiser_of(model, run.params),
             latents,
             level,
             eps,
@@ -137,7 +137,7 @@ def costs(run: Run, captioned: Captioned) -> list[dict[str, float]]:
         k: jnp.asarray(tokenizer.encode(v)) for k, v in captioned.captions.items()
     }
     for position in POSITIONS:
-        level = level_at(networks.schedule, np.full(len(latents), float(position)))
+        level = level_at(model.schedule, np.full(len(latents), float(position)))
         on_device = Level(*(jnp.asarray(part, jnp.float32) for part in level))
         found = {name: float(loss(on_device, t)) for name, t in tokens.items()}
         base = found.pop("nothing")

@@ -5,7 +5,6 @@ A default lives here and nowhere else. Nothing here imports JAX or NumPy, so tha
 """
 
 from ldm_jax.config.autoencoder import AdversaryConfig, AutoencoderConfig
-from ldm_jax.config.checked import DtypeName
 from ldm_jax.config.diffusion import (
     ClipConfig,
     ConditionConfig,
@@ -13,7 +12,7 @@ from ldm_jax.config.diffusion import (
     TextConfig,
 )
 from ldm_jax.config.run import Config
-from ldm_jax.config.storage import (
+from ldm_jax.config.serialization import (
     CONFIG_FILE,
     differences,
     digest,
@@ -31,9 +30,10 @@ from ldm_jax.config.training import (
     LogConfig,
     OptimConfig,
     ParallelConfig,
-    SamplingConfig,
+    PreviewConfig,
     ScoresConfig,
 )
+from ldm_jax.config.validation import DtypeName
 
 __all__ = [
     "CONFIG_FILE",
@@ -52,7 +52,7 @@ __all__ = [
     "LogConfig",
     "OptimConfig",
     "ParallelConfig",
-    "SamplingConfig",
+    "PreviewConfig",
     "ScoresConfig",
     "TextConfig",
     "differences",

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from ldm_jax.config.checked import Checked, DtypeName
 from ldm_jax.config.training import OptimConfig
+from ldm_jax.config.validation import Checked, DtypeName
 
 ADAM_GAN = OptimConfig(lr=4.5e-6, b1=0.5, b2=0.9, clip_norm=0.0)
 """latent-diffusion's optimiser of both players; the rate is for one image a step."""

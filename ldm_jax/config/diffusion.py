@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from ldm_jax.config.checked import Checked, DtypeName
 from ldm_jax.config.training import OptimConfig
+from ldm_jax.config.validation import Checked, DtypeName
 from ldm_jax.types import InputError
 
 ContextName = Literal["none", "class", "text", "clip", "embedding"]

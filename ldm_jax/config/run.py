@@ -1,19 +1,20 @@
 """A whole run: data, two stages, and how it is watched."""
 
 import dataclasses
+from pathlib import Path
 
 from ldm_jax.config.autoencoder import AutoencoderConfig
-from ldm_jax.config.checked import Checked
 from ldm_jax.config.diffusion import DiffusionConfig
 from ldm_jax.config.training import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
     ParallelConfig,
-    SamplingConfig,
+    PreviewConfig,
     ScoresConfig,
     StageName,
 )
+from ldm_jax.config.validation import Checked
 from ldm_jax.types import InputError
 
 
@@ -41,7 +42,7 @@ class Config(Checked):
     """When the state is written."""
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     """When numbers and pictures are written."""
-    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    sampling: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
     """How images are made."""
     scores: ScoresConfig = dataclasses.field(default_factory=ScoresConfig)
     """How good samples are during training; no part of what the run is."""
@@ -106,42 +107,43 @@ class Config(Checked):
             self._check_scores()
 
     def _check_latents(self) -> None:
-        told = f"data.latents: got {self.data.latents!r}"
+        details = f"data.latents: got {self.data.latents!r}"
         if self.data.latents is None:
             return
         if "diffusion" not in self.stages:
             raise InputError(
-                f"{told} in a run of stage 1 alone, wanted none: it learns from images"
+                f"{details} in a run of stage 1 alone, wanted none: it learns from "
+                "images"
             )
         if self.diffusion.condition.concat in ("low_resolution", "masked_image"):
             raise InputError(
-                f"{told} with diffusion.condition.concat "
+                f"{details} with diffusion.condition.concat "
                 f"{self.diffusion.condition.concat}, wanted none: that is made of the "
                 "images, and they are not in a cache of latents"
             )
         if self.data.crop != "center" or self.data.flip:
             field = "crop" if self.data.crop != "center" else "flip"
             raise InputError(
-                f"{told} with data.{field} {getattr(self.data, field)}, wanted none: a "
-                "cache holds each image as it is cut from the middle"
+                f"{details} with data.{field} {getattr(self.data, field)}, wanted "
+                "none: a cache holds each image as it is cut from the middle"
             )
 
     def _check_scores(self) -> None:
-        scores, told = self.scores, f"scores.every: got {self.scores.every}"
+        scores, details = self.scores, f"scores.every: got {self.scores.every}"
         if "diffusion" not in self.stages:
             raise InputError(
-                f"{told} in a run of stage 1 alone, wanted 0: it draws no samples"
+                f"{details} in a run of stage 1 alone, wanted 0: it draws no samples"
             )
         if scores.every % self.log.every:
             # What is due decides how many steps are dispatched at once: so it is no
             # other with scores than without.
             raise InputError(
-                f"{told}, wanted a multiple of log.every, {self.log.every}"
+                f"{details}, wanted a multiple of log.every, {self.log.every}"
             )
         condition = self.diffusion.condition
         if condition.context == "embedding" or condition.concat != "none":
             raise InputError(
-                f"{told} with a model that is told of each image by vectors or "
+                f"{details} with a model that is told of each image by vectors or "
                 "pictures, wanted 0, or one of classes or texts, or without condition"
             )
         if scores.steps > self.diffusion.num_timesteps:
@@ -195,3 +197,26 @@ class Config(Checked):
                 f"smaller than the image, wanted {self.autoencoder.downsampling} as "
                 "the latent"
             )
+
+
+def with_tokenizer(config: Config, tokenizer: Path | None) -> Config:
+    """Return the config with the folder of the tokenizer's files put in, if any."""
+    return config if tokenizer is None else _set_tokenizer(config, str(tokenizer))
+
+
+def without_tokenizer(config: Config) -> Config:
+    """Return the config without a folder of one machine; copies lie beside it."""
+    return _set_tokenizer(config, None)
+
+
+def _set_tokenizer(config: Config, tokenizer: str | None) -> Config:
+    condition = dataclasses.replace(config.diffusion.condition, tokenizer=tokenizer)
+    diffusion = dataclasses.replace(config.diffusion, condition=condition)
+    return dataclasses.replace(config, diffusion=diffusion)
+
+
+def with_states(config: Config) -> Config:
+    """Return a config that reads text states, as vectors, in the place of text."""
+    condition = config.diffusion.condition.as_vectors()
+    diffusion = dataclasses.replace(config.diffusion, condition=condition)
+    return dataclasses.replace(config, diffusion=diffusion)

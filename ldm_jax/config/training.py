@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from ldm_jax.config.checked import Checked
+from ldm_jax.config.validation import Checked
 from ldm_jax.types import ProtocolName, SamplerName
 
 LayoutName = Literal["pmap", "fsdp"]
@@ -45,9 +45,9 @@ class DataConfig(Checked):
     max_broken_files: int = 0
     """Files of a folder that cannot be read and may be passed over; they are named."""
     latents: str | None = None
-    """Folder of the training split's latents, which `ldm_jax.data.cache_latents` makes;
-    `own`: the run makes it, in its own folder, once it has a first stage; unset: stage
-    2 encodes images. The same training, and no part of what a run is."""
+    """Folder of the training split's latents, which `ldm cache-latents` makes; `own`:
+    the run makes it, in its own folder, once it has a first stage; unset: stage 2
+    encodes images. The same training, and no part of what a run is."""
 
     def _check(self) -> None:
         kind, _, name = self.source.partition(":")
@@ -126,7 +126,7 @@ class LogConfig(Checked):
 class ScoresConfig(Checked):
     """How good samples are while stage 2 is trained: a curve beside the loss.
 
-    The samples are those of `python -m ldm_jax.evaluation`, seeds 0 and on with the
+    The samples are those of `ldm evaluate`, seeds 0 and on with the
     averaged weights, and so are the scores. Training itself stays as it is without.
     """
 
@@ -154,7 +154,7 @@ class ScoresConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Checked):
+class PreviewConfig(Checked):
     """How images are made, in training's grids and in `sample.py`."""
 
     chunk: int = 16

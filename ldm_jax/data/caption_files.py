@@ -12,8 +12,8 @@ import posixpath
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm_jax.data.folder_listing import Listing
 from ldm_jax.data.image_files import Stamp
-from ldm_jax.data.listing import Listing
 from ldm_jax.types import InputError
 
 TEXT_SUFFIX = ".txt"

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.data.listing import list_folder
-from ldm_jax.data.own_builders import find_own, told
+from ldm_jax.data.folder_listing import list_folder
+from ldm_jax.data.own_builders import details, find_own
 from ldm_jax.data.sources import (
     FOLDER,
     class_names_of,
@@ -40,7 +40,7 @@ def _builder(name: str, where: str) -> Any:
     import tensorflow_datasets as tfds
 
     if own := find_own(name):
-        with told(name):
+        with details(name):
             return own.make(where)
     plain = name.removeprefix("tfds:")
     if not (Path(where) / re.split("[/:]", plain)[0]).is_dir():

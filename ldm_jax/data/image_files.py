@@ -34,7 +34,7 @@ WIDE_WHITE = 65_535
 WIDE_STEP = WIDE_WHITE // WHITE
 
 ORIENTATION = 0x0112
-TURNS = {
+ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -146,8 +146,8 @@ def read_image(path: Path) -> UInt8[np.ndarray, "h w c"]:
     """
     with _opened(path) as picture:
         picture.load()
-        turn = TURNS.get(_orientation(picture))
-        return _pixels(picture if turn is None else picture.transpose(turn))
+        rotate = ORIENTATIONS.get(_orientation(picture))
+        return _pixels(picture if rotate is None else picture.transpose(rotate))
 
 
 @contextlib.contextmanager

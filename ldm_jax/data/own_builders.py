@@ -22,7 +22,7 @@ BUILDER = "builder:"
 OWN_BUILDERS = {"digits": "ldm_jax.data.builders.digits.digits_dataset_builder"}
 """Data sets that are shipped here, by name; prepared when first opened."""
 
-SHOWN = 200
+CONDITION_KEYWORDS = 200
 """Letters of what a builder's code raises; of more, the last and a few of the first."""
 PNG_ADVICE = (
     "; try examples whose image is the bytes of a PNG file, which TFDS stores as they "
@@ -62,7 +62,7 @@ def find_own(name: str) -> OwnBuilder | None:
     """
     if name.startswith(BUILDER):
         path, config = split_path(name)
-        with told(name):
+        with details(name):
             cls = _load_file(path)
     else:
         own, _, config = name.removeprefix("tfds:").partition("/")
@@ -86,7 +86,7 @@ def split_path(name: str) -> tuple[Path, str]:
 
 
 @contextlib.contextmanager
-def told(name: str) -> Iterator[None]:
+def details(name: str) -> Iterator[None]:
     """Tell in one line what the code of a builder's file raises."""
     try:
         yield
@@ -103,7 +103,9 @@ def told(name: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         # TFDS quotes the whole example first.
         text = (
-            text if len(text) <= SHOWN else f"{text[: SHOWN // 4]} ... {text[-SHOWN:]}"
+            text
+            if len(text) <= CONDITION_KEYWORDS
+            else f"{text[: CONDITION_KEYWORDS // 4]} ... {text[-CONDITION_KEYWORDS:]}"
         )
         needs = isinstance(error, ImportError) and "tensorflow" in text
         raise InputError(

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from ldm_jax.data.folders import Need, folder_captions, num_threads, open_folder
+from ldm_jax.data.folder import Need, folder_captions, num_threads, open_folder
 from ldm_jax.data.own_builders import (
     BUILDER,
     OWN_BUILDERS,
+    details,
     find_own,
     nearest,
-    told,
 )
 from ldm_jax.types import InputError
 
@@ -252,7 +252,7 @@ def _builder(name: str, where: str) -> Any:
     import tensorflow_datasets as tfds
 
     if own := find_own(name):
-        with told(name):
+        with details(name):
             builder: Any = own.make(where)
             builder.download_and_prepare()
         return builder

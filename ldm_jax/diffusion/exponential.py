@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from ldm_jax.diffusion.levels import Levels
 from ldm_jax.diffusion.tables import Row, towards_clean
+from ldm_jax.diffusion.timesteps import Levels
 
 
 def log_snr(levels: Levels) -> np.ndarray:

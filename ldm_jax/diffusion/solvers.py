@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ldm_jax.diffusion.exponential import dpmpp_2m, dpmpp_2s, dpmpp_sde_2m, unipc
-from ldm_jax.diffusion.levels import Levels
-from ldm_jax.diffusion.parameterize import PredictionName
+from ldm_jax.diffusion.parameterization import PredictionName
 from ldm_jax.diffusion.tables import (
     Row,
     Table,
@@ -17,6 +16,7 @@ from ldm_jax.diffusion.tables import (
     slope_of,
     tabulate,
 )
+from ldm_jax.diffusion.timesteps import Levels
 from ldm_jax.types import TAKES_ETA, SamplerName, choices
 
 STOCHASTIC: frozenset[SamplerName] = frozenset(

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ldm_jax.diffusion.levels import Levels
-from ldm_jax.diffusion.parameterize import PredictionName, SignalName, reading_of
+from ldm_jax.diffusion.parameterization import PredictionName, SignalName, reading_of
 from ldm_jax.diffusion.schedules import Level
+from ldm_jax.diffusion.timesteps import Levels
 
 
 class Table(NamedTuple):

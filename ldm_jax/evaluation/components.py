@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ldm_jax.evaluation.frechet import Moments, moments
+from ldm_jax.evaluation.fid import Moments, moments
 
 MAX_COMPONENTS, SMALL_SIDE = 32, 8
 

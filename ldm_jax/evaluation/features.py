@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ldm_jax.evaluation.frechet import Moments
-from ldm_jax.evaluation.streams import Sums, moments_of
+from ldm_jax.evaluation.fid import Moments, Sums, moments_of
 from ldm_jax.types import InputError
 
 MOST_KEPT = 50_000

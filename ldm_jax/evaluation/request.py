@@ -1,18 +1,18 @@
-"""What `python -m ldm_jax.evaluation` may be asked; imports no JAX."""
+"""What `ldm evaluate` may be asked; imports no JAX."""
 
 import argparse
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from ldm_jax.cli import OneLineParser
 from ldm_jax.config import Config, read_config
+from ldm_jax.config.flags import OneLineParser
+from ldm_jax.config.launch import Launch, add_flags, check_launch, check_local
 from ldm_jax.evaluation.protocols import Protocol, protocol_of
-from ldm_jax.launch import Launch, add_flags, check_launch, check_local
-from ldm_jax.requests import MAX_SEED, SampleRequest, parse_sample
-from ldm_jax.settings import Settings
+from ldm_jax.sampling.request import MAX_SEED, SampleRequest, parse_sample
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import PROTOCOL_NAMES, InputError
 
-PROG = "python -m ldm_jax.evaluation"
+PROG = "ldm evaluate"
 
 
 class EvaluationRequest(NamedTuple):
@@ -32,7 +32,7 @@ class EvaluationRequest(NamedTuple):
     """
 
     protocol: Protocol
-    settings: tuple[Settings, ...]
+    settings: tuple[SamplingConfig, ...]
     num_images: int
     inception: Path | None
     reference: Path | None
@@ -169,7 +169,7 @@ def check_run(config: Config, given: argparse.Namespace) -> None:
 
 def settings_of(
     given: argparse.Namespace, *, steps: int, scale: str, ema_length: float | None
-) -> Settings:
+) -> SamplingConfig:
     """Make the settings of `sample.py`, with all its checks.
 
     Args:

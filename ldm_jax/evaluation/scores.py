@@ -3,10 +3,9 @@
 from typing import Any
 
 from ldm_jax.evaluation.features import FeatureSet, Reference
-from ldm_jax.evaluation.frechet import Moments, frechet_distance, moments
-from ldm_jax.evaluation.inception_score import inception_score
-from ldm_jax.evaluation.kernel import kernel_distance
-from ldm_jax.evaluation.neighbours import neighbourhoods
+from ldm_jax.evaluation.fid import Moments, frechet_distance, inception_score, moments
+from ldm_jax.evaluation.kid import kernel_distance
+from ldm_jax.evaluation.precision_recall import neighbourhoods
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.types import InputError
 

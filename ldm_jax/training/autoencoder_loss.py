@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ldm_jax.nn.bottleneck import DiagonalGaussian, Quantized
-from ldm_jax.nn.critics import Lpips
+from ldm_jax.models.bottleneck import DiagonalGaussian, Quantized
+from ldm_jax.models.discriminator_lpips import Lpips
 from ldm_jax.types import PyTree
 
 
@@ -33,7 +33,7 @@ class Objective(NamedTuple):
     commitment_beta: float
 
 
-class Likeness(NamedTuple):
+class ReconstructionTerms(NamedTuple):
     """The parts of the reconstruction term.
 
     Attributes:
@@ -45,13 +45,13 @@ class Likeness(NamedTuple):
     perceptual: Float[Array, ""] | None
 
 
-def likeness_loss(
+def reconstruction_terms(
     reconstructions: Float[Array, "b h w c"],
     images: Float[Array, "b h w c"],
     perceptual: PyTree,
     *,
     objective: Objective,
-) -> tuple[Float[Array, ""], Likeness]:
+) -> tuple[Float[Array, ""], ReconstructionTerms]:
     """Measure how unlike their images reconstructions are, the paper's L_rec.
 
     LPIPS is added to the error of every value, so that under `sum` it weighs as much
@@ -86,7 +86,7 @@ def likeness_loss(
         total = total + objective.perceptual_weight * distance
     if objective.reduction == "sum":
         total = total * float(images[0].size)
-    return total, Likeness(reconstruction, distance)
+    return total, ReconstructionTerms(reconstruction, distance)
 
 
 def regularization_loss(

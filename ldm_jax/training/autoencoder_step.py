@@ -11,24 +11,28 @@ from jaxtyping import Array, Float, Key
 
 from ldm_jax.data.pipeline import Batch
 from ldm_jax.images import to_float
-from ldm_jax.nn.autoencoder import Autoencoder, Reconstruction, image_layer
-from ldm_jax.nn.bottleneck import (
-    DiagonalGaussian,
+from ldm_jax.latent_diffusion import encode
+from ldm_jax.models.autoencoder import Autoencoder, Reconstruction, image_layer
+from ldm_jax.models.bottleneck import (
     Quantized,
-    Unquantized,
     code_usage,
     perplexity,
 )
+from ldm_jax.parallel.reduce import Average, AxisName, Learned
 from ldm_jax.rng import Stream, example_keys, normal
-from ldm_jax.training.adversary import Adversary, contend
 from ldm_jax.training.autoencoder_loss import (
-    Likeness,
     Objective,
-    likeness_loss,
+    ReconstructionTerms,
+    reconstruction_terms,
     regularization_loss,
 )
-from ldm_jax.training.averaging import Average, AxisName, Learned
-from ldm_jax.training.state import AdversarialState, AnyState, apply_gradients
+from ldm_jax.training.gan_loss import Adversary, gan_update
+from ldm_jax.training.state import (
+    AdversarialState,
+    AnyState,
+    apply_gradients,
+    learned_from,
+)
 from ldm_jax.types import PyTree
 
 
@@ -72,19 +76,19 @@ class AutoencoderMetrics(NamedTuple):
     critic_gradient_norm: Float[Array, ""] | None = None
 
 
-class Lesson(NamedTuple):
+class BatchLosses(NamedTuple):
     """What one batch tells of the autoencoder, each a mean over its examples.
 
     Attributes:
       loss: What the autoencoder minimises.
-      likeness: The parts of the reconstruction term.
+      terms: The parts of the reconstruction term.
       penalty: The bottleneck's term before weighting.
       moments: Of the latents.
       usage: Share of the latents that fell on each code; None without a codebook.
     """
 
     loss: Float[Array, ""]
-    likeness: Likeness
+    terms: ReconstructionTerms
     penalty: Float[Array, ""]
     moments: "LatentMoments"
     usage: Float[Array, " n"] | None
@@ -140,19 +144,21 @@ def autoencoder_step(
         objective=objective,
         adversary=adversary,
     )
-    learned = average(learn, state, frozen, batch, root_key, parts=accumulate)
-    lesson, contest = learned.means, learned.agreed
-    told: dict[str, Float[Array, ""]] = {}
-    if contest is not None:
-        critic, metrics = contest
+    learned = average(
+        learn, learned_from(state), frozen, batch, root_key, parts=accumulate
+    )
+    losses, gan = learned.means, learned.agreed
+    details: dict[str, Float[Array, ""]] = {}
+    if gan is not None:
+        critic, metrics = gan
         state = cast(AdversarialState, state)._replace(critic=critic)
-        told = metrics._asdict()
+        details = metrics._asdict()
     metrics = AutoencoderMetrics(
-        loss=lesson.loss,
+        loss=losses.loss,
         gradient_norm=optax.tree.norm(learned.gradients),
-        **lesson.likeness._asdict(),
-        **_latent_metrics(lesson),
-        **told,
+        **losses.terms._asdict(),
+        **_latent_metrics(losses),
+        **details,
     )
     state = apply_gradients(
         state, learned.gradients, optimizer=optimizer, ema_decay=ema_decay
@@ -179,8 +185,8 @@ def _learn(
     layer alone, and their sum is sent back through the autoencoder.
 
     Returns:
-      The gradients, a `Lesson`, and the adversary's next state and metrics, which are
-      over all devices already; None without one.
+      The gradients, a `BatchLosses`, and the adversary's next state and metrics, which
+      are over all devices already; None without one.
     """
     images = to_float(batch.image)
     keys = example_keys(
@@ -194,15 +200,15 @@ def _learn(
         return (made.images, penalty), made
 
     (_, penalty), backward, made = jax.vjp(forward, state.params, has_aux=True)
-    (loss, likeness), pull = jax.value_and_grad(likeness_loss, has_aux=True)(
+    (loss, terms), pull = jax.value_and_grad(reconstruction_terms, has_aux=True)(
         made.images, images, frozen, objective=objective
     )
     is_kl = autoencoder.regularizer == "kl"
     penalty_weight = objective.kl_weight if is_kl else objective.codebook_weight
     loss = loss + penalty_weight * penalty
-    contest = None
+    gan = None
     if adversary is not None:
-        contest = contend(
+        gan = gan_update(
             adversary,
             cast(AdversarialState, state).critic,
             state.step,
@@ -212,14 +218,14 @@ def _learn(
             to_kernel=last_kernel_gradient(autoencoder, state.params, made.features),
             axis_name=axis_name,
         )
-        loss, pull = loss + contest.loss, pull + contest.pull
+        loss, pull = loss + gan.loss, pull + gan.pull
     (gradients,) = backward((pull, jnp.full_like(penalty, penalty_weight)))
     usage = None
     if isinstance(made.bottleneck, Quantized):
         usage = code_usage(made.bottleneck.indices, size=autoencoder.codebook_size)
     moments = _moments(made.latents)
-    agreed = None if contest is None else (contest.critic, contest.metrics)
-    return Learned(gradients, Lesson(loss, likeness, penalty, moments, usage), agreed)
+    agreed = None if gan is None else (gan.critic, gan.metrics)
+    return Learned(gradients, BatchLosses(loss, terms, penalty, moments, usage), agreed)
 
 
 def last_kernel_gradient(
@@ -246,21 +252,21 @@ def last_kernel_gradient(
     return lambda pull: backward(pull)[0]
 
 
-def _latent_metrics(lesson: Lesson) -> dict[str, Float[Array, ""]]:
+def _latent_metrics(losses: BatchLosses) -> dict[str, Float[Array, ""]]:
     """Return the fields of `AutoencoderMetrics` that tell of latents and codes."""
-    moments = lesson.moments
+    moments = losses.moments
     variance = moments.mean_square - jnp.square(moments.mean)
-    told = {
+    details = {
         "latent_mean": moments.mean,
         "latent_std": jnp.sqrt(jnp.maximum(variance, 0.0)),
     }
-    if lesson.usage is None:
-        return {**told, "kl": lesson.penalty}
+    if losses.usage is None:
+        return {**details, "kl": losses.penalty}
     return {
-        **told,
-        "codebook": lesson.penalty,
-        "perplexity": perplexity(lesson.usage),
-        "dead_codes": (lesson.usage == 0.0).sum().astype(jnp.float32),
+        **details,
+        "codebook": losses.penalty,
+        "perplexity": perplexity(losses.usage),
+        "dead_codes": (losses.usage == 0.0).sum().astype(jnp.float32),
     }
 
 
@@ -319,15 +325,6 @@ def latent_moments(
         return Learned(None, _moments(latents))
 
     return params, average(measure, params, frozen, batch, root_key, parts=1).means
-
-
-def encode(
-    autoencoder: Autoencoder, params: PyTree, images: Float[Array, "b h w c"]
-) -> DiagonalGaussian | Unquantized:
-    """Encode images in [-1, 1] to what unscaled latents are drawn of."""
-    variables = {"params": params}
-    encoded = autoencoder.apply(variables, images, method=Autoencoder.encode)
-    return cast(Any, encoded)
 
 
 def _moments(latents: Float[Array, "b h w c"]) -> LatentMoments:

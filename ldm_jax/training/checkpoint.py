@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ldm_jax.training.digests import join_digests, leaf_digests, tree_digest
-from ldm_jax.training.hosts import first_alone, gather_texts, together
-from ldm_jax.training.overheard import Overheard, quieten, reason_of
+from ldm_jax.parallel.multihost import first_alone, gather_texts, together
+from ldm_jax.training.asyncio_errors import AsyncioErrors, quieten, reason_of
+from ldm_jax.training.digest import join_digests, leaf_digests, tree_digest
 from ldm_jax.types import InputError, PyTree, RunError
 
 T = TypeVar("T")
@@ -66,8 +66,8 @@ class CheckpointStore:
         self._read_only = read_only
         self._saving: int | None = None
         self._failed = False
-        self._overheard = Overheard(self.directory)
-        quieten(self._overheard)
+        self._asyncio_errors = AsyncioErrors(self.directory)
+        quieten(self._asyncio_errors)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
@@ -128,8 +128,8 @@ class CheckpointStore:
             },
         }
         notes["sha256"] = notes_digest(notes)
-        self._saving, self._overheard.error = step, None
-        with self._told():
+        self._saving, self._asyncio_errors.error = step, None
+        with self._details():
             first_alone(lambda: self._probe(step))
             self._manager.save(
                 step,
@@ -149,12 +149,15 @@ class CheckpointStore:
         """
         if self._saving is None:
             return
-        heard, ended = self._overheard.error, not self._manager.is_saving_in_progress()
+        heard, ended = (
+            self._asyncio_errors.error,
+            not self._manager.is_saving_in_progress(),
+        )
         # It ends at a moment of its own on each process; they stop at the same step.
         states = set(gather_texts("failed" if heard else "ended" if ended else ""))
         if "failed" in states:
             self._failed = True
-            with together(), self._told():
+            with together(), self._details():
                 if heard:
                     raise heard
         if states == {"ended"}:
@@ -232,7 +235,7 @@ class CheckpointStore:
         self._reader.close()
         if not self._failed:
             self._manager.close()
-            logging.getLogger("absl").removeFilter(self._overheard)
+            logging.getLogger("absl").removeFilter(self._asyncio_errors)
         elif jax.process_count() == 1:
             # It has been told of, and Orbax may raise more of it. Where there are
             # others it may wait for them for twenty minutes.
@@ -242,7 +245,7 @@ class CheckpointStore:
     def _join(self) -> None:
         if self._saving is None:
             return
-        with self._told():
+        with self._details():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         self._saving = None
@@ -254,7 +257,7 @@ class CheckpointStore:
         probe.rmdir()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _details(self) -> Iterator[None]:
         """Turn what a writing thread raised into one line."""
         try:
             yield
@@ -376,8 +379,8 @@ def _agreed(do: Callable[[], T]) -> tuple[T | None, str]:
         found = do()
     except Exception as error:
         reason = reason_of(error)
-    told = [text for text in gather_texts(reason) if text]
-    return (None, told[0]) if told else (found, "")
+    details = [text for text in gather_texts(reason) if text]
+    return (None, details[0]) if details else (found, "")
 
 
 def notes_digest(notes: dict[str, Any]) -> str:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from ldm_jax.nn.conditioning import ConditionInputs
-from ldm_jax.nn.layers import area_downsample
+from ldm_jax.models.conditioning import ConditionInputs
+from ldm_jax.models.layers import area_downsample
 
 MIN_HOLE, MAX_HOLE = 0.25, 0.75
 HOLE_VALUE = -1.0

@@ -10,27 +10,27 @@ from jaxtyping import Array, Float, Key, Real
 
 from ldm_jax.config import ConditionConfig
 from ldm_jax.data.pipeline import Batch, LatentBatch
-from ldm_jax.diffusion.objectives import (
+from ldm_jax.diffusion.losses import (
     LossName,
     WeightName,
     denoising_loss,
     offset_noise,
 )
-from ldm_jax.diffusion.parameterize import PredictionName
+from ldm_jax.diffusion.parameterization import PredictionName
 from ldm_jax.diffusion.schedules import Level, Schedule, draw_levels
 from ldm_jax.images import to_float
-from ldm_jax.nn.autoencoder import Autoencoder
-from ldm_jax.nn.bottleneck import DiagonalGaussian, Unquantized, read_moments
-from ldm_jax.nn.conditioning import (
+from ldm_jax.latent_diffusion import encode
+from ldm_jax.models.autoencoder import Autoencoder
+from ldm_jax.models.bottleneck import DiagonalGaussian, Unquantized, read_moments
+from ldm_jax.models.conditioning import (
     Condition,
     Conditioner,
     ConditionInputs,
     null_inputs,
 )
-from ldm_jax.nn.unet import UNet
+from ldm_jax.models.unet import UNet
+from ldm_jax.parallel.reduce import Average, AxisName, Learned
 from ldm_jax.rng import Stream, example_keys, normal, uniform
-from ldm_jax.training.autoencoder_step import encode
-from ldm_jax.training.averaging import Average, AxisName, Learned
 from ldm_jax.training.conditions import (
     cut_holes,
     drop_conditions,
@@ -38,7 +38,12 @@ from ldm_jax.training.conditions import (
     low_resolution,
     random_holes,
 )
-from ldm_jax.training.state import AveragedState, TrainState, apply_gradients
+from ldm_jax.training.state import (
+    AveragedState,
+    TrainState,
+    apply_gradients,
+    learned_from,
+)
 from ldm_jax.types import PyTree
 
 
@@ -174,7 +179,9 @@ def diffusion_step(
         null_tokens=null_tokens,
         condition_dropout=condition_dropout,
     )
-    learned = average(learn, state, frozen, batch, root_key, parts=accumulate)
+    learned = average(
+        learn, learned_from(state), frozen, batch, root_key, parts=accumulate
+    )
     gradients = learned.gradients
     state = apply_gradients(
         state,
@@ -355,3 +362,17 @@ def inputs_of(
         embedding=batch.embedding if condition.context == "embedding" else None,
         image=image,
     )
+
+
+class FrozenWeights(NamedTuple):
+    """What a run reads from elsewhere before it starts.
+
+    Attributes:
+      perceptual: Parameters of LPIPS, or None.
+      first_stage: An autoencoder's parameters and latent scale; None if it is trained.
+      conditioner: Parameters of a frozen conditioner, or {}.
+    """
+
+    perceptual: PyTree
+    first_stage: tuple[PyTree, Float[Array, ""]] | None
+    conditioner: PyTree

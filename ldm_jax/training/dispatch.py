@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
-from ldm_jax.nn.convolution import in_a_loop
-from ldm_jax.training.averaging import Average
+from ldm_jax.models.kernels.convolution import in_a_loop
+from ldm_jax.parallel.reduce import Average
 from ldm_jax.training.state import AnyState
 from ldm_jax.types import PyTree
 

@@ -11,17 +11,23 @@ from jaxtyping import Array, Key
 
 from ldm_jax.config import CheckpointConfig, LogConfig, ParallelConfig
 from ldm_jax.data.pipeline import BatchIterator
+from ldm_jax.files import naming
+from ldm_jax.parallel.layout import Layout
+from ldm_jax.parallel.multihost import StopSignal, check_same, first_alone, is_first
 from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
 from ldm_jax.training.dispatch import several_steps, skip_nonfinite
-from ldm_jax.training.files import naming
-from ldm_jax.training.hosts import StopSignal, check_same, first_alone, is_first
-from ldm_jax.training.layout import Layout
-from ldm_jax.training.log import PLOT_FILE, MetricsLog, plot_losses, progress_bar
-from ldm_jax.training.pending import Dispatch, PendingMetrics
+from ldm_jax.training.metrics import (
+    PLOT_FILE,
+    Measure,
+    MetricsLog,
+    ScoreCurve,
+    plot_losses,
+    progress_bar,
+)
+from ldm_jax.training.metrics_buffer import Dispatch, MetricsBuffer
 from ldm_jax.training.prefetch import Prefetch
-from ldm_jax.training.scores import Measure, ScoreCurve
+from ldm_jax.training.profiling import Profile, StallClock
 from ldm_jax.training.state import AnyState
-from ldm_jax.training.watching import Profile, StallClock
 from ldm_jax.types import Preempted, PyTree
 
 CHECKPOINTS = "checkpoints"
@@ -39,7 +45,7 @@ class Stage(NamedTuple):
       frozen: Arrays the step reads and never changes, or None.
       extra: More arrays that belong into the checkpoint.
       learning_rate: Of a step, for the log.
-      draw: Writes the pictures of averaged parameters at a step.
+      draw: Writes the pictures of averaged parameters at a step; None writes none.
       measure: Scores them; None does not.
       keep: Writes the other averages that its state has, at a step.
       kept_steps: At which it does.
@@ -53,13 +59,13 @@ class Stage(NamedTuple):
     frozen: PyTree
     extra: dict[str, Any]
     learning_rate: Callable[[int], Any]
-    draw: Callable[[Any, int], None]
+    draw: Callable[[Any, int], None] | None = None
     measure: Measure | None = None
     keep: Callable[[Any, int], None] | None = None
     kept_steps: tuple[int, ...] = ()
 
 
-class Watch(NamedTuple):
+class LoopConfig(NamedTuple):
     """When the loop writes, where, and what it bears.
 
     Attributes:
@@ -110,7 +116,7 @@ def stage_target(stage: Stage, root_key: Key[Array, ""]) -> PyTree:
 
 
 def dispatch_size(
-    done: int, *, num_steps: int, watch: Watch, also: tuple[int, ...] = ()
+    done: int, *, num_steps: int, loop_config: LoopConfig, also: tuple[int, ...] = ()
 ) -> int:
     """Return how many steps to make at once after `done` of them.
 
@@ -121,20 +127,24 @@ def dispatch_size(
     Args:
       done: Steps made.
       num_steps: Of the stage.
-      watch: When something is due.
+      loop_config: When something is due.
       also: Steps at which something else is, rising.
     """
-    every = (watch.checkpoint.every, watch.log.every, watch.log.images_every)
+    every = (
+        loop_config.checkpoint.every,
+        loop_config.log.every,
+        loop_config.log.images_every,
+    )
     later = [step for step in also if step > done]
     due = min(num_steps, *(done - done % n + n for n in every), *later[:1])
-    size = watch.parallel.steps_per_dispatch
+    size = loop_config.parallel.steps_per_dispatch
     return size if done + size <= due else min(1, num_steps - done)
 
 
 def run_stage(
     stage: Stage,
     *,
-    watch: Watch,
+    loop_config: LoopConfig,
     layout: Layout,
     iterator: BatchIterator,
     root_key: Key[Array, ""],
@@ -145,7 +155,7 @@ def run_stage(
 
     Args:
       stage: What to run.
-      watch: When and where to write.
+      loop_config: When and where to write.
       layout: Where the arrays live.
       iterator: The stage's batches, from the first; set to its place on a resume.
       root_key: The run's.
@@ -161,13 +171,15 @@ def run_stage(
         written.
       OSError: If something cannot be written.
     """
-    directory = watch.workdir / stage.name
+    directory = loop_config.workdir / stage.name
     first_alone(lambda: directory.mkdir(exist_ok=True))
-    store = CheckpointStore(directory / CHECKPOINTS, keep=watch.checkpoint.keep)
-    log = MetricsLog(watch.workdir, writes=is_first())
-    curve = ScoreCurve(stage, log, every=watch.scores_every, measure=stage.measure)
-    clock = StallClock(watch.parallel.stall_timeout)
-    profile = Profile(watch.workdir / "profile" / stage.name, watch.profile)
+    store = CheckpointStore(directory / CHECKPOINTS, keep=loop_config.checkpoint.keep)
+    log = MetricsLog(loop_config.workdir, writes=is_first())
+    curve = ScoreCurve(
+        stage, log, every=loop_config.scores_every, measure=stage.measure
+    )
+    clock = StallClock(loop_config.parallel.stall_timeout)
+    profile = Profile(loop_config.workdir / "profile" / stage.name, loop_config.profile)
     try:
         target = stage_target(stage, root_key)
         shardings = layout.restore_shardings(target)
@@ -180,7 +192,9 @@ def run_stage(
             return Finished(ema, extra, found.digest, found.notes["seconds"])
         done = found.step if found else 0
         first_alone(lambda: log.rewind(stage.name, done))
-        trainer = Trainer(stage, watch, layout, root_key, notes, store, log, curve)
+        trainer = Trainer(
+            stage, loop_config, layout, root_key, notes, store, log, curve
+        )
         trainer.begin(found, iterator)
         del found
         return trainer.run(stop, clock, profile)
@@ -198,7 +212,7 @@ class Trainer:
     def __init__(
         self,
         stage: Stage,
-        watch: Watch,
+        loop_config: LoopConfig,
         layout: Layout,
         root_key: Key[Array, ""],
         notes: dict[str, Any],
@@ -207,7 +221,7 @@ class Trainer:
         curve: ScoreCurve,
     ) -> None:
         """Keep what does not change."""
-        self._stage, self._watch, self._layout = stage, watch, layout
+        self._stage, self._loop_config, self._layout = stage, loop_config, layout
         self._root_key, self._notes = root_key, notes
         self._store, self._log, self._curve = store, log, curve
         self._started = time.perf_counter()
@@ -229,25 +243,25 @@ class Trainer:
         self._keys = layout.place(self._root_key)
         self._frozen = layout.place(stage.frozen)
         self._batches = Prefetch(iterator, layout)
-        self._pending = PendingMetrics(
+        self._buffer = MetricsBuffer(
             stage,
             self._log,
             layout,
             progress=self._done,
             skipped=skipped,
-            max_skipped=self._watch.max_skipped,
+            max_skipped=self._loop_config.max_skipped,
         )
         step = stage.step
-        if self._watch.max_skipped:
+        if self._loop_config.max_skipped:
             step = skip_nonfinite(step)
         self._one = layout.map_step(step)
         self._several = layout.map_step(several_steps(step))
 
     def run(self, stop: StopSignal, clock: StallClock, profile: Profile) -> Finished:
         """Make what is left of the steps."""
-        stage, watch = self._stage, self._watch
+        stage, loop_config = self._stage, self._loop_config
         with progress_bar(
-            stage.name, num_steps=stage.num_steps, done=self._done, shown=is_first()
+            stage.name, num_steps=stage.num_steps, done=self._done, visible=is_first()
         ) as bar:
             if stop.agreed():
                 raise Preempted(f"{stage.name} step {self._done}: nothing new to save")
@@ -261,15 +275,17 @@ class Trainer:
                 self._store.check()
                 done, stopping = self._done, stop.agreed()
                 is_last = done == stage.num_steps
-                if is_last or done % watch.log.every == 0:
-                    bar.set_postfix_str(self._pending.log(), refresh=False)
+                if is_last or done % loop_config.log.every == 0:
+                    bar.set_postfix_str(self._buffer.log(), refresh=False)
                 bar.update(done - before)
-                draw_due = is_last or done % watch.log.images_every == 0
-                save_due = is_last or stopping or done % watch.checkpoint.every == 0
+                draw_due = is_last or done % loop_config.log.images_every == 0
+                save_due = (
+                    is_last or stopping or done % loop_config.checkpoint.every == 0
+                )
                 keep_due = done in stage.kept_steps
                 if draw_due or save_due or keep_due:
-                    self._pending.check()
-                    with self._pending.paused():
+                    self._buffer.check()
+                    with self._buffer.paused():
                         # The state last: a kill in between makes the rest again.
                         if draw_due:
                             self._draw()
@@ -295,14 +311,14 @@ class Trainer:
             self._checked.add(size)
         self._state, metrics = mapped(self._state, self._frozen, batch, self._keys)
         self._done += size
-        self._pending.add(Dispatch(self._done, metrics, indices))
+        self._buffer.add(Dispatch(self._done, metrics, indices))
 
     def _size(self, done: int) -> int:
         stage = self._stage
         return dispatch_size(
             done,
             num_steps=stage.num_steps,
-            watch=self._watch,
+            loop_config=self._loop_config,
             also=stage.kept_steps,
         )
 
@@ -318,9 +334,10 @@ class Trainer:
         ema = self._layout.local(self._state.ema)
 
         def draw() -> None:
-            with naming(self._watch.workdir / self._stage.name):
-                self._stage.draw(ema, self._done)
-            plot_losses(self._log.path, self._watch.workdir / PLOT_FILE)
+            if self._stage.draw is not None:
+                with naming(self._loop_config.workdir / self._stage.name):
+                    self._stage.draw(ema, self._done)
+            plot_losses(self._log.path, self._loop_config.workdir / PLOT_FILE)
 
         first_alone(draw)
 
@@ -330,7 +347,7 @@ class Trainer:
             first_alone(lambda: keep(averages, self._done))
 
     def _score(self) -> None:
-        with self._pending.paused():
+        with self._buffer.paused():
             self._curve.add(self._layout.local(self._state.ema), self._done)
 
     def _save(self) -> None:
@@ -342,7 +359,7 @@ class Trainer:
             **self._notes,
             "data": self._batches.position(),
             "seconds": self._seconds(),
-            "skipped": self._pending.skipped,
+            "skipped": self._buffer.skipped,
         }
         self._digest = self._store.save(self._done, {**tree, **beside}, notes)
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from ldm_jax.data.pipeline import BatchIterator, to_batch
-from ldm_jax.training.layout import Layout
+from ldm_jax.parallel.layout import Layout
 from ldm_jax.types import PyTree
 
 

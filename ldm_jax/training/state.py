@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from ldm_jax.config import OptimConfig
-from ldm_jax.training.muon import muon
-from ldm_jax.training.profiles import share_of_new
+from ldm_jax.training.ema import share_of_new
+from ldm_jax.training.optimizers import muon
 from ldm_jax.types import PyTree
 
 
@@ -80,6 +80,17 @@ class AdversarialState(NamedTuple):
 
 AnyState = TrainState | AveragedState | AdversarialState
 State = TypeVar("State", bound=AnyState)
+
+
+def learned_from(state: State) -> State:
+    """Return the parts of a state that a gradient depends on.
+
+    The averages and the moments of the optimiser are left out, so that a layout that
+    gathers what it is given does not gather them.
+    """
+    if isinstance(state, AveragedState):
+        state = state._replace(averages=())
+    return state._replace(ema=None, opt_state=None)
 
 
 def learning_rate_schedule(config: OptimConfig, *, num_steps: int) -> optax.Schedule:

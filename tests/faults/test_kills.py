@@ -13,9 +13,9 @@ import pytest
 
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.loop import stage_target
-from tests.pods import alone, digest_of, ended, pair, wait_for_step
 from tests.proofs.test_pod import check_a_pair
-from tests.toys import root_key, run_toy, toy_stage
+from tests.support.pods import alone, digest_of, ended, pair, wait_for_step
+from tests.support.toys import root_key, run_toy, toy_stage
 
 KILLS = int(os.environ.get("LDM_JAX_KILLS", "20"))
 STEPS = 60 * KILLS

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from tests.commands import TINY, error_line, run, start, succeeded, train
 from tests.faults.test_two_hosts import TORTURE, ended
+from tests.support.commands import TINY, error_line, run, start, succeeded, train
 
-MAKER = ("-m", "ldm_jax.data.cache_latents")
+MAKER = ("-m", "ldm_jax.tools.cache_latents")
 FLAGS = ("--diffusion.steps", 20, "--log.images-every", 100)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.loop import stage_target
-from tests.pods import digest_of, ended, pair
-from tests.toys import root_key, run_toy, toy_stage
+from tests.support.pods import digest_of, ended, pair
+from tests.support.toys import root_key, run_toy, toy_stage
 
 FLIPS = 25
 STEPS = 12

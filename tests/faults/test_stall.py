@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from ldm_jax.cli import run_main
 from ldm_jax.config import ParallelConfig
+from ldm_jax.config.flags import run_main
 from ldm_jax.data import pipeline
-from tests.commands import ROOT, environment, error_line, train
-from tests.pods import digest_of, ended
-from tests.toys import BATCH, run_toy, toy_stage
+from tests.support.commands import ROOT, environment, error_line, train
+from tests.support.pods import digest_of, ended
+from tests.support.toys import BATCH, run_toy, toy_stage
 
 HANGS_AT = 6 * BATCH
 HANGS_FOR_AT_MOST = 60.0

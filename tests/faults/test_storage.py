@@ -13,11 +13,11 @@ import time
 import pytest
 
 from ldm_jax.training.checkpoint import CheckpointStore
-from ldm_jax.training.log import plot_losses
 from ldm_jax.training.loop import stage_target
-from tests.commands import error_line, train
-from tests.pods import alone, digest_of, ended, pair, wait_for_step
-from tests.toys import root_key, run_toy, toy_stage
+from ldm_jax.training.metrics import plot_losses
+from tests.support.commands import error_line, train
+from tests.support.pods import alone, digest_of, ended, pair, wait_for_step
+from tests.support.toys import root_key, run_toy, toy_stage
 
 STEPS = 120
 SOON = 20.0

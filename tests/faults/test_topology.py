@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import ParallelConfig
+from ldm_jax.parallel.make_layout import FsdpLayout, PmapLayout, make_layout
 from ldm_jax.rng import root_key
-from ldm_jax.training.parallel import FsdpLayout, PmapLayout, make_layout
 from tests.proofs.test_adversary import RATE, distance, make_config, run, told
-from tests.test_conditions import batch_of, moved, stage_of, train
-from tests.test_training import CONFIG, batches, stage
+from tests.training.test_conditions import batch_of, moved, stage_of, train
+from tests.training.test_training import CONFIG, batches, stage
 
 STEPS = 20
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.evaluation.features import read_reference
-from ldm_jax.training.log import read_metrics
-from tests.commands import TIMEOUT, TINY, error_line, start, succeeded, train
+from ldm_jax.training.metrics import read_metrics
+from tests.support.commands import TIMEOUT, TINY, error_line, start, succeeded, train
 
 TORTURE = int(os.environ.get("LDM_JAX_KILLS", "0")) > 20
 FLAGS = ("--diffusion.steps", 20, "--log.images-every", 100)
@@ -107,7 +107,7 @@ def test_two_hosts_share_an_evaluation(run_of_one, tmp_path):
     flags = ("--workdir", run_of_one, "--num-images", 300, "--steps", 2)
     out = ("--out", tmp_path / "out")
     shutil.copytree(run_of_one / "evaluation", tmp_path / "out")
-    for done in ended(two("-m", "ldm_jax.evaluation", *flags, *out)):
+    for done in ended(two("-m", "ldm_jax.cli.evaluate", *flags, *out)):
         succeeded(done)
     (path,) = (tmp_path / "out").glob("*/metrics.json")
     assert len(list(path.parent.glob("features_*.npz"))) == 2

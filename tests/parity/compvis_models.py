@@ -19,8 +19,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ldm_jax.config import ClipConfig, Config
-from tests.golden_cases import Inputs, Table, draw_tensors
 from tests.parity.diffusers_models import from_torch, to_torch, with_gradient
+from tests.support.golden_cases import Inputs, Table, draw_tensors
 
 ORIGINALS = os.environ.get("LDM_ORIGINALS")
 UNUSED = ("transformer.to_logits.", "model.logit_scale", "model.text_projection")

@@ -6,14 +6,14 @@ import warnings
 import jax
 import numpy as np
 
-from ldm_jax.build import build_networks, init_autoencoder, init_unet
-from ldm_jax.interop import diffusers as names
-from ldm_jax.interop.assemble import assemble_config
-from ldm_jax.interop.model_configs import read_autoencoder, read_unet
-from ldm_jax.interop.names import read_tree
-from ldm_jax.interop.weights import Tensors
-from tests.golden_cases import Inputs, projections
-from tests.weights import random_tensors
+from ldm_jax.build import build_model, init_autoencoder, init_unet
+from ldm_jax.pretrained import diffusers as names
+from ldm_jax.pretrained.assemble_config import assemble_config
+from ldm_jax.pretrained.diffusers_configs import read_autoencoder, read_unet
+from ldm_jax.pretrained.layouts import read_tree
+from ldm_jax.pretrained.tensors import Tensors
+from tests.support.golden_cases import Inputs, projections
+from tests.support.weights import random_tensors
 
 KL = {
     "block_out_channels": [32, 64],
@@ -135,22 +135,22 @@ def config_and_kind(class_name: str, config: dict):
 
 def our_unet(config, tensors: dict[str, np.ndarray]):
     """Build our UNet and read its parameters from their tensors."""
-    networks = build_networks(config)
-    shapes = jax.eval_shape(lambda: init_unet(config, networks))
+    model = build_model(config)
+    shapes = jax.eval_shape(lambda: init_unet(config, model))
     format_ = names.unet_format(config)
     stored = Tensors.from_arrays(tensors)
     params = read_tree(shapes, format_, stored, what="unet")
-    return networks.unet, jax.device_put(params)
+    return model.unet, jax.device_put(params)
 
 
 def our_autoencoder(config, tensors: dict[str, np.ndarray]):
     """Build our autoencoder and read its parameters from their tensors."""
-    networks = build_networks(config)
-    shapes = jax.eval_shape(lambda: init_autoencoder(config, networks))
+    model = build_model(config)
+    shapes = jax.eval_shape(lambda: init_autoencoder(config, model))
     format_ = names.autoencoder_format(config)
     stored = Tensors.from_arrays(tensors)
     params = read_tree(shapes, format_, stored, what="vae")
-    return networks.autoencoder, jax.device_put(params)
+    return model.autoencoder, jax.device_put(params)
 
 
 def unet_inputs(config, seed: int, batch: int = 2) -> dict[str, np.ndarray]:
@@ -205,7 +205,7 @@ def relative(ours, theirs) -> float:
 def with_gradient(
     name: str, function, x: np.ndarray, gradient: bool
 ) -> dict[str, np.ndarray]:
-    """Run a function of torch as `tests.golden_cases.run_ours` runs ours."""
+    """Run a function of torch as `tests.support.golden_cases.run_ours` runs ours."""
     x = to_torch(x).requires_grad_(gradient)
     output = function(x)
     found = {name: from_torch(output)}
@@ -219,7 +219,7 @@ def with_gradient(
 def run_theirs(
     class_name: str, model, inputs: Inputs, *, gradient: bool
 ) -> dict[str, np.ndarray]:
-    """Compute what `tests.golden_cases.run_ours` computes."""
+    """Compute what `tests.support.golden_cases.run_ours` computes."""
     import torch
 
     if class_name.startswith("UNet"):

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.levels import Levels
-from ldm_jax.diffusion.parameterize import PredictionName
+from ldm_jax.diffusion.parameterization import PredictionName
 from ldm_jax.diffusion.schedules import EdmSchedule, FlowSchedule, Schedule
 from ldm_jax.diffusion.solvers import Table
+from ldm_jax.diffusion.timesteps import Levels
 from ldm_jax.types import SamplerName, SpacingName
-from tests.gaussian import BETAS, SCHEDULES, SIGMA_DATA
+from tests.support.gaussian import BETAS, SCHEDULES, SIGMA_DATA
 
 torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
 diffusers = pytest.importorskip("diffusers", reason="parity needs the extra `parity`")

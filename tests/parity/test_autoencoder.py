@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.nn.autoencoder import Autoencoder
+from ldm_jax.models.autoencoder import Autoencoder
 from tests.parity import diffusers_models as models
 
 torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")

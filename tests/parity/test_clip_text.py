@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.nn.text import ClipTextTransformer
-from tests.weights import clip_shapes, clip_tree, random_tensors
+from ldm_jax.models.text_encoders import ClipTextTransformer
+from tests.support.weights import clip_shapes, clip_tree, random_tensors
 
 REASON = "compares with the original, which needs the extra `parity`"
 with warnings.catch_warnings():

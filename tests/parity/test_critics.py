@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.interop.perceptual import load_lpips
-from ldm_jax.interop.weights import write_safetensors
-from ldm_jax.nn.critics import Lpips, PatchDiscriminator
-from tests.lpips_files import CONV_INDICES, heads, torchvision
+from ldm_jax.files import write_safetensors
+from ldm_jax.models.discriminator_lpips import Lpips, PatchDiscriminator
+from ldm_jax.pretrained.metric_networks import load_lpips
+from tests.support.lpips_files import CONV_INDICES, heads, torchvision
 
 REASON = "compares with torch, which needs the extra `parity`"
 with warnings.catch_warnings():

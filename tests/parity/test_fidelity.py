@@ -7,14 +7,13 @@ import pytest
 import torch
 from cleanfid.resize import build_resizer
 
-from ldm_jax.evaluation.frechet import frechet_distance, moments
-from ldm_jax.evaluation.inception_score import inception_score
-from ldm_jax.evaluation.kernel import kernel_distance
-from ldm_jax.evaluation.neighbours import neighbourhoods
-from ldm_jax.evaluation.resizing import resize_bilinearly, resize_cleanly
-from ldm_jax.interop.inception import load_inception
-from ldm_jax.interop.weights import write_safetensors
-from ldm_jax.nn.inception import Inception
+from ldm_jax.evaluation.extractors import resize_bilinearly, resize_cleanly
+from ldm_jax.evaluation.fid import frechet_distance, inception_score, moments
+from ldm_jax.evaluation.kid import kernel_distance
+from ldm_jax.evaluation.precision_recall import neighbourhoods
+from ldm_jax.files import write_safetensors
+from ldm_jax.models.inception import Inception
+from ldm_jax.pretrained.metric_networks import load_inception
 from tests.parity.fidelity import fidelity
 
 QUIET = {"verbose": False}

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ldm_jax.flops import count_flops
-from ldm_jax.nn.conditioning import Condition
+from ldm_jax.models.conditioning import Condition
+from ldm_jax.tools.plan.flops import count_flops
 from tests.parity import diffusers_models as models
 from tests.parity.test_unet import CASES
 

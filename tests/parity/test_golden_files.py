@@ -8,9 +8,10 @@ import json
 
 import pytest
 
-from ldm_jax.cli import load_config_file
-from tests.commands import ROOT
-from tests.golden_cases import (
+from ldm_jax.config.flags import load_config_file
+from tests.parity import compvis_models, diffusers_models
+from tests.support.commands import ROOT
+from tests.support.golden_cases import (
     digest,
     draw_tensors,
     make_config,
@@ -20,7 +21,6 @@ from tests.golden_cases import (
     summary_error,
     write_golden,
 )
-from tests.parity import compvis_models, diffusers_models
 
 torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
 pytest.importorskip("diffusers", reason="parity needs the extra `parity`")

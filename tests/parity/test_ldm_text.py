@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.nn.text import TextTransformer
-from tests.weights import random_tensors, tree_of_modules
+from ldm_jax.models.text_encoders import TextTransformer
+from tests.support.weights import random_tensors, tree_of_modules
 
 REASON = "compares with torch, which needs the extra `parity`"
 with warnings.catch_warnings():

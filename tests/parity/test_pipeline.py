@@ -8,20 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import exchange
 from ldm_jax.config import Config
-from ldm_jax.diffusion.levels import make_levels
-from ldm_jax.generate import make_sample_fn
-from ldm_jax.interop.model import Model
-from ldm_jax.interop.names import key_shapes, read_tree
-from ldm_jax.interop.weights import Tensors
-from ldm_jax.interop.write import write_folder
+from ldm_jax.diffusion.timesteps import make_levels
+from ldm_jax.pretrained import load_weights as exchange
+from ldm_jax.pretrained.export import write_folder
+from ldm_jax.pretrained.layouts import key_shapes, read_tree
+from ldm_jax.pretrained.model import ModelWeights
+from ldm_jax.pretrained.tensors import Tensors
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
-from ldm_jax.subjects import condition_inputs
+from ldm_jax.sampling.conditions import condition_inputs
+from ldm_jax.sampling.sample_fn import make_sample_fn
 from tests import models
+from tests.data.test_tokenizer import write_clip
 from tests.parity.diffusers_models import from_torch, relative, to_torch
-from tests.test_tokenizer import write_clip
-from tests.weights import random_tensors
+from tests.support.weights import random_tensors
 
 torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
 pytest.importorskip("diffusers", reason="parity needs the extra `parity`")
@@ -45,9 +45,9 @@ def load_pipeline(name: str, folder):
     return pipeline
 
 
-def diffusers_model(config: Config, seed: int = 0) -> Model:
+def diffusers_model(config: Config, seed: int = 0) -> ModelWeights:
     """Draw parameters by diffusers' names, as a network of reasonable gain."""
-    from ldm_jax.interop import diffusers as names
+    from ldm_jax.pretrained import diffusers as names
 
     shapes = exchange.network_shapes(config)
 
@@ -59,7 +59,7 @@ def diffusers_model(config: Config, seed: int = 0) -> Model:
     if shapes.conditioner:
         encoder = shapes.conditioner["encoder"]
         conditioner = {"encoder": draw(encoder, names.clip_format(), "text encoder")}
-    return Model(
+    return ModelWeights(
         config,
         draw(shapes.autoencoder, names.autoencoder_format(config), "vae"),
         draw(shapes.unet, names.unet_format(config), "unet"),
@@ -85,16 +85,16 @@ def test_a_whole_text_to_image_pipeline_is_the_same(kind, tmp_path):
     write_folder(diffusers_model(config), folder)
 
     opened = exchange.open_weights(folder)
-    networks = opened.networks
+    model = opened.model
     params = exchange.to_sample_params(opened.read())
     keys = image_keys([3, 4])
-    sample_fn = make_sample_fn(networks, sampler="ddim", num_steps=STEPS)
+    sample_fn = make_sample_fn(model, sampler="ddim", num_steps=STEPS)
     rows = [{"prompt": text, "negative_prompt": "at"} for text in TEXTS]
     cond, uncond = condition_inputs(opened.config, rows)
     ours = sample_fn(params, keys, cond, SCALE, 0.0, uncond).images
 
     pipeline = load_pipeline("StableDiffusionPipeline", folder)
-    noise = normal(image_step_keys(keys, Stream.SAMPLE_START), networks.latent_shape)
+    noise = normal(image_step_keys(keys, Stream.SAMPLE_START), model.latent_shape)
     theirs = pipeline(
         TEXTS,
         negative_prompt=["at", "at"],
@@ -105,7 +105,7 @@ def test_a_whole_text_to_image_pipeline_is_the_same(kind, tmp_path):
         width=config.data.image_size,
         output_type="pt",
     ).images
-    levels = make_levels(networks.schedule, STEPS)
+    levels = make_levels(model.schedule, STEPS)
     assert pipeline.scheduler.timesteps.tolist() == levels.t[:-1].tolist()
     pixels = (np.asarray(ours) + 1) / 2
     assert relative(pixels, from_torch(theirs)) < 1e-3
@@ -121,14 +121,14 @@ def test_an_unconditional_pipeline_is_the_same(tmp_path):
     opened = exchange.open_weights(folder)
     params = exchange.to_sample_params(opened.read())
     keys = image_keys([3, 4])
-    from ldm_jax.nn.conditioning import ConditionInputs
+    from ldm_jax.models.conditioning import ConditionInputs
 
     sample_fn = make_sample_fn(
-        opened.networks, sampler="ddim", num_steps=STEPS, guided=False
+        opened.model, sampler="ddim", num_steps=STEPS, guided=False
     )
     ours = np.asarray(sample_fn(params, keys, ConditionInputs()).images)
 
-    shape = opened.networks.latent_shape
+    shape = opened.model.latent_shape
     noise = normal(image_step_keys(keys, Stream.SAMPLE_START), shape)
     latents = to_torch(np.asarray(noise))
     pipeline.scheduler.set_timesteps(STEPS)
@@ -146,8 +146,8 @@ def test_an_unconditional_pipeline_is_the_same(tmp_path):
 @pytest.mark.parametrize("kind", ["label", "class", "text", "embedding"])
 def test_every_exported_unet_is_opened_by_diffusers(kind, tmp_path):
     config = models.config_of(kind)
-    model = models.model_of(config)
-    write_folder(model, tmp_path)
+    weights = models.model_of(config)
+    write_folder(weights, tmp_path)
     import diffusers
 
     crossed = kind != "label"
@@ -155,8 +155,8 @@ def test_every_exported_unet_is_opened_by_diffusers(kind, tmp_path):
     unet = getattr(diffusers, name).from_pretrained(tmp_path, subfolder="unet")
     draw = np.random.RandomState(0)
     x = draw.normal(size=(2, *config.latent_shape)).astype(np.float32)
-    from ldm_jax.build import build_networks
-    from ldm_jax.nn.conditioning import Condition
+    from ldm_jax.build import build_model
+    from ldm_jax.models.conditioning import Condition
 
     t, label = np.asarray([7, 900], np.int32), np.asarray([0, 10], np.int32)
     width = config.diffusion.condition.context_width
@@ -171,8 +171,8 @@ def test_every_exported_unet_is_opened_by_diffusers(kind, tmp_path):
         else {"class_labels": torch.from_numpy(label)}
     )
     theirs = unet(to_torch(x), torch.from_numpy(t), **kwargs).sample
-    apply = jax.jit(build_networks(config).unet.apply)
-    params = jax.device_put(model.unet)
+    apply = jax.jit(build_model(config).unet.apply)
+    params = jax.device_put(weights.unet)
     ours = apply({"params": params}, jnp.asarray(x), jnp.asarray(t), cond)
     assert relative(ours, from_torch(theirs)) < 1e-4
 
@@ -182,25 +182,25 @@ def test_what_diffusers_saves_is_read_whole_or_in_shards(shards, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     write_clip(tokenizer, "sd1")
-    model = diffusers_model(with_tokenizer(models.config_of("clip"), tokenizer))
+    weights = diffusers_model(with_tokenizer(models.config_of("clip"), tokenizer))
     folder, again = tmp_path / "folder", tmp_path / "again"
     folder.mkdir()
-    write_folder(model, folder)
+    write_folder(weights, folder)
     pipeline = load_pipeline("StableDiffusionPipeline", folder)
     pipeline.save_pretrained(again, max_shard_size=shards)
     indices = list(again.rglob("*.index.json"))
     assert bool(indices) == (shards == "100KB")
     found = exchange.open_weights(again).read()
-    assert models.same(found.unet, model.unet)
-    assert models.same(found.autoencoder, model.autoencoder)
-    assert models.same(found.conditioner, model.conditioner)
+    assert models.same(found.unet, weights.unet)
+    assert models.same(found.autoencoder, weights.autoencoder)
+    assert models.same(found.conditioner, weights.conditioner)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_torch_checkpoint_in_compvis_naming_is_read(zipped, tmp_path):
-    from tests.test_interop import compvis_arrays
+    from tests.pretrained.test_model import compvis_arrays
 
-    model, arrays = compvis_arrays()
+    weights, arrays = compvis_arrays()
     state = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
     path, recipe = tmp_path / "model.ckpt", tmp_path / "recipe.py"
     torch.save(
@@ -209,13 +209,13 @@ def test_a_torch_checkpoint_in_compvis_naming_is_read(zipped, tmp_path):
         _use_new_zipfile_serialization=zipped,
     )
     recipe.write_text(
-        "from tests.models import config_of\n"
+        "from tests.support.models import config_of\n"
         "def get_config():\n    return config_of('label')\n"
     )
     found = exchange.open_weights(path, config_file=recipe).read()
-    assert models.same(found.unet, model.unet)
-    assert models.same(found.autoencoder, model.autoencoder)
-    assert found.latent_scale == model.config.autoencoder.latent_scale
+    assert models.same(found.unet, weights.unet)
+    assert models.same(found.autoencoder, weights.autoencoder)
+    assert found.latent_scale == weights.config.autoencoder.latent_scale
 
 
 def test_a_unet_without_a_width_of_heads_is_the_same():
@@ -233,16 +233,16 @@ def test_a_unet_without_a_width_of_heads_is_the_same():
         "norm_num_groups": 8,
         "attention_head_dim": None,
     }
-    model, tensors = diffusers_models.make_torch("UNet2DModel", config, 0)
-    ours = diffusers_models.unet_config("UNet2DModel", dict(model.config))
+    weights, tensors = diffusers_models.make_torch("UNet2DModel", config, 0)
+    ours = diffusers_models.unet_config("UNet2DModel", dict(weights.config))
     unet, params = diffusers_models.our_unet(ours, tensors)
     draw = np.random.RandomState(0)
     x = draw.normal(size=(2, *ours.latent_shape)).astype(np.float32)
     t = np.asarray([7, 900], np.int32)
-    from ldm_jax.nn.conditioning import Condition
+    from ldm_jax.models.conditioning import Condition
 
     apply = jax.jit(unet.apply)
     found = apply({"params": params}, jnp.asarray(x), jnp.asarray(t), Condition())
     with torch.no_grad():
-        theirs = model(to_torch(x), torch.from_numpy(t)).sample
+        theirs = weights(to_torch(x), torch.from_numpy(t)).sample
     assert relative(found, from_torch(theirs)) < 1e-4

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.guidance import rescaled, unguided
-from ldm_jax.diffusion.levels import Levels, make_levels
-from ldm_jax.diffusion.parameterize import PredictionName
-from ldm_jax.diffusion.samplers import sample
+from ldm_jax.diffusion.parameterization import PredictionName
+from ldm_jax.diffusion.sampling import sample
 from ldm_jax.diffusion.schedules import EdmSchedule, level_at
 from ldm_jax.diffusion.solvers import Table, make_table
+from ldm_jax.diffusion.timesteps import Levels, make_levels
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
 from ldm_jax.types import SAMPLER_NAMES, SpacingName
 from tests.parity.scheduler_traces import (

@@ -7,8 +7,8 @@ import pytest
 
 from ldm_jax.build import build_schedule
 from ldm_jax.diffusion.schedules import level_at
-from ldm_jax.interop.write_configs import write_scheduler
-from tests.models import config_of
+from ldm_jax.pretrained.export_configs import write_scheduler
+from tests.support.models import config_of
 
 torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
 pytest.importorskip("diffusers", reason="parity needs the extra `parity`")

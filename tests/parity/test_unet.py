@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.nn.conditioning import Condition
+from ldm_jax.models.conditioning import Condition
 from tests.parity import diffusers_models as models
 
 torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.nn.bottleneck import Codebook
-from ldm_jax.training.adversary import adaptive_weight, hinge_loss, vanilla_loss
-from ldm_jax.training.autoencoder_loss import Objective, likeness_loss
+from ldm_jax.models.bottleneck import Codebook
+from ldm_jax.training.autoencoder_loss import Objective, reconstruction_terms
 from ldm_jax.training.autoencoder_step import last_kernel_gradient
-from tests.proofs.test_adversary import build_networks, make_config
+from ldm_jax.training.gan_loss import adaptive_weight, hinge_loss, vanilla_loss
+from tests.proofs.test_adversary import build_model, make_config
 
 REASON = "compares with torch, which needs the extra `parity`"
 with warnings.catch_warnings():
@@ -85,7 +85,7 @@ def test_the_reconstruction_term_equals_torch(reduction, error):
     objective = Objective(error, reduction, 0.0, 0.0, 0.0, "corrected", 0.25)
 
     def loss(made):
-        return likeness_loss(made, images, None, objective=objective)[0]
+        return reconstruction_terms(made, images, None, objective=objective)[0]
 
     total, slope = jax.value_and_grad(loss)(made)
     x, y = leaf(images), leaf(made)
@@ -98,7 +98,7 @@ def test_the_reconstruction_term_equals_torch(reduction, error):
 
 def test_the_adaptive_weight_equals_that_of_torch():
     config = make_config()
-    autoencoder = build_networks(config).autoencoder
+    autoencoder = build_model(config).autoencoder
     features, images = normal(0, (2, 8, 8, 8)), normal(1, (2, 8, 8, 1))
     kernel, bias = 0.3 * normal(2, (3, 3, 8, 1)), normal(3, (1,))
     probe = normal(4, (2, 8, 8, 1))
@@ -109,11 +109,11 @@ def test_the_adaptive_weight_equals_that_of_torch():
     x = torch.tensor(np.array(features).transpose(0, 3, 1, 2))
     made = functional.conv2d(x, last, torch.tensor(np.array(bias)), padding=1)
     target = torch.tensor(np.array(images).transpose(0, 3, 1, 2))
-    likeness = (made - target).abs().sum() / 2
+    terms = (made - target).abs().sum() / 2
     generator = -(made * torch.tensor(np.array(probe).transpose(0, 3, 1, 2))).mean()
     lengths = [
         torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
-        for loss in (likeness, generator)
+        for loss in (terms, generator)
     ]
     wanted = (lengths[0] / (lengths[1] + 1e-4)).clamp(0.0, 1e4)
 

@@ -8,23 +8,23 @@ import numpy as np
 import optax
 import pytest
 
-from ldm_jax.build import build_networks
+from ldm_jax.build import build_model
 from ldm_jax.config import OptimConfig
 from ldm_jax.data.pipeline import Batch
-from ldm_jax.first_stage import autoencoder_stage, build_adversary
 from ldm_jax.images import to_float
+from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.parallel.reduce import average_here
 from ldm_jax.rng import Stream, example_keys, normal, root_key
-from ldm_jax.training.adversary import (
+from ldm_jax.training.autoencoder_stage import autoencoder_stage, build_adversary
+from ldm_jax.training.checkpoint import CheckpointStore
+from ldm_jax.training.gan_loss import (
     adaptive_weight,
     adversary_factor,
     hinge_loss,
     play,
     vanilla_loss,
 )
-from ldm_jax.training.averaging import average_here
-from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.loop import checkpoint_tree, stage_target
-from ldm_jax.training.parallel import PmapLayout
 from ldm_jax.training.state import (
     AdversarialState,
     apply_gradients,
@@ -32,7 +32,7 @@ from ldm_jax.training.state import (
     make_optimizer,
 )
 from ldm_jax.types import InputError
-from tests.tiny import get_config
+from tests.support.tiny import get_config
 
 START = 2
 RATE = 0.01
@@ -62,7 +62,7 @@ def make_config(regularizer="kl", *, enabled=True, start_step=START, **fields):
 
 
 def build(config):
-    return autoencoder_stage(config, build_networks(config), Path())
+    return autoencoder_stage(config, build_model(config), Path())
 
 
 @functools.cache
@@ -124,7 +124,7 @@ def told(metrics):
 
 def plain_update(config):
     """The same update said plainly: whole losses, whole gradients, jax.grad."""
-    networks, settings = build_networks(config), config.autoencoder
+    model, settings = build_model(config), config.autoencoder
     adversary = build_adversary(config)
 
     def judge(critic, x):
@@ -135,13 +135,13 @@ def plain_update(config):
         keys = example_keys(
             root_key(0), Stream.AUTOENCODER_POSTERIOR, state.step, batch.example_index
         )
-        noise = normal(keys, networks.latent_shape)
+        noise = normal(keys, model.latent_shape)
 
         def losses(params):
-            made = networks.autoencoder.apply({"params": params}, images, noise)
+            made = model.autoencoder.apply({"params": params}, images, noise)
             error = jnp.abs(made.images - images)
             is_sum = settings.reduction == "sum"
-            likeness = error.sum() / len(images) if is_sum else error.mean()
+            terms = error.sum() / len(images) if is_sum else error.mean()
             generator = -judge(state.critic.params, made.images).mean()
             if settings.regularizer == "kl":
                 penalty = settings.kl_weight * made.bottleneck.kl().mean()
@@ -149,7 +149,7 @@ def plain_update(config):
                 penalty = settings.codebook_weight * made.bottleneck.loss(
                     beta=settings.commitment_beta, commitment=settings.commitment
                 )
-            return likeness, generator, penalty, made.images
+            return terms, generator, penalty, made.images
 
         def length(which):
             gradients = jax.grad(lambda params: losses(params)[which])(state.params)
@@ -159,9 +159,9 @@ def plain_update(config):
         factor = jnp.where(state.step >= START, 1.0, 0.0)
 
         def loss(params):
-            likeness, generator, penalty, _ = losses(params)
+            terms, generator, penalty, _ = losses(params)
             scale = factor * jax.lax.stop_gradient(weight) * settings.adversary.weight
-            return likeness + penalty + scale * generator
+            return terms + penalty + scale * generator
 
         def critic_loss(critic):
             fake = jax.lax.stop_gradient(losses(state.params)[3])

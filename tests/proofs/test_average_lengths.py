@@ -11,17 +11,19 @@ import optax
 import pytest
 
 from ldm_jax.config import DiffusionConfig
-from ldm_jax.interop.weights import open_tensors
-from ldm_jax.recipes import _settings, _settings_text
-from ldm_jax.requests import parse_sample
-from ldm_jax.training.profiles import (
+from ldm_jax.pretrained.posthoc_ema import make_average
+from ldm_jax.pretrained.tensors import open_tensors
+from ldm_jax.sampling.metadata import _settings, _settings_text
+from ldm_jax.sampling.request import parse_sample
+from ldm_jax.training.ema import (
     Profile,
+    kept_steps,
     mixture,
     power_of,
     share_of_new,
     snapshot_steps,
+    write_snapshot,
 )
-from ldm_jax.training.snapshots import kept_steps, make_average, write_snapshot
 from ldm_jax.training.state import (
     AveragedState,
     apply_gradients,
@@ -29,10 +31,10 @@ from ldm_jax.training.state import (
     with_averages,
 )
 from ldm_jax.types import InputError, Preempted
-from tests.commands import write_run
-from tests.test_layouts import FSDP, StopAfter
-from tests.tiny import get_config
-from tests.toys import run_toy, toy_stage, toy_state, toy_step
+from tests.parallel.test_layouts import FSDP, StopAfter
+from tests.support.commands import write_run
+from tests.support.tiny import get_config
+from tests.support.toys import run_toy, toy_stage, toy_state, toy_step
 
 KEPT = (0.05, 0.1)
 

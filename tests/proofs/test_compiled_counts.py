@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ldm_jax.planning.compiling import Compiled, compile_program
-from ldm_jax.planning.programs import resolve, sample_work, step_work
-from ldm_jax.planning.request import Request
 from ldm_jax.run import train
-from tests.tiny import get_config
+from ldm_jax.tools.plan.arguments import Request
+from ldm_jax.tools.plan.compiling import Compiled, compile_program
+from ldm_jax.tools.plan.programs import resolve, sample_work, step_work
+from tests.support.tiny import get_config
 
 NUM_DEVICES = 8
 SLACK = 1.05

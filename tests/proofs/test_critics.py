@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.build import build_networks
+from ldm_jax.build import build_model
 from ldm_jax.data.pipeline import Batch
-from ldm_jax.first_stage import autoencoder_stage, load_perceptual
-from ldm_jax.interop.perceptual import load_lpips
-from ldm_jax.interop.weights import write_safetensors
-from ldm_jax.nn.critics import BatchNorm, Lpips, PatchDiscriminator
+from ldm_jax.files import write_safetensors
+from ldm_jax.models.discriminator_lpips import BatchNorm, Lpips, PatchDiscriminator
+from ldm_jax.parallel.reduce import average_here
+from ldm_jax.pretrained.frozen import load_perceptual
+from ldm_jax.pretrained.metric_networks import load_lpips
 from ldm_jax.rng import root_key
-from ldm_jax.training.autoencoder_loss import Objective, likeness_loss
-from ldm_jax.training.averaging import average_here
+from ldm_jax.training.autoencoder_loss import Objective, reconstruction_terms
+from ldm_jax.training.autoencoder_stage import autoencoder_stage
 from ldm_jax.types import InputError
-from tests.lpips_files import CONV_INDICES, heads, torchvision, under_slices
-from tests.tiny import get_config
+from tests.support.lpips_files import CONV_INDICES, heads, torchvision, under_slices
+from tests.support.tiny import get_config
 
 
 def uniform(seed, shape):
@@ -226,7 +227,7 @@ def test_lpips_is_added_to_the_error_of_every_value(reduction):
     params, distance = lpips()
     x, y = uniform(0, (2, 16, 16, 3)), uniform(1, (2, 16, 16, 3))
     objective = Objective("l1", reduction, 0.5, 0.0, 0.0, "corrected", 0.25)
-    loss = jax.jit(functools.partial(likeness_loss, objective=objective))
+    loss = jax.jit(functools.partial(reconstruction_terms, objective=objective))
     total, parts = loss(y, x, params)
     distances = distance(params, x, y)
     per_value = jnp.abs(x - y) + 0.5 * distances[:, None, None, None]
@@ -256,7 +257,7 @@ def test_lpips_without_files_is_refused_when_it_would_be_read():
 
 def test_a_dry_run_knows_lpips_by_its_shapes():
     config = with_lpips(16)
-    stage = autoencoder_stage(config, build_networks(config), Path())
+    stage = autoencoder_stage(config, build_model(config), Path())
     shapes = jax.tree.map(lambda leaf: leaf.shape, stage.frozen)
     assert shapes == jax.tree.map(jnp.shape, lpips()[0])
     batch = Batch(
@@ -275,4 +276,4 @@ def test_a_dry_run_knows_lpips_by_its_shapes():
 def test_images_too_small_for_lpips_are_refused_before_anything_is_read():
     config = with_lpips(8)
     with pytest.raises(InputError, match=r"image_size: got 8, wanted at least 16"):
-        autoencoder_stage(config, build_networks(config), Path())
+        autoencoder_stage(config, build_model(config), Path())

@@ -9,10 +9,26 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax.caching.reading import made_of
+from ldm_jax.cli.evaluate import main
 from ldm_jax.config import ConditionConfig
 from ldm_jax.data.sources import Source, open_source
-from ldm_jax.evaluation.__main__ import main
+from ldm_jax.evaluation import dataset_statistics as real
+from ldm_jax.evaluation import extractors, samples
+from ldm_jax.evaluation import measure_dataset as measuring
+from ldm_jax.evaluation import reconstruction as reconstructions
+from ldm_jax.evaluation.classifier import (
+    Seen,
+    accuracy,
+    classifier,
+    look,
+    train_classifier,
+)
+from ldm_jax.evaluation.extractors import (
+    classifier_extractor,
+    extract_all,
+    function_extractor,
+    inception_extractor,
+)
 from ldm_jax.evaluation.features import (
     Provenance,
     Reference,
@@ -20,26 +36,18 @@ from ldm_jax.evaluation.features import (
     read_reference,
     write_reference,
 )
-from ldm_jax.evaluation.frechet import moments
+from ldm_jax.evaluation.fid import moments
 from ldm_jax.evaluation.protocols import PROTOCOLS
 from ldm_jax.evaluation.request import parse
 from ldm_jax.images import write_png
-from ldm_jax.interop.inception import inception_shapes
-from ldm_jax.nn.classifier import Seen
-from ldm_jax.scoring import extractors, measuring, real, reconstructions, samples
-from ldm_jax.scoring.extractors import (
-    classifier_extractor,
-    extract_all,
-    function_extractor,
-    inception_extractor,
-)
-from ldm_jax.scoring.teaching import accuracy, classifier, look, teach
-from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.pretrained.metric_networks import inception_shapes
+from ldm_jax.training.latent_cache import made_of
 from ldm_jax.types import InputError
 from tests import tiny
-from tests.commands import run, succeeded, train, write_run
+from tests.support.commands import run, succeeded, train, write_run
 
-DOOR = "ldm_jax.evaluation"
+DOOR = "ldm_jax.cli.evaluate"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,7 @@ def tiny_run(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short_lessons(monkeypatch):
     """Teach the classifier for a moment only, and keep few features a file."""
-    monkeypatch.setattr(real, "teach", functools.partial(teach, num_steps=5))
+    monkeypatch.setattr(real, "teach", functools.partial(train_classifier, num_steps=5))
     monkeypatch.setattr(samples, "SHARD", 32)
 
 
@@ -189,7 +197,7 @@ def test_reconstructions_are_scored(trained_run, tmp_path, capsys, monkeypatch):
     assert found["rfid"] > 0.0 and f"psnr {found['psnr']:.4g}" in printed
     # Of a first stage that changes nothing, nothing is lost.
     monkeypatch.setattr(
-        reconstructions, "make_reconstruct", lambda networks: lambda params, x: x
+        reconstructions, "make_reconstruct", lambda model: lambda params, x: x
     )
     main([str(arg) for arg in (*args, "--compilation-cache", "none")])
     report = json.loads((out / "reconstructions_dataset-classifier.json").read_text())
@@ -205,7 +213,7 @@ def images(num, side=16, channels=1, seed=0):
 
 def test_features_do_not_depend_on_devices_or_batches():
     assert jax.device_count() == 8
-    params = teach(images(64), np.arange(64) % 4, num_classes=4, num_steps=3)
+    params = train_classifier(images(64), np.arange(64) % 4, num_classes=4, num_steps=3)
     extractor = classifier_extractor(params, num_classes=4)
     shown = images(300, seed=1)
     alone = jax.jit(functools.partial(look, num_classes=4))(params, shown)
@@ -293,7 +301,7 @@ def test_a_classifier_of_other_classes_than_the_config_says_is_refused():
         diffusion=dataclasses.replace(config.diffusion, condition=ConditionConfig()),
     )
     with pytest.raises(InputError, match=r"has 10 classes, but data\.num_classes is 7"):
-        real.taught(config)
+        real.trained_classifier(config)
 
 
 def test_statistics_of_a_folder_are_of_what_is_in_it(tmp_path):
@@ -314,7 +322,8 @@ def test_the_classifier_learns_digits_and_is_the_same_each_time():
     config = tiny.get_config()
     train, test = (real.load_split(config, split) for split in ("train", "test"))
     params, again = (
-        teach(train.image, train.label, num_classes=10, num_steps=n) for n in (150, 150)
+        train_classifier(train.image, train.label, num_classes=10, num_steps=n)
+        for n in (150, 150)
     )
     jax.tree.map(np.testing.assert_array_equal, params, again)
     right = accuracy(params, test.image, test.label, num_classes=10)

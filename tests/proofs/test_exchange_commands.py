@@ -6,9 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
+from ldm_jax.files import write_safetensors
 from ldm_jax.images import read_png, read_texts
-from ldm_jax.interop.weights import open_tensors, write_safetensors
-from tests.commands import (
+from ldm_jax.pretrained.tensors import open_tensors
+from tests.data.test_tokenizer import write_clip
+from tests.support.commands import (
     error_line,
     refusal,
     run,
@@ -16,14 +18,13 @@ from tests.commands import (
     succeeded,
     write_run,
 )
-from tests.models import config_of
-from tests.test_tokenizer import write_clip
+from tests.support.models import config_of
 
 STEPS = ["--steps", 2, "--seeds", "0-1"]
 
 
 def interop(*args):
-    return run("-m", "ldm_jax.interop", *args)
+    return run("-m", "ldm_jax.cli.export", *args)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_a_pickle_that_calls_something_is_refused_and_does_not_run(capsys, tmp_p
 def test_a_first_stage_is_taken_from_another_run_and_kept(tmp_path):
     """Stage 2 trains on the autoencoder of a run that trained nothing else."""
     first, second = tmp_path / "first", tmp_path / "second"
-    config = ["--config", "tests/tiny.py", "--autoencoder.steps", 2]
+    config = ["--config", "tests/support/tiny.py", "--autoencoder.steps", 2]
     alone = ["--stages", "autoencoder", "--workdir", first]
     assert "finished" in succeeded(run("train.py", *config, *alone))
     taken = ["--first-stage", first, "--diffusion.steps", 2, "--workdir"]

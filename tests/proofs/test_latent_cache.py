@@ -13,14 +13,9 @@ import pytest
 from examples.scenes.scenes_dataset_builder import Builder
 from ldm_jax import config as config_lib
 from ldm_jax import run
-from ldm_jax.build import build_networks, open_iterator, open_split
-from ldm_jax.caching import making, reading
-from ldm_jax.caching.encoders import Encoders, Made, encode_records
-from ldm_jax.caching.making import make_cache, make_shards, plan_cache
-from ldm_jax.caching.shards import find_shards
+from ldm_jax.build import build_model, open_iterator, open_split
 from ldm_jax.config import ConditionConfig
-from ldm_jax.data.cache_latents import parse
-from ldm_jax.data.latents import (
+from ldm_jax.data.latent_cache import (
     CacheNote,
     LatentExamples,
     pack,
@@ -31,17 +26,23 @@ from ldm_jax.data.latents import (
     unpack,
 )
 from ldm_jax.data.pipeline import LatentBatch, to_batch
-from ldm_jax.describe import batch_shapes, describe
-from ldm_jax.pretrained import Taken, keep_taken, load_taken
+from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.parallel.reduce import average_here
+from ldm_jax.pretrained.frozen import load_frozen, open_encoders, save_frozen
 from ldm_jax.rng import root_key
-from ldm_jax.second_stage import diffusion_stage
-from ldm_jax.training.averaging import average_here
-from ldm_jax.training.diffusion_step import Frozen
-from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.tools.cache_latents import parse
+from ldm_jax.training import encode_latents as making
+from ldm_jax.training import latent_cache as reading
+from ldm_jax.training.diffusion_stage import diffusion_stage
+from ldm_jax.training.diffusion_step import Frozen, FrozenWeights
+from ldm_jax.training.dry_run import batch_shapes, describe
+from ldm_jax.training.encode_latents import make_cache, make_shards, plan_cache
+from ldm_jax.training.latent_encoders import Encoders, Made, encode_records
+from ldm_jax.training.latent_shards import find_shards
 from ldm_jax.types import InputError, RunError
 from tests import tiny
-from tests.models import config_of, model_of
-from tests.test_tokenizer import write_clip
+from tests.data.test_tokenizer import write_clip
+from tests.support.models import config_of, model_of
 
 NUM, BATCH, STEPS = 24, 8, 5
 SMALL = {"channel_multipliers": (1,), "attention_downsampling": (1,)}
@@ -63,19 +64,21 @@ class Prepared:
         )
         if kind == "clip":
             self.config = self.of_condition(tokenizer=str(write_clip(folder, "sd1")))
-        self.networks = build_networks(self.config)
-        self.model = model_of(self.config)
+        self.model = build_model(self.config)
+        self.weights = model_of(self.config)
         self.workdir.mkdir()
         text = config_lib.to_json(self.config)
         (self.workdir / "config.json").write_text(text)
-        first_stage = (self.model.autoencoder, jnp.float32(0.5))
+        first_stage = (self.weights.autoencoder, jnp.float32(0.5))
         trained = self.config.diffusion.condition.trained
-        kept = {} if trained else self.model.conditioner
-        keep_taken(Taken(None, first_stage, kept), self.workdir)
+        kept = {} if trained else self.weights.conditioner
+        save_frozen(FrozenWeights(None, first_stage, kept), self.workdir)
 
     def make(self, **asked):
         asked = {"num_shards": 5, "batch_size": 2, "states": True, **asked}
-        return make_cache(self.config, self.workdir, self.out, **asked)
+        return make_cache(
+            self.config, self.workdir, self.out, open_encoders=open_encoders, **asked
+        )
 
     def of_condition(self, **fields):
         second = self.config.diffusion
@@ -90,27 +93,27 @@ class Prepared:
         data = dataclasses.replace(config.data, **data)
         return dataclasses.replace(config, data=data)
 
-    def taken(self):
-        return load_taken(self.config, self.networks, self.workdir)
+    def frozen_weights(self):
+        return load_frozen(self.config, self.model, self.workdir)
 
     def train(self, config):
         """Train a few steps; return the batches' indices and labels, and the losses."""
-        taken, layout = self.taken(), PmapLayout(jax.devices()[:1])
-        note = reading.check_cache(config, taken, self.workdir)
-        cache = reading.open_cache(config, taken.first_stage[0], note)
+        frozen_weights, layout = self.frozen_weights(), PmapLayout(jax.devices()[:1])
+        note = reading.check_cache(config, frozen_weights, self.workdir)
+        cache = reading.open_cache(config, frozen_weights.first_stage[0], note)
         opened = functools.partial(open_iterator, config)
         if cache is not None:
             opened = functools.partial(reading.open_latents, config, cache)
         stage = diffusion_stage(
             config,
-            self.networks,
-            Frozen(*taken.first_stage, taken.conditioner),
+            self.model,
+            Frozen(*frozen_weights.first_stage, frozen_weights.conditioner),
             self.workdir,
             null_state=None if cache is None else cache.null_state,
         )
         step = jax.jit(functools.partial(stage.step, average=average_here))
         state = jax.eval_shape(stage.init)
-        params = state.params._replace(unet=self.model.unet)
+        params = state.params._replace(unet=self.weights.unet)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
         state = zeros._replace(params=params, ema=params)
         told, losses = [], []
@@ -158,8 +161,8 @@ def test_losses_from_latents_are_those_from_images(prepared):
 def check_tokens(prepared):
     """Check that an encoder in training reads the captions of the same cache."""
     config = prepared.reading(prepared.of_condition(trained=True))
-    note = reading.check_cache(config, prepared.taken(), prepared.workdir)
-    cache = reading.open_cache(config, prepared.model.autoencoder, note)
+    note = reading.check_cache(config, prepared.frozen_weights(), prepared.workdir)
+    cache = reading.open_cache(config, prepared.weights.autoencoder, note)
     assert cache.null_state is None and "embedding" not in cache.examples[0]
     source = open_split(prepared.config, "train").examples
     for i in range(NUM):
@@ -177,7 +180,7 @@ def test_an_unchanged_cache_is_left_alone_and_a_damaged_shard_made_anew(cached):
     files = {path: path.read_bytes() for path in cached.out.iterdir()}
     (cached.out / shard_name(1, 2)).write_bytes(b"torn")
     with pytest.raises(InputError, match=r"has 4 bytes, wanted \d+ bytes; give the"):
-        reading.check_cache(cached.reading(), cached.taken(), cached.workdir)
+        reading.check_cache(cached.reading(), cached.frozen_weights(), cached.workdir)
     assert cached.make(num_shards=None).num_made == 1
     assert cached.make(num_shards=2).num_made == 0
     assert {path: path.read_bytes() for path in cached.out.iterdir()} == files
@@ -211,7 +214,7 @@ def test_a_run_that_makes_its_own_is_the_run_that_is_given_them(tmp_path, monkey
     lost, *kept = sorted(latents.glob("*.array_record"))
     before = lost.read_bytes(), [path.stat().st_mtime_ns for path in kept]
     lost.unlink()
-    kept_config, note = making.keep_latents(config, alone)
+    kept_config, note = making.keep_latents(config, alone, open_encoders=open_encoders)
     assert kept_config.data.latents == str(latents) and note == read_note(latents)
     assert before == (lost.read_bytes(), [path.stat().st_mtime_ns for path in kept])
 
@@ -228,19 +231,19 @@ def test_a_dry_run_of_latents_has_no_first_stage_and_the_same_digest():
     assert batch_shapes(cached, "autoencoder", 4).image.shape == (4, 16, 16, 3)
 
 
-def refused(cached, config, *, taken=None, workdir=None):
+def refused(cached, config, *, frozen_weights=None, workdir=None):
     with pytest.raises(InputError) as caught:
-        taken = taken or cached.taken()
-        reading.check_cache(config, taken, workdir or cached.workdir)
+        frozen_weights = frozen_weights or cached.frozen_weights()
+        reading.check_cache(config, frozen_weights, workdir or cached.workdir)
     message = str(caught.value)
     assert message.startswith("data.latents:") and "\n" not in message
     return message
 
 
 def test_a_cache_of_another_first_stage_is_refused_with_both_digests(cached):
-    params = jax.tree.map(lambda leaf: leaf * 1.0001, cached.model.autoencoder)
-    taken = Taken(None, (params, jnp.float32(0.5)), {})
-    line = refused(cached, cached.reading(), taken=taken)
+    params = jax.tree.map(lambda leaf: leaf * 1.0001, cached.weights.autoencoder)
+    frozen_weights = FrozenWeights(None, (params, jnp.float32(0.5)), {})
+    line = refused(cached, cached.reading(), frozen_weights=frozen_weights)
     assert "was made by another first stage" in line
     assert read_note(cached.out).first_stage[:12] in line
     with pytest.raises(InputError, match="another first stage"):
@@ -291,7 +294,10 @@ def test_what_is_no_cache_or_not_finished_is_told(cached, tmp_path):
 
 def test_a_first_stage_that_is_not_trained_yet_has_no_latents(cached, tmp_path):
     line = refused(
-        cached, cached.reading(), taken=Taken(None, None, {}), workdir=tmp_path
+        cached,
+        cached.reading(),
+        frozen_weights=FrozenWeights(None, None, {}),
+        workdir=tmp_path,
     )
     assert "is not trained yet" in line and "try --first-stage" in line
 
@@ -303,8 +309,8 @@ def test_a_flipped_bit_is_found_where_it_is_read(cached, tmp_path, monkeypatch):
     data = bytearray(shard.read_bytes())
     data[5000] ^= 1  # among the records, which begin near the start of the file
     shard.write_bytes(data)
-    config, params = cached.reading(latents=str(tmp_path)), cached.model.autoencoder
-    note = reading.check_cache(config, cached.taken(), cached.workdir)
+    config, params = cached.reading(latents=str(tmp_path)), cached.weights.autoencoder
+    note = reading.check_cache(config, cached.frozen_weights(), cached.workdir)
     with pytest.raises(InputError, match=r"damaged \(.*; give the same command"):
         reading.open_cache(config, params, note)
     # A large cache is not read before it is trained from: then, by the reading thread.
@@ -320,14 +326,14 @@ def test_a_flipped_bit_is_found_where_it_is_read(cached, tmp_path, monkeypatch):
 def test_text_states_of_another_encoder_or_tokenizer_are_refused(tmp_path):
     made = Prepared("clip", tmp_path)
     digest = reading.text_encoder_digest(
-        made.config, made.model.conditioner, has_captions=True
+        made.config, made.weights.conditioner, has_captions=True
     )
-    other = jax.tree.map(lambda leaf: -leaf, made.model.conditioner)
+    other = jax.tree.map(lambda leaf: -leaf, made.weights.conditioner)
     (tmp_path / "other").mkdir()
     folder = write_clip(tmp_path / "other", "sd2")
     cases = [(made.config, other), (made.of_condition(tokenizer=str(folder)), None)]
     for config, conditioner in cases:
-        conditioner = conditioner or made.model.conditioner
+        conditioner = conditioner or made.weights.conditioner
         note = note_of(made, text_encoder=digest, has_captions=True)
         with pytest.raises(InputError, match="another text encoder or tokenizer"):
             reading._check_states(made.reading(config), conditioner, note)
@@ -341,7 +347,7 @@ def note_of(made, **fields) -> CacheNote:
         dataclasses.replace(made.config, stages=("autoencoder",), first_stage=None),
         "train",
     )
-    encoders = Encoders(made.model.autoencoder, {})
+    encoders = Encoders(made.weights.autoencoder, {})
     note = plan_cache(made.config, encoders, source, num_shards=5)
     return dataclasses.replace(note, **fields)
 
@@ -471,7 +477,7 @@ def test_latents_are_no_part_of_what_a_run_is(cached):
     assert config_lib.from_json(config_lib.to_json(theirs)) == theirs
 
 
-TINY = ("--config", "tests/tiny.py")
+TINY = ("--config", "tests/support/tiny.py")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Training leaves a page, and what the page says makes the run again."""
 
-from tests.commands import succeeded, train
-from tests.test_report import Page
+from tests.support.commands import succeeded, train
+from tests.tools.test_report import Page
 
 
 def test_training_leaves_a_page(tmp_path):

@@ -5,8 +5,8 @@ import signal
 import time
 
 from ldm_jax.config import ParallelConfig
-from tests.pods import digest_of, ended, pair, wait_for_step
-from tests.toys import run_toy, toy_stage
+from tests.support.pods import digest_of, ended, pair, wait_for_step
+from tests.support.toys import run_toy, toy_stage
 
 SAVES = 3
 

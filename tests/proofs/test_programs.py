@@ -9,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.build import build_networks
-from ldm_jax.exchange import to_sample_params
-from ldm_jax.generate import make_sample_fn
-from ldm_jax.interop.native import write_native
-from ldm_jax.nn.conditioning import ConditionInputs
-from ldm_jax.programs import (
+from ldm_jax.build import build_model
+from ldm_jax.models.conditioning import ConditionInputs
+from ldm_jax.pretrained.load_weights import to_sample_params
+from ldm_jax.pretrained.model import write_native
+from ldm_jax.rng import image_keys
+from ldm_jax.sampling.export import (
     MAGIC,
     check_arrays,
     export_sample_program,
     load_sample_program,
 )
-from ldm_jax.rng import image_keys
+from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.types import InputError
-from tests.commands import ROOT, TIMEOUT
-from tests.models import config_of, model_of
+from tests.support.commands import ROOT, TIMEOUT
+from tests.support.models import config_of, model_of
 
 LABELS, SEEDS, SCALE = [1, 2, 0], [7, 8, 9], 2.5
 FRESH = f"""
@@ -31,9 +31,9 @@ import sys
 from pathlib import Path
 import numpy as np
 import jax.numpy as jnp
-from ldm_jax.nn.conditioning import ConditionInputs
-from ldm_jax.exchange import open_weights, to_sample_params
-from ldm_jax.programs import load_sample_program
+from ldm_jax.models.conditioning import ConditionInputs
+from ldm_jax.pretrained.load_weights import open_weights, to_sample_params
+from ldm_jax.sampling.export import load_sample_program
 from ldm_jax.rng import image_keys
 
 folder = Path(sys.argv[1])
@@ -47,28 +47,30 @@ for path in sorted(folder.glob("*.program")):
 
 
 @pytest.fixture(scope="module")
-def model():
+def tiny_model():
     config = config_of("label")
-    return config, build_networks(config), model_of(config)
+    return config, build_model(config), model_of(config)
 
 
 @pytest.fixture(scope="module")
-def program(model):
-    _, networks, weights = model
+def program(tiny_model):
+    _, model, weights = tiny_model
     params = to_sample_params(weights)
-    return export_sample_program(networks, params, sampler="ddim", num_steps=2)
+    return export_sample_program(model, params, sampler="ddim", num_steps=2)
 
 
-def test_a_fresh_process_draws_the_same_bits_from_the_program(model, program, tmp_path):
+def test_a_fresh_process_draws_the_same_bits_from_the_program(
+    tiny_model, program, tmp_path
+):
     """Three images in calls of two: the last is filled up, as everywhere."""
     from ldm_jax.config import to_json
 
-    config, networks, weights = model
+    config, model, weights = tiny_model
     write_native(weights, tmp_path)
     (tmp_path / "config.json").write_text(to_json(config))
     params = to_sample_params(weights)
     noisy = export_sample_program(
-        networks, params, sampler="euler_ancestral", num_steps=2, guided=False
+        model, params, sampler="euler_ancestral", num_steps=2, guided=False
     )
     (tmp_path / "ddim.program").write_bytes(program)
     (tmp_path / "euler_ancestral.program").write_bytes(noisy)
@@ -81,22 +83,22 @@ def test_a_fresh_process_draws_the_same_bits_from_the_program(model, program, tm
     cond = ConditionInputs(label=jnp.asarray(LABELS, jnp.int32))
     drawn = []
     for name, guided in (("ddim", True), ("euler_ancestral", False)):
-        ours = make_sample_fn(networks, sampler=name, num_steps=2, guided=guided)
+        ours = make_sample_fn(model, sampler=name, num_steps=2, guided=guided)
         images = np.asarray(ours(params, image_keys(SEEDS), cond, SCALE).images)
         assert np.load(tmp_path / f"{name}.npy").tobytes() == images.tobytes()
         drawn.append(images)
     assert not np.array_equal(*drawn)
 
 
-def test_parameters_are_inputs_and_not_part_of_the_program(model, program):
+def test_parameters_are_inputs_and_not_part_of_the_program(tiny_model, program):
     """Twice the parameters' values leave the same bytes, which are fewer than they.
 
     Nor are the paths of our files: one model has one program on every machine.
     """
-    _, networks, weights = model
+    _, model, weights = tiny_model
     params = to_sample_params(weights)
     doubled = jax.tree.map(lambda x: 2 * x, params)
-    again = export_sample_program(networks, doubled, sampler="ddim", num_steps=2)
+    again = export_sample_program(model, doubled, sampler="ddim", num_steps=2)
     assert again == program
     assert len(again) < sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert str(ROOT).encode() not in again
@@ -119,10 +121,10 @@ def test_what_is_no_program_is_told_in_one_line(program, change, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_program_for_another_platform_names_both(model):
-    _, networks, weights = model
+def test_a_program_for_another_platform_names_both(tiny_model):
+    _, model, weights = tiny_model
     data = export_sample_program(
-        networks,
+        model,
         to_sample_params(weights),
         sampler="ddim",
         num_steps=1,
@@ -132,8 +134,8 @@ def test_a_program_for_another_platform_names_both(model):
         load_sample_program(data)
 
 
-def test_wrong_shapes_are_named_before_anything_is_drawn(model, program):
-    _, _, weights = model
+def test_wrong_shapes_are_named_before_anything_is_drawn(tiny_model, program):
+    _, _, weights = tiny_model
     params = to_sample_params(weights)
     draw, keys = load_sample_program(program), image_keys([0, 1])
     cond = ConditionInputs(label=jnp.zeros((2,), jnp.int32))
@@ -160,8 +162,8 @@ def test_wrong_shapes_are_named_before_anything_is_drawn(model, program):
         check_arrays({"a": jnp.zeros(1)}, {})
 
 
-def test_what_cannot_be_exported_is_told(model):
-    _, networks, weights = model
+def test_what_cannot_be_exported_is_told(tiny_model):
+    _, model, weights = tiny_model
     params = to_sample_params(weights)
     bad = [
         ({"num_steps": 0}, "steps: got 0"),
@@ -171,10 +173,10 @@ def test_what_cannot_be_exported_is_told(model):
     for changed, words in bad:
         with pytest.raises(ValueError, match=words):
             export_sample_program(
-                networks, params, **{"sampler": "ddim", "num_steps": 1, **changed}
+                model, params, **{"sampler": "ddim", "num_steps": 1, **changed}
             )
     for kind in ("embedding", "masked_image"):
         other = config_of(kind)
-        networks, params = build_networks(other), to_sample_params(model_of(other))
+        model, params = build_model(other), to_sample_params(model_of(other))
         with pytest.raises(ValueError, match="cond: not given"):
-            export_sample_program(networks, params, sampler="ddim", num_steps=1)
+            export_sample_program(model, params, sampler="ddim", num_steps=1)

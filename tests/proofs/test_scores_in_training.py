@@ -9,24 +9,27 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax import run, studio
+from ldm_jax import run
+from ldm_jax.cli.evaluate import main
 from ldm_jax.config import ScoresConfig, digest, from_json, to_json
-from ldm_jax.evaluation.__main__ import main
-from ldm_jax.interop.names import flatten
-from ldm_jax.interop.weights import open_tensors
-from ldm_jax.report.scores import score_curves, scores_section
-from ldm_jax.report.story import read_story
+from ldm_jax.evaluation import dataset_statistics as real
+from ldm_jax.evaluation import extractors, samples
+from ldm_jax.evaluation import online as during
+from ldm_jax.evaluation.classifier import train_classifier
+from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.pretrained.layouts import flatten
+from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.run import load_run, train
-from ldm_jax.scoring import during, extractors, real, samples
-from ldm_jax.scoring.teaching import teach
+from ldm_jax.sampling import pipeline as pipeline
+from ldm_jax.tools.report.run_summary import read_run_summary
+from ldm_jax.tools.report.scores import score_curves, scores_section
 from ldm_jax.training.diffusion_step import Denoising, Frozen
-from ldm_jax.training.log import read_metrics
-from ldm_jax.training.parallel import PmapLayout
+from ldm_jax.training.metrics import read_metrics
 from ldm_jax.types import InputError, Preempted
 from tests import tiny
-from tests.commands import sample_here
-from tests.test_layouts import StopAfter
-from tests.toys import run_toy, toy_stage
+from tests.parallel.test_layouts import StopAfter
+from tests.support.commands import sample_here
+from tests.support.toys import run_toy, toy_stage
 
 SCORES = ScoresConfig(every=4, images=66, steps=2, guidance_scale=2.0)
 
@@ -52,9 +55,9 @@ def one_device_and_short_lessons():
     """One device compiles fastest; the classifier is taught for a moment only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_layout", lambda config: one_device())
-        for room in (studio, extractors):
+        for room in (pipeline, extractors):
             patch.setattr(room, "PmapLayout", one_device)
-        patch.setattr(real, "teach", functools.partial(teach, num_steps=5))
+        patch.setattr(real, "teach", functools.partial(train_classifier, num_steps=5))
         patch.setattr(samples, "SHARD", 32)
         yield
 
@@ -104,7 +107,7 @@ def test_averages_of_any_length_are_measured_and_drawn(scored, tmp_path, capsys)
     assert sorted(found) == lengths
     assert len({one["scores"]["fid"] for one in found.values()}) == 3
     assert len({one["made_with"]["checkpoint"] for one in found.values()}) == 3
-    assert "FID against EMA length" in scores_section(read_story(workdir))
+    assert "FID against EMA length" in scores_section(read_run_summary(workdir))
     # What was kept at the last step is what training had then.
     last = open_tensors(workdir / "diffusion" / "averages" / "000008.safetensors")
     unet = flatten(load_run(workdir, ema_length=0.1).params.unet)
@@ -180,7 +183,7 @@ def test_the_second_score_compiles_nothing(scored):
     loaded = load_run(scored[0])
     frozen = Frozen(loaded.params.autoencoder, loaded.params.latent_scale, {})
     trained = Denoising(loaded.params.unet, loaded.params.conditioner)
-    measure = during.make_measure(config, loaded.networks, frozen, scored[0])
+    measure = during.make_measure(config, loaded.model, frozen, scored[0])
     worse = jax.tree.map(lambda leaf: 0.5 * leaf, trained)
     first = measure(trained, 8)
 
@@ -200,7 +203,7 @@ def test_the_second_score_compiles_nothing(scored):
 
 def test_the_report_draws_the_curve(scored):
     workdir, _ = scored
-    (_, stage) = read_story(workdir).stages
+    (_, stage) = read_run_summary(workdir).stages
     drawn = score_curves(stage)
     assert "FID of the averaged weights over training" in drawn
     assert "dataset-classifier, 66 samples, ddim 2, guidance 2" in drawn

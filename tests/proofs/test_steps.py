@@ -5,18 +5,18 @@ import json
 import numpy as np
 import pytest
 
+from ldm_jax.cli.steps import main, parse
 from ldm_jax.config import to_json
 from ldm_jax.evaluation.components import fit_projection, moments_of, small_images
-from ldm_jax.evaluation.frechet import frechet_distance
-from ldm_jax.evaluation.steps import main, parse
+from ldm_jax.evaluation.fid import frechet_distance
 from ldm_jax.evaluation.trade_off import Measured, cheapest, in_words, to_table
 from ldm_jax.images import read_png
 from ldm_jax.types import InputError
 from tests import tiny
-from tests.commands import run, succeeded, write_run
-from tests.models import config_of
+from tests.support.commands import run, succeeded, write_run
+from tests.support.models import config_of
 
-DOOR = "ldm_jax.evaluation.steps"
+DOOR = "ldm_jax.cli.steps"
 ROWS = [
     Measured("ddim", 20, 20, 0.2, 1.04, 3.0),
     Measured("heun", 10, 19, 0.4, 1.04, 1.0),
@@ -101,7 +101,7 @@ def test_distances_are_those_of_a_protocol_where_one_is_named(tiny_run, tmp_path
     (row,) = report["settings"]
     # The same seeds by the evaluation, and the same statistics of real images.
     flags = ("--steps", 2, "--num-images", 160)
-    succeeded(run("-m", "ldm_jax.evaluation", "--workdir", tiny_run, *flags))
+    succeeded(run("-m", "ldm_jax.cli.evaluate", "--workdir", tiny_run, *flags))
     (path,) = (tiny_run / "evaluation").glob("*/metrics.json")
     scores = json.loads(path.read_text())
     assert row["distance"] == pytest.approx(scores["scores"]["fid"], rel=1e-4)

@@ -132,7 +132,7 @@ def check(asked: Wanted | str, reading: Reading) -> Verdict:
     number = len(wanted.things) == len(reading.things) and reading.unknown == 0
     # Two things may have the same shape and colour: any way to tell them apart will do.
     verdicts = [
-        _judge(wanted, found)
+        _score_shape(wanted, found)
         for found in itertools.permutations(reading.things, len(wanted.things))
         if all(w.pair == f.pair for w, f in zip(wanted.things, found, strict=True))
     ]
@@ -152,7 +152,7 @@ def check(asked: Wanted | str, reading: Reading) -> Verdict:
     )
 
 
-def _judge(wanted: Wanted, found: Sequence[Thing]) -> tuple[bool, bool, bool]:
+def _score_shape(wanted: Wanted, found: Sequence[Thing]) -> tuple[bool, bool, bool]:
     """Say whether sizes, places and relation are right, thing by thing."""
     both: list[tuple[WantedThing, Thing]] = list(zip(wanted.things, found, strict=True))
     sizes = all(w.size in (None, f.size) for w, f in both)

@@ -1,0 +1,1 @@
+"""One program, `ldm`, with sub-commands."""

@@ -1,0 +1,198 @@
+"""A data set of PNGs, written as TFDS keeps one: array_record files and what they are.
+
+A TFDS builder is not used, since it writes the features of a record in an order that
+changes from one process to the next. Here record i is image i, and the same images make
+the same bytes. A record holds a PNG as it is, its recipe included.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm_jax.types import RunError
+
+VERSION = "1.0.0"
+SPLIT = "train"
+FILE_FORMAT = "array_record"
+DIGEST = "sha256"
+"""What a data set's metadata calls the digest of what it holds."""
+METADATA_FILE = "metadata.json"
+MAX_SHARD_BYTES = 2**28
+ONE_RECORD_A_GROUP = "group_size:1"
+"""How TFDS has array_record written: every record is read by itself."""
+
+
+class Record(NamedTuple):
+    """One example.
+
+    Attributes:
+      png: Its image.
+      label: Its class, or None; all records have one, or none has.
+      caption: Its text, or None; likewise.
+    """
+
+    png: Path
+    label: int | None
+    caption: str | None
+
+
+class Contents(NamedTuple):
+    """What a data set holds.
+
+    Attributes:
+      records: In order; at least one.
+      class_names: Of the labels; () if there are none.
+      shape: Height, width and channels of every image.
+    """
+
+    records: Sequence[Record]
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+
+
+def digest_of(contents: Contents) -> str:
+    """Compute the sha256 of all that a data set holds, in order.
+
+    Raises:
+      OSError: If an image cannot be read.
+    """
+    digest = hashlib.sha256(json.dumps([contents.class_names, contents.shape]).encode())
+    for record in contents.records:
+        png = hashlib.sha256(record.png.read_bytes()).hexdigest()
+        digest.update(json.dumps([png, record.label, record.caption]).encode())
+    return digest.hexdigest()
+
+
+def written_digest(folder: Path) -> str | None:
+    """Return the digest of what was written to a folder.
+
+    Args:
+      folder: As `data_set_folder` names it.
+
+    Returns:
+      The digest; "" where something else is, and None where nothing is.
+    """
+    if not folder.exists():
+        return None
+    try:
+        found = json.loads((folder / METADATA_FILE).read_text())
+        return str(found[DIGEST])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def data_set_folder(root: Path, name: str) -> Path:
+    """Return where TFDS looks for a data set below the folder of all of them."""
+    return root / name / VERSION
+
+
+def write_data_set(
+    contents: Contents, root: Path, *, name: str, description: str
+) -> None:
+    """Write a data set whole or not at all, in the place of what is there.
+
+    Args:
+      contents: What it holds.
+      root: The folder of all data sets, TFDS' `data_dir`; `ROOT.part` is made beside
+        it and removed.
+      name: Lower-case, as TFDS wants it.
+      description: For people.
+
+    Raises:
+      OSError: If an image cannot be read, or something cannot be written.
+      RunError: If the records cannot be written; array_record says so in its own way.
+    """
+    part = root.with_name(root.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    folder, place = data_set_folder(part, name), data_set_folder(root, name)
+    folder.mkdir(parents=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _write_files(contents, folder, name=name, description=description)
+    if place.exists():
+        os.replace(place, part / "replaced")
+    os.replace(folder, place)
+    shutil.rmtree(part)
+
+
+def _write_files(
+    contents: Contents, folder: Path, *, name: str, description: str
+) -> None:
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(_features(contents))
+    specs: Any = features.get_serialized_info()
+    serializer = tfds.core.ExampleSerializer(specs)
+
+    def serialize(record: Record) -> bytes:
+        example = {"image": record.png.read_bytes()}
+        details = {"label": record.label, "caption": record.caption}
+        example |= {key: value for key, value in details.items() if value is not None}
+        encoded = serializer.get_tf_example(features.encode_example(example))
+        return encoded.SerializeToString(deterministic=True)
+
+    records = contents.records
+    total = sum(record.png.stat().st_size for record in records)
+    num_shards = -(-total // MAX_SHARD_BYTES)
+    cuts = [len(records) * i // num_shards for i in range(num_shards + 1)]
+    shards = [records[a:b] for a, b in itertools.pairwise(cuts)]
+    num_bytes = 0
+    for i, shard in enumerate(shards):
+        file = f"{name}-{SPLIT}.{FILE_FORMAT}-{i:05d}-of-{num_shards:05d}"
+        num_bytes += _write_records(folder / file, map(serialize, shard))
+    split = tfds.core.SplitInfo(
+        name=SPLIT,
+        shard_lengths=[len(shard) for shard in shards],
+        num_bytes=num_bytes,
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=[split],
+        version=VERSION,
+        check_data=False,  # that needs TensorFlow
+        description=description,
+        supervised_keys=("image", "label") if contents.class_names else None,
+        metadata=tfds.core.MetadataDict({DIGEST: digest_of(contents)}),
+        disable_shuffling=True,  # record i is image i
+    )
+
+
+def _features(contents: Contents) -> dict[str, Any]:
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    features: dict[str, Any] = {
+        "image": tfds.features.Image(
+            shape=contents.shape, dtype=np.uint8, encoding_format="png"
+        )
+    }
+    if contents.class_names:
+        features["label"] = tfds.features.ClassLabel(names=list(contents.class_names))
+    if contents.records[0].caption is not None:
+        features["caption"] = tfds.features.Text()
+    return features
+
+
+def _write_records(path: Path, records: Iterable[bytes]) -> int:
+    """Write one file of records; return how many bytes they have."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    num_bytes = 0
+    try:
+        writer = ArrayRecordWriter(str(path), ONE_RECORD_A_GROUP)
+        for record in records:
+            writer.write(record)
+            num_bytes += len(record)
+        writer.close()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise RunError(
+            f"{path} cannot be written ({reason[:200]}); make room there and give the "
+            "same command"
+        ) from None
+    return num_bytes

@@ -1,0 +1,136 @@
+"""What the network is trained to minimise."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ldm_jax.diffusion.guidance import Denoiser
+from ldm_jax.diffusion.parameterization import (
+    PredictionName,
+    add_noise,
+    prediction_gain,
+    target_of,
+)
+from ldm_jax.diffusion.schedules import Level
+from ldm_jax.types import PyTree
+
+WeightName = Literal["uniform", "min_snr", "p2", "debiased"]
+LossName = Literal["l1", "l2"]
+TINY = 1e-20
+
+
+def denoising_loss(
+    denoise: Denoiser,
+    x_0: Float[Array, "b h w c"],
+    level: Level,
+    eps: Float[Array, "b h w c"],
+    cond: PyTree,
+    *,
+    prediction: PredictionName,
+    loss: LossName,
+    weight: WeightName = "uniform",
+    weight_gamma: float = 5.0,
+    sigma_data: float = 1.0,
+) -> Float[Array, " b"]:
+    """Score a network on what it should have predicted.
+
+    Args:
+      denoise: The network.
+      x_0: Clean latents, standard deviation about 1.
+      level: Noise level of each example.
+      eps: Unit-variance noise.
+      cond: Condition of each example.
+      prediction: What the network predicts.
+      loss: Absolute or squared error.
+      weight: How much each level counts.
+      weight_gamma: Its parameter; see `loss_weight`.
+      sigma_data: Standard deviation of the clean latents (`edm`).
+
+    Returns:
+      The weighted mean error of each example, over its latent.
+
+    Source:
+      Ho et al., DDPM, arXiv:2006.11239, eq. 14; Rombach et al., arXiv:2112.10752,
+      eq. 2; Salimans & Ho, arXiv:2202.00512, sec. 4 (v); Liu et al., arXiv:2209.03003,
+      eq. 1 (flow); Karras et al., arXiv:2206.00364, eq. 8 (EDM, whose weight is
+      uniform in what its network predicts).
+    """
+    x_t = add_noise(x_0, eps, level)
+    target = target_of(x_0, eps, level, prediction=prediction, sigma_data=sigma_data)
+    error = denoise(x_t, level.t, cond) - target
+    per_value = jnp.abs(error) if loss == "l1" else jnp.square(error)
+    losses = per_value.mean(axis=(1, 2, 3))
+    if weight == "uniform":
+        return losses
+    return losses * loss_weight(
+        level,
+        weight=weight,
+        gamma=weight_gamma,
+        prediction=prediction,
+        sigma_data=sigma_data,
+    )
+
+
+def loss_weight(
+    level: Level,
+    *,
+    weight: Literal["min_snr", "p2", "debiased"],
+    gamma: float,
+    prediction: PredictionName,
+    sigma_data: float = 1.0,
+) -> Float[Array, " b"]:
+    """Return how much the squared error of a prediction counts at a level.
+
+    Each is stated for one kind of prediction and means the same for all: as a weight of
+    the clean latent's error they are `min(SNR, gamma)`, `SNR / (1 + SNR)^gamma` and
+    `SNR^(1 - gamma)`.
+
+    Args:
+      level: Of each example.
+      weight: Which of them.
+      gamma: The largest SNR that counts (5 in the paper), P2's exponent (1), or the
+        debiased one (1/2).
+      prediction: What the network predicts.
+      sigma_data: Standard deviation of the clean latents (`edm`).
+
+    Returns:
+      A weight per example.
+
+    Source:
+      Hang et al., arXiv:2303.09556, eq. 8 and 9 (min-SNR); Choi et al.,
+      arXiv:2204.00227, eq. 8 (P2, k = 1); Yu et al., arXiv:2310.08442, sec. 3.3
+      (debiased: the noise's error over the root of the SNR).
+    """
+    sigma2 = jnp.maximum(jnp.square(level.sigma), TINY)
+    snr = jnp.square(level.alpha) / sigma2
+    if weight == "min_snr":
+        of_clean = jnp.minimum(snr, gamma)
+    elif weight == "p2":
+        of_clean = snr / (1.0 + snr) ** gamma
+    else:
+        of_clean = snr ** (1.0 - gamma)
+    gain = prediction_gain(level, prediction=prediction, sigma_data=sigma_data)
+    return of_clean * gain
+
+
+def offset_noise(
+    eps: Float[Array, "b h w c"],
+    offset: Float[Array, "b c"],
+    *,
+    strength: float,
+) -> Float[Array, "b h w c"]:
+    """Add to the noise a constant for each channel, so that brightness is learned.
+
+    Args:
+      eps: Unit-variance noise.
+      offset: Unit-variance noise, one number for each channel of an image.
+      strength: Its weight; 0.1 in the source.
+
+    Returns:
+      The noise.
+
+    Source:
+      Guttenberg, "Diffusion with Offset Noise" (2023).
+    """
+    return eps + strength * offset[:, None, None, :]

@@ -1,0 +1,172 @@
+"""A small network that tells classes of images apart, and what it sees on the way."""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from ldm_jax.config import OptimConfig
+from ldm_jax.images import to_float
+from ldm_jax.models.layers import GroupNorm, conv
+from ldm_jax.rng import root_key
+from ldm_jax.training.state import (
+    TrainState,
+    apply_gradients,
+    init_state,
+    make_optimizer,
+)
+from ldm_jax.types import PyTree
+
+SMALLEST_MAP = 4
+"""Side of the map that is averaged; larger ones are halved."""
+NORM_EPSILON = 1e-5
+
+
+class Seen(NamedTuple):
+    """What the classifier says of images.
+
+    Attributes:
+      pooled: Features.
+      logits: Of the classes.
+    """
+
+    pooled: Float[Array, "b d"]
+    logits: Float[Array, "b k"]
+
+
+class Classifier(nn.Module):
+    """Convolutions with strides down to a map of 4x4, a mean, a linear layer.
+
+    Fields:
+      num_classes: Classes there are.
+      channels: Of the first convolution; each later one has twice as many, up to
+        `width`.
+      width: Of a feature.
+      num_groups: Groups of every norm.
+    """
+
+    num_classes: int
+    channels: int
+    width: int
+    num_groups: int
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Seen:
+        """Look at images in [-1, 1] of any size."""
+        x, channels, i = images.astype(jnp.float32), self.channels, 0
+        while True:
+            x = conv(channels, 3, jnp.dtype("float32"), f"conv_{i}")(x)
+            x = self._norm(x, f"norm_{i}")
+            if min(x.shape[1:3]) < 2 * SMALLEST_MAP:
+                break
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            channels, i = min(2 * channels, self.width), i + 1
+        x = conv(self.width, 3, jnp.dtype("float32"), "conv_out")(x)
+        pooled = self._norm(x, "norm_out").mean(axis=(1, 2))
+        return Seen(pooled, nn.Dense(self.num_classes, name="head")(pooled))
+
+    def _norm(self, x: Float[Array, "b h w c"], name: str) -> Float[Array, "b h w c"]:
+        norm = GroupNorm(self.num_groups, NORM_EPSILON, jnp.dtype("float32"), name=name)
+        return nn.silu(norm(x))
+
+
+CHANNELS, WIDTH, NUM_GROUPS = 16, 64, 8
+STEPS, BATCH_SIZE = 1000, 64
+LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
+CLASSIFIER_SEED = 0
+"""The same for all runs, so that two runs on one data set have the same judge."""
+MOST_BYTES = 2 * 2**30
+"""Of images that it is taught on, in memory."""
+
+
+def classifier(num_classes: int) -> Classifier:
+    """Build the classifier, unbound."""
+    return Classifier(
+        num_classes=num_classes, channels=CHANNELS, width=WIDTH, num_groups=NUM_GROUPS
+    )
+
+
+def look(params: PyTree, images: UInt8[Array, "b h w c"], *, num_classes: int) -> Seen:
+    """Apply the classifier to 8-bit images."""
+    seen: Any = classifier(num_classes).apply({"params": params}, to_float(images))
+    return seen
+
+
+def train_classifier(
+    images: UInt8[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    num_classes: int,
+    num_steps: int = STEPS,
+) -> PyTree:
+    """Teach the classifier: AdamW, the rate falling in a line, always the same draws.
+
+    Args:
+      images: 8-bit levels.
+      labels: One each.
+      num_classes: Classes there are.
+      num_steps: Batches of 64.
+
+    Returns:
+      Its parameters, NumPy arrays.
+    """
+    optim = OptimConfig(
+        lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, decay_steps=num_steps
+    )
+    optimizer = make_optimizer(optim, num_steps=num_steps)
+    key = root_key(CLASSIFIER_SEED)
+    blank = jnp.zeros((1, *images.shape[1:]), jnp.float32)
+    params = jax.jit(classifier(num_classes).init)(key, blank)["params"]
+    state = init_state(params, optimizer)
+    step = jax.jit(
+        functools.partial(_step, optimizer=optimizer, num_classes=num_classes),
+        donate_argnums=0,
+    )
+    for i in range(num_steps):
+        chosen = _choose(key, i, len(images))
+        state = step(state, images[chosen], labels[chosen])
+    return jax.tree.map(np.asarray, state.params)
+
+
+def _choose(key: Key[Array, ""], step: int, num: int) -> Int[np.ndarray, " b"]:
+    chosen = jax.random.randint(jax.random.fold_in(key, step), (BATCH_SIZE,), 0, num)
+    return np.asarray(chosen)
+
+
+def _step(
+    state: TrainState,
+    images: UInt8[Array, "b h w c"],
+    labels: Int[Array, " b"],
+    *,
+    optimizer: optax.GradientTransformation,
+    num_classes: int,
+) -> TrainState:
+    def error(params: PyTree) -> Float[Array, ""]:
+        logits = look(params, images, num_classes=num_classes).logits
+        details = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return details.mean()
+
+    gradients = jax.grad(error)(state.params)
+    return apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+
+
+def accuracy(
+    params: PyTree,
+    images: UInt8[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    num_classes: int,
+) -> float:
+    """Return the part of images that the classifier reads right."""
+    read = jax.jit(functools.partial(look, num_classes=num_classes))
+    right = [
+        np.asarray(read(params, images[i : i + BATCH_SIZE]).logits).argmax(axis=-1)
+        == labels[i : i + BATCH_SIZE]
+        for i in range(0, len(images), BATCH_SIZE)
+    ]
+    return float(np.concatenate(right).mean())

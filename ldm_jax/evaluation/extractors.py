@@ -1,0 +1,215 @@
+"""From images to what a protocol's network says of them, on all local devices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, runtime_checkable
+from typing import Protocol as Interface
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+
+from ldm_jax.evaluation.classifier import look
+from ldm_jax.evaluation.features import FeatureSet, join
+from ldm_jax.evaluation.protocols import Protocol
+from ldm_jax.models.inception import INCEPTION_SIDE, Features, Inception
+from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.training.digest import tree_digest
+from ldm_jax.types import PyTree
+
+
+def resize_bilinearly(
+    images: Float[Array, "b h w c"], *, side: int
+) -> Float[Array, "b s s c"]:
+    """Resize as TensorFlow 1 did: corners meet, nothing is averaged on the way down.
+
+    Pixel i of the result is at `i * (size / side)` in the image, not at the middle of
+    what it stands for, so images move up and left by part of a pixel.
+
+    Args:
+      images: Levels of any range.
+      side: Height and width of the result.
+
+    Returns:
+      The images, in the dtype they came in.
+
+    Source:
+      TensorFlow 1's `ResizeBilinear` with `align_corners` and `half_pixel_centers` off;
+      Parmar et al., arXiv:2104.11222, sec. 3.1, on what it does to figures.
+    """
+    for axis in (1, 2):
+        size = images.shape[axis]
+        place = jnp.arange(side, dtype=jnp.float32) * jnp.float32(size / side)
+        floor = jnp.floor(place)
+        low = floor.astype(jnp.int32)
+        shape = [1] * images.ndim
+        shape[axis] = side
+        weight = (place - floor).astype(images.dtype).reshape(shape)
+        before = jnp.take(images, low, axis=axis)
+        after = jnp.take(images, jnp.minimum(low + 1, size - 1), axis=axis)
+        images = before + (after - before) * weight
+    return images
+
+
+def resize_cleanly(
+    images: UInt8[np.ndarray, "b h w c"], *, side: int
+) -> Float[np.ndarray, "b s s c"]:
+    """Resize as clean-fid does: cubic, averaged on the way down, never rounded.
+
+    Args:
+      images: 8-bit levels.
+      side: Height and width of the result.
+
+    Returns:
+      Levels clipped to [0, 255], float32.
+
+    Source:
+      Parmar et al., arXiv:2104.11222, sec. 3.1 and 4; by Pillow, on the host.
+    """
+    size, cubic = (side, side), Image.Resampling.BICUBIC
+
+    def one(channel: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "s s"]:
+        return np.asarray(Image.fromarray(channel).resize(size, cubic))
+
+    planes = images.astype(np.float32)
+    resized = [
+        np.stack([one(image[..., c]) for c in range(image.shape[-1])], axis=-1)
+        for image in planes
+    ]
+    return np.clip(np.stack(resized), 0.0, 255.0)
+
+
+BATCH_SIZE = 32
+"""Images that a device looks at at once."""
+
+
+@runtime_checkable
+class Extract(Interface):
+    """A function from images to what a network says of them."""
+
+    def __call__(self, images: UInt8[np.ndarray, "b h w c"]) -> FeatureSet:
+        """Look at images of 8-bit levels, in order."""
+        ...
+
+
+class Extractor(NamedTuple):
+    """What looks at images.
+
+    Attributes:
+      extract: The function.
+      digest: Of what decides its answers: the weights.
+    """
+
+    extract: Extract
+    digest: str
+
+
+def inception_extractor(protocol: Protocol, params: PyTree) -> Extractor:
+    """Make the Inception network of a protocol.
+
+    Args:
+      protocol: How images get its size.
+      params: Of `Inception`.
+    """
+    params = jax.tree.map(jnp.asarray, params)
+    on_host = protocol.resize == "clean"
+
+    def see(
+        params: PyTree, knobs: None, images: Float[Array, "b h w c"] | Array
+    ) -> Features:
+        del knobs
+        levels = jnp.asarray(images, jnp.float32)
+        levels = jnp.broadcast_to(levels, (*levels.shape[:3], 3))
+        if not on_host:
+            levels = resize_bilinearly(levels, side=INCEPTION_SIDE)
+        features: Any = Inception().apply({"params": params}, (levels - 128.0) / 128.0)
+        return features
+
+    def extract(images: UInt8[np.ndarray, "b h w c"]) -> FeatureSet:
+        given: Any = images
+        if on_host:
+            given = resize_cleanly(images, side=INCEPTION_SIDE)
+        seen = apply(given)
+        return FeatureSet(seen.pooled, seen.spatial, seen.logits)
+
+    apply = _on_all_devices(see, params)
+    return Extractor(extract, tree_digest(params))
+
+
+def classifier_extractor(params: PyTree, *, num_classes: int) -> Extractor:
+    """Make the classifier that was taught on a data set's labels an extractor."""
+
+    def see(params: PyTree, knobs: None, images: UInt8[Array, "b h w c"]) -> Any:
+        del knobs
+        return look(params, images, num_classes=num_classes)
+
+    apply = _on_all_devices(see, jax.tree.map(jnp.asarray, params))
+
+    def extract(images: UInt8[np.ndarray, "b h w c"]) -> FeatureSet:
+        seen = apply(images)
+        return FeatureSet(seen.pooled, None, seen.logits)
+
+    return Extractor(extract, tree_digest(params))
+
+
+def function_extractor(
+    function: Callable[[UInt8[np.ndarray, "b h w c"]], Float[np.ndarray, "b d"]],
+    *,
+    digest: str,
+) -> Extractor:
+    """Make any function from images to features an extractor.
+
+    Args:
+      function: From 8-bit levels to a row of features for each image.
+      digest: Says which function it is: statistics of another one are not compared.
+    """
+
+    def extract(images: UInt8[np.ndarray, "b h w c"]) -> FeatureSet:
+        return FeatureSet(np.asarray(function(images), np.float32), None, None)
+
+    return Extractor(extract, digest)
+
+
+def extract_all(
+    extractor: Extractor, images: UInt8[np.ndarray, "n h w c"], *, size: int
+) -> FeatureSet:
+    """Look at any number of images, `size` at a time."""
+    parts = [
+        extractor.extract(images[i : i + size]) for i in range(0, len(images), size)
+    ]
+    return join(parts)
+
+
+def _on_all_devices(
+    see: Callable[[PyTree, None, Any], Any], params: PyTree
+) -> Callable[[Any], Any]:
+    """Look at any number of images in batches of one size, cut over the devices.
+
+    So one program is compiled, and an image's features do not depend on how many there
+    are: the last batch is filled up. In full float32: GPUs and TPUs else multiply with
+    fewer bits, and figures would depend on the chip.
+    """
+    layout = PmapLayout()
+    one = len(layout.devices) == 1
+    run: Any = jax.jit(see) if one else layout.map_images(see)
+    placed = params if one else layout.place(params)
+    size = BATCH_SIZE * len(layout.devices)
+
+    def apply(images: np.ndarray) -> Any:
+        parts: list[Any] = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
+            with jax.default_matmul_precision("highest"):
+                seen = run(placed, None, filled)
+            cut = functools.partial(_cut, num=len(part))
+            parts.append(jax.tree.map(cut, seen))
+        return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+
+    return apply
+
+
+def _cut(rows: Array | np.ndarray, *, num: int) -> np.ndarray:
+    return np.asarray(rows)[:num]

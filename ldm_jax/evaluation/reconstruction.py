@@ -1,0 +1,151 @@
+"""A first stage scored: held-out images against what it makes of them."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from ldm_jax.build import build_model, load_split
+from ldm_jax.config import Config, read_config
+from ldm_jax.evaluation.extractors import Extractor, extract_all
+from ldm_jax.evaluation.fid import frechet_distance, moments
+from ldm_jax.evaluation.image_quality import WINDOW, psnr, ssim
+from ldm_jax.evaluation.protocols import Protocol
+from ldm_jax.files import write_json
+from ldm_jax.images import to_float
+from ldm_jax.models.discriminator_lpips import Lpips
+from ldm_jax.pretrained.frozen import load_first_stage, load_frozen
+from ldm_jax.pretrained.metric_networks import load_lpips
+from ldm_jax.sampling.metadata import versions
+from ldm_jax.training.autoencoder_stage import make_reconstruct
+from ldm_jax.types import PyTree
+
+CHUNK = 64
+MOST_DECIBELS = 100.0
+
+
+class ImageQuality(NamedTuple):
+    """How like their originals reconstructions are; means over images.
+
+    Attributes:
+      psnr: In dB; an image without any error counts as 100.
+      psnr_std: Over the images.
+      ssim: Structural similarity; None of images smaller than its window.
+      lpips: Perceptual distance; None without its weights.
+      rfid: Fréchet distance of the features; None of too few images.
+      num_images: How many there were.
+    """
+
+    psnr: float
+    psnr_std: float
+    ssim: float | None
+    lpips: float | None
+    rfid: float | None
+    num_images: int
+
+
+def first_stage_of(workdir: Path) -> tuple[Config, PyTree]:
+    """Load the averaged autoencoder of a run, its own or the one it took.
+
+    Raises:
+      InputError: If there is no finished checkpoint.
+      RunError: If no checkpoint is intact.
+    """
+    config = read_config(workdir)
+    frozen_weights = load_frozen(config, build_model(config), workdir)
+    if frozen_weights.first_stage is not None:
+        return config, frozen_weights.first_stage[0]
+    return config, load_first_stage(config, workdir)[0]
+
+
+def score_reconstructions(
+    config: Config,
+    params: PyTree,
+    *,
+    extractor: Extractor | None,
+    lpips_files: tuple[str, ...],
+    num_images: int,
+) -> ImageQuality:
+    """Reconstruct held-out images, and compare.
+
+    Args:
+      config: Of the run.
+      params: Of its autoencoder.
+      extractor: Looks at images for rFID; None for no rFID.
+      lpips_files: Weights of LPIPS; none for no LPIPS.
+      num_images: Most held-out images.
+
+    Raises:
+      InputError: If the data or the weights cannot be read.
+    """
+    images = load_split(config, "test", limit=num_images).image
+    reconstruct = make_reconstruct(build_model(config))
+    parts = [
+        reconstruct(params, images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)
+    ]
+    made = np.concatenate(parts)
+    is_large = min(images.shape[1:3]) >= WINDOW
+    decibels = np.minimum(psnr(images, made), MOST_DECIBELS)
+    distance = None
+    if lpips_files:
+        distance = _lpips(load_lpips(lpips_files), images, made)
+    rfid = None
+    if extractor is not None:
+        seen = [extract_all(extractor, x, size=CHUNK).pooled for x in (images, made)]
+        if len(images) > seen[0].shape[1]:
+            rfid = frechet_distance(*map(moments, seen))
+    return ImageQuality(
+        psnr=float(decibels.mean()),
+        psnr_std=float(decibels.std()),
+        ssim=float(ssim(images, made).mean()) if is_large else None,
+        lpips=distance,
+        rfid=rfid,
+        num_images=len(images),
+    )
+
+
+def _lpips(
+    params: PyTree,
+    images: UInt8[np.ndarray, "n h w c"],
+    others: UInt8[np.ndarray, "n h w c"],
+) -> float:
+    @jax.jit
+    def distance(
+        params: PyTree, x: UInt8[Array, "b h w c"], y: UInt8[Array, "b h w c"]
+    ) -> Float[Array, " b"]:
+        found: Any = Lpips().apply({"params": params}, to_float(x), to_float(y))
+        return found
+
+    params = jax.tree.map(jnp.asarray, params)
+    parts = [
+        np.asarray(distance(params, images[i : i + CHUNK], others[i : i + CHUNK]))
+        for i in range(0, len(images), CHUNK)
+    ]
+    return float(np.concatenate(parts).mean())
+
+
+def write_image_quality(
+    path: Path,
+    quality: ImageQuality,
+    config: Config,
+    protocol: Protocol,
+    extractor: Extractor | None,
+) -> None:
+    """Write what was found, and what it is of.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
+    report = {
+        "reconstructions": quality._asdict(),
+        "source": config.data.source,
+        "split": config.data.test_split,
+        "protocol": protocol._asdict(),
+        "network": None if extractor is None else extractor.digest,
+        "versions": json.loads(versions()),
+    }
+    write_json(path, report)

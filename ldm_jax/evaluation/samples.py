@@ -1,0 +1,198 @@
+"""Samples of a run by seed, and what a network says of them, file by file."""
+
+import functools
+import time
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from ldm_jax.config import Config
+from ldm_jax.data.sources import read_captions
+from ldm_jax.evaluation.extractors import Extractor
+from ldm_jax.evaluation.features import FeatureSet, join, read_arrays, write_arrays
+from ldm_jax.images import grid, write_png
+from ldm_jax.sampling.conditions import ConditionTexts, ImageSpec
+from ldm_jax.sampling.draw import draw
+from ldm_jax.sampling.pipeline import Pipeline
+from ldm_jax.types import InputError
+
+SHARD = 256
+"""Samples whose features are one file, once they are all there."""
+PART = 128
+"""Samples after which it is written: an interruption costs no more of a process."""
+GRID_SIDE = 10
+MOST_CAPTIONS = 10_000
+
+
+class Drawn(NamedTuple):
+    """What a process drew.
+
+    Attributes:
+      num_images: How many; those that were there already are not among them.
+      seconds: It took.
+    """
+
+    num_images: int
+    seconds: float
+
+
+class Features(NamedTuple):
+    """A file of features.
+
+    Attributes:
+      path: The file; None if there is none.
+      num: Samples it is of, the first ones of its shard.
+    """
+
+    path: Path | None
+    num: int
+
+
+def draw_shards(
+    pipeline: Pipeline,
+    extractor: Extractor,
+    folder: Path,
+    *,
+    num_images: int,
+    shows_progress: bool = True,
+) -> Drawn:
+    """Draw the samples whose features are not there yet; this process' share.
+
+    Args:
+      pipeline: What draws.
+      extractor: What looks at them.
+      folder: Where features go.
+      num_images: How many there are in the end.
+      shows_progress: Whether a bar shows how far it is.
+
+    Returns:
+      How many it drew, and how long that took.
+    """
+    num_shards = -(-num_images // SHARD)
+    mine = range(jax.process_index(), num_shards, jax.process_count())
+    sizes = {i: min(SHARD, num_images - i * SHARD) for i in mine}
+    there = {i: _found(folder, i, size) for i, size in sizes.items()}
+    missing = [i for i, size in sizes.items() if there[i].num < size]
+    condition_texts = conditions_by_seed(pipeline.run.config, num_images)
+    specs = [
+        ImageSpec(condition_texts[seed % len(condition_texts)], seed)
+        for i in missing
+        for seed in range(i * SHARD + there[i].num, i * SHARD + sizes[i])
+    ]
+    began = time.monotonic()
+    done = num_images - len(specs)
+    with tqdm(
+        total=num_images,
+        initial=done,
+        unit=" images",
+        mininterval=1.0,
+        disable=not shows_progress,
+    ) as bar:
+        pictures = draw(pipeline, specs)
+        for i in missing:
+            before = there[i]
+            while before.num < sizes[i]:
+                images: list[np.ndarray] = []
+                for _ in range(min(PART, sizes[i] - before.num)):
+                    images.append(next(pictures).image)
+                    bar.update()
+                stacked = np.stack(images)
+                if i == 0 and before.num == 0:
+                    _write_grid(folder / "samples.png", stacked)
+                before = _add(folder, i, before, extractor.extract(stacked))
+    return Drawn(len(specs), time.monotonic() - began)
+
+
+def _add(folder: Path, shard: int, before: Features, seen: FeatureSet) -> Features:
+    """Write what is known of a shard's first samples, more than before."""
+    if before.path is not None:
+        seen = join([_read(before.path), seen])
+    after = Features(_path(folder, shard, len(seen.pooled)), len(seen.pooled))
+    arrays = {k: v for k, v in seen._asdict().items() if v is not None}
+    write_arrays(cast(Path, after.path), arrays)
+    if before.path is not None:
+        before.path.unlink()
+    return after
+
+
+def conditions_by_seed(config: Config, num_images: int) -> list[ConditionTexts]:
+    """Say what samples show, seed by seed, over and over.
+
+    Classes in turn; captions of the held-out split in order.
+
+    Raises:
+      InputError: If the captions cannot be read.
+    """
+    condition, data = config.diffusion.condition, config.data
+    rows: list[ConditionTexts] = [{}]
+    if condition.uses_classes:
+        rows = [{"label": str(label)} for label in range(data.num_classes)]
+    if condition.uses_tokens:
+        captions = read_captions(data.source, data.test_split, directory=data.directory)
+        chosen = list(captions)[: min(num_images, MOST_CAPTIONS)]
+        rows = [
+            {**rows[i % len(rows)], "prompt": caption}
+            for i, caption in enumerate(chosen)
+        ]
+    return rows
+
+
+def read_shards(folder: Path, *, num_images: int) -> FeatureSet:
+    """Read what `draw_shards` wrote.
+
+    Raises:
+      InputError: If a file is missing or damaged.
+    """
+    parts: list[FeatureSet] = []
+    for start in range(0, num_images, SHARD):
+        size = min(SHARD, num_images - start)
+        found = _found(folder, start // SHARD, size)
+        if found.path is None or found.num < size:
+            raise InputError(
+                f"{folder}: features of samples {start} to {start + size - 1} are "
+                "missing; give the same command again"
+            )
+        cut = functools.partial(_first, num=size)
+        parts.append(jax.tree.map(cut, _read(found.path)))
+    return join(parts)
+
+
+def _first(rows: np.ndarray, *, num: int) -> np.ndarray:
+    return rows[:num]
+
+
+def _read(path: Path) -> FeatureSet:
+    arrays = read_arrays(path)
+    return FeatureSet(arrays["pooled"], arrays.get("spatial"), arrays.get("logits"))
+
+
+def _found(folder: Path, shard: int, size: int) -> Features:
+    """Find the features of a shard's first `size` samples, or of as many as are there.
+
+    A command that asked for fewer, or that was interrupted, left a file of fewer.
+    """
+    counts = [SHARD] if _path(folder, shard, SHARD).exists() else []
+    name = _path(folder, shard, SHARD).stem
+    for path in folder.glob(f"{name}_*.npz"):
+        if (tail := path.stem.removeprefix(f"{name}_")).isdigit():
+            counts.append(int(tail))
+    if not counts:
+        return Features(None, 0)
+    enough = [num for num in counts if num >= size]
+    num = min(enough) if enough else max(counts)
+    return Features(_path(folder, shard, num), num)
+
+
+def _path(folder: Path, shard: int, num: int) -> Path:
+    """Name a file of features; one of fewer than a shard has their number in it."""
+    tail = "" if num == SHARD else f"_{num}"
+    return folder / f"features_{shard:06d}{tail}.npz"
+
+
+def _write_grid(path: Path, images: UInt8[np.ndarray, "n h w c"]) -> None:
+    condition_texts = images[: GRID_SIDE * GRID_SIDE]
+    write_png(path, grid(condition_texts, columns=min(GRID_SIDE, len(condition_texts))))

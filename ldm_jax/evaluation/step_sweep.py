@@ -1,0 +1,244 @@
+"""Samplers compared on a run: the same seeds drawn by each, timed and measured."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from ldm_jax.build import load_split
+from ldm_jax.config import Config
+from ldm_jax.diffusion.solvers import make_table
+from ldm_jax.diffusion.timesteps import make_levels
+from ldm_jax.evaluation.components import (
+    fit_projection,
+    moments_of,
+    small_images,
+)
+from ldm_jax.evaluation.evaluate import FOLDER, score_samples
+from ldm_jax.evaluation.extractors import extract_all
+from ldm_jax.evaluation.fid import Moments, frechet_distance, moments
+from ldm_jax.evaluation.measure_dataset import ROWS
+from ldm_jax.evaluation.samples import conditions_by_seed
+from ldm_jax.evaluation.trade_off import LIMIT_SAMPLER, Measured, StepsRequest
+from ldm_jax.images import to_uint8
+from ldm_jax.pretrained.load_run import Run, load_run
+from ldm_jax.rng import image_keys
+from ldm_jax.sampling.conditions import condition_inputs
+from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.types import InputError, SamplerName
+
+MAX_REAL_IMAGES = 10_000
+GREY_LEVELS = 127.5
+"""From -1 to 1 lie 255 grey levels."""
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Comparison(NamedTuple):
+    """All that was measured.
+
+    Attributes:
+      rows: The settings.
+      floor: Fréchet distance of the held-out split to the training split; None where
+        it has too few images.
+      num_held_out: Images of the held-out split.
+      digest: Of the checkpoint.
+      platform: What it ran on.
+      limit_steps: Steps of the converged images.
+    """
+
+    rows: list[Measured]
+    floor: float | None
+    num_held_out: int
+    digest: str
+    platform: str
+    limit_steps: int
+
+
+class Space(NamedTuple):
+    """Where distances are measured.
+
+    Attributes:
+      moments: From images to those of their features.
+      real: Those of the training split.
+      floor: Distance of the held-out split; None where it has too few images.
+      num_held_out: Images of the held-out split.
+    """
+
+    moments: Callable[[UInt8[np.ndarray, "n h w c"]], Moments]
+    real: Moments
+    floor: float | None
+    num_held_out: int
+
+
+class Setting(NamedTuple):
+    """A sampler with a number of steps, ready to draw.
+
+    Attributes:
+      sampler: Which sampler.
+      steps: Denoising steps.
+      calls: Network calls of an image.
+      draws_noise: Whether it draws noise on the way.
+      draw: From where to begin among the seeds to the images of a call, in [-1, 1].
+    """
+
+    sampler: SamplerName
+    steps: int
+    calls: int
+    draws_noise: bool
+    draw: Callable[[int], np.ndarray]
+
+
+def compare(request: StepsRequest) -> Comparison:
+    """Draw the same seeds with every setting, and measure.
+
+    Raises:
+      InputError: If the run cannot be read, or a spacing has no meaning for it.
+      OSError: If the folder for the results cannot be made.
+      RunError: If no checkpoint is intact.
+    """
+    run = load_run(request.workdir)
+    limit_steps = min(request.limit_steps, run.model.schedule.num_timesteps)
+    try:
+        limit = make_setting(request, run, LIMIT_SAMPLER, limit_steps)
+        settings = [
+            make_setting(request, run, sampler, steps)
+            for sampler in request.samplers
+            for steps in request.steps
+        ]
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    space = open_space(request, run.config)
+    request.out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    starts = list(range(0, request.num_images, run.model.chunk))
+    total = sum(setting.calls for setting in [limit, *settings]) * len(starts)
+    rows: list[Measured] = []
+    with tqdm(total=total, unit="calls", mininterval=SECONDS_BETWEEN_LINES) as bar:
+        converged, _ = draw_all(limit, starts, bar)
+        for setting in settings:
+            images, seconds = draw_all(setting, starts, bar)
+            found = space.moments(to_uint8(images))
+            error = GREY_LEVELS * math.sqrt(np.square(images - converged).mean())
+            rows.append(
+                Measured(
+                    sampler=setting.sampler,
+                    steps=setting.steps,
+                    calls=setting.calls,
+                    seconds=seconds / min(run.model.chunk, request.num_images),
+                    distance=frechet_distance(found, space.real),
+                    error=None if setting.draws_noise else error,
+                )
+            )
+    return Comparison(
+        rows,
+        space.floor,
+        space.num_held_out,
+        run.digest,
+        jax.default_backend(),
+        limit_steps,
+    )
+
+
+def open_space(request: StepsRequest, config: Config) -> Space:
+    """Make where distances are measured: by a protocol, or by small images.
+
+    Raises:
+      InputError: If data or weights cannot be read, or there are too few images.
+      OSError: If statistics of real images cannot be kept.
+    """
+    if request.protocol is None:
+        train, test = (
+            small_images(load_split(config, split, limit=MAX_REAL_IMAGES).image)
+            for split in ("train", "test")
+        )
+        projection = fit_projection(train)
+        real = moments_of(projection, train)
+        floor = frechet_distance(moments_of(projection, test), real)
+        seen = lambda images: moments_of(projection, small_images(images))  # noqa: E731
+        return Space(seen, real, floor, len(test))
+    measured = score_samples(
+        config,
+        request.protocol,
+        inception=request.inception,
+        reference=None,
+        folder=request.workdir / FOLDER,
+        num_images=request.num_images,
+        what="--num-images",
+    )
+
+    def look(images: UInt8[np.ndarray, "n h w c"]) -> Moments:
+        return moments(extract_all(measured.extractor, images, size=ROWS).pooled)
+
+    floor = None if measured.held_out is None else measured.held_out["fid"]
+    return Space(look, measured.reference.pooled, floor, measured.num_held_out)
+
+
+def make_setting(
+    request: StepsRequest, run: Run, sampler: SamplerName, steps: int
+) -> Setting:
+    """Make what draws the seeds of a request with a sampler.
+
+    Args:
+      request: Which seeds, and how.
+      run: The model.
+      sampler: Which sampler.
+      steps: Denoising steps.
+
+    Returns:
+      The setting.
+
+    Raises:
+      ValueError: If the spacing has no meaning for the run.
+    """
+    model, config = run.model, run.config
+    levels = make_levels(model.schedule, steps, spacing=request.spacing)
+    table = make_table(sampler, levels, prediction=model.prediction)
+    sample_fn = make_sample_fn(
+        model,
+        sampler=sampler,
+        num_steps=steps,
+        spacing=request.spacing,
+        guided=request.guidance_scale != 1.0,
+    )
+
+    condition_texts = conditions_by_seed(config, request.num_images)
+
+    def draw(start: int) -> np.ndarray:
+        seeds = list(range(start, min(start + model.chunk, request.num_images)))
+        cond, uncond = condition_inputs(
+            config, [condition_texts[i % len(condition_texts)] for i in seeds]
+        )
+        keys, scale = image_keys(seeds), request.guidance_scale
+        made = sample_fn(run.params, keys, cond, scale, uncond=uncond)
+        return np.asarray(made.images)
+
+    return Setting(sampler, steps, table.num_calls, bool(table.noise.any()), draw)
+
+
+def draw_all(
+    setting: Setting, starts: list[int], bar: tqdm
+) -> tuple[Float[np.ndarray, "n h w c"], float]:
+    """Draw every call of a setting.
+
+    Args:
+      setting: Of whom.
+      starts: Where each call begins among the seeds.
+      bar: Progress, in network calls.
+
+    Returns:
+      The images in [-1, 1], and the median seconds of a call.
+    """
+    bar.set_description(f"{setting.sampler} {setting.steps}")
+    setting.draw(starts[0])  # compiles
+    images, seconds = [], []
+    for start in starts:
+        began = time.perf_counter()
+        images.append(setting.draw(start))
+        seconds.append(time.perf_counter() - began)
+        bar.update(setting.calls)
+    return np.concatenate(images), statistics.median(seconds)

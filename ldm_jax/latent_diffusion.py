@@ -1,0 +1,247 @@
+"""A trained model, static parts and arrays, and what each of its networks does."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Real
+
+from ldm_jax.diffusion.guidance import Denoiser
+from ldm_jax.diffusion.parameterization import PredictionName
+from ldm_jax.diffusion.schedules import Schedule
+from ldm_jax.models.autoencoder import Autoencoder
+from ldm_jax.models.bottleneck import DiagonalGaussian, Unquantized
+from ldm_jax.models.conditioning import (
+    Condition,
+    Conditioner,
+    ConditionInputs,
+    null_inputs,
+)
+from ldm_jax.models.tiled_decoding import decode_in_tiles
+from ldm_jax.models.unet import UNet
+from ldm_jax.parallel.launch import num_cores
+from ldm_jax.types import PyTree
+
+MAPS_A_CALL = 8
+"""Maps of an image's size, as wide as the autoencoder, that a call holds at once."""
+MOST_MAP_BYTES = 2**30
+"""Of all calls side by side."""
+
+
+class LatentDiffusion(NamedTuple):
+    """Everything static that sampling needs.
+
+    Attributes:
+      autoencoder: The first stage.
+      unet: The second.
+      conditioner: Prepares what the second is conditioned on.
+      schedule: The noise levels it was trained on.
+      prediction: What it predicts.
+      sigma_data: Standard deviation of the latents, where it predicts EDM's F.
+      latent_shape: Height, width and channels of a latent.
+      num_classes: Real classes; the null class has this index.
+      null_tokens: Tokens of the empty prompt.
+      chunk: Images the network sees at once.
+    """
+
+    autoencoder: Autoencoder
+    unet: UNet
+    conditioner: Conditioner
+    schedule: Schedule
+    prediction: PredictionName
+    sigma_data: float
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    null_tokens: tuple[int, ...]
+    chunk: int
+
+
+class SampleParams(NamedTuple):
+    """The arrays that sampling needs.
+
+    Attributes:
+      autoencoder: Averaged parameters of the first stage.
+      unet: Averaged parameters of the second.
+      conditioner: Parameters of the conditioner; averaged if it was trained.
+      latent_scale: What latents were multiplied by in training.
+    """
+
+    autoencoder: PyTree
+    unet: PyTree
+    conditioner: PyTree
+    latent_scale: Float[Array, ""]
+
+
+def null_condition(model: LatentDiffusion, cond: ConditionInputs) -> ConditionInputs:
+    """Return what means "no condition" to a model."""
+    return null_inputs(
+        cond, num_classes=model.num_classes, null_tokens=model.null_tokens
+    )
+
+
+def prepare(
+    model: LatentDiffusion, params: SampleParams, inputs: ConditionInputs
+) -> Condition:
+    """Turn what the user gives into what the UNet reads, once for all steps."""
+    variables = {"params": params.conditioner}
+    return cast(Condition, model.conditioner.apply(variables, inputs))
+
+
+def denoiser_of(model: LatentDiffusion, params: SampleParams) -> Denoiser:
+    """Bind the UNet to its parameters."""
+
+    def denoise(
+        x_t: Float[Array, "b h w c"], t: Real[Array, " b"], cond: PyTree
+    ) -> Float[Array, "b h w c"]:
+        variables = {"params": params.unet}
+        return cast(jax.Array, model.unet.apply(variables, x_t, t, cond))
+
+    return denoise
+
+
+def encode_images(
+    model: LatentDiffusion, params: SampleParams, images: Float[Array, "b h w c"]
+) -> Float[Array, "b h2 w2 d"]:
+    """Encode images in [-1, 1] to the most likely latents, scaled as in training."""
+    latents = encode(model.autoencoder, params.autoencoder, images).mode()
+    return latents * params.latent_scale
+
+
+def decode(
+    model: LatentDiffusion,
+    params: SampleParams,
+    latents: Float[Array, "b h w c"],
+    *,
+    tile: int = 0,
+) -> Float[Array, "b h2 w2 e"]:
+    """Decode latents to images in [-1, 1], at once or tile by tile."""
+
+    def plain(latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 e"]:
+        variables = {"params": params.autoencoder}
+        images = model.autoencoder.apply(variables, latents, method=Autoencoder.decode)
+        return jnp.clip(cast(jax.Array, images), -1.0, 1.0)
+
+    latents = latents / params.latent_scale
+    if not tile:
+        return plain(latents)
+    return decode_in_tiles(plain, latents, tile=tile, factor=downsampling(model))
+
+
+def downsampling(model: LatentDiffusion) -> int:
+    """Return how many pixels of an image a latent stands for, along a side."""
+    return 2 ** (len(model.autoencoder.channel_multipliers) - 1)
+
+
+def images_a_call(model: LatentDiffusion, platform: str) -> int:
+    """Return how many images one device makes at once.
+
+    On a CPU it is one. XLA cuts a convolution of many images into pieces for its
+    threads there, and rounds the last rows of a piece otherwise than the rest, so that
+    an image would depend on its place (measured on 0.10.2). What it costs stands in
+    `docs/benchmarks.md`.
+
+    Args:
+      model: Of the model.
+      platform: Where it runs, in JAX's words.
+
+    Returns:
+      `chunk`, or 1.
+    """
+    return 1 if platform == "cpu" else model.chunk
+
+
+def calls_at_once(model: LatentDiffusion, platform: str) -> int:
+    """Return how many calls of `images_a_call` to make side by side.
+
+    On a CPU as many as there are cores, so that small networks, whose single operations
+    are not worth cutting up, use them all; fewer where images are so large that their
+    maps would take much memory. Elsewhere one: a chip makes one call after the other.
+
+    Args:
+      model: Of the model.
+      platform: Where it runs, in JAX's words.
+    """
+    if platform != "cpu":
+        return 1
+    height, width, _ = model.latent_shape
+    pixels = height * width * downsampling(model) ** 2
+    bytes_of_map = 4 * pixels * model.autoencoder.channels
+    return max(1, min(num_cores(), MOST_MAP_BYTES // (MAPS_A_CALL * bytes_of_map)))
+
+
+def in_chunks(
+    fn: Callable[[PyTree], PyTree], inputs: PyTree, *, size: int, at_once: int = 1
+) -> PyTree:
+    """Map a function of `size` images over any number, the last call filled up.
+
+    One program makes every image, so that it has the same bits whatever the number of
+    others. (A program for several chunks would be compiled otherwise, and differ in the
+    last bits.) Inside another jitted function the calls become a `lax.map`.
+
+    Args:
+      fn: From arrays by image to arrays by image.
+      inputs: Any tree of arrays by image.
+      size: Images a call.
+      at_once: Calls side by side, each in a thread; only where all inputs are arrays.
+
+    Returns:
+      What the function returns, for all images.
+    """
+    num = jax.tree.leaves(inputs)[0].shape[0]
+    # The indices are padded, not the arrays: keys have a dtype of their own.
+    slots = np.minimum(np.arange(num + -num % size), num - 1).reshape(-1, size)
+
+    def join(leaf: Array) -> Array:
+        return leaf.reshape(leaf.shape[0] * size, *leaf.shape[2:])[:num]
+
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(inputs)):
+        outputs = jax.lax.map(fn, jax.tree.map(lambda x: x[slots], inputs))
+        return jax.tree.map(join, outputs)
+    if num == size:
+        return fn(inputs)
+    parts = _call_all(fn, [_take(inputs, row) for row in slots], at_once)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num], *parts)
+
+
+def _call_all(
+    fn: Callable[[PyTree], PyTree], inputs: list[PyTree], at_once: int
+) -> list[PyTree]:
+    """Call a function for every input; side by side only if it is compiled already.
+
+    A thread does not know of settings that hold in the calling one alone, as a
+    precision within a `with`, and what it compiled would differ in the last bits.
+    """
+    first, *others = inputs
+    done = [fn(first)]  # compiled if need be, and not waited for
+
+    def call(given: PyTree) -> PyTree:
+        with jax.no_tracing():
+            return jax.block_until_ready(fn(given))
+
+    if at_once > 1:
+        try:
+            with ThreadPoolExecutor(at_once) as threads:
+                return done + list(threads.map(call, others))
+        except RuntimeError as error:
+            if "no_tracing" not in str(error):
+                raise
+    return done + [fn(given) for given in others]
+
+
+@jax.jit
+def _take(inputs: PyTree, row: Int[Array, " c"]) -> PyTree:
+    """Take some images of all, in one dispatch."""
+    return jax.tree.map(lambda x: jnp.take(x, row, axis=0), inputs)
+
+
+def encode(
+    autoencoder: Autoencoder, params: PyTree, images: Float[Array, "b h w c"]
+) -> DiagonalGaussian | Unquantized:
+    """Encode images in [-1, 1] to what unscaled latents are drawn of."""
+    variables = {"params": params}
+    encoded = autoencoder.apply(variables, images, method=Autoencoder.encode)
+    return cast(Any, encoded)

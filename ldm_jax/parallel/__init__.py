@@ -1,0 +1,1 @@
+"""Where arrays live and how a step is mapped over devices and hosts."""

@@ -1,0 +1,237 @@
+"""The layout of fully sharded data parallelism: each device holds a part of the state.
+
+One `jit` over a mesh of two axes. Parameters, optimiser state, average and whatever
+is frozen are cut along both, batches along their product. Parameters are gathered where
+examples are learned from, gradients are reduced and scattered, and every device updates
+its part. Two axes, since the widths of these networks divide by 16 twice and not by 256
+once.
+
+Source: Rajbhandari et al., arXiv:1910.02054 (ZeRO, stage 3); Xu et al.,
+arXiv:2105.04663 (GSPMD).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
+
+from ldm_jax.parallel.layout import Layout
+from ldm_jax.parallel.reduce import Learn, Learned, mean_over, mean_over_parts
+from ldm_jax.types import PyTree
+
+AXES = ("rows", "columns")
+MIN_SIZE = 2**12
+"""Smaller leaves are replicated: cutting them saves less than gathering them costs."""
+
+
+class FsdpLayout(Layout):
+    """Cut the state and the batch over all devices of all processes."""
+
+    def __init__(self, devices: list[Any] | None = None) -> None:
+        """Use `devices` of all processes, or all there are."""
+        everyone = devices or jax.devices()
+        self.num_devices = len(everyone)
+        here = [d for d in everyone if d.process_index == jax.process_index()]
+        self.devices = here or everyone  # of a topology, none is here
+        self.mesh = make_mesh(everyone)
+        self._everywhere = NamedSharding(self.mesh, PartitionSpec())
+
+    def shardings(self, shapes: PyTree) -> PyTree:
+        """Return where each leaf of a tree lies, by its shape alone."""
+
+        def where(leaf: Any) -> NamedSharding:
+            return NamedSharding(self.mesh, spec_of(np.shape(leaf), self.mesh))
+
+        return jax.tree.map(where, shapes)
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Send every device its part."""
+
+        def cut(leaf: Any) -> Array:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                data = cut(jax.random.key_data(leaf))
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+            sharding = NamedSharding(self.mesh, spec_of(np.shape(leaf), self.mesh))
+            if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+                return leaf
+            whole = np.asarray(leaf)
+            return jax.make_array_from_callback(
+                whole.shape, sharding, lambda index: whole[index]
+            )
+
+        return jax.tree.map(cut, tree)
+
+    def init(self, make: Callable[[], PyTree]) -> PyTree:
+        """Make a tree where its parts belong; no device ever holds it whole."""
+        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
+
+    def split(self, batch: PyTree, *, stacked: bool = False) -> PyTree:
+        """Cut the examples' axis over all devices."""
+        spec = PartitionSpec(None, AXES) if stacked else PartitionSpec(AXES)
+        send = functools.partial(
+            jax.make_array_from_process_local_data, NamedSharding(self.mesh, spec)
+        )
+        return jax.tree.map(send, batch)
+
+    def local(self, tree: PyTree) -> PyTree:
+        """Gather a tree, leaf by leaf, and take the first device's copy."""
+
+        def first(leaf: Array) -> Array:
+            if not leaf.is_fully_replicated:
+                leaf = _copy_to(self._everywhere)(leaf)
+            return leaf.addressable_data(0)
+
+        return jax.tree.map(first, tree)
+
+    def saved(self, tree: PyTree) -> PyTree:
+        """Return the tree as it is: its arrays span all processes already."""
+        return tree
+
+    def restore_shardings(self, shapes: PyTree) -> PyTree:
+        """Read every part to where it belongs."""
+        return self.shardings(shapes)
+
+    def map_step(self, step: Callable[..., tuple[PyTree, Any]]) -> Any:
+        """Compile a step as one program over the mesh."""
+
+        def whole(
+            state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]
+        ) -> tuple[PyTree, Any]:
+            after, metrics = step(state, frozen, batch, root_key, average=self._average)
+            # The same places as before, or its buffers could not be donated.
+            after = jax.lax.with_sharding_constraint(after, self.shardings(after))
+            return after, jax.lax.with_sharding_constraint(metrics, self._everywhere)
+
+        return jax.jit(whole, donate_argnums=0)
+
+    def _average(
+        self,
+        learn: Learn,
+        state: PyTree,
+        frozen: PyTree,
+        batch: PyTree,
+        root_key: Key[Array, ""],
+        *,
+        parts: int,
+    ) -> Learned:
+        """Learn on every device from whole parameters; give each its part of the mean.
+
+        Explicit, since the compiler left to itself cuts activations along widths, and
+        sends every device all gradients.
+        """
+        specs = self._specs((state, frozen))
+        cuts = self._specs(state.params) if hasattr(state, "params") else None
+
+        def local(kept: PyTree, batch: PyTree, root_key: Key[Array, ""]) -> Learned:
+            state, frozen = jax.tree.map(gather, kept, specs)
+
+            def of(part: PyTree) -> Learned:
+                learned = learn(state, frozen, part, root_key, axis_name=AXES)
+                gradients = jax.tree.map(self._scatter, learned.gradients, cuts)
+                return learned._replace(gradients=gradients)
+
+            learned = mean_over_parts(of, batch, parts=parts)
+            return learned._replace(means=mean_over(learned.means, AXES))
+
+        replicated = PartitionSpec()
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(specs, PartitionSpec(AXES), replicated),
+            out_specs=Learned(cuts, replicated, replicated),
+            check_vma=False,  # gradients are each device's own until they are scattered
+        )((state, frozen), batch, root_key)
+
+    def _specs(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: spec_of(np.shape(leaf), self.mesh), tree)
+
+    def _scatter(self, leaf: Array, spec: PartitionSpec) -> Array:
+        """Average a leaf over all devices, and keep this one's part of it."""
+        left: list[str] = list(AXES)
+        for axis, names in enumerate(spec):
+            for name in names_of(names):
+                # One axis of the mesh at a time: over two, a TPU's compiler makes an
+                # all-reduce of it, which sends twice as much.
+                leaf = jax.lax.psum_scatter(
+                    leaf, name, scatter_dimension=axis, tiled=True
+                )
+                left.remove(name)
+        return (jax.lax.psum(leaf, left) if left else leaf) / self.num_devices
+
+    def stand_ins(self, state: PyTree, frozen: PyTree, batch: PyTree) -> tuple:
+        """Say of every shape where it lies."""
+
+        def at(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        cut = NamedSharding(self.mesh, PartitionSpec(AXES))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return (
+            jax.tree.map(at, state, self.shardings(state)),
+            jax.tree.map(at, frozen, self.shardings(frozen)),
+            jax.tree.map(lambda leaf: at(leaf, cut), batch),
+            at(key, self._everywhere),
+        )
+
+
+def gather(leaf: Array, spec: PartitionSpec) -> Array:
+    """Put the parts of a leaf together, on every device."""
+    for axis, names in enumerate(spec):
+        if names is not None:
+            leaf = jax.lax.all_gather(leaf, names, axis=axis, tiled=True)
+    return leaf
+
+
+def names_of(names: Any) -> tuple[str, ...]:
+    """Return the axes of the mesh that an axis of a leaf is cut along, outer first."""
+    return () if names is None else (names,) if isinstance(names, str) else names
+
+
+def make_mesh(devices: list[Any]) -> Mesh:
+    """Lay devices out as a rectangle, as square as their number allows."""
+    num = len(devices)
+    columns = next(n for n in range(math.isqrt(num), 0, -1) if num % n == 0)
+    shape = (num // columns, columns)
+    if devices[0].platform == "tpu":
+        return Mesh(mesh_utils.create_device_mesh(shape, devices=devices), AXES)
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def spec_of(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Choose along which axes a leaf is cut, by its shape alone.
+
+    Args:
+      shape: Of the leaf.
+      mesh: Of two axes.
+
+    Returns:
+      One axis of the leaf over the whole mesh if one divides by it, or an axis of the
+      leaf for each axis of the mesh, or for one of them; the largest first. Small
+      leaves are not cut.
+    """
+    spec: list[Any] = [None] * len(shape)
+    if math.prod(shape) < MIN_SIZE:
+        return PartitionSpec()
+    largest_first = sorted(range(len(shape)), key=lambda axis: -shape[axis])
+    for axis in largest_first:
+        if shape[axis] % mesh.size == 0:
+            spec[axis] = AXES
+            return PartitionSpec(*spec)
+    for name in AXES:
+        for axis in largest_first:
+            if spec[axis] is None and shape[axis] % mesh.shape[name] == 0:
+                spec[axis] = name
+                break
+    return PartitionSpec(*spec)
+
+
+@functools.cache
+def _copy_to(sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda leaf: leaf, out_shardings=sharding)

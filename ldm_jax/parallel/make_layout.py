@@ -1,0 +1,20 @@
+"""Which layout a run has: `pmap`, or `fsdp`."""
+
+from typing import Any
+
+from ldm_jax.config import ParallelConfig
+from ldm_jax.parallel.fsdp import FsdpLayout
+from ldm_jax.parallel.layout import Layout
+from ldm_jax.parallel.pmap import PmapLayout
+
+__all__ = ["FsdpLayout", "Layout", "PmapLayout", "make_layout"]
+
+
+def make_layout(config: ParallelConfig, devices: list[Any] | None = None) -> Layout:
+    """Make the layout that a config names.
+
+    Args:
+      config: With the name.
+      devices: To use; None for all there are.
+    """
+    return FsdpLayout(devices) if config.layout == "fsdp" else PmapLayout(devices)

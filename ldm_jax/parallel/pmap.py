@@ -1,0 +1,143 @@
+"""The layout of `jax.pmap`: every device holds the whole state.
+
+The state is stacked on a leading axis of local devices (the form in which donation
+works on one process and on several), batches are cut along it, and nobody outside
+this file sees that axis.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
+
+from ldm_jax.parallel.layout import Layout
+from ldm_jax.parallel.reduce import average_over
+from ldm_jax.types import PyTree
+
+AXIS_NAME = "devices"
+
+MappedImages = Callable[[Any, Any, Any], Any]
+
+
+class PmapLayout(Layout):
+    """Replicate the state, split the batch, average with `pmean`."""
+
+    def __init__(self, devices: list[Any] | None = None) -> None:
+        """Use `devices` on this process, or all local ones."""
+        self.devices = devices or jax.local_devices()
+        self._all_devices = devices or jax.devices()
+        self.num_devices = len(self._all_devices)
+        mesh = Mesh(np.asarray(self.devices), (AXIS_NAME,))
+        self._stacked = NamedSharding(mesh, PartitionSpec(AXIS_NAME))
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Give every device a copy of a tree of arrays."""
+
+        def stack(leaf: Any) -> Array:
+            shape = (len(self.devices), *np.shape(leaf))
+            copies = [jax.device_put(leaf[None], device) for device in self.devices]
+            return jax.make_array_from_single_device_arrays(
+                shape, self._stacked, copies
+            )
+
+        return jax.tree.map(stack, tree)
+
+    def init(self, make: Callable[[], PyTree]) -> PyTree:
+        """Make a tree and give every device a copy."""
+        return self.place(make())
+
+    def split(self, batch: PyTree, *, stacked: bool = False) -> PyTree:
+        """Cut the examples' axis into the devices'."""
+
+        def cut(leaf: np.ndarray) -> Array:
+            if stacked:
+                num_steps, _, *rest = leaf.shape
+                parts = leaf.reshape(num_steps, len(self.devices), -1, *rest)
+                parts = parts.swapaxes(0, 1)
+            else:
+                parts = leaf.reshape(len(self.devices), -1, *leaf.shape[1:])
+            return jax.device_put(parts, self._stacked)
+
+        return jax.tree.map(cut, batch)
+
+    def local(self, tree: PyTree) -> PyTree:
+        """Take the first device's copy, without moving it."""
+
+        def first(leaf: Array) -> Array:
+            return leaf.addressable_shards[0].data.reshape(leaf.shape[1:])
+
+        return jax.tree.map(first, tree)
+
+    def saved(self, tree: PyTree) -> PyTree:
+        """View the first copies of all processes as one replicated array."""
+        if self.process_count == 1:
+            return self.local(tree)
+        firsts = {device.process_index: device for device in reversed(jax.devices())}
+        mesh = Mesh(np.asarray([firsts[i] for i in sorted(firsts)]), (AXIS_NAME,))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+
+        def join(leaf: Array) -> Array:
+            return jax.make_array_from_single_device_arrays(
+                leaf.shape, everywhere, [leaf]
+            )
+
+        return jax.tree.map(join, self.local(tree))
+
+    def restore_shardings(self, shapes: PyTree) -> None:
+        """Read to the host, from where every device gets its copy."""
+        del shapes
+
+    def map_step(self, step: Callable[..., tuple[PyTree, Any]]) -> Any:
+        """Map a step by `jax.pmap`."""
+        average = average_over(AXIS_NAME)
+
+        def named(
+            state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]
+        ) -> tuple[PyTree, Any]:
+            return step(state, frozen, batch, root_key, average=average)
+
+        return jax.pmap(
+            named, axis_name=AXIS_NAME, devices=self._all_devices, donate_argnums=0
+        )
+
+    def stand_ins(self, state: PyTree, frozen: PyTree, batch: PyTree) -> tuple:
+        """Stack the shapes, cut the batch's."""
+        num = len(self.devices)
+
+        def stack(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((num, *leaf.shape), leaf.dtype)
+
+        def cut(leaf: Any) -> jax.ShapeDtypeStruct:
+            shape = (num, leaf.shape[0] // num, *leaf.shape[1:])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        state, frozen, key = jax.tree.map(stack, (state, frozen, key))
+        return state, frozen, jax.tree.map(cut, batch), key
+
+    def map_images(self, fn: MappedImages) -> MappedImages:
+        """Map `fn(models, knobs, inputs)` over the devices, each with its own images.
+
+        Args:
+          fn: From replicated arrays, arrays that hold for all images, and arrays by
+            image to arrays by image.
+
+        Returns:
+          A function of the same arguments, whose images divide by the devices.
+        """
+        mapped = jax.pmap(fn, in_axes=(0, None, 0), devices=self.devices)
+
+        def cut(leaf: Array | np.ndarray) -> Array | np.ndarray:
+            return leaf.reshape(len(self.devices), -1, *leaf.shape[1:])
+
+        def join(leaf: Array) -> np.ndarray:
+            return np.concatenate(list(np.asarray(leaf)))
+
+        def spread(models: PyTree, knobs: PyTree, inputs: PyTree) -> PyTree:
+            outputs = mapped(models, knobs, jax.tree.map(cut, inputs))
+            return jax.tree.map(join, outputs)
+
+        return spread

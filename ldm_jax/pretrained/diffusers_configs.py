@@ -1,0 +1,294 @@
+"""Our config out of the JSON configs of a diffusers folder."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm_jax.config.presets import SD_LATENT_SCALE
+from ldm_jax.pretrained.strict_json import Fields, is_count
+
+SCHEDULES = {
+    "scaled_linear": "ldm_linear",
+    "linear": "linear",
+    "squaredcos_cap_v2": "cosine",
+}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+DOWN_ATTENTION = {
+    "CrossAttnDownBlock2D": True,
+    "AttnDownBlock2D": True,
+    "DownBlock2D": False,
+    "ResnetDownsampleBlock2D": False,
+}
+UP_ATTENTION = {
+    "CrossAttnUpBlock2D": True,
+    "AttnUpBlock2D": True,
+    "UpBlock2D": False,
+    "ResnetUpsampleBlock2D": False,
+}
+ENCODER_ATTENTION = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
+DECODER_ATTENTION = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+
+SamplingConfig = dict[str, Any]
+
+
+def read_unet(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
+    """Read a UNet's config.
+
+    Args:
+      class_name: `UNet2DModel` or `UNet2DConditionModel`.
+      values: Its JSON.
+
+    Returns:
+      Fields of `DiffusionConfig`, and beside them `in_channels`, `out_channels`,
+      `latent_side`, `context_width` and `num_classes` (real ones).
+
+    Raises:
+      InputError: If a field says what is not built here.
+    """
+    fields = Fields(values, what=class_name)
+    crossed = class_name == "UNet2DConditionModel"
+    settings = _widths(fields)
+    multipliers = settings["channel_multipliers"]
+    attended = _attention(fields, DOWN_ATTENTION, UP_ATTENTION, len(multipliers))
+    settings |= {
+        "num_res_blocks": fields.count("layers_per_block", 2),
+        "attention_downsampling": tuple(2**level for level in attended),
+        "num_groups": fields.count("norm_num_groups", 32),
+        "norm_epsilon": float(fields.number("norm_eps", 1e-5)),
+        "scale_shift_norm": fields.choice(
+            "resnet_time_scale_shift",
+            {"default": False, "scale_shift": True},
+            "default",
+        ),
+        "in_channels": fields.count("in_channels", 4 if crossed else 3),
+        "out_channels": fields.count("out_channels", 4 if crossed else 3),
+        "latent_side": fields.count("sample_size"),
+        # One row is the null class: 1, as without a table, leaves no real one.
+        "num_classes": _num_rows(fields) - 1,
+    }
+    if crossed:
+        settings |= _crossed(fields, settings)
+    else:
+        settings |= _plain(fields, settings)
+    fields.expect(
+        act_fn="silu",
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        downsample_padding=1,
+        mid_block_scale_factor=1,
+        time_embedding_type="positional",
+        center_input_sample=False,
+        dropout=0.0,
+    )
+    fields.done()
+    return settings
+
+
+def _widths(fields: Fields) -> SamplingConfig:
+    widths = fields.numbers("block_out_channels")
+    if any(width % widths[0] for width in widths):
+        raise fields.wrong(
+            "block_out_channels", widths, "multiples of the first, as the paper has"
+        )
+    multipliers = tuple(width // widths[0] for width in widths)
+    return {"channels": widths[0], "channel_multipliers": multipliers}
+
+
+def _num_rows(fields: Fields) -> int:
+    """Return the rows of the table of classes; 1 where there is none."""
+    if fields.value("num_class_embeds") is None:
+        return 1
+    return fields.count("num_class_embeds", low=2)
+
+
+def _attention(
+    fields: Fields,
+    down: Mapping[str, bool],
+    up: Mapping[str, bool],
+    num_levels: int,
+) -> tuple[int, ...]:
+    """Return the levels with attention; the way up must mirror the way down."""
+    names = {}
+    for field, known in (("down_block_types", down), ("up_block_types", up)):
+        names[field] = [known[name] for name in fields.words(field, known, num_levels)]
+    if names["down_block_types"] != names["up_block_types"][::-1]:
+        wanted = "the mirror of down_block_types"
+        raise fields.wrong("up_block_types", fields.value("up_block_types"), wanted)
+    return tuple(level for level, has in enumerate(names["down_block_types"]) if has)
+
+
+def _crossed(fields: Fields, settings: SamplingConfig) -> SamplingConfig:
+    widths = [settings["channels"] * m for m in settings["channel_multipliers"]]
+    # diffusers' own naming: attention_head_dim is the number of heads here.
+    heads = fields.value("num_attention_heads", fields.value("attention_head_dim", 8))
+    per_level = heads if isinstance(heads, list | tuple) else [heads] * len(widths)
+    wanted = "heads that are the same, or as wide, at every level"
+    if len(per_level) != len(widths) or not all(is_count(n) for n in per_level):
+        raise fields.wrong("attention_head_dim", heads, wanted)
+    if len(set(per_level)) == 1:
+        counted = {"num_heads": per_level[0], "head_channels": 0}
+    else:
+        sizes = {divmod(width, n) for width, n in zip(widths, per_level, strict=True)}
+        size, rest = sizes.pop()
+        if sizes or rest:
+            raise fields.wrong("attention_head_dim", heads, wanted)
+        counted = {"num_heads": 1, "head_channels": size}
+    fields.expect(
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        conv_in_kernel=3,
+        conv_out_kernel=3,
+        attention_type="default",
+        resnet_out_scale_factor=1.0,
+        only_cross_attention=False,
+        dual_cross_attention=False,
+    )
+    fields.ignore("upcast_attention", "addition_embed_type_num_heads")
+    return {
+        **counted,
+        "transformer_depth": fields.count("transformer_layers_per_block", 1),
+        "linear_projection": fields.value("use_linear_projection", False),
+        "resblock_updown": False,
+        "context_width": fields.count("cross_attention_dim", 1280),
+    }
+
+
+def _plain(fields: Fields, settings: SamplingConfig) -> SamplingConfig:
+    kinds = {"conv": False, "resnet": True}
+    resnet = fields.choice("downsample_type", kinds, "conv")
+    fields.expect(
+        upsample_type="resnet" if resnet else "conv",
+        mid_block_type="UNetMidBlock2D",
+        add_attention=True,
+    )
+    # With scale-shift norms diffusers leaves the middle's own norm out, unless told.
+    groups = fields.value("attn_norm_num_groups")
+    details = groups is not None or settings["scale_shift_norm"]
+    if details and groups != settings["num_groups"]:
+        raise fields.wrong("attn_norm_num_groups", groups, settings["num_groups"])
+    fields.ignore("num_train_timesteps")
+    # Null there is one head over the whole width.
+    one_head = fields.is_null("attention_head_dim")
+    return {
+        "num_heads": 1,
+        "head_channels": 0 if one_head else fields.count("attention_head_dim", 8),
+        "transformer_depth": 0,
+        "resblock_updown": resnet,
+        "context_width": 0,
+    }
+
+
+def read_autoencoder(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
+    """Read an autoencoder's config.
+
+    Args:
+      class_name: `AutoencoderKL` or `VQModel`.
+      values: Its JSON.
+
+    Returns:
+      Fields of `AutoencoderConfig`, and beside them `image_channels` and
+      `attention_levels`.
+
+    Raises:
+      InputError: If a field says what is not built here.
+    """
+    fields = Fields(values, what=class_name)
+    settings = _widths(fields)
+    num_levels = len(settings["channel_multipliers"])
+    quantised = class_name == "VQModel"
+    z_channels = fields.count("latent_channels", 3 if quantised else 4)
+    latent = fields.count("vq_embed_dim", z_channels) if quantised else z_channels
+    image_channels = fields.count("in_channels", 3)
+    settings |= {
+        "regularizer": "vq" if quantised else "kl",
+        "num_res_blocks": fields.count("layers_per_block", 1),
+        "mid_attention": fields.value("mid_block_add_attention", True),
+        "latent_channels": latent,
+        "z_channels": None if z_channels == latent else z_channels,
+        "num_groups": fields.count("norm_num_groups", 32),
+        "latent_scale": float(fields.number("scaling_factor", SD_LATENT_SCALE)),
+        "image_channels": image_channels,
+        "attention_levels": _attention(
+            fields, ENCODER_ATTENTION, DECODER_ATTENTION, num_levels
+        ),
+    }
+    if quantised:
+        settings["codebook_size"] = fields.count("num_vq_embeddings", 256)
+        fields.expect(norm_type="group", lookup_from_codebook=False)
+    else:
+        fields.expect(use_quant_conv=True, use_post_quant_conv=True)
+    fields.expect(act_fn="silu", out_channels=image_channels)
+    fields.ignore("sample_size", "force_upcast")
+    fields.done()
+    return settings
+
+
+def read_clip(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
+    """Read the config of CLIP's text encoder.
+
+    Args:
+      class_name: `CLIPTextModel` or `CLIPTextModelWithProjection`.
+      values: Its JSON.
+
+    Returns:
+      Fields of `ClipConfig`.
+
+    Raises:
+      InputError: If a field says what is not built here.
+    """
+    fields = Fields(values, what=class_name)
+    activations = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
+    settings = {
+        "vocab_size": fields.count("vocab_size", 49_408),
+        "length": fields.count("max_position_embeddings", 77),
+        "width": fields.count("hidden_size", 512),
+        "depth": fields.count("num_hidden_layers", 12),
+        "num_heads": fields.count("num_attention_heads", 8),
+        "mlp_width": fields.count("intermediate_size", 2048),
+        "activation": fields.choice("hidden_act", activations, "quick_gelu"),
+        "epsilon": float(fields.number("layer_norm_eps", 1e-5)),
+        "projection_width": fields.count("projection_dim", 512),
+        "eos_token_id": fields.count("eos_token_id", 49_407, low=0),
+        "output": "pooled" if class_name.endswith("Projection") else "last",
+    }
+    fields.expect(attention_dropout=0.0)
+    return settings
+
+
+def read_scheduler(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
+    """Read the noise levels out of a scheduler's config; the sampler is the user's.
+
+    Args:
+      class_name: Of the scheduler.
+      values: Its JSON.
+
+    Returns:
+      Fields of `DiffusionConfig`.
+
+    Raises:
+      InputError: If the noise levels are none that is built here.
+    """
+    fields = Fields(values, what=class_name)
+    if class_name == FLOW_SCHEDULER:
+        fields.expect(
+            shift=1.0,
+            use_dynamic_shifting=False,
+            invert_sigmas=False,
+            shift_terminal=None,
+        )
+        return {
+            "num_timesteps": fields.count("num_train_timesteps", 1000),
+            "schedule": "flow",
+            "prediction": "flow",
+        }
+    fields.expect(trained_betas=None, use_flow_sigmas=False, timestep_type="discrete")
+    zero_terminal_snr = fields.value("rescale_betas_zero_snr", False)
+    if not isinstance(zero_terminal_snr, bool):
+        raise fields.wrong("rescale_betas_zero_snr", zero_terminal_snr, "true or false")
+    return {
+        "num_timesteps": fields.count("num_train_timesteps", 1000),
+        "beta_start": float(fields.number("beta_start", 1e-4)),
+        "beta_end": float(fields.number("beta_end", 0.02)),
+        "schedule": fields.choice("beta_schedule", SCHEDULES, "linear"),
+        "zero_terminal_snr": zero_terminal_snr,
+        "prediction": fields.choice("prediction_type", PREDICTIONS, "epsilon"),
+    }

@@ -1,0 +1,352 @@
+"""Pickles of tensors, read without torch: they build containers and no more.
+
+A pickle is a program for a stack machine. It is gone through twice: once as a list of
+instructions, to bound what running it may cost, and once by an unpickler whose every
+name is an inert object of ours, so that no instruction finds anything to call.
+"""
+
+import io
+import math
+import pickle
+import pickletools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ldm_jax.files import printable
+
+MAX_PICKLE_BYTES = 64 * 2**20
+"""Of the pickle alone, not of the tensors: Stable Diffusion has 0.2 MiB."""
+
+MAX_TUPLE_DEPTH = 64
+"""CPython hashes nested tuples on the C stack, without a limit of its own."""
+
+MAX_DIMS = 32
+MAX_ELEMENTS = 2**48
+
+_OPCODES = frozenset(
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 "
+    "BINFLOAT SHORT_BINSTRING BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8 "
+    "SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET "
+    "TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS ADDITEMS BINPUT "
+    "LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD "
+    "BINPERSID".split()
+)
+"""What protocols 2 to 4 write; without extension codes, INST, OBJ and text forms."""
+
+_CODE_BY_STORAGE = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+
+
+class RefusedError(Exception):
+    """A refusal in one line, still without the path."""
+
+
+_ADVICE = (
+    "wanted one of tensors and containers alone; nothing in it was run; try a "
+    "safetensors file of the same weights"
+)
+
+
+class Storage(NamedTuple):
+    """A stretch of numbers that tensors are views of.
+
+    Attributes:
+      key: Its name in the file.
+      dtype: Its element type, as safetensors names it.
+      total: Elements of the whole storage.
+      start: First element that may be seen; 0 but in files of torch < 0.4.
+      numel: Elements that may be seen.
+    """
+
+    key: str
+    dtype: str
+    total: int
+    start: int
+    numel: int
+
+
+class StridedTensor(NamedTuple):
+    """A tensor that was checked to lie within its storage.
+
+    Attributes:
+      storage: What it is a view of.
+      offset: Elements before its first.
+      shape: Its shape.
+      strides: Elements from one index to the next, by axis.
+    """
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Loaded(NamedTuple):
+    """What a pickle built.
+
+    Attributes:
+      content: Its object.
+      storages: The storages that it mentions, by key.
+    """
+
+    content: Any
+    storages: dict[str, Storage]
+
+
+def load(stream: Any) -> Loaded:
+    """Read one pickle, and leave the stream behind its end.
+
+    Args:
+      stream: Binary, with `read`, `readline`, `seek` and `tell`.
+
+    Returns:
+      Dicts, lists, tuples, strings, numbers and `StridedTensor`s.
+
+    Raises:
+      RefusedError: If it wants anything else, or costs too much.
+      Exception: Any of those that the standard library raises on a malformed pickle.
+    """
+    begin = stream.tell()
+    _check_program(stream)
+    size = stream.tell() - begin
+    stream.seek(begin)
+    unpickler = _WeightsUnpickler(stream.read(size))
+    content = unpickler.load()
+    return Loaded(content, unpickler.storages)
+
+
+def damaged(got: str) -> RefusedError:
+    """Return the refusal of a file that is not whole."""
+    return RefusedError(
+        f"got a damaged torch checkpoint ({got}), wanted a whole one; try downloading "
+        "it again"
+    )
+
+
+class _Global:
+    """What a name in a pickle stands for: unchangeable, and of no use as a class."""
+
+    __slots__ = ("_build", "dtype")
+
+    def __init__(
+        self, build: Callable[..., Any] | None = None, dtype: str | None = None
+    ) -> None:
+        self._build = build
+        self.dtype = dtype
+
+    def __call__(self, *args: Any) -> Any:
+        if self._build is None:
+            raise pickle.UnpicklingError("a name is called that is not a function")
+        return self._build(*args)
+
+    def __setstate__(self, state: object) -> None:
+        """Take no state: without this, BUILD would set attributes."""
+
+
+class _Ignored:
+    """Stands for a value that no weight depends on."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Take no state."""
+
+
+class _OrderedDict(dict[Any, Any]):
+    """An ordered dict as torch writes state dicts, less the `_metadata` on it."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Take no state."""
+
+
+def _whole(value: object, what: str) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_ELEMENTS:
+        raise damaged(f"{what} is not a whole number from 0 to 2**48")
+    return value
+
+
+def _size(sizes: object = ()) -> tuple[int, ...]:
+    if not isinstance(sizes, tuple | list) or len(sizes) > MAX_DIMS:
+        raise damaged("a size is not a short list of numbers")
+    return tuple(_whole(n, "a size or stride") for n in sizes)
+
+
+def _tensor(
+    storage: object, offset: object, shape: object, strides: object
+) -> StridedTensor:
+    """Check that a tensor lies within its storage, before anything is allocated."""
+    if type(storage) is not Storage:
+        raise damaged("a tensor without a storage")
+    tensor = StridedTensor(
+        storage, _whole(offset, "an offset"), _size(shape), _size(strides)
+    )
+    if len(tensor.shape) != len(tensor.strides):
+        raise damaged(f"shape {tensor.shape} has strides {tensor.strides}")
+    numel = math.prod(tensor.shape)
+    reach = sum(
+        (n - 1) * by for n, by in zip(tensor.shape, tensor.strides, strict=True)
+    )
+    end = tensor.offset + reach + 1 if numel else tensor.offset
+    if end > storage.numel or numel > storage.numel:
+        raise damaged(
+            f"a tensor of shape {tensor.shape}, strides {tensor.strides} and offset "
+            f"{tensor.offset} does not fit its storage of {storage.numel}"
+        )
+    if math.prod(max(n, 1) for n in tensor.shape) > MAX_ELEMENTS:
+        raise damaged(f"a tensor of shape {tensor.shape}")
+    return tensor
+
+
+def _tensor_v2(
+    storage: object,
+    offset: object,
+    shape: object,
+    strides: object,
+    requires_grad: object,
+    hooks: object,
+    flags: object = None,
+) -> StridedTensor:
+    if flags:  # negated or conjugated on reading
+        raise RefusedError(
+            "got a tensor with lazy negation or conjugation, wanted plain numbers; try "
+            "saving it with torch after resolve_neg()"
+        )
+    return _tensor(storage, offset, shape, strides)
+
+
+def _parameter(tensor: object, requires_grad: object, hooks: object) -> StridedTensor:
+    if type(tensor) is not StridedTensor:
+        raise damaged("a parameter without a tensor")
+    return tensor
+
+
+def _ignored(*args: object) -> _Ignored:
+    return _Ignored()
+
+
+_INERT_NAMES = {
+    "torch": "float64 double float32 float float16 half bfloat16 int64 long int32 int "
+    "int16 short int8 uint8 bool complex64 complex128 strided contiguous_format",
+    "pytorch_lightning.callbacks.model_checkpoint": "ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping": "EarlyStopping",
+    "lightning.pytorch.callbacks.model_checkpoint": "ModelCheckpoint",
+    "lightning.pytorch.callbacks.early_stopping": "EarlyStopping",
+    "numpy": "ndarray",
+}
+"""Names that may be mentioned; the callbacks are keys in Lightning's checkpoints."""
+
+_GLOBALS: Mapping[tuple[str, str], _Global] = {
+    ("torch._utils", "_rebuild_tensor"): _Global(_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Global(_tensor_v2),
+    ("torch._utils", "_rebuild_parameter"): _Global(_parameter),
+    ("torch", "Size"): _Global(_size),
+    ("torch", "device"): _Global(_ignored),
+    ("collections", "OrderedDict"): _Global(_OrderedDict),
+    ("numpy", "dtype"): _Global(_ignored),
+    ("numpy.core.multiarray", "scalar"): _Global(_ignored),
+    ("numpy.core.multiarray", "_reconstruct"): _Global(_ignored),
+    ("numpy._core.multiarray", "scalar"): _Global(_ignored),
+    ("numpy._core.multiarray", "_reconstruct"): _Global(_ignored),
+    ("_codecs", "encode"): _Global(_ignored),
+    ("builtins", "set"): _Global(_ignored),
+    ("__builtin__", "set"): _Global(_ignored),
+    **{("torch", name): _Global(dtype=c) for name, c in _CODE_BY_STORAGE.items()},
+    **{
+        (module, name): _Global()
+        for module, names in _INERT_NAMES.items()
+        for name in names.split()
+    },
+}
+"""Every name a pickle may use. A name with a dot in it is none of them."""
+
+
+class _WeightsUnpickler(pickle.Unpickler):
+    """Builds containers and `StridedTensor`s, and remembers the storages it met."""
+
+    def __init__(self, program: bytes) -> None:
+        # Strings of Python 2 are bytes; those that are not text are never a key.
+        super().__init__(io.BytesIO(program), encoding="utf-8", errors="replace")
+        self.storages: dict[str, Storage] = {}
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """Return one of ours, or refuse by name."""
+        found = _GLOBALS.get((module_name, global_name))
+        if found is None:
+            raise RefusedError(
+                f"got a pickle that asks for {printable(module_name)}."
+                f"{printable(global_name)}, {_ADVICE}"
+            )
+        return found
+
+    def persistent_load(self, pid: Any, /) -> Storage:
+        """Return the storage that a persistent id describes."""
+        if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise damaged("a persistent id that is not a storage")
+        _, kind, key, _, numel, *view = pid
+        if type(kind) is not _Global or kind.dtype is None or type(key) is not str:
+            raise damaged("a storage without a type or a key")
+        total = _whole(numel, "a storage's size")
+        storage = Storage(key, kind.dtype, total, 0, total)
+        if self.storages.setdefault(key, storage) != storage:
+            raise damaged(f"storage {printable(key)} is described twice, differently")
+        if not view or view[0] is None:
+            return storage
+        _, start, length = view[0]
+        start, length = _whole(start, "a view's start"), _whole(length, "its length")
+        if start + length > total:
+            raise damaged(f"a view of storage {printable(key)} ends beyond it")
+        return storage._replace(start=start, numel=length)
+
+
+def _check_program(stream: Any) -> None:
+    """Go through one pickle without running it, and leave the stream behind its end."""
+    stack: list[int | None] = []  # depth of tuples; None is a mark
+    memo: dict[int, int] = {}
+    begin = stream.tell()
+    for count, (op, arg, at) in enumerate(pickletools.genops(stream)):
+        if op.name not in _OPCODES:
+            names = f" {printable(arg)}" if isinstance(arg, str) else ""
+            raise RefusedError(
+                f"got a pickle with the instruction {op.name}{names}, {_ADVICE}"
+            )
+        if at - begin > MAX_PICKLE_BYTES or stream.tell() - begin > MAX_PICKLE_BYTES:
+            raise damaged(f"its pickle is longer than {MAX_PICKLE_BYTES} bytes")
+        if op.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            slot = len(memo) if arg is None else int(arg)
+            if slot > count:  # the unpickler allocates up to the highest slot
+                raise damaged(f"memo slot {slot}")
+            memo[slot] = stack[-1] or 0
+        elif op.name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[int(arg or 0)])
+        elif op.name == "MARK":
+            stack.append(None)
+        else:
+            _apply(op, stack)
+
+
+def _apply(op: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
+    """Do to a stack of tuple depths what an instruction does to the values."""
+    num_taken = len(op.stack_before)
+    depth = 0
+    if pickletools.markobject in op.stack_before:
+        while (item := stack.pop()) is not None:
+            depth = max(depth, item)
+        num_taken = op.stack_before.index(pickletools.markobject)
+    for _ in range(num_taken):
+        depth = max(depth, stack.pop() or 0)
+    depth += op.name.startswith("TUPLE")
+    if depth > MAX_TUPLE_DEPTH:
+        raise damaged(f"tuples nested more than {MAX_TUPLE_DEPTH} deep")
+    stack.extend([depth] * len(op.stack_after))

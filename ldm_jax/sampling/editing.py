@@ -1,0 +1,288 @@
+"""What a sample starts from instead of noise alone: pictures, masks, other samples."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from ldm_jax.diffusion.guidance import unguided
+from ldm_jax.diffusion.parameterization import add_noise
+from ldm_jax.diffusion.sampling import Known, keep_known, sample, starting_noise
+from ldm_jax.diffusion.schedules import Level
+from ldm_jax.diffusion.solvers import inversion, slope_of, tabulate
+from ldm_jax.diffusion.timesteps import Levels, make_levels
+from ldm_jax.latent_diffusion import (
+    LatentDiffusion,
+    SampleParams,
+    calls_at_once,
+    denoiser_of,
+    encode_images,
+    images_a_call,
+    in_chunks,
+    prepare,
+)
+from ldm_jax.models.conditioning import Condition, ConditionInputs
+from ldm_jax.rng import image_keys
+from ldm_jax.training.conditions import cut_holes, join_masked
+from ldm_jax.types import SpacingName
+
+InvertFn = Callable[
+    [SampleParams, Float[Array, "b h w c"], ConditionInputs],
+    Float[Array, "b h2 w2 d"],
+]
+
+
+def make_invert_fn(
+    model: LatentDiffusion,
+    *,
+    num_steps: int,
+    spacing: SpacingName | None = None,
+    iterations: int = 1,
+) -> InvertFn:
+    """Make a jitted `invert_fn(params, images, cond)`: the noise DDIM makes them from.
+
+    Sampling with `ddim`, the same steps and spacing, no guidance, the same condition
+    and `Edit(latents=...)` gives the images back, as far as the autoencoder can; with
+    another condition it changes what differs.
+
+    Args:
+      model: Of the model.
+      num_steps: Steps of the sampler.
+      spacing: Of the sampler.
+      iterations: Network calls a step; more make the inverse exact.
+
+    Returns:
+      The function.
+
+    Raises:
+      ValueError: If a number is out of range.
+
+    Source:
+      `solvers.inversion`.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations: got {iterations}, wanted at least 1")
+    levels = make_levels(model.schedule, num_steps, spacing=spacing)
+    table = tabulate(
+        inversion(levels, iterations=iterations),
+        levels,
+        slope_of(levels),
+        prediction=model.prediction,
+        sigma_data=model.sigma_data,
+    )
+
+    @jax.jit
+    def invert_chunk(
+        params: SampleParams,
+        inputs: tuple[Float[Array, "b h w c"], ConditionInputs],
+    ) -> Float[Array, "b h2 w2 d"]:
+        images, cond = inputs
+        unused = image_keys([0] * images.shape[0])  # the climb draws nothing
+        end = sample(
+            unguided(denoiser_of(model, params)),
+            encode_images(model, params, images),
+            unused,
+            prepare(model, params, cond),
+            table=table,
+        )
+        return end.x_0
+
+    def invert_fn(
+        params: SampleParams, images: Float[Array, "b h w c"], cond: ConditionInputs
+    ) -> Float[Array, "b h2 w2 d"]:
+        fn = functools.partial(invert_chunk, params)
+        platform = jax.default_backend()
+        size = images_a_call(model, platform)
+        at_once = calls_at_once(model, platform)
+        return in_chunks(fn, (images, cond), size=size, at_once=at_once)
+
+    return invert_fn
+
+
+PARALLEL_SINE = 1e-4
+
+
+class Edit(NamedTuple):
+    """What a sample starts from; what is None has no say.
+
+    Attributes:
+      image: Picture in [-1, 1] to change, as far as the sample function's `strength`
+        goes, or to keep where the mask says so.
+      mask: 1 where the picture is made anew, 0 where it stays as it is, to the pixel.
+      latents: Latents at the first level, such as an inversion gives.
+      other_keys: A second key per image; the start lies between the two noises.
+      other_cond: A second condition; the condition lies between the two.
+      weight: Where between: 0 is the first, 1 the second.
+    """
+
+    image: Float[Array, "b h w c"] | None = None
+    mask: Float[Array, "b h w 1"] | None = None
+    latents: Float[Array, "b h w c"] | None = None
+    other_keys: Key[Array, " b"] | None = None
+    other_cond: ConditionInputs | None = None
+    weight: Float[Array, " b"] | None = None
+
+
+class Start(NamedTuple):
+    """Where a sampler begins.
+
+    Attributes:
+      x_start: Latents at the first level.
+      known: What is not to change, or None.
+    """
+
+    x_start: Float[Array, "b h w c"]
+    known: Known | None
+
+
+def start_of(
+    model: LatentDiffusion,
+    params: SampleParams,
+    keys: Key[Array, " b"],
+    edit: Edit,
+    *,
+    levels: Levels,
+    whole: bool,
+) -> Start:
+    """Make the latents at the first level that is visited.
+
+    Args:
+      model: Of the model.
+      params: Of the model.
+      keys: One per image.
+      edit: What to start from.
+      levels: The levels to visit.
+      whole: Whether every level is visited, so that a hole starts from noise alone.
+
+    Returns:
+      The start.
+
+    Source:
+      Meng et al., SDEdit, arXiv:2108.01073, algorithm 1; Lugmayr et al., RePaint,
+      arXiv:2201.09865, eq. 8.
+    """
+    shape = model.latent_shape
+    noise = starting_noise(keys, shape)
+    if edit.other_keys is not None and edit.weight is not None:
+        noise = slerp(noise, starting_noise(edit.other_keys, shape), edit.weight)
+    spread = spread_of(model, levels)
+    x_start = spread * noise if edit.latents is None else edit.latents
+    if edit.image is None:
+        return Start(x_start, None)
+    x_0 = encode_images(model, params, edit.image)
+    rows = (levels.t, levels.alpha, levels.sigma)
+    first = Level(*(jnp.full(x_0.shape[:1], row[0], x_0.dtype) for row in rows))
+    hole_from_noise = whole and edit.mask is not None
+    if edit.latents is None and not hole_from_noise:
+        x_start = add_noise(x_0, noise, first)
+    if edit.mask is None:
+        return Start(x_start, None)
+    known = Known(x_0, noise, free_latents(edit.mask, shape))
+    return Start(keep_known(x_start, known, first.alpha[0], first.sigma[0]), known)
+
+
+def spread_of(model: LatentDiffusion, levels: Levels) -> float:
+    """Return what latents have as deviation at the first level: below 1 in flows only.
+
+    There a sample starts from this much noise.
+    """
+    return float(np.hypot(model.sigma_data * levels.alpha[0], levels.sigma[0]))
+
+
+def free_latents(
+    mask: Float[Array, "b h w 1"], shape: tuple[int, int, int]
+) -> Float[Array, "b h2 w2 1"]:
+    """Free every latent that lies over a pixel to be made anew."""
+    factor = mask.shape[1] // shape[0]
+    blocks = mask.reshape(-1, shape[0], factor, shape[1], factor, 1)
+    return (blocks.max(axis=(2, 4)) > 0.5).astype(jnp.float32)
+
+
+def paste(images: Float[Array, "b h w c"], edit: Edit) -> Float[Array, "b h w c"]:
+    """Put the pixels that were to stay back, exactly as they were given."""
+    if edit.image is None or edit.mask is None:
+        return images
+    return jnp.where(edit.mask > 0.5, images, edit.image)
+
+
+def masked_inputs(
+    model: LatentDiffusion,
+    params: SampleParams,
+    images: Float[Array, "b h w c"],
+    mask: Float[Array, "b h w 1"],
+) -> Float[Array, "b h2 w2 d"]:
+    """Make what a model of inpainting is conditioned on, as in its training.
+
+    Args:
+      model: Of the model.
+      params: Of the model.
+      images: In [-1, 1].
+      mask: 1 where they are to be made anew.
+
+    Returns:
+      The latents of the images with holes, and the mask in {-1, 1}.
+    """
+    return join_masked(encode_images(model, params, cut_holes(images, mask)), mask)
+
+
+def slerp(
+    a: Float[Array, "b h w c"], b: Float[Array, "b h w c"], weight: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """Go from one noise to another along the sphere, where noise lives.
+
+    Args:
+      a: Noise at weight 0.
+      b: Noise at weight 1.
+      weight: For each image.
+
+    Returns:
+      The noise between; on the straight line where the two are parallel.
+
+    Source:
+      Shoemake (1985); Song et al., DDIM, arXiv:2010.02502, eq. 67.
+    """
+    axes = (1, 2, 3)
+    norms = jnp.sqrt(jnp.square(a).sum(axes) * jnp.square(b).sum(axes))
+    angle = jnp.arccos(jnp.clip((a * b).sum(axes) / norms, -1.0, 1.0))
+    sine = jnp.sin(angle)
+    parallel = sine < PARALLEL_SINE
+    safe = jnp.where(parallel, 1.0, sine)
+    first = jnp.where(parallel, 1.0 - weight, jnp.sin((1.0 - weight) * angle) / safe)
+    second = jnp.where(parallel, weight, jnp.sin(weight * angle) / safe)
+    wide = (slice(None), None, None, None)
+    return first[wide] * a + second[wide] * b
+
+
+def mix_conditions(
+    a: Condition, b: Condition, weight: Float[Array, " b"], *, num_classes: int
+) -> Condition:
+    """Go from one prepared condition to another along a straight line.
+
+    Args:
+      a: Condition at weight 0.
+      b: Condition at weight 1.
+      weight: For each image.
+      num_classes: Real classes; the null class has this index.
+
+    Returns:
+      The condition between; a label becomes a weight for each class.
+    """
+
+    def mix(first: Array, second: Array) -> Array:
+        w = weight.reshape(-1, *[1] * (first.ndim - 1)).astype(first.dtype)
+        return (1 - w) * first + w * second
+
+    soft = (soften(c, num_classes=num_classes) for c in (a, b))
+    return cast(Condition, jax.tree.map(mix, *soft))
+
+
+def soften(cond: Condition, *, num_classes: int) -> Condition:
+    """Write a label as a weight for each class, the null class last."""
+    if cond.label is None:
+        return cond
+    label = jax.nn.one_hot(cond.label, num_classes + 1, dtype=jnp.float32)
+    return cond._replace(label=label)

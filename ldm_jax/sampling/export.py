@@ -1,0 +1,358 @@
+"""Sample functions compiled ahead of time: bytes that draw without our networks.
+
+A program is one line that says what it is, one of JSON that says what it needs to be
+called, and a module that `jax.export` wrote. Parameters, keys, conditions and knobs are
+inputs, each under its own name, so that no container of ours is written; a key travels
+as its words.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from jaxtyping import Array, Float, Key, Real
+
+from ldm_jax.latent_diffusion import (
+    LatentDiffusion,
+    SampleParams,
+    images_a_call,
+    in_chunks,
+    null_condition,
+)
+from ldm_jax.models.conditioning import ConditionInputs, null_inputs
+from ldm_jax.rng import image_keys
+from ldm_jax.sampling.editing import Edit
+from ldm_jax.sampling.program import Inputs, Knobs, Models, Plan, sample_chunk
+from ldm_jax.sampling.sample_fn import (
+    EVERYWHERE,
+    Samples,
+    check_inputs,
+    make_knobs,
+    make_plan,
+)
+from ldm_jax.types import (
+    InputError,
+    PyTree,
+    SamplerName,
+    SpacingName,
+)
+
+MAGIC = b"ldm_jax sample program 1\n"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class Header(NamedTuple):
+    """What is known of a program without reading its module.
+
+    Attributes:
+      sampler: Which sampler.
+      num_steps: Denoising steps.
+      guided: Whether `guidance_scale` has effect.
+      batch: Images a call; any number is drawn, the last call filled up.
+      num_classes: Real classes; the null class has this index.
+      null_tokens: Tokens of the empty prompt.
+      key_impl: JAX's name for the kind of key.
+      platforms: Where it runs, in JAX's words: cpu, cuda, rocm, tpu.
+      jax_version: What wrote it.
+      sha256: Of the module.
+    """
+
+    sampler: SamplerName
+    num_steps: int
+    guided: bool
+    batch: int
+    num_classes: int
+    null_tokens: list[int]
+    key_impl: str
+    platforms: list[str]
+    jax_version: str
+    sha256: str
+
+
+def export_sample_program(
+    model: LatentDiffusion,
+    params: SampleParams,
+    *,
+    sampler: SamplerName,
+    num_steps: int,
+    spacing: SpacingName | None = None,
+    guided: bool = True,
+    batch: int | None = None,
+    cond: ConditionInputs | None = None,
+    platforms: Sequence[str] | None = None,
+) -> bytes:
+    """Write a sample function as bytes that any process with JAX can run.
+
+    What they draw equals, bit for bit, what `make_sample_fn` draws on the same machine.
+
+    Args:
+      model: What to sample with.
+      params: Only their shapes are taken; the values stay inputs.
+      sampler: One of `SAMPLER_NAMES`.
+      num_steps: Denoising steps, 1 to T.
+      spacing: One of `SPACING_NAMES`; None for the schedule's default.
+      guided: Whether `guidance_scale` has effect; False saves half of the work.
+      batch: Images the network sees at once; None for `model.chunk`, and for one
+        where a CPU is among the platforms.
+      cond: Conditions of one image or more, whose shapes by image are taken. None
+        where the model reads labels, tokens or nothing.
+      platforms: Some of `PLATFORMS`; None for this machine's.
+
+    Returns:
+      The program.
+
+    Raises:
+      ValueError: If a number is out of range, a name unknown, or the shape of the
+        condition is not known.
+    """
+    platforms = [export.default_export_platform()] if platforms is None else platforms
+    if batch is None:
+        batch = min(images_a_call(model, name) for name in platforms)
+    if batch < 1:
+        raise ValueError(f"batch: got {batch}, wanted 1 or more")
+    if unknown := [name for name in platforms if name not in PLATFORMS]:
+        raise ValueError(
+            f"platforms: got {unknown[0]!r}, wanted some of {', '.join(PLATFORMS)}"
+        )
+    plan = make_plan(
+        model, sampler=sampler, num_steps=num_steps, spacing=spacing, guided=guided
+    )
+    key_impl = str(jax.random.key_impl(image_keys([0])))
+    call = blank_call(model, params, cond, batch=batch, num_steps=plan.levels.num_steps)
+    program = jax.jit(flat_program(plan, call, key_impl))
+    with no_locations():
+        exported = export.export(program, platforms=list(platforms))(by_name(call))
+        module = bytes(exported.serialize())
+    header = Header(
+        sampler=sampler,
+        num_steps=plan.levels.num_steps,
+        guided=guided,
+        batch=batch,
+        num_classes=model.num_classes,
+        null_tokens=list(model.null_tokens),
+        key_impl=key_impl,
+        platforms=list(exported.platforms),
+        jax_version=jax.__version__,
+        sha256=hashlib.sha256(module).hexdigest(),
+    )
+    line = json.dumps(header._asdict()).encode() + b"\n"
+    return MAGIC + line + module
+
+
+def load_sample_program(data: bytes) -> Callable[..., Samples]:
+    """Make a sample function of what `export_sample_program` wrote.
+
+    It is compiled for this machine at the first call.
+
+    Args:
+      data: The program.
+
+    Returns:
+      `fn(params, keys, cond, guidance_scale, eta, uncond, *, guidance_rescale,
+      guidance_interval)` for any number of images.
+
+    Raises:
+      InputError: If the bytes are no program, are damaged, or are for another
+        platform. The function itself raises it for wrong shapes.
+    """
+    header, module = split_program(data)
+    here = export.default_export_platform()
+    if here not in header.platforms:
+        raise InputError(
+            f"program: made for {', '.join(header.platforms)}, but this is {here}; "
+            f"export it with platforms=[{here!r}]"
+        )
+    try:
+        exported = export.deserialize(bytearray(module))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"program: written by JAX {header.jax_version}, and this is "
+            f"{jax.__version__}, which cannot read it ({error}); export it anew"
+        ) from None
+    run = jax.jit(exported.call)
+    wanted = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0][0]
+
+    def call_program(
+        params: SampleParams, knobs: Knobs, inputs: Inputs
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b f h w c"]]:
+        words = jax.random.key_data(inputs.keys)
+        call = Call(params, knobs, words, inputs.cond, inputs.uncond)
+        arrays = by_name(call)
+        check_arrays(arrays, wanted)
+        return run(arrays)
+
+    def program_fn(
+        params: SampleParams,
+        keys: Key[Array, " b"],
+        cond: ConditionInputs,
+        guidance_scale: Real[Array, "*k"] | float | int = 1.0,
+        eta: Float[Array, ""] | float | int = 0.0,
+        uncond: ConditionInputs | None = None,
+        *,
+        guidance_rescale: Float[Array, ""] | float | int = 0.0,
+        guidance_interval: tuple[float, float] | Float[Array, "2"] = EVERYWHERE,
+    ) -> Samples:
+        if (impl := str(jax.random.key_impl(keys))) != header.key_impl:
+            raise InputError(f"keys: got {impl}, wanted {header.key_impl}")
+        if uncond is None:
+            uncond = null_inputs(
+                cond,
+                num_classes=header.num_classes,
+                null_tokens=tuple(header.null_tokens),
+            )
+        inputs = Inputs(keys, cond, uncond, Edit())
+        check_inputs(inputs, num_classes=header.num_classes)
+        knobs = make_knobs(
+            guidance_scale,
+            guidance_rescale,
+            guidance_interval,
+            eta,
+            sampler=header.sampler,
+            num_steps=header.num_steps,
+        )
+        params = jax.tree.map(jnp.asarray, params)
+        call = functools.partial(call_program, params, knobs)
+        images, frames = in_chunks(call, inputs, size=header.batch)
+        return Samples(images, jnp.moveaxis(frames, 1, 0))
+
+    return program_fn
+
+
+class Call(NamedTuple):
+    """The inputs of a program; the names of its arrays are paths in here.
+
+    Attributes:
+      params: Of the model.
+      knobs: What holds for all images.
+      keys: Words of the key of each image; typed keys cannot be written.
+      cond: What each image shows.
+      uncond: What each is guided away from.
+    """
+
+    params: SampleParams
+    knobs: Knobs
+    keys: PyTree
+    cond: ConditionInputs
+    uncond: ConditionInputs
+
+
+def by_name(call: Call) -> dict[str, Any]:
+    """Name every array by its path, as in `params/unet/conv_in/kernel`."""
+    leaves = jax.tree_util.tree_flatten_with_path(call)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
+
+
+def flat_program(
+    plan: Plan, like: Call, key_impl: str
+) -> Callable[[dict[str, Array]], tuple[Array, Array]]:
+    """Make the program of a plan as a function of named arrays."""
+    names, structure = list(by_name(like)), jax.tree.structure(like)
+
+    def program(arrays: dict[str, Array]) -> tuple[Array, Array]:
+        call: Call = jax.tree.unflatten(structure, [arrays[name] for name in names])
+        keys = jax.random.wrap_key_data(call.keys, impl=key_impl)
+        inputs = Inputs(keys, call.cond, call.uncond, Edit())
+        return sample_chunk(plan, Models(call.params, None), call.knobs, inputs)
+
+    return program
+
+
+def blank_call(
+    model: LatentDiffusion,
+    params: SampleParams,
+    cond: ConditionInputs | None,
+    *,
+    batch: int,
+    num_steps: int,
+) -> Call:
+    """Make inputs of the right shapes, none of whose values matters.
+
+    Raises:
+      ValueError: If no condition is given and the model reads vectors or a picture,
+        whose size is the data's.
+    """
+    conditioner = model.conditioner
+    if cond is None:
+        stacked = params.unet["conv_in"]["kernel"].shape[2] > model.latent_shape[2]
+        if conditioner.reads == "embedding" or stacked:
+            raise ValueError(
+                "cond: not given, but this model reads vectors or a picture beside "
+                "each image; wanted an example whose shapes are taken"
+            )
+        has_label = conditioner.adds_label or conditioner.reads == "label"
+        has_tokens = conditioner.reads == "tokens"
+        tokens = jnp.zeros((1, len(model.null_tokens)), jnp.int32)
+        label = jnp.zeros((1,), jnp.int32) if has_label else None
+        cond = ConditionInputs(label, tokens if has_tokens else None)
+
+    def several(x: Array) -> Array:
+        return jnp.zeros((batch, *x.shape[1:]), x.dtype)
+
+    cond = ConditionInputs(*(None if x is None else several(x) for x in cond))
+    return Call(
+        jax.eval_shape(lambda: params),
+        Knobs(*(jnp.zeros(shape) for shape in ((num_steps,), (), (2,), ()))),
+        jax.random.key_data(image_keys([0] * batch)),
+        cond,
+        null_condition(model, cond),
+    )
+
+
+@contextlib.contextmanager
+def no_locations() -> Iterator[None]:
+    """Leave the paths of our files out of what is lowered within.
+
+    They would tell strangers of the machine, and make two programs of one model differ.
+    """
+    name = "jax_traceback_in_locations_limit"
+    limit = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, limit)
+
+
+def split_program(data: bytes) -> tuple[Header, bytes]:
+    """Take a program apart.
+
+    Raises:
+      InputError: If the bytes are no program, or were changed or cut.
+    """
+    if not data.startswith(MAGIC):
+        raise InputError(
+            f"program: got {len(data)} bytes that do not begin as a sample program of "
+            "this version; wanted what export_sample_program returns"
+        )
+    line, _, module = data[len(MAGIC) :].partition(b"\n")
+    try:
+        header = Header(**json.loads(line))
+    except (ValueError, TypeError):
+        header = None
+    if header is None or hashlib.sha256(module).hexdigest() != header.sha256:
+        raise InputError("program: damaged or cut short; export it anew")
+    return header, module
+
+
+def check_arrays(arrays: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise `InputError` if the inputs are not those that a program was made for."""
+    if missing := sorted(wanted.keys() - arrays.keys()):
+        raise InputError(f"program: it reads {missing[0]}, which is not given")
+    if extra := sorted(arrays.keys() - wanted.keys()):
+        raise InputError(f"program: got {extra[0]}, which it does not read")
+    for name, aval in wanted.items():
+        array = arrays[name]
+        if (array.shape, array.dtype) != (aval.shape, aval.dtype):
+            raise InputError(
+                f"program: {name} is {array.dtype}{list(array.shape)}, wanted "
+                f"{aval.dtype}{list(aval.shape)}; it was made for another model"
+            )

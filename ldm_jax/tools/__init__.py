@@ -1,0 +1,1 @@
+"""Programs beside training and sampling; nothing stands on them."""

@@ -1,0 +1,1 @@
+"""A folder of images, checked before it is trained on."""

@@ -1,0 +1,136 @@
+"""What makes a page's images: one compiled program, whatever is wished for."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import jax
+import numpy as np
+
+from ldm_jax.images import encode_png, to_uint8
+from ldm_jax.latent_diffusion import calls_at_once, images_a_call
+from ldm_jax.rng import image_keys
+from ldm_jax.sampling.any_steps import AnyStepsFn, make_any_steps_fn
+from ldm_jax.sampling.conditions import condition_inputs, doubts_about, image_specs
+from ldm_jax.sampling.metadata import make_metadata
+from ldm_jax.sampling.pipeline import Pipeline, open_pipeline
+from ldm_jax.sampling.synthetic_dataset import class_names_of
+from ldm_jax.tools.demo.arguments import BrowseRequest
+from ldm_jax.tools.demo.controls import Controls, Limits, limits_of, request_of
+from ldm_jax.types import InputError, SamplerName, SpacingName
+
+
+class Renderer(NamedTuple):
+    """A model and the program that draws with it.
+
+    Attributes:
+      pipeline: The model, and the settings that no knob moves.
+      fn: The program.
+      limits: What may be wished for.
+      names: Of the classes; () where there are none.
+    """
+
+    pipeline: Pipeline
+    fn: AnyStepsFn
+    limits: Limits
+    names: tuple[str, ...]
+
+
+class Drawn(NamedTuple):
+    """An image made.
+
+    Attributes:
+      seed: Its own.
+      png: The file that `sample.py` would write, its recipe included.
+    """
+
+    seed: int
+    png: bytes
+
+
+def set_up(request: BrowseRequest) -> Renderer:
+    """Load a run and compile the program, by drawing an image.
+
+    Raises:
+      InputError: If the run cannot be read, or its settings have no meaning for it.
+      RunError: If no checkpoint is intact.
+    """
+    pipeline = open_pipeline(request.settings)
+    config, settings = pipeline.run.config, pipeline.settings
+    limits = limits_of(
+        config, max_steps=request.max_steps, max_images=request.max_images
+    )
+    try:
+        fn = make_any_steps_fn(
+            pipeline.model,
+            sampler=cast(SamplerName, settings.sampler),
+            max_steps=limits.max_steps,
+            spacing=cast(SpacingName | None, settings.spacing),
+            guided=limits.guided,
+        )
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    renderer = Renderer(pipeline, fn, limits, class_names_of(config, settings))
+    some_text = "a" if limits.reads_text else ""
+    next(draw(renderer, initial_controls(renderer)._replace(prompt=some_text, steps=1)))
+    return renderer
+
+
+def initial_controls(renderer: Renderer) -> Controls:
+    """Say what a page shows before a knob is moved."""
+    settings, limits = renderer.pipeline.settings, renderer.limits
+    return Controls(
+        seed=0,
+        num_images=min(4, limits.max_images),
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale[0] if limits.guided else 1.0,
+        label=0 if limits.num_classes else None,
+        prompt="",
+        negative_prompt="",
+    )
+
+
+def draw(renderer: Renderer, controls: Controls) -> Iterator[Drawn]:
+    """Draw what a page wishes for, call by call.
+
+    Args:
+      renderer: Of the page.
+      controls: Within its limits.
+
+    Yields:
+      An image for each seed, with the bits that `controls.command_of` gives it.
+
+    Raises:
+      InputError: If the model reads a text and the wish has none.
+    """
+    pipeline = renderer.pipeline
+    config, params = pipeline.run.config, pipeline.run.params
+    request = request_of(controls, pipeline.settings)
+    specs = image_specs(config, request)
+    platform = jax.default_backend()
+    size = images_a_call(pipeline.model, platform)
+    at_once = size * calls_at_once(pipeline.model, platform)
+    for start in range(0, len(specs), at_once):
+        part = specs[start : start + at_once]
+        # Filled up here, so that arrays around the program have few shapes too.
+        call = part + part[-1:] * (-len(part) % size)
+        cond, uncond = condition_inputs(config, [spec.condition_texts for spec in call])
+        images = renderer.fn(
+            params,
+            image_keys([spec.seed for spec in call]),
+            cond,
+            controls.steps,
+            controls.guidance_scale,
+            uncond,
+        )
+        for spec, image in zip(part, to_uint8(np.asarray(images)), strict=False):
+            recipe = make_metadata(spec, request.settings, pipeline.made_with)
+            yield Drawn(spec.seed, encode_png(image, recipe))
+
+
+def doubts(renderer: Renderer, controls: Controls) -> list[str]:
+    """Say what of a wish's text the model cannot have understood."""
+    return (
+        doubts_about(renderer.pipeline.run.config, controls.prompt)
+        if controls.prompt
+        else []
+    )

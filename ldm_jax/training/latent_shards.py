@@ -1,0 +1,115 @@
+"""A file of records: written whole or not at all, and found again when it is whole."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+from ldm_jax.data.latent_cache import CacheNote, Shard, shard_name, to_json
+from ldm_jax.files import write_json
+from ldm_jax.types import RunError
+
+HASH_CHUNK = 2**20
+
+
+def find_shards(out: Path, note: CacheNote, wanted: Iterable[int]) -> dict[int, Shard]:
+    """Find shards that are there, of this cache, and whole: every byte is read.
+
+    Args:
+      out: Folder of the cache.
+      note: Of the cache.
+      wanted: Which shards are looked for.
+
+    Returns:
+      What is known of those that were found.
+    """
+    found = {}
+    for shard in wanted:
+        path = out / shard_name(shard, note.num_shards)
+        try:
+            details = json.loads(_proof(path).read_text())
+            here = file_digest(path)
+        except (OSError, ValueError):
+            continue
+        if details == {**here._asdict(), "of": _key(note)}:
+            found[shard] = here
+    return found
+
+
+def make_shard(
+    out: Path, shard: int, note: CacheNote, records: Iterable[bytes]
+) -> Shard:
+    """Write a shard, and beside it what proves it whole.
+
+    Args:
+      out: Folder of the cache.
+      shard: Which.
+      note: Of the cache.
+      records: Its records, in order.
+
+    Returns:
+      What is known of it.
+
+    Raises:
+      RunError: If it cannot be written.
+    """
+    path = out / shard_name(shard, note.num_shards)
+    write_records(path, records)
+    made = file_digest(path)
+    write_json(_proof(path), {**made._asdict(), "of": _key(note)})
+    return made
+
+
+def _proof(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _key(note: CacheNote) -> str:
+    """Return a digest of what a cache is made of, the same before it is finished."""
+    text = json.dumps(to_json(dataclasses.replace(note, shards=())), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_records(path: Path, records: Iterable[bytes]) -> None:
+    """Write a file of records whole or not at all, equal bytes for equal records.
+
+    Raises:
+      RunError: If it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
+    try:
+        for record in records:
+            _writing(part, lambda record=record: writer.write(record))
+        _writing(part, writer.close)
+    finally:
+        if writer.is_open():
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+    os.replace(part, path)
+
+
+def _writing(path: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise RunError(
+            f"{path}: cannot be written ({reason}); make room there, or make it "
+            "writable, and give the same command"
+        ) from None
+
+
+def file_digest(path: Path) -> Shard:
+    """Return the size and the sha256 of a file."""
+    total, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            total.update(chunk)
+            size += len(chunk)
+    return Shard(size, total.hexdigest())

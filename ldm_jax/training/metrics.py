@@ -1,0 +1,236 @@
+"""What a run tells: a line of JSON a log step, a plot, and a progress bar."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ldm_jax.files import naming, write_text
+from ldm_jax.parallel.multihost import first_alone, gather_texts, is_first
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "loss.png"
+MIN_PLOTTED = 1e-12
+BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}"
+
+
+class MetricsLog:
+    """`metrics.jsonl`, and TensorBoard where `tensorboardX` is installed.
+
+    Attributes:
+      path: Of the metrics.
+      fault_path: Of the steps that were not finite.
+    """
+
+    def __init__(self, workdir: Path, *, writes: bool = True) -> None:
+        """Open the log of a run for appending.
+
+        Args:
+          workdir: Folder of the run.
+          writes: False on all processes but one, whose log stays silent.
+        """
+        self.path = workdir / METRICS_FILE
+        self.fault_path = workdir / "not_finite.jsonl"
+        self._writes = writes
+        self._board = _open_board(workdir / "tensorboard") if writes else None
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what a killed run logged of `stage` after `step`, and torn lines."""
+        if not self._writes:
+            return
+        for path in (self.path, self.fault_path):
+            if not path.exists():
+                continue
+            kept = [
+                record
+                for record in read_metrics(path)
+                if record["stage"] != stage or record["step"] <= step
+            ]
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def records(self, stage: str) -> list[dict[str, Any]]:
+        """Read what was logged of a stage."""
+        found = read_metrics(self.path) if self.path.exists() else []
+        return [record for record in found if record["stage"] == stage]
+
+    def write(self, stage: str, step: int, values: Mapping[str, float | str]) -> None:
+        """Append one record."""
+        if not self._writes:
+            return
+        _append(self.path, {"stage": stage, "step": step, **values})
+        if self._board is not None:
+            numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
+            for name, value in numbers.items():
+                self._board.add_scalar(f"{stage}/{name}", value, step)
+
+    def write_fault(self, record: Mapping[str, Any]) -> None:
+        """Append what is known of a step that was not finite."""
+        if self._writes:
+            _append(self.fault_path, record)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with naming(path), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a log; a line torn by a kill or a full disk is left out."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and {"stage", "step"} <= record.keys():
+            records.append(record)
+    return records
+
+
+def plot_losses(log: Path, path: Path) -> None:
+    """Draw loss and scores of each stage against its steps, on logarithmic axes.
+
+    Args:
+      log: `metrics.jsonl`.
+      path: The PNG to write, whole or not at all.
+    """
+    from matplotlib.figure import Figure
+
+    records = read_metrics(log)
+    stages = list(dict.fromkeys(record["stage"] for record in records))
+    if not stages:
+        return
+    panels = [(stage, ("loss", "reconstruction"), True) for stage in stages]
+    scored = dict.fromkeys(r["stage"] for r in records if "fid" in r)
+    panels += [(stage, ("fid", "held_out_fid"), False) for stage in scored]
+    figure = Figure(figsize=(5.5 * len(panels), 3.6), dpi=120)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (stage, names, noisy) in zip(all_axes[0], panels, strict=True):
+        rows = [record for record in records if record["stage"] == stage]
+        for i, name in enumerate(names):
+            details = [row for row in rows if name in row]
+            steps, values = ([row[key] for row in details] for key in ("step", name))
+            label, look = name.replace("_", " "), {"color": f"C{i}"}
+            if not details:
+                continue
+            if noisy:
+                axes.plot(steps, values, **look, alpha=0.3, linewidth=0.8)
+                axes.plot(steps, _smooth(values), **look, label=label)
+            else:
+                axes.plot(steps, values, "o-", **look, markersize=3, label=label)
+        axes.set_yscale("log")
+        axes.set_title(stage if noisy else f"{stage}: Fréchet distance")
+        axes.set_xlabel("step")
+        axes.grid(visible=True, which="both", alpha=0.2)
+        axes.legend()
+    figure.tight_layout()
+    part = path.with_name(path.name + ".part")
+    with naming(part):
+        figure.savefig(part, format="png")
+    os.replace(part, path)
+
+
+def progress_bar(stage: str, *, num_steps: int, done: int, visible: bool) -> tqdm:
+    """Make a bar that shows step, loss, images/s and the time left.
+
+    Away from a terminal it prints a line now and then instead of thousands; where it
+    is not `visible`, nothing.
+    """
+    quiet = not sys.stderr.isatty()
+    return tqdm(
+        total=num_steps,
+        initial=done,
+        desc=stage,
+        bar_format=BAR_FORMAT,
+        mininterval=10.0 if quiet else 0.2,
+        maxinterval=20.0 if quiet else 1.0,
+        file=sys.stderr,
+        disable=not visible,
+    )
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Average the logarithms, half-life six values, unbiased from the first on."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = 0.9 * total + math.log(max(value, MIN_PLOTTED))
+        weight = 0.9 * weight + 1.0
+        smoothed.append(math.exp(total / weight))
+    return smoothed
+
+
+def _open_board(directory: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory))
+
+
+ScoreRecord = dict[str, float | str]
+"""Scores by name, and how they were found."""
+Measure = Callable[[Any, int], ScoreRecord]
+"""From averaged parameters and their step to their scores; every process calls it, and
+that of the first one counts."""
+HOW = "how"
+SCORE = "fid"
+"""What a record of scores holds, and one of losses does not."""
+
+
+class ScoreCurve:
+    """The scores of one stage, step by step, in the log of its run.
+
+    Where a state is saved, that is done before it is scored, since drawing takes long.
+    A run that is killed in between scores what it finds when it goes on; a score that
+    is there stays.
+    """
+
+    def __init__(
+        self, stage: Any, log: MetricsLog, *, every: int, measure: Measure | None
+    ) -> None:
+        """Measure nothing yet.
+
+        Args:
+          stage: Whose.
+          log: Where scores are written.
+          every: Steps between two of them.
+          measure: Finds them; None never does.
+        """
+        self._stage, self._log = stage, log
+        self._every, self._measure = every, measure
+
+    def is_due(self, step: int) -> bool:
+        """Say whether averaged parameters are scored at a step."""
+        if self._measure is None or not step:
+            return False
+        return step % self._every == 0 or step == self._stage.num_steps
+
+    def is_missing(self, step: int) -> bool:
+        """Say whether a score is due and not in the log; every process asks."""
+        if not self.is_due(step):
+            return False
+        found = is_first() and any(
+            SCORE in record and record["step"] == step
+            for record in self._log.records(self._stage.name)
+        )
+        return gather_texts(str(found))[0] == str(False)
+
+    def add(self, ema: Any, step: int) -> None:
+        """Score averaged parameters, whole on this process; every process calls it."""
+        if self._measure is not None:
+            scores = self._measure(ema, step)
+            first_alone(lambda: self._report(step, scores))
+
+    def _report(self, step: int, scores: ScoreRecord) -> None:
+        self._log.write(self._stage.name, step, scores)
+        plot_losses(self._log.path, self._log.path.with_name(PLOT_FILE))

@@ -1,0 +1,108 @@
+"""The tokenizer that a run learns from its own captions and keeps in its folder."""
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+
+from ldm_jax.build import needs_of, open_tokenizer
+from ldm_jax.config import Config
+from ldm_jax.config.run import with_tokenizer
+from ldm_jax.data.byte_pairs import load_byte_pairs, train_byte_pairs, write_byte_pairs
+from ldm_jax.data.captions import count_cut
+from ldm_jax.data.sources import has_captions, read_captions
+from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from ldm_jax.training.checkpoint import notes_digest
+from ldm_jax.training.loop import CHECKPOINTS
+from ldm_jax.training.metrics import METRICS_FILE
+
+FOLDER = "tokenizer"
+NOTE = "tokenizer"
+MAX_COUNTED = 10_000
+"""Captions that are counted where none need be read to begin."""
+
+
+def own_tokenizer(config: Config, workdir: Path) -> Path | None:
+    """Return the folder of the tokenizer a run learns; None if it learns none."""
+    if "diffusion" not in config.stages:
+        return None
+    return workdir / FOLDER if config.diffusion.condition.learns_tokenizer else None
+
+
+def with_own_tokenizer(config: Config, workdir: Path) -> Config:
+    """Return the config with the tokenizer that the run learned, if it learns one."""
+    return with_tokenizer(config, own_tokenizer(config, workdir))
+
+
+def keep_tokenizer(config: Config, workdir: Path) -> None:
+    """Learn a run's tokenizer from the captions it trains on, if it has yet to.
+
+    One that is lost is taken from the run's checkpoints, which hold it too: learned
+    anew from captions that have changed, its numbers would mean other things.
+
+    Says, when a run begins, how many captions are longer than the context, whoever made
+    the tokenizer.
+
+    Args:
+      config: Of the run.
+      workdir: Its folder.
+
+    Raises:
+      InputError: If there are no captions, or the vocabulary is too small.
+      OSError: If it cannot be written.
+    """
+    folder = own_tokenizer(config, workdir)
+    if folder is None:
+        if not (workdir / METRICS_FILE).exists():
+            _warn_of_cut_by_another(config)
+        return
+    if (folder / TOKENIZER_FILE).exists():
+        return
+    if (kept := _in_checkpoints(workdir / "diffusion" / CHECKPOINTS)) is not None:
+        write_byte_pairs(kept, folder)
+        return
+    data, text = config.data, config.diffusion.condition.text
+    captions = read_captions(data.source, data.train_split, directory=data.directory)
+    write_byte_pairs(train_byte_pairs(captions, vocab_size=text.vocab_size), folder)
+    tokenizer = load_byte_pairs(folder, length=text.length)
+    _warn_of_cut(captions, tokenizer, "try a larger --diffusion.condition.text.length")
+
+
+def notes_of_words(config: Config, workdir: Path) -> dict[str, str]:
+    """Return what a checkpoint notes of the tokenizer that its run learned."""
+    folder = own_tokenizer(config, workdir)
+    if folder is None:
+        return {}
+    return {NOTE: (folder / TOKENIZER_FILE).read_text(encoding="utf-8")}
+
+
+def _in_checkpoints(directory: Path) -> str | None:
+    """Find the tokenizer in the newest checkpoint whose notes are intact."""
+    steps = [path for path in directory.glob("*") if path.name.isdigit()]
+    for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            notes = json.loads((step / "notes" / "metadata").read_text())
+            if notes.pop("sha256", None) == notes_digest(notes) and NOTE in notes:
+                return notes[NOTE]
+    return None
+
+
+def _warn_of_cut_by_another(config: Config) -> None:
+    """Tell of captions that are cut by a tokenizer made elsewhere."""
+    condition, data = config.diffusion.condition, config.data
+    if "caption" not in needs_of(config) or condition.tokenizer is None:
+        return
+    if has_captions(data.source, directory=data.directory):
+        captions = read_captions(
+            data.source, data.train_split, directory=data.directory, limit=MAX_COUNTED
+        )
+        _warn_of_cut(captions, open_tokenizer(condition), "try shorter ones")
+
+
+def _warn_of_cut(captions: list[str], tokenizer: Tokenizer, remedy: str) -> None:
+    if cut := count_cut(captions, tokenizer):
+        logging.getLogger(__name__).warning(
+            "%d of %d captions are longer than the %d tokens of the context, and are "
+            "cut; %s",
+            *(cut, len(captions), tokenizer.length, remedy),
+        )

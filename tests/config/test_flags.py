@@ -1,0 +1,126 @@
+import pytest
+
+from configs.digits import get_config
+from ldm_jax.config.flags import load_config_file, parse_list, parse_train
+from ldm_jax.types import InputError
+
+DIGITS = ["--config", "configs/digits.py", "--workdir", "x"]
+
+
+def error(call, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("3", [3]),
+        ("0-3", [0, 1, 2, 3]),
+        ("1,4,7", [1, 4, 7]),
+        ("0-2,9,5-6", [0, 1, 2, 9, 5, 6]),
+        ("7, 7", [7, 7]),
+    ],
+)
+def test_lists_are_numbers_and_ranges_in_order(text, numbers):
+    assert parse_list(text, name="--seeds", low=0, high=9) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1--3", "1-2-3", "1,,2", "²"])
+def test_what_is_no_list_is_refused(text):
+    assert "--seeds" in error(parse_list, text, name="--seeds", low=0, high=9)
+
+
+def test_a_backward_range_is_refused_with_the_forward_one():
+    assert "3-5" in error(parse_list, "5-3", name="--seeds", low=0, high=9)
+
+
+def test_a_number_out_of_range_is_refused_with_the_range():
+    message = error(parse_list, "0-10", name="--labels", low=0, high=9)
+    assert "10" in message and "0 to 9" in message
+
+
+def test_a_huge_range_out_of_bounds_is_refused_before_it_is_built():
+    text = "0-99999999999999"
+    assert "--seeds" in error(parse_list, text, name="--seeds", low=0, high=2**32 - 1)
+
+
+def test_every_field_is_a_flag():
+    arguments = parse_train(
+        [*DIGITS, "--diffusion.optim.lr", "2e-4", "--autoencoder.channel-multipliers"]
+        + ["1", "1", "--seed=7", "--diffusion.condition_dropout", "0"]
+    )
+    config = arguments.config
+    assert config.diffusion.optim.lr == 2e-4
+    assert config.autoencoder.channel_multipliers == (1, 1)
+    assert config.seed == 7
+    assert config.diffusion.condition_dropout == 0.0
+    assert config.diffusion.steps == get_config().diffusion.steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--diffusion.optim.lrr", "1"],
+            ["--diffusion.optim.lrr", "--diffusion.optim.lr"],
+        ),
+        (["--diffusion.stepz=3"], ["--diffusion.stepz", "--diffusion.steps"]),
+        (["--sede", "1"], ["--sede", "--seed"]),
+        (["--work-dir", "x"], ["--work-dir", "--workdir"]),
+        (["--seed", "abc"], ["--seed", "abc"]),
+        (["--seed", "-1"], ["seed", "-1", "0 to 4294967295"]),
+        (["--seed"], ["--seed"]),
+        (["--diffusion.optim.lr", "-3"], ["diffusion.optim", "-3", "above 0"]),
+        (["--data.source", "mnist"], ["source", "mnist", "tfds:digits"]),
+        (["--diffusion.loss", "l3"], ["--diffusion.loss", "l3", "l1"]),
+        (["--autoencoder.steps", "1.5"], ["--autoencoder.steps", "1.5"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_bad_flag_is_one_line_that_names_it(flags, words):
+    message = error(parse_train, [*DIGITS, *flags])
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_config_or_workdir_is_named():
+    assert "--config" in error(parse_train, ["--workdir", "x"])
+    assert "--workdir" in error(parse_train, DIGITS[:2])
+
+
+def test_a_dry_run_needs_no_workdir():
+    assert parse_train([*DIGITS[:2], "--dry-run"]).workdir is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["no file"]),
+        ("x = 1\n", ["get_config"]),
+        ("def get_config():\n    return 3\n", ["int", "Config"]),
+        ("def get_config():\n    return 1 / 0\n", ["line 2", "ZeroDivisionError"]),
+        ("import nothing_of_that_name\n", ["nothing_of_that_name"]),
+        ("def get_config(:\n", ["SyntaxError"]),
+        (
+            "from ldm_jax.config import Config\ndef get_config():\n"
+            "    return Config(seed=-4)\n",
+            ["seed", "-4"],
+        ),
+    ],
+)
+def test_a_bad_config_file_is_one_line(tmp_path, content, words):
+    path = tmp_path / "mine.py"
+    if content is not None:
+        path.write_text(content)
+    message = error(load_config_file, str(path))
+    assert "--config" in message
+    assert all(word in message for word in words), message
+
+
+def test_a_config_that_is_not_json_names_its_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"--config: .*config\.json: config: not JSON"):
+        load_config_file(str(path))

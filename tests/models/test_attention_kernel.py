@@ -1,0 +1,366 @@
+"""Attention as one kernel: equal to the plain one, and chosen where it belongs."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.models import attention, transformer
+from ldm_jax.models.attention import SelfAttention, attend, attend_plainly
+from ldm_jax.models.kernels.attention import fused_attention
+from ldm_jax.models.kernels.attention_blocks import (
+    LANES,
+    Packing,
+    Shape,
+    blocks_of,
+    packing_of,
+)
+from ldm_jax.models.kernels.packed_heads import attend_in_lanes, pack
+from ldm_jax.models.layers import Affine, dense, dense_of_many
+from ldm_jax.models.transformer import Attention, TransformerBlock, exact_gelu
+from ldm_jax.tools.plan.flops import count_flops
+
+KERNEL = "tpu_custom_call"
+
+
+def arrays(shape: Shape, *, heads: int = 2, batch: int = 2, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(3), 4)
+    tokens = (shape.queries, shape.keys, shape.keys, shape.queries)
+    return [
+        jax.random.normal(key, (batch, n, heads, shape.width), dtype)
+        for key, n in zip(keys, tokens, strict=True)
+    ]
+
+
+def interpreted(q, k, v):
+    """Pack heads, run the kernel and take them apart again."""
+    b, n, heads, width = q.shape
+    packing = packing_of(heads, width)
+    packed = (
+        pack(x.reshape(*x.shape[:2], heads * width), packing, axis=2) for x in (q, k, v)
+    )
+    mixed = fused_attention(*packed, packing, True)
+    assert mixed.shape == (b, n, packing.groups * packing.lanes)
+    used = packing.together * width
+    groups = mixed.reshape(b, n, packing.groups, packing.lanes)
+    assert not groups[..., used:].any()
+    slots = groups[..., :used].reshape(b, n, -1, width)
+    assert not slots[:, :, heads:].any()
+    return slots[:, :, :heads]
+
+
+def distance(one, other):
+    one, other = (np.asarray(x, np.float64) for x in (one, other))
+    return np.linalg.norm(one - other) / np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(
+    "shape, heads",
+    [
+        (Shape(256, 256, 64), 2),
+        (Shape(512, 512, 40), 4),  # three share a group; the second group has one
+        (Shape(1024, 300, 40), 2),
+        (Shape(384, 384, 32), 7),  # four share a group
+        (Shape(256, 1000, 160), 2),  # two registers a head
+        (Shape(1024, 1024, 7), 2),
+        (Shape(128, 640, 512), 1),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_plain_one(shape, heads):
+    q, k, v, slope = arrays(shape, heads=heads)
+    values, pull = jax.vjp(interpreted, q, k, v)
+    plain, pull_plainly = jax.vjp(attend_plainly, q, k, v)
+    assert distance(values, plain) < 3e-6
+    for ours, theirs in zip(pull(slope), pull_plainly(slope), strict=True):
+        assert distance(ours, theirs) < 3e-6
+
+
+def test_in_16_bits_it_is_no_further_from_the_truth_than_the_plain_one():
+    shape = Shape(512, 512, 40)
+    exact = arrays(shape)
+    rounded = [x.astype(jnp.bfloat16) for x in exact]
+    exact = [x.astype(jnp.float32) for x in rounded]
+    truth, pull_exactly = jax.vjp(attend_plainly, *exact[:3])
+    errors = []
+    for attention_fn in (interpreted, attend_plainly):
+        values, pull = jax.vjp(attention_fn, *rounded[:3])
+        assert values.dtype == jnp.bfloat16
+        slopes = zip(pull(rounded[3]), pull_exactly(exact[3]), strict=True)
+        errors.append([distance(values, truth), *(distance(a, b) for a, b in slopes)])
+    assert max(errors[0]) < 0.01
+    assert all(ours <= 1.1 * plain for ours, plain in zip(*errors, strict=True))
+
+
+def test_large_logits_do_not_overflow():
+    q, k, v, slope = arrays(Shape(256, 256, 16))
+    values, pull = jax.vjp(interpreted, 1e3 * q, k, v)
+    plain, _ = jax.vjp(attend_plainly, 1e3 * q, k, v)
+    assert distance(values, plain) < 1e-4
+    assert all(bool(jnp.isfinite(x).all()) for x in pull(slope))
+
+
+@pytest.mark.parametrize(
+    "shape, blocks",
+    [
+        (Shape(64, 64, 64), None),  # small: quickly written and read
+        (Shape(256, 256, 40), (256, 256)),
+        (Shape(1024, 1024, 40), (512, 512)),
+        (Shape(4096, 4096, 512), (512, 512)),
+        (Shape(4096, 300, 40), (512, 300)),
+        (Shape(4096, 77, 40), None),  # few keys
+        (Shape(4096, 4097, 40), None),  # too many keys
+        (Shape(4096, 1025, 40), None),  # keys do not divide
+        (Shape(4096, 4096, 513), None),  # too wide
+        (Shape(1000, 1000, 40), None),  # queries do not divide
+        (Shape(640, 640, 40), (128, 128)),
+    ],
+)
+def test_how_tokens_are_cut(shape, blocks):
+    assert blocks_of(shape) == blocks
+
+
+@pytest.mark.parametrize(
+    "heads, width, packing",
+    [
+        (14, 32, (4, 128, 4)),
+        (8, 40, (3, 128, 3)),
+        (8, 80, (1, 128, 8)),
+        (8, 160, (1, 256, 8)),
+        (1, 512, (1, 512, 1)),
+        (2, 32, (2, 128, 1)),
+        (3, 64, (2, 128, 2)),
+    ],
+)
+def test_how_heads_lie_in_lanes(heads, width, packing):
+    assert packing_of(heads, width) == Packing(heads, width, *packing)
+
+
+def test_packed_channels_are_where_their_lanes_are():
+    x = jnp.arange(1, 3 * 40 + 41)  # four heads of 40
+    packing = packing_of(4, 40)
+    packed = np.asarray(pack(x, packing, axis=0))
+    assert packed.shape == (2 * LANES,)
+    for head in range(4):
+        start = head // 3 * LANES + head % 3 * 40
+        np.testing.assert_array_equal(
+            packed[start : start + 40], x[40 * head : 40 * head + 40]
+        )
+    assert np.count_nonzero(packed) == len(x)
+
+
+LAYERS = {
+    "pixels": (SelfAttention(4, 4, 1e-5, False, jnp.float32), (2, 16, 16, 160), None),
+    "tokens": (Attention(5, jnp.float32), (2, 256, 160), None),
+    "context": (Attention(5, jnp.float32), (2, 256, 160), (2, 300, 24)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_between_its_projections_is_the_plain_one(name, monkeypatch):
+    layer, shape, read = LAYERS[name]
+    keys = jax.random.split(jax.random.key(5), 4)
+    args = [jax.random.normal(keys[0], shape)]
+    if layer.__class__ is Attention:
+        args.append(None if read is None else jax.random.normal(keys[1], read))
+    params = layer.init(keys[2], *args)
+    slope = jax.random.normal(keys[3], shape)
+
+    def total(params, x):
+        return jnp.vdot(layer.apply(params, x, *args[1:]), slope)
+
+    def both():  # anew, so that nothing traced before is taken
+        fn = lambda *given: total(*given)  # noqa: E731
+        return jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(params, args[0])
+
+    plain = both()
+    calls = []
+
+    def in_lanes(*layer_args, **static):
+        calls.append(layer_args)
+        return attend_in_lanes(*layer_args, **static, interpret=True)
+
+    for module in ("attention", "transformer"):
+        monkeypatch.setattr(f"ldm_jax.models.{module}.attend_in_lanes", in_lanes)
+        monkeypatch.setattr(
+            f"ldm_jax.models.{module}.for_platform",
+            lambda shape, dtype, plainly, ours: ours,
+        )
+    ours = both()
+    assert len(calls) == 1
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert distance(one, other) < 1e-5
+
+
+def test_dense_is_that_of_flax():
+    x = jax.random.normal(jax.random.key(1), (2, 3, 8))
+    for use_bias, dtype in ((True, jnp.float32), (False, jnp.bfloat16)):
+        layer = nn.Dense(
+            5, use_bias=use_bias, dtype=dtype, bias_init=nn.initializers.normal()
+        )
+        params: Any = layer.init(jax.random.key(0), x)
+        kernel, bias = (params["params"].get(k) for k in ("kernel", "bias"))
+        np.testing.assert_array_equal(
+            dense(x, Affine(kernel, bias), dtype), layer.apply(params, x)
+        )
+
+
+def lowered(fn, platform, *args):
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def outcome(layer, params, *given):
+    found: Any = layer.apply(params, *given)
+    return found.astype(jnp.float32)
+
+
+def test_many_tokens_are_summed_for_a_bias_as_few_are():
+    keys = jax.random.split(jax.random.key(2), 4)
+    weights = Affine(
+        jax.random.normal(keys[0], (8, 5)), jax.random.normal(keys[1], (5,))
+    )
+    x, slope = (
+        jax.random.normal(key, (2, 300, n))
+        for key, n in zip(keys[2:], (8, 5), strict=True)
+    )
+
+    def step(layer):
+        def total(x, weights):
+            return jnp.vdot(layer(x, weights, jnp.float32), slope)
+
+        return jax.value_and_grad(total, argnums=(0, 1))
+
+    many, few = (jax.jit(step(layer))(x, weights) for layer in (dense_of_many, dense))
+    jax.tree.map(np.testing.assert_array_equal, many, few)  # on a CPU
+    for_tpu = lowered(step(dense_of_many), "tpu", x, weights)
+    plain = lowered(step(dense), "tpu", x, weights)
+    assert for_tpu.count("dot_general") == plain.count("dot_general") + 1
+
+
+def test_the_mlp_of_many_tokens_is_that_of_few(monkeypatch):
+    block = TransformerBlock(2, jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, transformer.MANY_TOKENS, 16))
+    params = block.init(jax.random.key(1), x, None)
+
+    def both():
+        fn = lambda *given: jnp.square(outcome(block, *given, None)).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(params, x)
+
+    many = both()
+    monkeypatch.setattr(transformer, "MANY_TOKENS", 10**6)
+    few = both()
+    assert jax.tree.structure(many) == jax.tree.structure(few)
+    for one, other in zip(jax.tree.leaves(many), jax.tree.leaves(few), strict=True):
+        assert distance(one, other) < 1e-5
+
+
+def test_gelu_in_16_bits_is_as_near_to_the_exact_one():
+    x = jnp.linspace(-6.0, 6.0, 4001).astype(jnp.bfloat16).reshape(1, 1, -1)
+    both = []
+    for gelu in (exact_gelu, functools.partial(jax.nn.gelu, approximate=False)):
+        values, pull = jax.vjp(gelu, x)
+        assert values.dtype == jnp.bfloat16
+        both.append((values, *pull(jnp.ones_like(x))))
+    truth, pull = jax.vjp(exact_gelu, x.astype(jnp.float32))
+    exact = (truth, *pull(jnp.ones_like(truth)))
+    ours, theirs = (
+        [
+            float(jnp.abs(a.astype(jnp.float32) - b).max())
+            for a, b in zip(one, exact, strict=True)
+        ]
+        for one in both
+    )
+    assert ours[0] <= theirs[0] and ours[1] <= 1.5 * theirs[1]
+
+
+def layer_and_params(side: int, width: int, heads: int):
+    layer = SelfAttention(heads, 4, 1e-5, False, jnp.bfloat16)
+    x = jnp.ones((1, side, side, heads * width), jnp.bfloat16)
+    return layer, layer.init(jax.random.key(0), x), x
+
+
+def test_the_platform_compiled_for_chooses():
+    layer, params, x = layer_and_params(side=16, width=40, heads=2)
+    step = jax.value_and_grad(lambda *a: jnp.sum(outcome(layer, *a)))
+    for_tpu = lowered(step, "tpu", params, x)
+    assert for_tpu.count(KERNEL) == 2  # there and back
+    assert "exponential" not in for_tpu
+    assert KERNEL not in lowered(step, "cpu", params, x)
+    assert KERNEL not in lowered(step, "cuda", params, x)  # none is here to try it on
+
+
+def test_what_no_kernel_fits_is_done_plainly():
+    for side in (8, 33):
+        layer, params, x = layer_and_params(side=side, width=8, heads=1)
+        assert KERNEL not in lowered(layer.apply, "tpu", params, x)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, small, large",
+    [
+        # As libtpu 0.0.52 compiles them for a v4 and a v5p, or refuses.
+        (Shape(4096, 4096, 40), jnp.bfloat16, True, True),
+        (Shape(2048, 2048, 256), jnp.bfloat16, False, True),
+        (Shape(1024, 1024, 512), jnp.bfloat16, False, True),
+        (Shape(4096, 4096, 512), jnp.bfloat16, False, True),
+        (Shape(1024, 1024, 64), jnp.float32, True, True),
+        (Shape(4096, 4096, 128), jnp.float32, False, True),
+        (Shape(4096, 4096, 512), jnp.float32, False, False),
+        (Shape(64, 64, 64), jnp.bfloat16, False, False),
+    ],
+)
+def test_chips_with_little_memory_have_no_kernel_of_much(shape, dtype, small, large):
+    for kind, fits in (("TPU v4", small), ("TPU v5", large)):
+        with attention.for_chip(kind):
+            assert attention.kernel_fits(shape, dtype) == fits
+
+
+def test_on_a_cpu_nothing_changes(monkeypatch):
+    layer, params, x = layer_and_params(side=16, width=40, heads=2)
+
+    def both():
+        fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
+        return jax.jit(jax.value_and_grad(fn))(params, x)
+
+    chosen = both()
+    monkeypatch.setattr(
+        attention, "for_platform", lambda shape, dtype, plainly, ours: plainly
+    )
+    jax.tree.map(np.testing.assert_array_equal, chosen, both())
+
+
+def test_the_flops_are_those_of_the_plain_layer(monkeypatch):
+    # 80 channels of a head lie in 128 lanes, which is not the mathematics' doing.
+    layer, params, x = layer_and_params(side=16, width=80, heads=2)
+    ways = []
+    for transform in (lambda fn: fn, jax.grad):
+        fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
+        ways.append(count_flops(transform(fn), params, x))
+    monkeypatch.setattr(
+        attention, "for_platform", lambda shape, dtype, plainly, ours: plainly
+    )
+    for transform, counted in zip((lambda fn: fn, jax.grad), ways, strict=True):
+        fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
+        assert count_flops(transform(fn), params, x) == counted
+
+
+def test_a_gpu_without_such_attention_is_told_of_once(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention.cudnn_attends.cache_clear()
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(Shape(256, 256, 40)))
+    with pytest.warns(UserWarning, match=r"cuDNN does not attend from 256 to 256"):
+        told = attend(q, k, v)
+    again = attend(q, k, v)  # a second warning would be an error
+    attention.cudnn_attends.cache_clear()
+    np.testing.assert_array_equal(told, again)
+
+
+def test_a_gpu_is_not_asked_about_the_few_tokens_of_a_text(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention.cudnn_attends.cache_clear()
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(Shape(4096, 77, 40)))
+    np.testing.assert_array_equal(attend(q, k, v), attend_plainly(q, k, v))
+    assert attention.cudnn_attends.cache_info().misses == 0

@@ -1,0 +1,166 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm_jax.config import to_json
+from ldm_jax.config.flags import parse_train
+from ldm_jax.config.launch import Launch
+from ldm_jax.parallel import launch
+from ldm_jax.parallel import multihost as hosts
+from ldm_jax.sampling.request import parse_sample
+from ldm_jax.types import InputError, RunError
+from tests.support.tiny import get_config
+
+TRAIN = ["--config", "tests/support/tiny.py", "--workdir", "runs/x"]
+THREE = ["--coordinator", "localhost:1234", "--num-processes", "2", "--process-id", "1"]
+
+
+def test_a_run_is_alone_unless_it_is_told_of_others():
+    found = parse_train(TRAIN).launch
+    assert found == Launch(cache=Path("runs/.compiled").absolute())
+    assert parse_train([*TRAIN, "--pod"]).launch.pod
+    joined = parse_train([*TRAIN, *THREE, "--compilation-cache", "none"]).launch
+    assert joined == Launch(True, "localhost:1234", 2, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (THREE[:4], "--process-id: not given"),
+        ([*THREE[:4], "--process-id", "2"], "--process-id: got 2, wanted 0 to 1"),
+        (
+            ["--coordinator", "here", *THREE[2:]],
+            "--coordinator: got 'here', wanted HOST",
+        ),
+        (["--profile", "5:5"], "--profile: got '5:5', wanted START:STOP"),
+        (["--workdir", "gs://bucket/run"], "--workdir: got gs:/bucket/run, wanted a"),
+        (["--parallel.peer-timeout", "1"], "peer_timeout: got 1, wanted at least 10"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(args, told):
+    with pytest.raises(InputError, match=told):
+        parse_train([*TRAIN, *args])
+
+
+def test_the_processes_of_a_pod_share_images_by_themselves(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(get_config()))
+    request = ["--workdir", str(tmp_path), *THREE]
+    assert parse_sample(request).launch.process_id == 1
+    with pytest.raises(InputError, match="--process: got 0/2 in a pod"):
+        parse_sample([*request, "--process", "0/2"])
+
+
+@pytest.mark.parametrize(
+    ("given", "devices"),
+    [
+        ({}, min(2, launch.num_cores())),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4),
+    ],
+)
+def test_a_cpu_counts_as_what_the_recipe_says_or_the_user(given, devices):
+    program = (
+        "from ldm_jax.parallel.launch import Launch, start\n"
+        "start(Launch(), peer_timeout=100, cpu_devices=2)\n"
+        "import jax; print(jax.device_count())\n"
+        "start(Launch(), peer_timeout=100, cpu_devices=2)"
+    )
+    names = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=env | given,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.returncode) == (f"{devices}\n", 0), done.stderr
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Another process, which tells what the test puts here."""
+    theirs = []
+    monkeypatch.setattr(hosts, "gather_texts", lambda text: [text, theirs[0] or text])
+    return theirs
+
+
+def test_processes_that_differ_are_told_in_what(two):
+    two.append(json.dumps({"seed": 1, "jax": "0.10.2"}))
+    with pytest.raises(InputError, match=r"seed \(0 on process 0, 1 on process 1\)"):
+        hosts.check_same({"seed": 0, "jax": "0.10.2"})
+    two[0] = None
+    hosts.check_same({"seed": 0})
+
+
+def test_what_fails_on_another_process_is_told_here(two):
+    two.append(json.dumps(["RunError", "no checkpoint is intact", None]))
+    with pytest.raises(RunError, match="process 1: no checkpoint is intact"):
+        hosts.first_alone(lambda: None)
+    two[0] = json.dumps(["OSError", "[Errno 28] No space left: 'log'", 28])
+    with pytest.raises(OSError, match=r"process 1: .*No space left") as found:
+        hosts.first_alone(lambda: None)
+    assert found.value.errno == 28  # so that it ends with the same code, and advice
+    two[0] = None
+    with pytest.raises(InputError, match="mine"), hosts.together():
+        raise InputError("mine")
+
+
+@pytest.mark.parametrize(
+    ("given", "system", "wanted"),
+    [
+        (None, "always [madvise] never", "glibc.malloc.hugetlb=1"),
+        ("a.b=2", "always [madvise] never", "a.b=2:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "always [madvise] never", None),
+        (None, "[always] madvise never", None),
+        (None, "always madvise [never]", None),
+        (None, None, None),
+    ],
+)
+def test_huge_pages_are_asked_for_once_where_the_system_waits_to_be_asked(
+    tmp_path, monkeypatch, given, system, wanted
+):
+    monkeypatch.delenv(launch.TUNABLES, raising=False)
+    if given is not None:
+        monkeypatch.setenv(launch.TUNABLES, given)
+    monkeypatch.setattr(launch, "PAGES_FILE", tmp_path / "enabled")
+    if system is not None:
+        (tmp_path / "enabled").write_text(system + "\n")
+    started: list[tuple[str | None, list[str]]] = []
+
+    def execv(path, arguments):
+        assert path == sys.executable
+        started.append((os.environ.get(launch.TUNABLES), arguments))
+
+    monkeypatch.setattr(os, "execv", execv)
+    launch.use_huge_pages()
+    launch.use_huge_pages()  # as the program that was started does
+    again = [sys.executable, *sys.orig_argv[1:]]
+    assert started == ([] if wanted is None else [(wanted, again)])
+
+
+def test_a_program_that_starts_again_is_the_same_process_with_the_same_arguments():
+    code = "\n".join(
+        [
+            "import os, sys",
+            "from ldm_jax.parallel.launch import use_huge_pages",
+            "print(os.getpid(), sys.argv[1:], flush=True)",
+            "use_huge_pages()",
+        ]
+    )
+    environment = {k: v for k, v in os.environ.items() if k != launch.TUNABLES}
+    run = subprocess.run(
+        [sys.executable, "-c", code, "--seed", "1 2"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env=environment,
+    )
+    lines = run.stdout.splitlines()
+    assert lines[0].endswith("['--seed', '1 2']")
+    assert len(lines) in (1, 2) and len(set(lines)) == 1

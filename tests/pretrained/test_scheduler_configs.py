@@ -1,0 +1,100 @@
+"""Noise levels and predictions in the words of diffusers' schedulers, and back."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ldm_jax.config import DiffusionConfig
+from ldm_jax.pretrained import load_weights as exchange
+from ldm_jax.pretrained.diffusers_configs import read_scheduler
+from ldm_jax.pretrained.export import write_folder
+from ldm_jax.pretrained.export_configs import write_scheduler
+from ldm_jax.types import InputError
+from tests.support.models import config_of, model_of
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"schedule": "linear", "prediction": "eps", "beta_end": 0.03},
+        {"schedule": "ldm_linear", "prediction": "v", "zero_terminal_snr": True},
+        {"schedule": "cosine", "prediction": "x0", "num_timesteps": 500},
+        {"schedule": "flow", "prediction": "flow", "num_timesteps": 500},
+    ],
+    ids=lambda fields: fields["schedule"],
+)
+def test_noise_levels_come_back_from_diffusers_as_they_were(fields):
+    ours = config_of("none", **fields)
+    name, values = write_scheduler(ours)
+    found = read_scheduler(name, json.loads(json.dumps(values)))
+    theirs = dataclasses.replace(DiffusionConfig(), **found)
+    for field in (*fields, "zero_terminal_snr"):
+        assert getattr(theirs, field) == getattr(ours.diffusion, field)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"schedule": "edm", "prediction": "edm"},
+        {"schedule": "edm", "prediction": "eps"},
+        {"schedule": "flow", "prediction": "v"},
+        {"schedule": "cosine", "prediction": "flow"},
+        {"schedule": "linear", "prediction": "edm"},
+    ],
+    ids=lambda fields: "-".join(fields.values()),
+)
+def test_what_no_scheduler_of_diffusers_holds_is_refused_in_one_line(fields):
+    with pytest.raises(InputError) as caught:
+        write_scheduler(config_of("none", **fields))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in (*fields.values(), "--format compvis"))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        (FLOW, {"shift": 3.0}, ["shift", "3.0", "1.0"]),
+        (FLOW, {"use_dynamic_shifting": True}, ["use_dynamic_shifting", "True"]),
+        (FLOW, {"invert_sigmas": True}, ["invert_sigmas"]),
+        (FLOW, {"shift_terminal": 0.02}, ["shift_terminal", "0.02"]),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": 1}, ["rescale_betas_zero_snr"]),
+        ("DDIMScheduler", {"beta_schedule": "sigmoid"}, ["sigmoid", "squaredcos"]),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, ["use_flow_sigmas"]),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, ["continuous"]),
+    ],
+)
+def test_a_scheduler_of_other_noise_levels_is_refused_in_one_line(name, values, words):
+    with pytest.raises(InputError) as caught:
+        read_scheduler(name, values)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in (name, *words)), message
+
+
+def test_noise_predicted_from_noise_alone_is_refused():
+    found = read_scheduler("DDIMScheduler", {"rescale_betas_zero_snr": True})
+    with pytest.raises(InputError, match=r"eps.*zero_terminal_snr.*try v"):
+        DiffusionConfig(**found)
+
+
+def test_a_flow_model_is_models_side_by_side_and_comes_back(tmp_path):
+    weights = model_of(config_of("none", schedule="flow", prediction="flow"))
+    write_folder(weights, tmp_path)
+    assert not (tmp_path / "model_index.json").exists()
+    assert exchange.open_weights(tmp_path).config == weights.config
+
+
+def test_a_pipeline_with_a_scheduler_of_flows_is_a_flow_model(tmp_path):
+    write_folder(model_of(config_of("none")), tmp_path)
+    (tmp_path / "ldm_jax.json").unlink()
+    index = tmp_path / "model_index.json"
+    parts = json.loads(index.read_text()) | {"scheduler": ["diffusers", FLOW]}
+    index.write_text(json.dumps(parts))
+    scheduler = tmp_path / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({"_class_name": FLOW, "shift": 1.0}))
+    found = exchange.open_weights(tmp_path).config.diffusion
+    assert (found.schedule, found.prediction) == ("flow", "flow")

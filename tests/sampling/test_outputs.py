@@ -1,0 +1,249 @@
+"""Images on disk through `sample.py`: made once, kept, edited, and shared out."""
+
+import shutil
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import PngImagePlugin
+
+from ldm_jax.build import build_model
+from ldm_jax.images import read_png, read_texts
+from ldm_jax.sampling import outputs as gallery
+from ldm_jax.sampling.draw import draw
+from ldm_jax.sampling.pipeline import Pipeline
+from tests.support.commands import refusal, sample_here, write_run
+from tests.support.stand_ins import config_with, no_networks, picture
+
+REQUEST = ["--labels", "1,2", "--seeds", "0-2", "--steps", 2]
+NAMES = [f"{i:06d}.png" for i in range(6)]  # two calls of four, the last one short
+
+
+@pytest.fixture(scope="module", autouse=True)
+def formulas():
+    with no_networks():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(config_with(), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """What an uninterrupted command makes."""
+    out = tmp_path_factory.mktemp("whole")
+    sample_here("--workdir", run, "--out", out, *REQUEST)
+    return out
+
+
+@pytest.fixture
+def out(whole, tmp_path):
+    """A copy of it, to be harmed."""
+    shutil.copytree(whole, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def snapshot(folder):
+    return {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.iterdir()
+    }
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# An interrupted command, given again.
+
+
+def test_what_is_there_is_kept_and_what_is_missing_is_made(
+    run, whole, out, monkeypatch
+):
+    drawn = []
+
+    def watched(pipeline, specs):
+        drawn.extend((s.condition_texts["label"], s.seed) for s in specs)
+        return draw(pipeline, specs)
+
+    monkeypatch.setattr(gallery, "draw", watched)
+    for name in (NAMES[1], NAMES[4]):
+        (out / name).unlink()
+    (out / (NAMES[1] + ".part")).write_bytes(b"half an image")
+    kept = snapshot(out)
+    sample_here("--workdir", run, "--out", out, *REQUEST)
+    assert drawn == [("1", 1), ("2", 1)]
+    assert contents(out) == contents(whole)
+    assert all(snapshot(out)[n] == kept[n] for n in NAMES if n in kept)
+
+
+@pytest.mark.parametrize("num", [1, 5])
+def test_interrupted_anywhere_it_ends_as_if_never_stopped(
+    run, whole, monkeypatch, capsys, tmp_path, num
+):
+    def interrupted(pipeline, specs):
+        for i, made in enumerate(draw(pipeline, specs)):
+            if i == num:
+                raise KeyboardInterrupt
+            yield made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery, "draw", interrupted)
+        line = refusal(capsys, "--workdir", run, "--out", tmp_path, *REQUEST)
+    assert line == "sample.py: error: interrupted; the same command resumes"
+    assert sorted(path.name for path in tmp_path.iterdir()) == NAMES[:num]
+    sample_here("--workdir", run, "--out", tmp_path, *REQUEST)
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--steps 1", "steps: 2 there, 1 here"),
+        ("--eta 0.5", "eta: 0.0 there, 0.5 here"),
+        ("--sampler heun", "eta: 0.0 there, none here, sampler: ddim there, heun here"),
+        ("--spacing leading", "spacing: None there, leading here"),
+        ("--guidance-scale 3", "guidance_scale: 2.0 there, 3.0 here"),
+        ("--guidance-rescale 0.5", "guidance_rescale: 0.0 there, 0.5 here"),
+        ("--labels 2,1", "label: 1 there, 2 here"),
+        ("--seeds 3,1,2", "seed: 0 there, 3 here"),
+    ],
+)
+def test_images_made_otherwise_stop_the_command_and_stay(run, out, capsys, flags, told):
+    (out / NAMES[5]).unlink()
+    before = snapshot(out)
+    line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST, *flags.split())
+    assert f"{NAMES[0]} was made otherwise ({told})" in line, line
+    assert "--overwrite" in line
+    assert snapshot(out) == before
+
+
+def test_a_foreign_picture_among_them_stops_the_command_before_it_begins(
+    run, out, capsys
+):
+    for name in NAMES[:3]:
+        (out / name).unlink()
+    picture(out / NAMES[5])
+    before = snapshot(out)
+    line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST)
+    assert NAMES[5] in line and "seed: none there, 2 here" in line
+    (out / NAMES[5]).write_text("my notes")
+    line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST)
+    assert f"{NAMES[5]} is no picture" in line and "--overwrite" in line
+    assert snapshot(out) == {**before, NAMES[5]: snapshot(out)[NAMES[5]]}
+
+
+def test_overwrite_replaces_what_was_made_otherwise_and_that_alone(run, whole, out):
+    picture(out / NAMES[1])
+    (out / NAMES[4]).write_text("my notes")
+    kept = snapshot(out)
+    sample_here("--workdir", run, "--out", out, *REQUEST, "--overwrite")
+    assert contents(out) == contents(whole)
+    assert all(snapshot(out)[n] == kept[n] for n in NAMES if n not in NAMES[1:5:3])
+
+
+def test_another_checkpoint_is_told_and_another_place_of_the_same_is_not(
+    run, out, capsys, tmp_path
+):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    before = snapshot(out)
+    sample_here("--workdir", moved, "--out", out, *REQUEST)
+    assert {n: snapshot(out)[n] for n in NAMES} == {n: before[n] for n in NAMES}
+    other = write_run(config_with(), tmp_path / "other", seed=1)
+    line = refusal(capsys, "--workdir", other, "--out", out, *REQUEST)
+    assert "was made otherwise (checkpoint: " in line
+
+
+def cut(data):
+    return data[:-30]
+
+
+def flipped(data):
+    return data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]
+
+
+def emptied(data):
+    return b""
+
+
+@pytest.mark.parametrize("harm", [cut, flipped, emptied])
+def test_a_damaged_image_of_ours_is_made_again(run, whole, out, harm):
+    path = out / NAMES[2]
+    path.write_bytes(harm(path.read_bytes()))
+    sample_here("--workdir", run, "--out", out, *REQUEST)
+    assert contents(out) == contents(whole)
+
+
+def test_a_damaged_image_that_need_not_be_ours_stops_the_command(run, out, capsys):
+    path = out / NAMES[2]
+    path.write_bytes(path.read_bytes()[:100])
+    before = snapshot(out)
+    line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST)
+    assert NAMES[2] in line and "--overwrite" in line
+    assert snapshot(out) == before
+
+
+def test_fifty_thousand_seeds_are_planned_in_two_seconds(run, monkeypatch, tmp_path):
+    planned = []
+
+    def none(pipeline, specs):
+        planned.extend(specs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gallery, "draw", none)
+    args = ["--workdir", run, "--out", tmp_path, "--labels", "1", "--seeds", "0-49999"]
+    start = time.process_time()
+    with pytest.raises(KeyboardInterrupt):
+        sample_here(*args)
+    assert time.process_time() - start < 2.0
+    assert len(planned) == 50_000 and planned[-1].seed == 49_999
+
+
+def test_finding_what_is_there_decodes_no_pixel(whole, monkeypatch):
+    def decoded(self):
+        raise AssertionError("an image was decoded")
+
+    path = whole / NAMES[0]
+    recipe = read_texts(path)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decoded)
+    assert gallery.is_made(path, recipe, overwrite=False)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_whole_calls_in_turn(processes):
+    num, size = 25, 2 * 3
+    shares = []
+    for index in range(processes):
+        fields: dict[str, Any] = dict.fromkeys(Pipeline._fields)
+        fields["networks"] = build_model(config_with())._replace(chunk=3)
+        fields["layout"] = SimpleNamespace(devices=[0, 1], platform="tpu")
+        pipeline = Pipeline(**fields)
+        shares.append(
+            gallery.share(num, pipeline, share_index=index, num_shares=processes)
+        )
+    assert sorted(i for share in shares for i in share) == list(range(num))
+    for index, share in enumerate(shares):
+        assert share == sorted(share)
+        assert {i // size % processes for i in share} == {index}
+
+
+def test_a_trajectory_comes_beside_images_that_are_there(run, out):
+    kept = snapshot(out)
+    sample_here("--workdir", run, "--out", out, *REQUEST, "--trajectory")
+    assert {n: snapshot(out)[n] for n in NAMES} == {n: kept[n] for n in NAMES}
+    height, width, _ = read_png(out / "trajectory.png").shape
+    assert (height, width) == (6 * 66 + 2, 3 * 66 + 2)
+
+
+def test_several_processes_make_what_one_makes(run, whole, tmp_path):
+    for share_index in (1, 2):
+        args = ["--workdir", run, "--out", tmp_path, *REQUEST]
+        sample_here(*args, "--process", f"{share_index}/3")
+    assert not (tmp_path / "grid.png").exists()
+    assert not (tmp_path / NAMES[0]).exists()
+    sample_here("--workdir", run, "--out", tmp_path, *REQUEST, "--process", "0/3")
+    assert contents(tmp_path) == contents(whole)

@@ -1,0 +1,311 @@
+"""What `sample.py` may be asked: every mistake one line, and nothing written."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.digits import get_config
+from ldm_jax.config import ConditionConfig, to_json
+from ldm_jax.images import write_png
+from ldm_jax.sampling.conditions import check_settings, describe_conditions, image_specs
+from ldm_jax.sampling.request import SampleArguments, SampleRequest, parse_sample
+from ldm_jax.types import InputError
+from tests.support.commands import ROOT, refusal, write_run
+from tests.support.stand_ins import config_with
+
+SIDE = 8
+MASKED = ConditionConfig(concat="masked_image")
+ENLARGES = ConditionConfig(concat="low_resolution", low_resolution_factor=2)
+EMBEDDING = ConditionConfig(context="embedding", embedding_width=4)
+
+
+def request_of(*args: str) -> SampleRequest:
+    request = parse_sample(list(args))
+    assert isinstance(request, SampleRequest)
+    return request
+
+
+def error(*args: object) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_sample(list(map(str, args)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def grey(path, height=SIDE, width=SIDE):
+    pixels = np.random.RandomState(0).randint(0, 256, (height, width, 1))
+    write_png(path, pixels.astype(np.uint8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run's config: all that parsing looks at. Two pictures lie beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.json").write_text(to_json(get_config()))
+    for name in ("i.png", "m.png"):
+        grey(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--labels 0-10", ["--labels", "10", "0 to 9"]),
+        ("--steps 0", ["--steps", "0", "1 to 1000"]),
+        ("--steps 1001", ["--steps", "1001", "1 to 1000"]),
+        ("--seeds 9-0", ["--seeds", "9-0"]),
+        ("--seeds x", ["--seeds", "x"]),
+        ("--seeds 4294967296", ["--seeds", "4294967296"]),
+        ("--seeds 0-4294967295", ["--seeds: got 0-4294967295", "at most 10000000"]),
+        ("--process 4/4", ["--process: got '4/4'", "0/4"]),
+        ("--process x", ["--process: got 'x'"]),
+        ("--sampler ddimm", ["--sampler: got 'ddimm'", "mean ddim?"]),
+        ("--sampler dpmpp2m", ["--sampler: got 'dpmpp2m'", "mean dpmpp_2m?"]),
+        ("--spacing trail", ["--spacing: got 'trail'", "mean trailing?"]),
+        ("--eta 1.5", ["--eta: got 1.5, wanted 0 to 1"]),
+        ("--eta -0.1", ["--eta: got -0.1, wanted 0 to 1"]),
+        ("--eta nan", ["--eta: got nan, wanted a finite number"]),
+        ("--sampler lcm --eta 0.5", ["--eta: got 0.5 with --sampler lcm"]),
+        ("--sampler plms --eta 1", ["--eta: got 1.0 with --sampler plms"]),
+        ("--sampler ddpm --eta 1", ["--eta: got 1.0 with --sampler ddpm"]),
+        ("--guidance-scale -1", ["--guidance-scale", "-1"]),
+        ("--guidance-scale nan", ["--guidance-scale", "nan"]),
+        ("--guidance-scale 1,,2", ["--guidance-scale", "1,,2"]),
+        ("--guidance-scal 2", ["--guidance-scal:", "--guidance-scale?"]),
+        ("--guidance-rescale 1.1", ["--guidance-rescale: got 1.1, wanted 0 to 1"]),
+        ("--guidance-interval 2 1", ["--guidance-interval: got 2 1", "rising"]),
+        ("--guidance-interval nan 1", ["--guidance-interval: got nan 1"]),
+        ("--guidance-interval inf inf", ["--guidance-interval: got inf inf"]),
+        ("--guidance-interval 1", ["--guidance-interval"]),
+        ("--autoguidance-step 3", ["--autoguidance-step: got 3 without"]),
+        ("--negative-prompt x --autoguidance r", ["--negative-prompt: got it beside"]),
+        ("--tile 3", ["--tile: got 3, wanted 0, or at least 4 latents"]),
+        ("--size 0 8", ["--size: got (0, 8)"]),
+        ("--size 8", ["--size"]),
+        ("--interpolate 1", ["--interpolate: got 1, wanted 2 or more"]),
+        ("--config c.py", ["--config: got it beside --workdir"]),
+        ("--mask M", ["--mask: got it without --image"]),
+        ("--strength 0.5", ["--strength: got it without --image"]),
+        ("--invert", ["--invert: got it without --image"]),
+        ("--outpaint 2 2 2 2", ["--outpaint: got it without --image"]),
+        ("--image nowhere.png", ["--image: no file nowhere.png"]),
+        ("--image DIR", ["--image: no file"]),
+        ("--image I --mask nowhere.png", ["--mask: no file nowhere.png"]),
+        ("--image I --strength 0", ["--strength: got 0.0, wanted above 0"]),
+        ("--image I --strength 1.5", ["--strength: got 1.5", "at most 1"]),
+        ("--image I --outpaint 0 0 0 0", ["--outpaint: got (0, 0, 0, 0)"]),
+        ("--image I --outpaint -2 0 0 4", ["--outpaint: got (-2, 0, 0, 4)"]),
+        ("--image I --outpaint 2 2", ["--outpaint"]),
+        ("--image I --mask M --outpaint 2 0 0 0", ["--mask: got it beside --outpaint"]),
+        ("--image I --mask M --invert", ["--invert: got it beside --mask"]),
+        ("--image I --invert --strength 0.5", ["--invert: got it beside --strength"]),
+        ("--image I --invert --sampler heun", ["--invert: got it with --sampler heun"]),
+        ("--image I --invert --eta 0.5", ["--invert: got it with --eta 0.5"]),
+        ("--image I --source 3", ["--source: got '3' without --invert"]),
+        ("--image I --size 8 8", ["--size: got it beside --image"]),
+        ("--image I --interpolate 3", ["--interpolate: got it beside --image"]),
+        ("--replay nowhere.png", ["--replay: no file nowhere.png"]),
+        ("--replay I --steps 3", ["--steps: got it beside --replay"]),
+        ("--replay I --weights w", ["--weights: got it beside --workdir"]),
+    ],
+)
+def test_a_bad_flag_is_one_line_that_says_what_got_and_wanted(workdir, flags, words):
+    names = {"I": workdir / "i.png", "M": workdir / "m.png", "DIR": workdir}
+    given = [names.get(word, word) for word in flags.split()]
+    out = [] if "--replay" in flags else ["--out", workdir / "out"]
+    message = error("--workdir", workdir, *out, *given)
+    assert all(word in message for word in words), message
+    assert not (workdir / "out").exists()
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    assert "not a run" in error("--workdir", tmp_path, "--out", tmp_path / "out")
+
+
+def test_a_missing_or_doubled_source_is_named(workdir):
+    assert error().startswith("--workdir: not given")
+    both = ["--workdir", workdir, "--weights", "x"]
+    assert error(*both).startswith("--weights: got it beside --workdir")
+
+
+def test_an_out_that_is_a_file_is_named_and_kept(workdir):
+    picture = workdir / "i.png"
+    before = picture.read_bytes()
+    message = error("--workdir", workdir, "--out", picture)
+    assert "is a file, wanted a folder" in message
+    assert picture.read_bytes() == before
+
+
+def test_labels_default_to_every_class_of_the_run(workdir):
+    request = request_of("--workdir", str(workdir), "--out", "o", "--seeds", "3")
+    rows = describe_conditions(get_config(), request)
+    assert [row["label"] for row in rows] == [str(label) for label in range(10)]
+    assert request.seeds == [3]
+    assert request.settings.eta == 0.0
+
+
+def test_an_interval_may_have_no_end(workdir):
+    flags = ["--workdir", str(workdir), "--guidance-interval", "0.5", "inf"]
+    settings = request_of(*flags).settings
+    assert (settings.guidance_low, settings.guidance_high) == (0.5, None)
+
+
+def test_a_model_of_classes_and_texts_draws_each_with_each(workdir):
+    both = ConditionConfig(label=True, context="text")
+    config = config_with(both, transformer_depth=1)
+    given = ["--workdir", str(workdir), "--labels", "3,1", "--seeds", "5"]
+    request = request_of(*given, "--prompt", "a", "b", "--negative-prompt", "c")
+    condition_texts = [spec.condition_texts for spec in image_specs(config, request)]
+    assert condition_texts == [
+        {"label": label, "prompt": prompt, "negative_prompt": "c"}
+        for label in "31"
+        for prompt in "ab"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "counts"),
+    [
+        ("--labels 0,1,2 --seeds 0", "3 classes or texts and 1 seeds"),
+        ("--labels 0 --seeds 0", "1 classes or texts and 1 seeds"),
+        ("--labels 0,1 --seeds 0-2", "2 classes or texts and 3 seeds"),
+    ],
+)
+def test_an_interpolation_wants_two_ends(workdir, flags, counts):
+    given = ["--workdir", str(workdir), "--interpolate", "3", *flags.split()]
+    with pytest.raises(InputError, match=counts):
+        image_specs(get_config(), request_of(*given))
+
+
+def test_help_shows_every_flag_and_parsing_waits_for_no_jax(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_sample(["--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(SampleArguments):
+        assert f"--{field.name.replace('_', '-')}" in text, field.name
+    code = "import sys, ldm_jax.sampling.request; print('jax' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.stdout == "False\n", found.stderr
+
+
+@pytest.mark.parametrize(
+    ("condition", "flags", "words"),
+    [
+        (ConditionConfig(), "--image I --invert --source 1", "--source: this model"),
+        (MASKED, "", "--mask: not given"),
+        (MASKED, "--image I", "--mask: not given"),
+        (MASKED, "--image I --mask M --strength 0.5", "--strength: this model"),
+        (MASKED, "--image I --outpaint 2 2 2 2", "--mask: not given"),
+        (ENLARGES, "", "--image: not given"),
+        (ENLARGES, "--image I --mask M", "--mask: this model enlarges whole"),
+        (ENLARGES, "--image I --invert", "--invert: this model is given"),
+        (ENLARGES, "--image I --outpaint 2 2 2 2", "--outpaint: this model is given"),
+        (EMBEDDING, "", "--workdir: this model is told of each image by embedding"),
+    ],
+)
+def test_a_model_asks_for_the_pictures_it_is_given(workdir, condition, flags, words):
+    names = {"I": str(workdir / "i.png"), "M": str(workdir / "m.png")}
+    given = [names.get(word) or word for word in flags.split()]
+    settings = request_of("--workdir", str(workdir), *given).settings
+    depth = int(condition.context != "none")
+    with pytest.raises(InputError, match=words):
+        check_settings(config_with(condition, transformer_depth=depth), settings)
+
+
+# What only the model can tell: through the whole command, and still nothing is written.
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of several kinds, by name, and pictures that they cannot take."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(config_with(), folder / "label")
+    write_run(config_with(), folder / "other_stage", seed=1)
+    write_run(config_with(ConditionConfig()), folder / "nothing")
+    shutil.copytree(folder / "label", folder / "velocity")
+    velocity = to_json(config_with(prediction="v"))
+    (folder / "velocity" / "config.json").write_text(velocity)
+    grey(folder / "i.png")
+    grey(folder / "odd.png", 8, 7)
+    grey(folder / "small.png", 4, 4)
+    rgb = np.zeros((SIDE, SIDE, 3), np.uint8)
+    write_png(folder / "rgb.png", rgb)
+    Image.fromarray(rgb[..., 0]).convert("P").save(folder / "palette.png")
+    Image.fromarray(rgb[..., 0].astype(np.uint16)).save(folder / "deep.png")
+    Image.new("1", (14000, 14000)).save(folder / "bomb.png")
+    Image.new("1", (10000, 10000)).save(folder / "large.png")
+    (folder / "text.png").write_text("no picture")
+    whole = (folder / "i.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[:-30])
+    (folder / "wrong.png").write_bytes(whole[:60] + b"\0\0\0\0" + whole[64:])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("run", "flags", "words"),
+    [
+        ("label", "--spacing ldm --steps 998", ["--steps: got 998", "try"]),
+        ("label", "--size 8 7", ["--size: got 8x7", "multiples of 2", "try 8x8"]),
+        ("label", "--image odd.png", ["--image: got 8x7", "multiples of 2"]),
+        (
+            "label",
+            "--image i.png --outpaint 1 0 0 0",
+            ["--image, outpainted: got 8x9", "multiples of 2"],
+        ),
+        ("label", "--image rgb.png", ["--image:", "mode RGB, wanted L"]),
+        ("label", "--image palette.png", ["--image:", "mode P, wanted L"]),
+        ("label", "--image deep.png", ["--image:", "mode I;16, wanted L"]),
+        ("label", "--image text.png", ["--image:", "no picture"]),
+        ("label", "--image cut.png", ["--image:", "cannot be read"]),
+        ("label", "--image wrong.png", ["--image:", "wrong.png"]),
+        ("label", "--image bomb.png", ["--image:", "too large, wanted at most"]),
+        ("label", "--image large.png", ["--image:", "too large, wanted at most"]),
+        ("label", "--image i.png --mask small.png", ["--mask: got 4x4", "wanted 8x8"]),
+        ("label", "--image i.png --mask rgb.png", ["--mask:", "RGB, wanted 1 or L"]),
+        ("label", "--image i.png --invert --source 10", ["--source: got '10'", "0 to"]),
+        ("label", "--image i.png --invert --source ²", ["--source: got '²'"]),
+        ("label", "--prompt x", ["--prompt: this model reads no text"]),
+        ("label", "--negative-prompt x", ["--negative-prompt: this model reads no"]),
+        ("nothing", "--labels 1", ["--labels: this model has no classes"]),
+        ("label", "--interpolate 3 --seeds 0-2", ["--interpolate: got 10 classes"]),
+        (
+            "label",
+            "--autoguidance nowhere",
+            ["--autoguidance:", "nowhere", "not a run"],
+        ),
+        ("label", "--autoguidance velocity", ["--autoguidance:", "trained alike"]),
+        (
+            "label",
+            "--autoguidance nothing",
+            ["--autoguidance:", "classes 0, wanted 10"],
+        ),
+        ("label", "--autoguidance other_stage", ["--autoguidance:", "first stage"]),
+        (
+            "label",
+            "--autoguidance label --autoguidance-step 3",
+            ["--autoguidance-step: got 3", "without checkpoints"],
+        ),
+        ("label", "--replay text.png", ["--replay:", "no picture"]),
+        ("label", "--replay i.png", ["--replay:", "has no recipe"]),
+        ("label", "--replay bomb.png", ["--replay:", "too large"]),
+    ],
+)
+def test_what_a_model_cannot_do_is_one_line_and_writes_nothing(
+    runs, capsys, run, flags, words, tmp_path
+):
+    names = {path.name: path for path in runs.iterdir()}
+    given = [names.get(word, word) for word in flags.split()]
+    out = [] if "--replay" in flags else ["--out", tmp_path / "out"]
+    message = refusal(capsys, "--workdir", runs / run, *out, *given)
+    assert message.startswith("sample.py: error: ")
+    assert all(word in message for word in words), message
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,440 @@
+"""The sample function: one key an image, one program, bounded memory, edits."""
+
+import dataclasses
+import functools
+import itertools
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import latent_diffusion as ldm_networks
+from ldm_jax.build import build_model
+from ldm_jax.diffusion.sampling import starting_noise
+from ldm_jax.diffusion.timesteps import make_levels
+from ldm_jax.latent_diffusion import calls_at_once, decode, encode_images, in_chunks
+from ldm_jax.models.conditioning import ConditionInputs
+from ldm_jax.models.tiled_decoding import decode_in_tiles, ramp, tile_starts
+from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.pretrained.load_weights import to_sample_params
+from ldm_jax.rng import image_keys
+from ldm_jax.sampling import program as chunk
+from ldm_jax.sampling.editing import Edit, free_latents, make_invert_fn, slerp, start_of
+from ldm_jax.sampling.sample_fn import make_sample_fn, steps_of_strength
+from ldm_jax.types import TAKES_ETA
+from tests import tiny
+from tests.support.models import config_of, model_of
+
+CHUNK = 4
+# One of each kind of table: one register or two, drawing noise or not.
+KINDS = ["ddim", "unipc", "dpmpp_sde_2m"]
+
+
+@functools.cache
+def tiny_model(kind="label"):
+    """Networks and parameters: the smallest model, or one of `tests.support.models`."""
+    if kind == "tiny":
+        config = tiny.get_config()
+    else:
+        config = config_of(kind)
+    config = dataclasses.replace(
+        config, sampling=dataclasses.replace(config.sampling, chunk=CHUNK)
+    )
+    params = to_sample_params(model_of(config))
+    return build_model(config), params
+
+
+@functools.cache
+def sampler_fn(sampler="ddim", num_steps=3, **settings):
+    return make_sample_fn(
+        tiny_model("tiny")[0], sampler=sampler, num_steps=num_steps, **settings
+    )
+
+
+def labels(*numbers):
+    return ConditionInputs(label=jnp.asarray(numbers, jnp.int32))
+
+
+def pictures(num=1, side=8, seed=0):
+    values = np.random.RandomState(seed).uniform(-1, 1, (num, side, side, 1))
+    return jnp.asarray(values, jnp.float32)
+
+
+def images(seeds, numbers, sampler="ddim", scale=2.0, params=None, **knobs):
+    fn, eta = sampler_fn(sampler), 0.5 if sampler in TAKES_ETA else 0.0
+    params = params or tiny_model("tiny")[1]
+    return np.asarray(
+        fn(params, image_keys(seeds), labels(*numbers), scale, eta, **knobs).images
+    )
+
+
+def in_threads(inputs, at_once):
+    """Call a jitted product three rows at a time; return it, and who called when."""
+    callers = []
+    product = jax.jit(lambda x: jnp.sin(x) @ jnp.ones((64, 64), x.dtype))
+
+    def fn(part):
+        callers.append(threading.get_ident())
+        time.sleep(0.02)  # so that no thread is done before the next one starts
+        return product(part)
+
+    return lambda: (in_chunks(fn, inputs, size=3, at_once=at_once), callers)
+
+
+def test_calls_side_by_side_make_what_one_after_the_other_does():
+    x = jnp.asarray(np.random.RandomState(0).randn(20, 64), jnp.float32)
+    here = threading.get_ident()
+    run, alone = in_threads(x, 4), in_threads(x, 1)()[0]
+    for _ in range(2):
+        made, callers = run()
+        assert callers[0] == here and callers.count(here) == 1
+        assert len(set(callers)) > 2 and len(callers) == 7
+        assert np.array_equal(made, alone)
+        callers.clear()
+
+
+def test_a_setting_of_this_thread_alone_holds_for_every_call():
+    x = jnp.asarray(np.random.RandomState(0).randn(9, 64), jnp.float32)
+    alone, run = in_threads(x, 1)()[0], in_threads(x, 2)
+    with jax.default_matmul_precision("highest"):
+        made, callers = run()
+    assert callers.count(threading.get_ident()) == 3
+    assert np.array_equal(made, alone)
+
+
+def test_what_goes_wrong_in_a_call_is_said():
+    def fn(part):
+        if float(part[0, 0]) == 2.0:
+            raise ValueError("no such picture")
+        return part
+
+    with pytest.raises(ValueError, match="no such picture"):
+        in_chunks(fn, jnp.arange(4.0)[:, None], size=1, at_once=2)
+
+
+def test_calls_side_by_side_are_bounded_by_cores_and_memory(monkeypatch):
+    monkeypatch.setattr(ldm_networks, "num_cores", lambda: 96)
+    small = tiny_model("tiny")[0]
+    assert calls_at_once(small, "cpu") == 96
+    assert calls_at_once(small, "tpu") == 1
+    wide = small.autoencoder.clone(channels=128)
+
+    def at_once(side):
+        one = small._replace(autoencoder=wide, latent_shape=(side // 2, side // 2, 4))
+        return calls_at_once(one, "cpu")
+
+    assert [at_once(side) for side in (64, 256, 512, 1024)] == [64, 4, 1, 1]
+
+
+@pytest.mark.parametrize("sampler", KINDS)
+def test_an_image_has_the_same_bits_in_any_company_and_at_any_place(sampler):
+    alone = images([7], [3], sampler)[0]
+    assert np.ptp(alone) > 0.1
+    for place in range(CHUNK):
+        seeds, numbers = [1, 2, 3, 4], [9, 8, 7, 6]
+        seeds[place], numbers[place] = 7, 3
+        assert np.array_equal(images(seeds, numbers, sampler)[place], alone)
+    many = images([5, 6, 4, 3, 2, 1, 7], [0, 1, 2, 9, 8, 7, 3], sampler)
+    assert np.array_equal(many[-1], alone)
+
+
+def test_one_device_and_eight_draw_the_same_bits():
+    sampler = "dpmpp_sde_2m"
+    seeds, numbers = list(range(11)), [i % 10 for i in range(11)]
+    one = images(seeds, numbers, sampler)
+    for devices in (jax.devices()[:1], jax.devices()):
+        layout = PmapLayout(devices)
+        fn = make_sample_fn(
+            tiny_model("tiny")[0], sampler=sampler, num_steps=3, layout=layout
+        )
+        args = (
+            layout.place(tiny_model("tiny")[1]),
+            image_keys(seeds),
+            labels(*numbers),
+        )
+        assert np.array_equal(fn(*args, 2.0).images, one)
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Grows by one each time a sample function is traced."""
+    times, traced = [], chunk.decode
+
+    def counted(*args, **kwargs):
+        times.append(1)
+        return traced(*args, **kwargs)
+
+    monkeypatch.setattr(chunk, "decode", counted)
+    return times
+
+
+def test_turning_any_knob_compiles_nothing(traces):
+    model, params = tiny_model("tiny")
+    fn = make_sample_fn(model, sampler="ddim", num_steps=2)
+    rng, drawn = np.random.RandomState(0), []
+    for i in range(20):
+        num = int(rng.randint(1, 9))
+        result = fn(
+            params,
+            image_keys([int(seed) for seed in rng.randint(0, 2**31, num)]),
+            labels(*(int(label) for label in rng.randint(0, 10, num))),
+            [3, float(rng.uniform(0, 9)), jnp.asarray(rng.rand(i + 1))][i % 3],
+            float(rng.uniform(0, 1)),
+            labels(*(int(label) for label in rng.randint(0, 11, num))),
+            guidance_rescale=float(rng.uniform(0, 1)),
+            guidance_interval=(float(rng.uniform(0, 1)), float(rng.uniform(1, 50))),
+        )
+        drawn.append(float(np.asarray(result.images).sum()))
+    assert len(traces) == 1
+    assert len(set(drawn)) == 20
+
+
+def test_prompts_are_inputs_too(traces):
+    model, params = tiny_model("text")
+    fn = make_sample_fn(model, sampler="ddim", num_steps=1)
+    for i in range(3):
+        cond = ConditionInputs(tokens=jnp.full((CHUNK, 6), i, jnp.int32))
+        # Traced, not compiled: the calls share the program if they share its trace.
+        jax.eval_shape(lambda c: fn(params, image_keys([0] * CHUNK), c, 7.5), cond)
+    assert len(traces) == 1
+
+
+def test_inside_another_jitted_function_it_draws_the_same_images():
+    params = tiny_model("tiny")[1]
+
+    @jax.jit
+    def mine(keys, cond, scale):
+        return sampler_fn()(params, keys, cond, scale, 0.5).images
+
+    inside = mine(image_keys(list(range(6))), labels(*range(6)), jnp.asarray(2.0))
+    outside = images(list(range(6)), range(6))
+    assert np.asarray(inside) == pytest.approx(outside, abs=1e-5)
+
+
+def test_memory_does_not_grow_with_the_steps():
+    def temporary_bytes(num_steps):
+        model, params = tiny_model("tiny")
+        fn = make_sample_fn(model, sampler="heun", num_steps=num_steps)
+        call = jax.jit(lambda keys, cond: fn(params, keys, cond, 2.0).images)
+        keys = image_keys(list(range(CHUNK)))
+        compiled = call.lower(keys, labels(*range(CHUNK))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # A few numbers a step, not a latent: 4 x 4 x 4 x 2 floats would be 512 bytes.
+    assert temporary_bytes(60) - temporary_bytes(10) < 50 * 128
+
+
+def test_guidance_has_no_say_outside_its_interval_and_follows_its_schedule():
+    seeds, numbers = [0, 1], [2, 3]
+    guided, plain = images(seeds, numbers), images(seeds, numbers, scale=1.0)
+    assert not np.array_equal(guided, plain)
+    nowhere = images(seeds, numbers, guidance_interval=(1e5, 1e6))
+    assert np.array_equal(nowhere, plain)
+    everywhere = images(seeds, numbers, guidance_interval=(0.0, 1e6))
+    assert np.array_equal(everywhere, guided)
+    flat = images(seeds, numbers, scale=jnp.asarray([2.0, 2.0, 2.0]))
+    assert np.array_equal(flat, guided)
+    rising = images(seeds, numbers, scale=jnp.asarray([1.0, 2.0, 3.0]))
+    assert not np.array_equal(rising, guided)
+
+
+def test_a_model_that_guides_itself_away_from_itself_is_unguided():
+    model, params = tiny_model("tiny")
+    fn = make_sample_fn(model, sampler="ddim", num_steps=3, weak=model)
+    args = (params, image_keys([0, 1]), labels(2, 3), 3.0, 0.5)
+    same = np.asarray(fn(*args, weak_params=params).images)
+    assert same == pytest.approx(images([0, 1], [2, 3], scale=1.0), abs=1e-5)
+    worse = jax.tree.map(lambda x: 0.9 * x, params)
+    assert not np.allclose(same, fn(*args, weak_params=worse).images, atol=1e-3)
+
+
+def test_a_worse_model_of_another_kind_is_refused():
+    model, _ = tiny_model("tiny")
+    with pytest.raises(ValueError, match="trained alike"):
+        make_sample_fn(
+            model,
+            sampler="ddim",
+            num_steps=2,
+            weak=model._replace(prediction="v"),
+        )
+
+
+def test_what_a_sample_function_cannot_do_is_refused():
+    make = functools.partial(make_sample_fn, tiny_model("tiny")[0], num_steps=4)
+    for settings, message in (
+        ({"sampler": "ddim", "num_frames": 6}, "num_frames: got 6, wanted 0 or 2 to 5"),
+        ({"sampler": "ddim", "strength": 0.0}, "strength: got 0.0"),
+        ({"sampler": "lcm", "tile": 2}, "tile: got 2, wanted 0, or at least 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**settings)
+    fn = sampler_fn("plms")
+    with pytest.raises(ValueError, match=r"eta: got 0\.3 with plms, which has none"):
+        fn(tiny_model("tiny")[1], image_keys([0]), labels(0), 1.0, 0.3)
+
+
+def test_inputs_that_do_not_fit_each_other_are_refused():
+    params = tiny_model("tiny")[1]
+    fn, keys, tail = sampler_fn(), image_keys([0, 1]), {"strength": 0.5}
+    mask = jnp.ones((2, 8, 8, 1))
+    cases = (
+        (
+            lambda: fn(params, keys, labels(1)),
+            "cond: got 1 for 2 keys, wanted one each",
+        ),
+        (lambda: fn(params, keys[:0], labels()), "keys: got none"),
+        (lambda: fn(params, keys, labels(1, 77)), "cond.label: got 77, wanted 0 to 10"),
+        (
+            lambda: fn(params, keys, labels(1, 2), weak_params=params),
+            "weak_params: wanted with `weak`",
+        ),
+        (
+            lambda: fn(params, keys, labels(1, 2), guidance_rescale=7),
+            "guidance_rescale: got 7",
+        ),
+        (
+            lambda: fn(params, keys, labels(1, 2), guidance_interval=(2.0, 1.0)),
+            "guidance_interval",
+        ),
+        (
+            lambda: fn(params, keys, labels(1, 2), edit=Edit(weight=jnp.ones(2))),
+            "edit.weight",
+        ),
+        (
+            lambda: fn(params, keys, labels(1, 2), edit=Edit(mask=mask)),
+            "edit.mask",
+        ),
+        (
+            lambda: sampler_fn(num_steps=4, **tail)(params, keys, labels(1, 2)),
+            "strength: got below 1",
+        ),
+    )
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_picture_starts_as_noisy_as_the_strength_says():
+    model, params = tiny_model("tiny")
+    picture, keys = pictures(), image_keys([0])
+    x_0 = np.asarray(encode_images(model, params, picture))
+    noise = np.asarray(starting_noise(keys, model.latent_shape))
+    levels = make_levels(model.schedule, 50).tail(steps_of_strength(0.3, 50))
+    assert levels.num_steps == 15
+    start = start_of(
+        model, params, keys, Edit(image=picture), levels=levels, whole=False
+    )
+    wanted = levels.alpha[0] * x_0 + levels.sigma[0] * noise
+    assert np.asarray(start.x_start) == pytest.approx(wanted, abs=1e-6)
+    assert levels.t[0] == 299 and start.known is None
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "unipc"])
+def test_what_the_mask_keeps_stays_to_the_bit_and_the_hole_does_not(sampler):
+    picture = pictures()
+    mask = jnp.zeros((1, 8, 8, 1)).at[:, 2:5, 3:7].set(1.0)
+    edit = Edit(image=picture, mask=mask)
+    filled = images([0], [1], sampler, edit=edit)
+    other = images([1], [1], sampler, edit=edit)
+    hole = np.asarray(mask) > 0.5
+    assert np.array_equal(filled[~hole], np.asarray(picture)[~hole])
+    assert not np.allclose(filled[hole], other[hole], atol=1e-3)
+
+
+def test_every_latent_over_the_hole_is_free():
+    mask = jnp.zeros((1, 8, 8, 1)).at[0, 3, 4].set(1.0)
+    free = np.asarray(free_latents(mask, (4, 4, 2)))[0, ..., 0]
+    assert free[1, 2] == 1.0 and free.sum() == 1.0
+
+
+def test_between_two_seeds_lies_noise_of_the_same_strength():
+    a, b = np.random.RandomState(0).randn(2, 3, 16, 16, 4)
+    weights = jnp.asarray([0.0, 0.5, 1.0])
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    between = np.asarray(slerp(a, b, weights))
+    assert np.array_equal(between[0], a[0])
+    assert between[2] == pytest.approx(np.asarray(b[2]), abs=1e-6)
+    assert between[1].std() == pytest.approx(1.0, abs=0.05)
+    assert np.asarray((a + b)[1] / 2).std() == pytest.approx(0.5**0.5, abs=0.05)
+    assert np.asarray(slerp(a, a, weights)) == pytest.approx(np.asarray(a), abs=1e-5)
+
+
+def test_interpolation_ends_at_its_ends():
+    edit = Edit(
+        other_keys=image_keys([5, 5, 5]),
+        other_cond=labels(8, 8, 8),
+        weight=jnp.asarray([0.0, 0.5, 1.0]),
+    )
+    between = images([2, 2, 2], [4, 4, 4], "unipc", edit=edit)
+    assert between[0] == pytest.approx(images([2], [4], "unipc")[0], abs=1e-5)
+    assert between[2] == pytest.approx(images([5], [8], "unipc")[0], abs=1e-5)
+    for end in (0, 2):
+        assert not np.allclose(between[1], between[end], atol=1e-2)
+
+
+def test_the_noise_of_an_inversion_gives_the_latent_back():
+    model, params = tiny_model("tiny")
+    # Drawn at random the network is rough; a trained one changes slowly with x_t.
+    last = jax.tree.map(lambda x: 0.1 * x, params.unet["conv_out"])
+    params = params._replace(unet={**params.unet, "conv_out": last})
+    picture, cond = pictures(2), labels(3, 4)
+    invert = make_invert_fn(model, num_steps=20, iterations=30)
+    latents = invert(params, picture, cond)
+    fn = make_sample_fn(model, sampler="ddim", num_steps=20, guided=False)
+    edit = Edit(latents=latents)
+    back = fn(params, image_keys([0, 1]), cond, edit=edit).images
+    kept = decode(model, params, encode_images(model, params, picture))
+    assert np.asarray(back) == pytest.approx(np.asarray(kept), abs=1e-3)
+    alone = invert(params, picture[1:], labels(4))
+    assert np.array_equal(alone[0], latents[1])
+
+
+def blur(latents):
+    """A decoder that sees one latent to each side, and doubles the size."""
+    wide = jnp.pad(latents, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    height, width = latents.shape[1:3]
+    mean = sum(
+        wide[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
+    )
+    return mean.repeat(2, axis=1).repeat(2, axis=2)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 20), (33, 17)])
+def test_tiles_join_without_a_seam_where_the_decoder_sees_no_further(shape):
+    latents = jnp.asarray(np.random.RandomState(0).randn(2, *shape, 3), jnp.float32)
+    whole = np.asarray(blur(latents))
+    tiled = np.asarray(decode_in_tiles(blur, latents, tile=8, factor=2))
+    assert tiled.shape == whole.shape
+    # Within a tile's border latent the blur sees its own edge: weights are small there.
+    assert np.abs(tiled - whole).mean() < 0.1 * np.abs(whole).mean()
+    smooth = jnp.broadcast_to(jnp.arange(float(shape[1]))[:, None], (2, *shape, 3))
+    flat = np.asarray(decode_in_tiles(lambda x: x, smooth, tile=8, factor=1))
+    assert flat == pytest.approx(np.asarray(smooth), rel=1e-5)
+
+
+def test_tiles_cover_everything_and_overlap_by_a_quarter():
+    for size in range(8, 70):
+        starts = tile_starts(size, 8)
+        assert starts[0] == 0 and starts[-1] == size - 8
+        assert all(b - a <= 6 for a, b in itertools.pairwise(starts))
+    assert (ramp(8, tile=8, factor=2) > 0).all()
+
+
+def test_decoding_in_tiles_takes_the_memory_of_a_tile():
+    model, params = tiny_model("tiny")
+
+    def temporary_bytes(side, tile):
+        def call(latents):
+            return decode(model, params, latents, tile=tile)
+
+        latents = jnp.zeros((1, side, side, model.latent_shape[-1]))
+        compiled = jax.jit(call).lower(latents).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    tiled = [temporary_bytes(side, 16) for side in (32, 64)]
+    picture = 4 * (128**2 - 64**2)  # what the picture itself takes more
+    assert tiled[1] - tiled[0] < 4 * picture
+    assert temporary_bytes(64, 0) > 3 * tiled[1]

@@ -1,0 +1,93 @@
+"""Run the project's commands as a user does, on a run small enough for a test."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample as sample_program
+from ldm_jax.config import Config, to_json
+from ldm_jax.config.flags import run_main
+from ldm_jax.pretrained.model import write_native
+from tests.support.models import model_of
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 240
+TINY = Path("tests/support/tiny.py")
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONWARNINGS": "default"}
+
+
+def start(program: str, *args: object, devices: int = 1) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, program, *map(str, args)],
+        cwd=ROOT,
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(
+    program: str, *args: object, devices: int = 1
+) -> subprocess.CompletedProcess[str]:
+    process = start(program, *args, devices=devices)
+    out, err = process.communicate(timeout=TIMEOUT)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def train(workdir: Path, *args: object, devices: int = 1):
+    return run(
+        "train.py", "--config", TINY, "--workdir", workdir, *args, devices=devices
+    )
+
+
+def sample(workdir: Path, out: Path, *args: object):
+    return run("sample.py", "--workdir", workdir, "--out", out, *args)
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    """Assert that a command failed with one clear line and no traceback."""
+    assert result.returncode != 0, result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if ": error: " in line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0] == result.stderr.splitlines()[-1], result.stderr
+    return lines[0]
+
+
+def write_run(config: Config, folder: Path, seed: int = 0) -> Path:
+    """Make a folder that can be sampled from, without training."""
+    folder.mkdir(exist_ok=True)
+    write_native(model_of(config, seed), folder)
+    (folder / "config.json").write_text(to_json(config))
+    return folder
+
+
+def sample_here(*args: object) -> None:
+    """Run `sample.py` in this process, which knows JAX already."""
+    sample_program.main(list(map(str, args)))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """Assert that `sample.py` ends with one clear line, in this process; return it."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["sample.py", *map(str, args)])
+        run_main(sample_program.main, "sample.py")
+    said = capsys.readouterr()
+    code = stop.value.code
+    assert isinstance(code, int)
+    return error_line(
+        subprocess.CompletedProcess("sample.py", code, said.out, said.err)
+    )

@@ -1,0 +1,386 @@
+"""The page that a run is looked through by: its limits, its door, and in a browser."""
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+from PIL import Image
+
+from ldm_jax.config import to_json
+from ldm_jax.config.launch import Launch
+from ldm_jax.sampling.request import MAX_SEED, parse_sample
+from ldm_jax.tools.demo.arguments import PROG, parse
+from ldm_jax.tools.demo.controls import (
+    MAX_LETTERS,
+    Limits,
+    check_controls,
+    command_of,
+    request_of,
+)
+from ldm_jax.tools.demo.queue import RenderQueue
+from ldm_jax.tools.demo.server import Gate, address_of, open_socket
+from ldm_jax.types import InputError
+from tests import tiny
+from tests.data.test_tokenizer import write_clip
+from tests.support.browser import CHROMIUM, open_tab
+from tests.support.commands import ROOT, environment, error_line, run, write_run
+from tests.support.models import config_of
+
+DOOR = ("-m", "ldm_jax.cli.serve")
+CLASSES = Limits(max_steps=9, max_images=4, num_classes=10, reads_text=False)
+TEXTS = Limits(max_steps=9, max_images=4, num_classes=0, reads_text=True)
+GIVEN = {
+    "seed": 7,
+    "num_images": 3,
+    "steps": 5.0,
+    "guidance_scale": 2.5,
+    "label": 4,
+    "prompt": "a 'red' $cross",
+    "negative_prompt": "-blue",
+}
+needs_nicegui = pytest.mark.skipif(
+    importlib.util.find_spec("nicegui") is None, reason="the extra browse is missing"
+)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(tiny.get_config()))
+    return folder
+
+
+def parsed(*args):
+    return parse([str(arg) for arg in args], about="")
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("seed", [-1, MAX_SEED - 1, 2**70, 1.5, math.nan, math.inf, "7", None, True]),
+        ("num_images", [0, 5, 10**9, "1", [1], None]),
+        ("steps", [0, 10, 2.5, -3, math.inf, {"value": 3}]),
+        ("guidance_scale", [-0.1, 16, math.nan, math.inf, "2", None, False]),
+        ("label", [-1, 10, 3.5, None, "../../etc/passwd"]),
+    ],
+)
+def test_what_is_out_of_range_is_refused_on_the_server(name, values):
+    assert check_controls(GIVEN, CLASSES).label == 4
+    for value in values:
+        with pytest.raises(InputError, match=r"got .*, wanted [01] to "):
+            check_controls({**GIVEN, name: value}, CLASSES)
+    with pytest.raises(InputError, match="got NoneType"):
+        check_controls({k: v for k, v in GIVEN.items() if k != name}, CLASSES)
+
+
+def test_texts_are_short_and_of_one_line():
+    controls = check_controls({**GIVEN, "prompt": "a\n red\x00\tcross "}, TEXTS)
+    assert controls.prompt == "a red cross" and controls.label is None
+    with pytest.raises(InputError, match="got 1001 letters, wanted at most 1000"):
+        check_controls({**GIVEN, "prompt": "a" * (MAX_LETTERS + 1)}, TEXTS)
+    with pytest.raises(InputError, match="negative prompt: got list, wanted a text"):
+        check_controls({**GIVEN, "negative_prompt": ["a"]}, TEXTS)
+
+
+@pytest.mark.parametrize("limits", [CLASSES, TEXTS])
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_the_command_asks_for_what_was_wished_for(workdir, limits, num_images):
+    settings = parsed(workdir, "--sampler", "unipc", "--spacing", "karras").settings
+    controls = check_controls({**GIVEN, "num_images": num_images}, limits)
+    words = shlex.split(command_of(controls, settings))
+    assert words[:2] == ["python", "sample.py"]
+    asked = dataclasses.replace(parse_sample(words[2:]), launch=Launch())
+    assert asked == request_of(controls, settings)
+
+
+def test_one_draws_and_few_wait():
+    async def count():
+        queue, inside, most = RenderQueue(3), 0, 0
+        refused = []
+
+        async def draw():
+            nonlocal inside, most
+            try:
+                async with queue.take():
+                    inside += 1
+                    most = max(most, inside)
+                    await asyncio.sleep(0)
+                    inside -= 1
+            except InputError as error:
+                refused.append(str(error))
+
+        await asyncio.gather(*(draw() for _ in range(10)))
+        await draw()  # and afterwards it is free again
+        return most, refused
+
+    most, refused = asyncio.run(count())
+    assert most == 1 and 0 < len(refused) < 10
+    assert refused[0] == "busy: 3 other pages wait for their images; try again"
+
+
+def answered(scope):
+    """What becomes of a request to a page of this machine alone."""
+    passed, sent = [], []
+
+    async def app(scope, receive, send):
+        passed.append(scope)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Gate(app, ("127.0.0.1", "localhost", "::1"))(scope, None, send))
+    return bool(passed)
+
+
+@pytest.mark.parametrize(
+    "kind, method, host, origin, may",
+    [
+        ("http", "GET", "127.0.0.1:7860", "", True),
+        ("http", "GET", "LOCALHOST", "", True),
+        ("http", "HEAD", "[::1]:7860", "", True),
+        ("http", "POST", "127.0.0.1:7860", "", False),
+        ("http", "PUT", "127.0.0.1:7860", "", False),
+        ("http", "GET", "evil.example:7860", "", False),
+        ("http", "GET", "", "", False),
+        ("websocket", "", "127.0.0.1:7860", "http://127.0.0.1:7860", True),
+        ("websocket", "", "127.0.0.1:7860", "http://evil.example", False),
+        ("websocket", "", "127.0.0.1:7860", "null", False),
+        ("lifespan", "", "", "", True),
+    ],
+)
+def test_the_gate_lets_in_reading_from_this_machine_alone(
+    kind, method, host, origin, may
+):
+    headers = [(b"host", host.encode())]
+    headers += [(b"origin", origin.encode())] if origin else []
+    assert answered({"type": kind, "method": method, "headers": headers}) == may
+
+
+def test_it_listens_to_this_machine_alone_unless_told_otherwise(workdir):
+    request = parsed(workdir, "--port", "0")
+    with open_socket(request.host, request.port) as taken:
+        host, port = taken.getsockname()
+        assert host == "127.0.0.1" and address_of(taken) == f"http://127.0.0.1:{port}/"
+        with pytest.raises(InputError, match=f"--port: {port} is in use.* --port 0"):
+            open_socket(request.host, port)
+
+
+def test_bad_input_is_one_line(workdir, tmp_path, monkeypatch):
+    cases = (
+        ((tmp_path,), r"DIR: .* is not a run \(no config.json\); try"),
+        ((tmp_path / "none",), "DIR: .* is not a run"),
+        ((), "the following arguments are required: DIR"),
+        ((workdir, "--port", "70000"), "--port: got 70000, wanted 0 to 65535"),
+        ((workdir, "--port", "x"), "argument --port: invalid int value: 'x'"),
+        ((workdir, "--max-steps", "0"), "--max-steps: got 0, wanted 1 to 1000"),
+        ((workdir, "--max-images", "65"), "--max-images: got 65, wanted 1 to 64"),
+        ((workdir, "--sampler", "dim"), "--sampler: got 'dim'.* did you mean ddim"),
+        ((workdir, "--spacing", "ldm"), "--spacing: got 'ldm'.*wanted trailing"),
+        ((workdir, "--share"), "unrecognized arguments: --share"),
+    )
+    for args, message in cases:
+        with pytest.raises(InputError, match=message):
+            parsed(*args)
+    (workdir / "config.json").write_text(to_json(config_of("low_resolution")))
+    with pytest.raises(InputError, match="told of each image by vectors or pictures"):
+        parsed(workdir)
+    for host in ("203.0.113.7", "no such host"):
+        with pytest.raises(InputError, match=f"--host: got '{host}', wanted an addr"):
+            open_socket(host, 0)
+
+
+def test_without_the_library_its_extra_is_named(workdir, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=r"nicegui, which is not installed; try .*brow"
+    ):
+        parsed(workdir)
+
+
+@needs_nicegui
+def test_a_port_in_use_ends_the_command_before_anything_is_loaded(workdir):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        line = error_line(run(*DOOR, workdir, "--port", port))
+    assert line.startswith(f"{PROG}: error: --port: {port} is in use")
+
+
+def test_help_is_fast_and_without_jax():
+    script = (
+        "import sys; from ldm_jax.cli.serve import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: sys.exit('jax' in sys.modules or 'nicegui' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "127.0.0.1" in done.stdout and "--sampler" in done.stdout
+
+
+@contextlib.contextmanager
+def page_of(config, folder):
+    """Serve the page of a run that was never trained; yield its folder and address."""
+    write_run(config, folder)
+    flags = ("--port", "0", "--max-steps", "9", "--max-images", "4")
+    with subprocess.Popen(
+        [sys.executable, *DOOR, str(folder), *flags],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        lines = iter(process.stdout.readline, "")
+        line = next((line for line in lines if line.startswith("http")), "")
+        assert line, "the page was not served"
+        try:
+            yield folder, line.split()[0]
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with page_of(tiny.get_config(), tmp_path_factory.mktemp("browse") / "tiny") as page:
+        yield page
+
+
+def status_of(request):
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+@needs_nicegui
+def test_no_file_is_served_that_is_not_the_page_s(served):
+    _, url = served
+    page = status_of(url)[1].decode()
+    files = re.search(r"/_nicegui/[\d.]+/", page).group()
+    passwd = "%2e%2e/" * 12 + "etc/passwd"
+    for path in (
+        "etc/passwd",
+        passwd,
+        f"{files}static/{passwd}"[1:],
+        f"{files}resources/x/{passwd}"[1:],
+        f"{files}esm/vue/{passwd}"[1:],
+        f"{files}libraries//etc/passwd"[1:],
+        "gradio_api/file=/etc/passwd",
+        "docs",
+        "openapi.json",
+    ):
+        status, body = status_of(url + path)
+        assert status in (403, 404) and b"root:" not in body, path
+    upload = urllib.request.Request(url, data=b"x" * 1000, method="POST")
+    assert status_of(upload) == (403, b"not from here\n")
+    elsewhere = urllib.request.Request(url, headers={"Host": "evil.example"})
+    assert status_of(elsewhere)[0] == 403
+
+
+STATUS = "document.querySelector('.status')?.innerText ?? ''"
+IMAGES = "[...document.querySelectorAll('.pictures img')].map(x => x.src)"
+COMMAND = "document.querySelector('.command code').innerText"
+
+
+def move(knob, value):
+    """Script that sends what a knob would send, in or out of its range."""
+    found = f"""document.querySelector('[aria-label="{knob}"]').closest('[id^="c"]')"""
+    return f"getElement({found}).$emit('update:model-value', {value})"
+
+
+@needs_nicegui
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.timeout(180)
+def test_the_page_in_a_browser(served, tmp_path):
+    folder, url = served
+    with open_tab(tmp_path / "profile") as tab:
+        tab.go(url)
+        tab.wait(f"({STATUS}).includes('9 steps, ')")
+        first = tab.run(IMAGES)
+        assert len(set(first)) == 4
+        assert f"--workdir {folder} --labels 0 --seeds 0-3" in tab.run(COMMAND)
+        tab.run(move("steps", 4))
+        tab.wait(f"({STATUS}).includes('4 steps, ')")
+        tab.run(move("images", 1))
+        tab.wait(f"({IMAGES}).length == 1 && ({STATUS}).includes('steps')")
+        tab.run(move("guidance", 3.5))
+        tab.wait(f"({COMMAND}).includes('--guidance-scale 3.5')")
+        tab.wait(f"({STATUS}).includes('4 steps, ')")
+        image = Image.open(io.BytesIO(base64.b64decode(tab.run(IMAGES)[0][22:])))
+        assert image.size == (8, 8)
+        assert image.text["seed"] == "0" and image.text["guidance_scale"] == "3.5"
+        # What the page itself would never send is refused where it matters.
+        tab.run(move("steps", 10**6))
+        tab.wait(f"({STATUS}).includes('steps: got 1000000, wanted 1 to 9')")
+        tab.run(move("steps", "'/etc/passwd'"))
+        tab.wait(f"({STATUS}).includes('steps: got str, wanted 1 to 9')")
+        for width in (390, 1280):
+            tab.go(url, width=width)
+            tab.wait(f"({STATUS}).includes('9 steps, ')")
+            assert tab.run("document.documentElement.scrollWidth") <= width
+            assert (
+                tab.run(
+                    "getComputedStyle(document.querySelector('img')).imageRendering"
+                )
+                == "pixelated"
+            )
+        assert all(x.startswith((url, "data:", f"ws{url[4:]}")) for x in tab.asked)
+        assert not tab.said
+
+
+def write(tab, knob, text):
+    """Type a text in the place of what is there."""
+    tab.run(f"""document.querySelector('[aria-label="{knob}"]').select()""")
+    tab.send("Input.insertText", text=text)
+
+
+@needs_nicegui
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.timeout(180)
+def test_the_page_of_a_model_of_texts(tmp_path):
+    (tmp_path / "words").mkdir()
+    write_clip(tmp_path / "words", "sd1")
+    config = config_of("clip")
+    condition = dataclasses.replace(
+        config.diffusion.condition, tokenizer=str(tmp_path / "words")
+    )
+    diffusion = dataclasses.replace(config.diffusion, condition=condition)
+    config = dataclasses.replace(config, diffusion=diffusion)
+    with (
+        page_of(config, tmp_path / "run") as (_, url),
+        open_tab(tmp_path / "profile") as tab,
+    ):
+        tab.go(url)
+        tab.wait(f"({STATUS}).includes('Write what is to be drawn')")
+        write(tab, "prompt", "cat")
+        tab.wait(f"({STATUS}).includes('9 steps, ')")
+        before = tab.run(IMAGES)
+        assert len(before) == 4
+        write(tab, "prompt", "hello 'cat'")
+        tab.wait(f"!({IMAGES}).some(x => {json.dumps(before)}.includes(x))")
+        tab.wait(f"({STATUS}).includes('9 steps, ')")
+        assert "--prompt" in tab.run(COMMAND) and "hello" in tab.run(COMMAND)
+        after = tab.run(IMAGES)
+        assert len(after) == 4
+        image = Image.open(io.BytesIO(base64.b64decode(after[0][22:])))
+        assert image.text["prompt"] == "hello 'cat'"
+        write(tab, "prompt", "")
+        tab.wait(f"({STATUS}).includes('Write what is to be drawn')")
+        assert not tab.said

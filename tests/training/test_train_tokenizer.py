@@ -1,0 +1,284 @@
+"""Pictures with captions: from a data set to a prompt, with nothing from elsewhere."""
+
+import dataclasses
+import logging
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from examples.scenes.scenes_dataset_builder import Builder
+from ldm_jax.build import null_tokens, open_split, open_tokenizer
+from ldm_jax.config import ConditionConfig, DataConfig, TextConfig
+from ldm_jax.config.run import without_tokenizer
+from ldm_jax.data import sources
+from ldm_jax.data.byte_pairs import (
+    SMALLEST,
+    load_byte_pairs,
+    train_byte_pairs,
+    write_byte_pairs,
+)
+from ldm_jax.data.captions import count_cut, strange_parts
+from ldm_jax.data.sources import caption_of, open_source, read_captions
+from ldm_jax.run import load_run, train
+from ldm_jax.sampling.conditions import warn_of_prompts
+from ldm_jax.training.checkpoint import CheckpointStore
+from ldm_jax.training.loop import CHECKPOINTS
+from ldm_jax.training.train_tokenizer import (
+    keep_tokenizer,
+    notes_of_words,
+    own_tokenizer,
+    with_own_tokenizer,
+)
+from ldm_jax.types import InputError
+from tests.support.commands import sample_here
+from tests.support.tiny import get_config
+
+LENGTH = 16
+CAPTIONS = [
+    f"{article} {size} {colour} {shape} at the {place}"
+    for article in ("a", "the")
+    for size in ("small", "large")
+    for colour in ("red", "blue", "green")
+    for shape in ("circle", "square")
+    for place in ("top", "left")
+]
+
+
+def texts(tokenizer, rows):
+    return [tokenizer.backend.decode(list(row)).strip() for row in rows]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_byte_pairs(train_byte_pairs(CAPTIONS, vocab_size=400), folder)
+    return load_byte_pairs(folder, length=LENGTH)
+
+
+def test_the_order_of_the_captions_changes_nothing():
+    one = train_byte_pairs(CAPTIONS, vocab_size=320)
+    assert train_byte_pairs(reversed(CAPTIONS), vocab_size=320) == one
+
+
+def test_words_of_the_captions_are_tokens_and_a_row_reads_back(tokenizer):
+    rows = tokenizer.encode(CAPTIONS)
+    assert rows.shape == (len(CAPTIONS), LENGTH) and rows.dtype == np.int32
+    assert texts(tokenizer, rows) == CAPTIONS
+    # Begin, six words and end: each word is one token.
+    assert ((rows != tokenizer.pad_id).sum(axis=1) == 9).all()
+
+
+@pytest.mark.parametrize("text", ["A RED circle", "ein roter Kreis", "赤い円 🔴", "\t"])
+def test_no_text_has_unknown_tokens(tokenizer, text):
+    (row,) = tokenizer.encode([text])
+    assert row.max() < tokenizer.vocab_size
+    assert len(set(row)) > 2
+
+
+def test_upper_and_lower_case_are_one(tokenizer):
+    upper, lower = tokenizer.encode(["A RED Circle", "a red circle"])
+    assert np.array_equal(upper, lower)
+
+
+def test_a_caption_longer_than_the_context_is_counted_and_cut(tokenizer):
+    long = " ".join(["circle"] * 40)
+    assert count_cut([*CAPTIONS, long], tokenizer) == 1
+    (row,) = tokenizer.encode([long])
+    assert len(row) == LENGTH and row[-1] == tokenizer.eos_id
+
+
+def test_what_no_caption_had_is_named(tokenizer, caplog, monkeypatch):
+    assert strange_parts("a small red circle", tokenizer) == []
+    assert strange_parts("A SMALL red ж circle7", tokenizer) == ["ж", "7"]
+    config = get_config()
+    text = dataclasses.replace(config.diffusion.condition, context="text")
+    diffusion = dataclasses.replace(
+        config.diffusion, condition=text, transformer_depth=1
+    )
+    config = dataclasses.replace(config, diffusion=diffusion)
+    monkeypatch.setattr(
+        "ldm_jax.sampling.conditions._tokenizer", lambda condition: tokenizer
+    )
+    warn_of_prompts(config, ("a red circle", "a ж", "red " * LENGTH))
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == "--prompt: 'a ж' has what the model's texts never had: ж"
+    assert told[1].endswith(
+        f"is longer than the {LENGTH} tokens the model reads, and is cut"
+    )
+    assert len(told) == 2
+
+
+def test_too_few_tokens_are_refused():
+    with pytest.raises(InputError, match=r"vocab_size: got 258, wanted at least 259"):
+        train_byte_pairs(CAPTIONS, vocab_size=SMALLEST - 1)
+
+
+def test_a_file_that_is_no_tokenizer_is_told(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer.json: not a tokenizer"):
+        load_byte_pairs(tmp_path, length=LENGTH)
+
+
+def test_a_caption_that_is_not_utf8_is_told():
+    with pytest.raises(InputError, match=r"x, example 3: its caption is not UTF-8"):
+        caption_of({"caption": b"\xff\xfe"}, "x, example 3")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tfds:digitz", r"got tfds:digitz, .*\); try digits$"),
+        ("tfds:oxford_flower102", r"; try oxford_flowers102$"),
+        ("tfds:mnist", r"not prepared .*; try: tfds build mnist --data_dir"),
+    ],
+)
+def test_a_data_set_that_is_not_there_names_the_next(tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
+        open_source(name, "train", directory=str(tmp_path))
+
+
+class Prepared:
+    """A data set that TFDS has prepared, as far as it is asked here."""
+
+    def __init__(self, label=None, reads=True):
+        label = {} if label is None else {"label": label}
+        image = tfds.features.Image(shape=(8, 8, 3))
+        features = tfds.features.FeaturesDict({"image": image, **label})
+        self.info = SimpleNamespace(
+            features=features, dataset_size=1, splits={"train": 2}
+        )
+        self.data_dir, self._reads = "folder", reads
+
+    def as_data_source(self, split):
+        if not self._reads:
+            raise NotImplementedError("random access")
+        if split != "train":
+            raise ValueError(split)
+        blank = np.zeros((8, 8, 3), np.uint8)
+        return [{"image": blank, "label": b"Ada"}, {"image": blank, "label": b"Bo"}]
+
+
+def opened(monkeypatch, builder, split="train"):
+    monkeypatch.setattr(sources, "_builder", lambda name, where: builder)
+    return open_source("tfds:faces", split, directory="folder")
+
+
+def test_a_label_that_is_no_class_is_left_out(monkeypatch):
+    source = opened(monkeypatch, Prepared(tfds.features.Text()))
+    assert source.class_names == () and set(source.examples[1]) == {"image"}
+    classes = tfds.features.ClassLabel(names=["a", "b"])
+    source = opened(monkeypatch, Prepared(classes))
+    assert source.class_names == ("a", "b") and "label" in source.examples[0]
+
+
+def test_a_data_set_in_a_format_without_random_access_says_how_to_get_one(monkeypatch):
+    with pytest.raises(InputError, match=r"one by one; try .* --file_format array_rec"):
+        opened(monkeypatch, Prepared(reads=False))
+
+
+def test_a_misspelt_split_names_the_next(monkeypatch):
+    with pytest.raises(InputError, match=r"no split 'trian', wanted .*; try train$"):
+        opened(monkeypatch, Prepared(), split="trian")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A run of text to image on a few scenes, as small as the digits' in the tests."""
+    few = {"num_train": 24, "num_test": 10, "num_held_out": 4}
+    for name, number in few.items():
+        monkeypatch.setattr(Builder.builder_configs["one"], name, number)
+    tiny = get_config()
+    text = TextConfig(
+        vocab_size=300, length=LENGTH, width=16, depth=1, num_heads=2, head_width=8
+    )
+    return dataclasses.replace(
+        tiny,
+        data=DataConfig(
+            source="builder:examples/scenes/scenes_dataset_builder.py/one",
+            directory=str(tmp_path / "data"),
+            image_size=8,
+            image_channels=3,
+            num_classes=64,
+            num_train_examples=24,
+        ),
+        diffusion=dataclasses.replace(
+            tiny.diffusion,
+            transformer_depth=1,
+            condition=ConditionConfig(context="text", text=text, tokenizer="captions"),
+        ),
+    )
+
+
+def test_a_run_learns_its_words_from_the_captions_it_trains_on(
+    config, tmp_path, caplog
+):
+    with caplog.at_level(logging.WARNING):
+        keep_tokenizer(config, tmp_path)
+    data = config.data
+    captions = read_captions(data.source, "train", directory=data.directory)
+    assert len(captions) == 24
+    kept = (tmp_path / "tokenizer/tokenizer.json").read_text()
+    assert kept == train_byte_pairs(captions, vocab_size=300)
+    opened = with_own_tokenizer(config, tmp_path)
+    tokenizer = open_tokenizer(opened.diffusion.condition)
+    cut = count_cut(captions, tokenizer)
+    assert 0 < cut < 24
+    assert [text.partition(" are longer")[0] for text in caplog.messages] == [
+        f"{cut} of 24 captions"
+    ]
+    examples = open_split(opened, "train").examples
+    rows = [examples[i]["tokens"] for i in range(24)]
+    assert np.array_equal(rows, tokenizer.encode(captions))
+    assert null_tokens(config) == tuple(tokenizer.encode([""])[0])
+    # Learned once: the words stay as they are when the run goes on.
+    (tmp_path / "tokenizer/tokenizer.json").write_text(kept + "\n")
+    keep_tokenizer(config, tmp_path)
+    assert (tmp_path / "tokenizer/tokenizer.json").read_text() == kept + "\n"
+
+
+def test_words_that_are_lost_are_in_the_checkpoints(config, tmp_path):
+    keep_tokenizer(config, tmp_path)
+    path = tmp_path / "tokenizer/tokenizer.json"
+    learned = train_byte_pairs(CAPTIONS, vocab_size=300)
+    path.write_text(learned)  # of captions that are no longer those of the data
+    notes = notes_of_words(config, tmp_path)
+    (tmp_path / "diffusion").mkdir()
+    store = CheckpointStore(tmp_path / "diffusion" / CHECKPOINTS, keep=2)
+    for step in (3, 12):
+        store.save(step, {"w": np.ones(2)}, notes)
+        store.wait()
+    store.close()
+    damaged = tmp_path / "diffusion" / CHECKPOINTS / "12" / "notes" / "metadata"
+    damaged.write_text(damaged.read_text().replace("red", "rad"))
+    path.unlink()
+    keep_tokenizer(config, tmp_path)
+    assert path.read_text() == learned
+
+
+def test_a_first_stage_alone_reads_no_words(config, tmp_path):
+    alone = dataclasses.replace(config, stages=("autoencoder",))
+    assert own_tokenizer(alone, tmp_path) is None
+    assert "tokens" not in open_split(without_tokenizer(alone), "train").examples[0]
+
+
+def test_pictures_without_captions_cannot_be_read_as_text(config):
+    digits = dataclasses.replace(
+        config.data, source="tfds:digits", directory=None, num_train_examples=1500
+    )
+    with pytest.raises(InputError, match=r"tfds:digits has no 'tokens' but image"):
+        open_split(dataclasses.replace(config, data=digits), "train")
+
+
+@pytest.mark.skipif("LDM_JAX_SLOW" not in os.environ, reason="trains both stages")
+@pytest.mark.timeout(600)
+def test_a_run_trained_on_captions_draws_what_it_is_told(config, tmp_path):
+    final = train(config, tmp_path / "run").final
+    assert load_run(tmp_path / "run").digest == final["digest"]
+    prompts = ("--prompt", "a red circle", "--seeds", "0-1", "--steps", "2")
+    sample_here(
+        *("--workdir", tmp_path / "run", "--out", tmp_path / "samples", *prompts)
+    )
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 2
