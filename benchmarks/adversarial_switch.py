@@ -32,21 +32,18 @@ CHECK_EVERY = 25
 
 
 class Switch(NamedTuple):
-    """Stage 1 around the step at which its adversary is first heard.
-
-    Attributes:
-      before: PSNR just before that step, in dB.
-      lowest: Lowest PSNR after it, of those measured every 25 steps.
-      after: PSNR at the end.
-      finite: Whether every number of every step was.
-      last: Numbers of the last step.
-    """
+    """Stage 1 around the step at which its adversary is first heard."""
 
     before: float
+    """PSNR just before that step, in dB."""
     lowest: float
+    """Lowest PSNR after it, of those measured every 25 steps."""
     after: float
+    """PSNR at the end."""
     finite: bool
+    """Whether every number of every step was."""
     last: dict[str, float]
+    """Numbers of the last step."""
 
 
 def measure(config: Config) -> Switch:

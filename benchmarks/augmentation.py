@@ -204,15 +204,12 @@ def expected_seconds(given: argparse.Namespace) -> float:
 
 
 class Interval(NamedTuple):
-    """A mean over seeds and half the width of its 95 % interval.
-
-    Attributes:
-      mean: In per cent.
-      half: Likewise; None for one seed.
-    """
+    """A mean over seeds and half the width of its 95 % interval."""
 
     mean: float
+    """In per cent."""
     half: float | None
+    """Likewise; None for one seed."""
 
     @property
     def text(self) -> str:

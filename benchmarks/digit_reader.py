@@ -23,15 +23,12 @@ SIDE = 8
 
 
 class Arm(NamedTuple):
-    """What a network learns from beside the real digits.
-
-    Attributes:
-      samples: Whether half of every batch is samples.
-      warps: Whether every image is turned and shifted.
-    """
+    """What a network learns from beside the real digits."""
 
     samples: bool
+    """Whether half of every batch is samples."""
     warps: bool
+    """Whether every image is turned and shifted."""
 
 
 class Classifier(nn.Module):
@@ -103,15 +100,12 @@ def warp(
 
 
 class Labelled(NamedTuple):
-    """Images and their classes.
-
-    Attributes:
-      images: In [0, 1].
-      labels: One for each.
-    """
+    """Images and their classes."""
 
     images: Float[Array, "b h w 1"]
+    """In [0, 1]."""
     labels: Int[Array, " b"]
+    """One for each."""
 
 
 def labelled(batch: Batch) -> Labelled:
@@ -127,17 +121,14 @@ def draw(key: Key[Array, ""], data: Labelled, num: int) -> Labelled:
 
 
 class Examples(NamedTuple):
-    """What a network learns from, and what it is judged on.
-
-    Attributes:
-      real: The real digits that it may see.
-      samples: Of a diffusion model.
-      test: Held-out real digits.
-    """
+    """What a network learns from, and what it is judged on."""
 
     real: Labelled
+    """The real digits that it may see."""
     samples: Labelled
+    """Of a diffusion model."""
     test: Labelled
+    """Held-out real digits."""
 
 
 def draw_batch(key: Key[Array, ""], examples: Examples, arm: Arm) -> Labelled:

@@ -43,19 +43,16 @@ CONFIGS = ("configs/digits.py", "examples/scenes/config.py")
 
 
 class Reading(NamedTuple):
-    """A source to read.
-
-    Attributes:
-      name: What to call it.
-      source: As `data.source` has it.
-      side: What images are resized to, in pixels.
-      channels: Of the images.
-    """
+    """A source to read."""
 
     name: str
+    """What to call it."""
     source: str
+    """As `data.source` has it."""
     side: int
+    """What images are resized to, in pixels."""
     channels: int
+    """Of the images."""
 
 
 class Timed:

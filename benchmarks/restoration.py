@@ -39,23 +39,20 @@ Images = UInt8[np.ndarray, "b h w c"]
 
 
 class Task(NamedTuple):
-    """What is to be restored.
-
-    Attributes:
-      truth: The held-out images.
-      given: What is left of them, to look at.
-      plain: What the plain way makes of it.
-      counted: 1 where a pixel is judged.
-      cond: What the model is given.
-      edit: What it keeps as it is.
-    """
+    """What is to be restored."""
 
     truth: Images
+    """The held-out images."""
     given: Images
+    """What is left of them, to look at."""
     plain: Images
+    """What the plain way makes of it."""
     counted: Float[np.ndarray, "b h w 1"]
+    """1 where a pixel is judged."""
     cond: ConditionInputs
+    """What the model is given."""
     edit: Edit
+    """What it keeps as it is."""
 
 
 def enlarge(run: Run, truth: Images) -> Task:

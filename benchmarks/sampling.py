@@ -64,21 +64,18 @@ Pass = Callable[[SampleParams, jax.Array], jax.Array]
 
 
 class Case(NamedTuple):
-    """One batch to draw.
-
-    Attributes:
-      model: With `chunk` images a call.
-      params: Of both stages.
-      cond: What each image shows.
-      noise: Where each begins, on the host.
-      steps: Denoising steps.
-    """
+    """One batch to draw."""
 
     model: LatentDiffusion
+    """With `chunk` images a call."""
     params: SampleParams
+    """Of both stages."""
     cond: ConditionInputs
+    """What each image shows."""
     noise: np.ndarray
+    """Where each begins, on the host."""
     steps: int
+    """Denoising steps."""
 
 
 def config_of(name: str, *, dtype: str | None) -> Config:

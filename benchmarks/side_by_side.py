@@ -25,17 +25,14 @@ REST, SHORTEST = 0.3, 0.5
 
 
 class Peers(NamedTuple):
-    """The libraries that we are compared with.
-
-    Attributes:
-      torch: PyTorch.
-      diffusers: Its diffusion models.
-      device: Where they compute: `cuda` or `cpu`.
-    """
+    """The libraries that we are compared with."""
 
     torch: Any
+    """PyTorch."""
     diffusers: Any
+    """Its diffusion models."""
     device: str
+    """Where they compute: `cuda` or `cpu`."""
 
 
 def import_peers() -> Peers:

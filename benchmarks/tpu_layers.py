@@ -36,19 +36,16 @@ STRIDES, PADDING = (1, 1), ((1, 1), (1, 1))
 
 
 class Layer(NamedTuple):
-    """A layer to compile in two ways.
-
-    Attributes:
-      name: What it is.
-      plain: The usual operations.
-      ours: What the networks call.
-      shapes: Of its inputs.
-    """
+    """A layer to compile in two ways."""
 
     name: str
+    """What it is."""
     plain: Callable[..., Array]
+    """The usual operations."""
     ours: Callable[..., Array]
+    """What the networks call."""
     shapes: tuple[tuple[int, ...], ...]
+    """Of its inputs."""
 
 
 def attention(model: str, *sizes: int) -> Layer:

@@ -63,22 +63,19 @@ Round = Callable[[], Any]
 
 
 class Ours(NamedTuple):
-    """Our side, ready to train.
-
-    Attributes:
-      round_of: Makes some steps, waits for them, and returns the seconds of these that
-        the host was busy.
-      seconds_cold: Of tracing and compiling with an empty cache.
-      seconds_warm: Of tracing again and loading what the cache has.
-      memory: What the compiler says a device needs.
-      flops: Of the mathematics of one step.
-    """
+    """Our side, ready to train."""
 
     round_of: Callable[[], float]
+    """Makes some steps, waits for them, and returns the seconds of these that the host
+    was busy."""
     seconds_cold: float
+    """Of tracing and compiling with an empty cache."""
     seconds_warm: float
+    """Of tracing again and loading what the cache has."""
     memory: Memory
+    """What the compiler says a device needs."""
     flops: int
+    """Of the mathematics of one step."""
 
 
 def steps_of_round(config: Config) -> int:

@@ -33,47 +33,41 @@ MOST_MAP_BYTES = 2**30
 
 
 class LatentDiffusion(NamedTuple):
-    """Everything static that sampling needs.
-
-    Attributes:
-      autoencoder: The first stage.
-      unet: The second.
-      conditioner: Prepares what the second is conditioned on.
-      schedule: The noise levels it was trained on.
-      prediction: What it predicts.
-      sigma_data: Standard deviation of the latents, where it predicts EDM's F.
-      latent_shape: Height, width and channels of a latent.
-      num_classes: Real classes; the null class has this index.
-      null_tokens: Tokens of the empty prompt.
-      chunk: Images the network sees at once.
-    """
+    """Everything static that sampling needs."""
 
     autoencoder: Autoencoder
+    """The first stage."""
     unet: UNet
+    """The second."""
     conditioner: Conditioner
+    """Prepares what the second is conditioned on."""
     schedule: Schedule
+    """The noise levels it was trained on."""
     prediction: PredictionName
+    """What it predicts."""
     sigma_data: float
+    """Standard deviation of the latents, where it predicts EDM's F."""
     latent_shape: tuple[int, int, int]
+    """Height, width and channels of a latent."""
     num_classes: int
+    """Real classes; the null class has this index."""
     null_tokens: tuple[int, ...]
+    """Tokens of the empty prompt."""
     chunk: int
+    """Images the network sees at once."""
 
 
 class SampleParams(NamedTuple):
-    """The arrays that sampling needs.
-
-    Attributes:
-      autoencoder: Averaged parameters of the first stage.
-      unet: Averaged parameters of the second.
-      conditioner: Parameters of the conditioner; averaged if it was trained.
-      latent_scale: What latents were multiplied by in training.
-    """
+    """The arrays that sampling needs."""
 
     autoencoder: PyTree
+    """Averaged parameters of the first stage."""
     unet: PyTree
+    """Averaged parameters of the second."""
     conditioner: PyTree
+    """Parameters of the conditioner; averaged if it was trained."""
     latent_scale: Float[Array, ""]
+    """What latents were multiplied by in training."""
 
 
 def null_condition(model: LatentDiffusion, cond: ConditionInputs) -> ConditionInputs:
@@ -145,7 +139,6 @@ def images_a_call(model: LatentDiffusion, platform: str) -> int:
     `docs/benchmarks.md`.
 
     Args:
-      model: Of the model.
       platform: Where it runs, in JAX's words.
 
     Returns:
@@ -162,7 +155,6 @@ def calls_at_once(model: LatentDiffusion, platform: str) -> int:
     maps would take much memory. Elsewhere one: a chip makes one call after the other.
 
     Args:
-      model: Of the model.
       platform: Where it runs, in JAX's words.
     """
     if platform != "cpu":

@@ -65,15 +65,12 @@ FINAL_FILE = "final.json"
 
 
 class Outcome(NamedTuple):
-    """How a run ended.
-
-    Attributes:
-      final: The content of `final.json`.
-      trained: False if nothing was left to do.
-    """
+    """How a run ended."""
 
     final: dict[str, Any]
+    """The content of `final.json`."""
     trained: bool
+    """False if nothing was left to do."""
 
 
 def train(
@@ -173,15 +170,12 @@ def train(
 
 
 class StageOutcome(NamedTuple):
-    """How a stage ended.
-
-    Attributes:
-      digest: sha256 over its state.
-      seconds: It took; 0 if it was taken from elsewhere.
-    """
+    """How a stage ended."""
 
     digest: str
+    """sha256 over its state."""
     seconds: float
+    """It took; 0 if it was taken from elsewhere."""
 
 
 def _run(

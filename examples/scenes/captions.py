@@ -59,19 +59,16 @@ Pick = Callable[[int], int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WantedThing:
-    """A thing that a caption asks for.
-
-    Attributes:
-      shape: Its shape.
-      colour: Its colour.
-      size: Small or large; None if any will do.
-      place: Where; None if anywhere will do.
-    """
+    """A thing that a caption asks for."""
 
     shape: ShapeName
+    """Its shape."""
     colour: ColourName
+    """Its colour."""
     size: SizeName | None = None
+    """Small or large; None if any will do."""
     place: PlaceName | None = None
+    """Where; None if anywhere will do."""
 
     @property
     def pair(self) -> PairName:
@@ -81,15 +78,12 @@ class WantedThing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a caption asks for: these things and no others.
-
-    Attributes:
-      things: One to three, in the order of the sentence's sense, subject first.
-      relation: How the first of two things lies to the second; None if not said.
-    """
+    """What a caption asks for: these things and no others."""
 
     things: tuple[WantedThing, ...]
+    """One to three, in the order of the sentence's sense, subject first."""
     relation: RelationName | None = None
+    """How the first of two things lies to the second; None if not said."""
 
     def __post_init__(self) -> None:
         """Check the number of things."""

@@ -68,31 +68,25 @@ HAS_LARGE = 0.75
 
 
 class Placed(NamedTuple):
-    """A thing as it is drawn.
-
-    Attributes:
-      thing: The thing, its middle on whole points.
-      radius: Its nominal radius, in points: one of its size's.
-    """
+    """A thing as it is drawn."""
 
     thing: Thing
+    """The thing, its middle on whole points."""
     radius: int
+    """Its nominal radius, in points: one of its size's."""
 
 
 class Scene(NamedTuple):
-    """A picture and what is in it.
-
-    Attributes:
-      image: RGB.
-      caption: One true sentence about all of its things.
-      wanted: The same as a structure.
-      things: All things, in the order of `wanted`.
-    """
+    """A picture and what is in it."""
 
     image: UInt8[np.ndarray, "h w 3"]
+    """RGB."""
     caption: str
+    """One true sentence about all of its things."""
     wanted: Wanted
+    """The same as a structure."""
     things: tuple[Thing, ...]
+    """All things, in the order of `wanted`."""
 
     @property
     def label(self) -> int:

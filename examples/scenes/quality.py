@@ -47,29 +47,23 @@ Images = UInt8[np.ndarray, "b h w 3"]
 
 
 class Row(NamedTuple):
-    """Samples to show, side by side.
-
-    Attributes:
-      images: The samples.
-      captions: What was asked for.
-      right: Whether it is there.
-    """
+    """Samples to show, side by side."""
 
     images: Images
+    """The samples."""
     captions: list[str]
+    """What was asked for."""
     right: list[bool]
+    """Whether it is there."""
 
 
 class Asked(NamedTuple):
-    """Pictures and what they show, of one split.
-
-    Attributes:
-      images: As they are drawn.
-      captions: One for each.
-    """
+    """Pictures and what they show, of one split."""
 
     images: Images
+    """As they are drawn."""
     captions: list[str]
+    """One for each."""
 
 
 def read_split(config: Config, split: str, *, things: int, num: int) -> Asked:
@@ -94,23 +88,20 @@ def read_split(config: Config, split: str, *, things: int, num: int) -> Asked:
 
 
 class How(NamedTuple):
-    """How samples are drawn.
-
-    Attributes:
-      sampler: Its name.
-      steps: Of it.
-      scale: Of guidance.
-      eta: Of DDIM: 0 draws no noise on the way, 1 as much as DDPM.
-      interval: Of sigma / alpha, in which there is guidance.
-      first_seed: Of the first caption; the others follow.
-    """
+    """How samples are drawn."""
 
     sampler: SamplerName
+    """Its name."""
     steps: int
+    """Of it."""
     scale: float
+    """Of guidance."""
     eta: float
+    """Of DDIM: 0 draws no noise on the way, 1 as much as DDPM."""
     interval: tuple[float, float] = EVERYWHERE
+    """Of sigma / alpha, in which there is guidance."""
     first_seed: int = 0
+    """Of the first caption; the others follow."""
 
 
 def draw(run: Run, captions: list[str], how: How) -> Images:

@@ -19,21 +19,18 @@ NUM_TEST, NUM_HELD_OUT = 2_000, 1_000
 
 @dataclasses.dataclass(eq=False)
 class SceneConfig(tfds.core.BuilderConfig):
-    """How many things a picture has, how large it is, and how many there are.
-
-    Attributes:
-      most: Things in a picture, at most; in [1, 3].
-      pixels: Of the picture's side; a divisor of 256.
-      num_train: Examples to train on.
-      num_test: Examples of the same kind, to test on.
-      num_held_out: Examples with a pair of colour and shape that `train` never has.
-    """
+    """How many things a picture has, how large it is, and how many there are."""
 
     most: int = 1
+    """Things in a picture, at most; in [1, 3]."""
     pixels: int = 32
+    """Of the picture's side; a divisor of 256."""
     num_train: int = 0
+    """Examples to train on."""
     num_test: int = NUM_TEST
+    """Examples of the same kind, to test on."""
     num_held_out: int = NUM_HELD_OUT
+    """Examples with a pair of colour and shape that `train` never has."""
 
 
 def _config(most: int, pixels: int) -> SceneConfig:

@@ -45,15 +45,12 @@ RELATIONS = {
 
 
 class Captioned(NamedTuple):
-    """Pictures and what is said of them.
-
-    Attributes:
-      images: As they are drawn, in [-1, 1].
-      captions: By what is wrong in them; `nothing` has the true ones.
-    """
+    """Pictures and what is said of them."""
 
     images: Float[np.ndarray, "b h w c"]
+    """As they are drawn, in [-1, 1]."""
     captions: dict[str, list[str]]
+    """By what is wrong in them; `nothing` has the true ones."""
 
 
 def following(names: tuple[str, ...]) -> dict[str, str]:

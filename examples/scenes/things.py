@@ -68,21 +68,18 @@ PAIRS: tuple[PairName, ...] = tuple((c, s) for s in SHAPES for c in COLOURS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thing:
-    """A thing in a picture.
-
-    Attributes:
-      shape: Its shape.
-      colour: Its colour.
-      size: Small or large.
-      x: Middle of its bounding box, in points from the left edge.
-      y: The same, from the top edge.
-    """
+    """A thing in a picture."""
 
     shape: ShapeName
+    """Its shape."""
     colour: ColourName
+    """Its colour."""
     size: SizeName
+    """Small or large."""
     x: float
+    """Middle of its bounding box, in points from the left edge."""
     y: float
+    """The same, from the top edge."""
 
     @property
     def pair(self) -> PairName:

@@ -27,9 +27,6 @@ PROG = "ldm plan"
 def parse(args: list[str]) -> tuple[Request, argparse.Namespace]:
     """Read the command line.
 
-    Args:
-      args: Without the program's name.
-
     Returns:
       The question; and how to answer: as `json`, with a table of `scale`.
 

@@ -45,26 +45,20 @@ REMEDIES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """What `train.py` was asked.
-
-    Attributes:
-      config: The config file with the flags applied.
-      workdir: Folder of the run; None for a dry run, which writes nothing.
-      launch: How the program starts.
-      profile: Steps of each stage between which a trace is written, or None.
-    """
+    """What `train.py` was asked."""
 
     config: Config
+    """The config file with the flags applied."""
     workdir: Path | None
+    """Folder of the run; None for a dry run, which writes nothing."""
     launch: Launch
+    """How the program starts."""
     profile: tuple[int, int] | None
+    """Steps of each stage between which a trace is written, or None."""
 
 
 def parse_train(args: list[str]) -> TrainArguments:
     """Read the command line of `train.py`.
-
-    Args:
-      args: Without the program's name.
 
     Returns:
       The checked arguments.
@@ -141,7 +135,6 @@ def parse_flags(
 
     Args:
       cls: A dataclass; every leaf is a flag.
-      args: Without the program's name.
       default: Values of the flags that are not given; None where some are required.
       prog: Name of the program, for the help.
       own: A parser that took flags of its own before; its flags are suggested too.
@@ -279,7 +272,6 @@ def run_main(main: Callable[[list[str]], None], prog: str) -> NoReturn:
 
     Args:
       main: Takes the arguments without the program's name.
-      prog: Name of the program.
     """
     code, message = 0, ""
     try:

@@ -11,21 +11,18 @@ CACHE_FOLDER = ".compiled"
 
 
 class Launch(NamedTuple):
-    """How a program starts.
-
-    Attributes:
-      pod: Whether it is one of several processes.
-      coordinator: `HOST:PORT` of process 0; None asks the cluster.
-      num_processes: How many there are; None asks the cluster.
-      process_id: Which one this is; None asks the cluster.
-      cache: Folder of compiled programs; None keeps none.
-    """
+    """How a program starts."""
 
     pod: bool = False
+    """Whether it is one of several processes."""
     coordinator: str | None = None
+    """`HOST:PORT` of process 0; None asks the cluster."""
     num_processes: int | None = None
+    """How many there are; None asks the cluster."""
     process_id: int | None = None
+    """Which one this is; None asks the cluster."""
     cache: Path | None = None
+    """Folder of compiled programs; None keeps none."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -55,41 +55,35 @@ TRAINED_SIDE = 256
 
 
 class _Architecture(NamedTuple):
-    """Shape of a first stage.
-
-    Attributes:
-      levels: Channel multipliers.
-      latent: Channels of the latent.
-      codebook: Vectors of the codebook; 0: KL-regularized.
-      attention: Heights with self-attention in images of `TRAINED_SIDE`.
-      mid: Whether the lowest resolution has self-attention.
-    """
+    """Shape of a first stage."""
 
     levels: tuple[int, ...]
+    """Channel multipliers."""
     latent: int
+    """Channels of the latent."""
     codebook: int
+    """Vectors of the codebook; 0: KL-regularized."""
     attention: tuple[int, ...]
+    """Heights with self-attention in images of `TRAINED_SIDE`."""
     mid: bool
+    """Whether the lowest resolution has self-attention."""
 
 
 class _Training(NamedTuple):
-    """Training of a first stage.
-
-    Attributes:
-      gan_start: First step of the adversary.
-      gan_weight: Its weight.
-      gan_layers: Its strided layers.
-      batch: Images a step on one device.
-      lr: Learning rate of both players: 4.5e-6 times `batch`.
-      steps: Training steps of the released weights.
-    """
+    """Training of a first stage."""
 
     gan_start: int
+    """First step of the adversary."""
     gan_weight: float
+    """Its weight."""
     gan_layers: int
+    """Its strided layers."""
     batch: int
+    """Images a step on one device."""
     lr: float
+    """Learning rate of both players: 4.5e-6 times `batch`."""
     steps: int
+    """Training steps of the released weights."""
 
 
 # Source: models/first_stage_models/*/config.yaml of CompVis/latent-diffusion; the steps

@@ -22,31 +22,25 @@ FILE_KEYS, CAPTION_KEYS = ("file", "file_name"), ("caption", "text")
 
 
 class Captions(NamedTuple):
-    """The captions of a folder.
-
-    Attributes:
-      by_image: By the name of the image.
-      orphans: Where captions stand that have no image.
-      files: Names of the files that captions were found in.
-    """
+    """The captions of a folder."""
 
     by_image: dict[str, str]
+    """By the name of the image."""
     orphans: tuple[str, ...]
+    """Where captions stand that have no image."""
     files: frozenset[str]
+    """Names of the files that captions were found in."""
 
 
 class Line(NamedTuple):
-    """A line of JSON that holds a caption.
-
-    Attributes:
-      number: Of the line, from 1.
-      file: The image, as the line names it.
-      caption: The first, if there are several.
-    """
+    """A line of JSON that holds a caption."""
 
     number: int
+    """Of the line, from 1."""
     file: str
+    """The image, as the line names it."""
     caption: str
+    """The first, if there are several."""
 
 
 def read_caption_files(listing: Listing) -> Captions:

@@ -40,7 +40,6 @@ def strange_parts(text: str, tokenizer: Tokenizer) -> list[str]:
 
     Args:
       text: A prompt.
-      tokenizer: Of the model.
 
     Returns:
       What is an unknown word to it; or, for pairs of bytes, characters of bytes that

@@ -20,7 +20,6 @@ def find_class_names(name: str, *, directory: str | None) -> tuple[str, ...]:
 
     Args:
       name: As for `sources.open_source`.
-      directory: Likewise.
 
     Returns:
       The names, as its `label` counts them; () if it has none, or is not here.

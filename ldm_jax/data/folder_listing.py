@@ -30,21 +30,18 @@ SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d*%?):(?P<stop>-?\d*%?)\]
 
 
 class Listing(NamedTuple):
-    """The files of a folder.
-
-    Attributes:
-      root: The folder.
-      stamps: Of every file, by its path from the root, with slashes.
-      images: Those of images in a split, sorted.
-      by_split: The images of each split, sorted.
-      has_splits: Whether the splits are sub-folders.
-    """
+    """The files of a folder."""
 
     root: Path
+    """The folder."""
     stamps: dict[str, Stamp]
+    """Of every file, by its path from the root, with slashes."""
     images: tuple[str, ...]
+    """Those of images in a split, sorted."""
     by_split: dict[str, tuple[str, ...]]
+    """The images of each split, sorted."""
     has_splits: bool
+    """Whether the splits are sub-folders."""
 
     def class_of(self, name: str) -> str | None:
         """Return the class that an image lies in; None if it lies in none."""

@@ -53,31 +53,25 @@ class BrokenImageError(Exception):
 
 
 class Stamp(NamedTuple):
-    """What tells that a file was written anew.
-
-    Attributes:
-      size: In bytes.
-      changed: Time of its last change, in nanoseconds.
-    """
+    """What tells that a file was written anew."""
 
     size: int
+    """In bytes."""
     changed: int
+    """Time of its last change, in nanoseconds."""
 
 
 class Header(NamedTuple):
-    """What is known of an image before it is decoded.
-
-    Attributes:
-      height: In pixels, as stored: before its EXIF turns it.
-      width: Likewise.
-      mode: Pillow's name for its channels.
-      format: Of the file, by its content.
-    """
+    """What is known of an image before it is decoded."""
 
     height: int
+    """In pixels, as stored: before its EXIF turns it."""
     width: int
+    """Likewise."""
     mode: str
+    """Pillow's name for its channels."""
     format: str
+    """Of the file, by its content."""
 
     @property
     def num_bytes(self) -> int:

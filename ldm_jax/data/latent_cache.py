@@ -30,17 +30,14 @@ AGAIN = f"give the same command of {MAKER} again"
 
 
 class Field(NamedTuple):
-    """An array that every record has.
-
-    Attributes:
-      name: `moments`, `states`, `label`, `tokens`, `embedding` or `segmentation`.
-      dtype: As NumPy writes it with the order of the bytes, such as `<f4`.
-      shape: Its shape.
-    """
+    """An array that every record has."""
 
     name: str
+    """`moments`, `states`, `label`, `tokens`, `embedding` or `segmentation`."""
     dtype: str
+    """As NumPy writes it with the order of the bytes, such as `<f4`."""
     shape: tuple[int, ...]
+    """Its shape."""
 
     @property
     def numbers(self) -> int:
@@ -54,44 +51,38 @@ class Field(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What is known of a file of records that is whole.
-
-    Attributes:
-      size: Its bytes.
-      sha256: Of them.
-    """
+    """What is known of a file of records that is whole."""
 
     size: int
+    """Its bytes."""
     sha256: str
+    """Of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheNote:
-    """What a cache was made of, and its files.
-
-    Attributes:
-      made_of: Fields of the config that its numbers depend on, by name.
-      first_stage: Digest of the first stage's parameters.
-      text_encoder: Digest of the frozen text encoder; None if there are no text states.
-      null_state: sha256 of the file of what it says of the empty prompt; likewise.
-      num_examples: Of the split.
-      num_classes: Of the data set.
-      fields: Arrays of a record, in their order.
-      has_captions: Whether each record ends with a caption.
-      num_shards: Files of records.
-      shards: What is known of each; () until all of them stand.
-    """
+    """What a cache was made of, and its files."""
 
     made_of: dict[str, Any]
+    """Fields of the config that its numbers depend on, by name."""
     first_stage: str
+    """Digest of the first stage's parameters."""
     text_encoder: str | None
+    """Digest of the frozen text encoder; None if there are no text states."""
     null_state: str | None
+    """sha256 of the file of what it says of the empty prompt; likewise."""
     num_examples: int
+    """Of the split."""
     num_classes: int
+    """Of the data set."""
     fields: tuple[Field, ...]
+    """Arrays of a record, in their order."""
     has_captions: bool
+    """Whether each record ends with a caption."""
     num_shards: int
+    """Files of records."""
     shards: tuple[Shard, ...] = ()
+    """What is known of each; () until all of them stand."""
 
     @property
     def record_size(self) -> int:
@@ -193,9 +184,8 @@ def pack(example: Mapping[str, Any], note: CacheNote, *, where: str) -> bytes:
     """Write an example as a record.
 
     Args:
-      example: Arrays of the note's fields; a `caption`, text or bytes, where there are
-        captions.
-      note: Of the cache.
+      example: Arrays of the note's fields; a `caption`, text or bytes, where there
+        are captions.
       where: What to call the example.
 
     Raises:
@@ -247,7 +237,6 @@ class LatentExamples:
         """Open every file of records.
 
         Args:
-          folder: Of the cache.
           note: Read from it.
           states: Whether the text states are read.
 

@@ -31,15 +31,12 @@ PNG_ADVICE = (
 
 
 class OwnBuilder(NamedTuple):
-    """A builder, and which of its configs.
-
-    Attributes:
-      cls: The class.
-      config: Name of the config; None for the builder's default.
-    """
+    """A builder, and which of its configs."""
 
     cls: Any
+    """The class."""
     config: str | None
+    """Name of the config; None for the builder's default."""
 
     def make(self, where: str) -> Any:
         """Return the builder of what is prepared, or will be, in a folder."""

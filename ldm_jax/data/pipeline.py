@@ -16,61 +16,52 @@ INDEX_MODULUS = 2**32
 
 
 class Batch(NamedTuple):
-    """Examples of one step: NumPy arrays on the host, JAX arrays on a device.
-
-    Attributes:
-      image: uint8 images.
-      label: Class of each, in [0, num_classes).
-      example_index: Position in the endless shuffled stream of all processes, so that
-        an example met again in a later epoch draws new noise. Modulo 2**32.
-      tokens: Token ids, where the data set has any.
-      embedding: Vectors of another network, where the data set has any.
-      segmentation: Class of each pixel, where the data set has any.
-    """
+    """Examples of one step: NumPy arrays on the host, JAX arrays on a device."""
 
     image: UInt8[Any, "b h w c"]
+    """uint8 images."""
     label: Int[Any, " b"]
+    """Class of each, in [0, num_classes)."""
     example_index: UInt32[Any, " b"]
+    """Position in the endless shuffled stream of all processes, so that an example met
+    again in a later epoch draws new noise. Modulo 2**32."""
     tokens: Int[Any, "b n"] | None = None
+    """Token ids, where the data set has any."""
     embedding: Float[Any, "b n d"] | None = None
+    """Vectors of another network, where the data set has any."""
     segmentation: Int[Any, "b h w"] | None = None
+    """Class of each pixel, where the data set has any."""
 
 
 class LatentBatch(NamedTuple):
-    """As `Batch`, with what the first stage made of the images in their place.
-
-    Attributes:
-      moments: Of the posterior of each latent, as `nn.bottleneck.read_moments` takes
-        them.
-      label: As of `Batch`; so are the others.
-      example_index: Likewise.
-      tokens: Likewise.
-      embedding: Likewise; or what a frozen text encoder says of the caption.
-      segmentation: Likewise.
-    """
+    """As `Batch`, with what the first stage made of the images in their place."""
 
     moments: Float[Any, "b h w e"]
+    """Of the posterior of each latent, as `nn.bottleneck.read_moments` takes them."""
     label: Int[Any, " b"]
+    """As of `Batch`; so are the others."""
     example_index: UInt32[Any, " b"]
+    """Likewise."""
     tokens: Int[Any, "b n"] | None = None
+    """Likewise."""
     embedding: Float[Any, "b n d"] | None = None
+    """Likewise; or what a frozen text encoder says of the caption."""
     segmentation: Int[Any, "b h w"] | None = None
+    """Likewise."""
 
 
 class Augment(NamedTuple):
     """How training examples vary from one epoch to the next.
 
     What is drawn is a function of the seed and of the example's index in the stream.
-
-    Attributes:
-      seed: Of the run, in [0, 2**32).
-      crop: Whether the square is cut anywhere along the longer side, not its middle.
-      flip: Whether left and right are exchanged in half of the examples.
     """
 
     seed: int
+    """Of the run, in [0, 2**32)."""
     crop: bool
+    """Whether the square is cut anywhere along the longer side, not its middle."""
     flip: bool
+    """Whether left and right are exchanged in half of the examples."""
 
 
 @runtime_checkable
@@ -113,11 +104,7 @@ def make_iterator(
       batch_size: As of `make_stream`, like the others.
       image_size: Height and width that images are resized to, in pixels.
       image_channels: 1 or 3.
-      seed: Likewise.
-      process_index: Likewise.
-      process_count: Likewise.
       augment: How examples vary; None: they do not.
-      num_threads: Likewise.
 
     Returns:
       The stream; its elements become `Batch`es through `to_batch`.

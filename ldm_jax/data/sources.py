@@ -38,17 +38,14 @@ class Examples(Protocol):
 
 
 class Source(NamedTuple):
-    """One split of a data set and what its metadata says.
-
-    Attributes:
-      examples: The split.
-      class_names: What its classes are called; () if it has none.
-      channels: Channels of its images.
-    """
+    """One split of a data set and what its metadata says."""
 
     examples: Examples
+    """The split."""
     class_names: tuple[str, ...]
+    """What its classes are called; () if it has none."""
     channels: int
+    """Channels of its images."""
 
     @property
     def num_classes(self) -> int:
@@ -154,8 +151,6 @@ def read_captions(
 
     Args:
       name: As for `open_source`.
-      split: Likewise.
-      directory: Likewise.
       limit: Read only so many.
 
     Raises:
@@ -186,7 +181,6 @@ def has_captions(name: str, *, directory: str | None) -> bool:
 
     Args:
       name: As for `open_source`; a folder has been found to have them.
-      directory: Likewise.
 
     Raises:
       InputError: As `open_source`.

@@ -28,31 +28,25 @@ ONE_RECORD_A_GROUP = "group_size:1"
 
 
 class Record(NamedTuple):
-    """One example.
-
-    Attributes:
-      png: Its image.
-      label: Its class, or None; all records have one, or none has.
-      caption: Its text, or None; likewise.
-    """
+    """One example."""
 
     png: Path
+    """Its image."""
     label: int | None
+    """Its class, or None; all records have one, or none has."""
     caption: str | None
+    """Its text, or None; likewise."""
 
 
 class Contents(NamedTuple):
-    """What a data set holds.
-
-    Attributes:
-      records: In order; at least one.
-      class_names: Of the labels; () if there are none.
-      shape: Height, width and channels of every image.
-    """
+    """What a data set holds."""
 
     records: Sequence[Record]
+    """In order; at least one."""
     class_names: tuple[str, ...]
+    """Of the labels; () if there are none."""
     shape: tuple[int, int, int]
+    """Height, width and channels of every image."""
 
 
 def digest_of(contents: Contents) -> str:

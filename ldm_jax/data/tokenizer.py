@@ -46,21 +46,18 @@ ONE_MODEL = "try the tokenizer files of one model, unchanged"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """Texts in, rows of token ids out, all of one length.
-
-    Attributes:
-      backend: Splits, looks up, truncates and pads.
-      length: Tokens of every row, the begin and end tokens and the padding included.
-      vocab_size: Rows that the embedding table needs.
-      pad_id: Fills a row after its end token.
-      eos_id: Ends every text, also a truncated one.
-    """
+    """Texts in, rows of token ids out, all of one length."""
 
     backend: tokenizers.Tokenizer
+    """Splits, looks up, truncates and pads."""
     length: int
+    """Tokens of every row, the begin and end tokens and the padding included."""
     vocab_size: int
+    """Rows that the embedding table needs."""
     pad_id: int
+    """Fills a row after its end token."""
     eos_id: int
+    """Ends every text, also a truncated one."""
 
     def encode(self, texts: list[str]) -> Int[np.ndarray, "b n"]:
         """Tokenize each text by itself, into int32.

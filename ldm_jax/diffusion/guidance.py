@@ -22,15 +22,12 @@ axis. What it predicts is told beside it."""
 
 
 class Call(NamedTuple):
-    """Which of its network calls a sampler is at.
-
-    Attributes:
-      place: Position among the calls of a sample, from 0.
-      t: What the network is asked at.
-    """
+    """Which of its network calls a sampler is at."""
 
     place: Int[Array, ""]
+    """Position among the calls of a sample, from 0."""
     t: Float[Array, ""]
+    """What the network is asked at."""
 
 
 @runtime_checkable
@@ -78,7 +75,6 @@ def classifier_free(
     (Papers that write `(1 + w) cond - w uncond` have w = scale - 1.)
 
     Args:
-      denoise: The network.
       null_cond: The condition that means "none", or is to be avoided; of the shape of
         the condition.
       scales: Guidance scale of each network call; traced.
@@ -120,7 +116,6 @@ def autoguidance(
     Both are given the condition, so that what is amplified is quality alone.
 
     Args:
-      denoise: The network.
       weak: The worse one, trained on the same schedule to predict the same.
       weak_cond: Its condition, as its own conditioner prepares it.
       scales: Guidance scale of each network call; traced.

@@ -36,7 +36,6 @@ def denoising_loss(
     """Score a network on what it should have predicted.
 
     Args:
-      denoise: The network.
       x_0: Clean latents, standard deviation about 1.
       level: Noise level of each example.
       eps: Unit-variance noise.

@@ -14,44 +14,35 @@ from ldm_jax.types import PyTree
 
 
 class Trajectory(NamedTuple):
-    """What a sampler returns.
-
-    Attributes:
-      x_0: The latents at the end, clean unless the levels end before.
-      frames: Latents on the way, `f` of them, the start first and `x_0` last; empty
-        when none were asked for.
-    """
+    """What a sampler returns."""
 
     x_0: Float[Array, "b h w c"]
+    """The latents at the end, clean unless the levels end before."""
     frames: Float[Array, "f b h w c"]
+    """Latents on the way, `f` of them, the start first and `x_0` last; empty when none
+    were asked for."""
 
 
 class Known(NamedTuple):
-    """What is already known of an image, and is not to change.
-
-    Attributes:
-      x_0: Its clean latents.
-      eps: The noise they are given at every level, so that they follow one path.
-      free: 1 where the image is to be made, 0 where it is known.
-    """
+    """What is already known of an image, and is not to change."""
 
     x_0: Float[Array, "b h w c"]
+    """Its clean latents."""
     eps: Float[Array, "b h w c"]
+    """The noise they are given at every level, so that they follow one path."""
     free: Float[Array, "b h w 1"]
+    """1 where the image is to be made, 0 where it is known."""
 
 
 class State(NamedTuple):
-    """What the scan carries.
-
-    Attributes:
-      registers: Latents; the network is asked at the first.
-      signals: The last signals, the newest first.
-      frames: Those kept so far.
-    """
+    """What the scan carries."""
 
     registers: tuple[Float[Array, "b h w c"], ...]
+    """Latents; the network is asked at the first."""
     signals: tuple[Float[Array, "b h w c"], ...]
+    """The last signals, the newest first."""
     frames: Float[Array, "f b h w c"]
+    """Those kept so far."""
 
 
 def starting_noise(

@@ -19,32 +19,27 @@ COSINE_MAX_BETA = 0.999
 
 
 class Level(NamedTuple):
-    """Noise levels: `x_t = alpha x_0 + sigma eps`.
-
-    Attributes:
-      t: What the network is asked at: an index, or a time that T scales.
-      alpha: Weight of the clean latent, at least 0.
-      sigma: Weight of unit-variance noise, in [0, 1].
-    """
+    """Noise levels: `x_t = alpha x_0 + sigma eps`."""
 
     t: Real[Any, "*k"]
+    """What the network is asked at: an index, or a time that T scales."""
     alpha: Float[Any, "*k"]
+    """Weight of the clean latent, at least 0."""
     sigma: Float[Any, "*k"]
+    """Weight of unit-variance noise, in [0, 1]."""
 
 
 class DiscreteSchedule(NamedTuple):
     """A variance-preserving schedule over i in [0, T): alpha^2 + sigma^2 = 1.
-
-    Attributes:
-      beta: Variance added at step i, in (0, 1]; float64.
-      abar: Signal power after step i, the product of `1 - beta`; float64.
 
     Source:
       Ho et al., DDPM, arXiv:2006.11239, eq. 2 and 4.
     """
 
     beta: np.ndarray
+    """Variance added at step i, in (0, 1]; float64."""
     abar: np.ndarray
+    """Signal power after step i, the product of `1 - beta`; float64."""
 
     @property
     def num_timesteps(self) -> int:
@@ -55,14 +50,12 @@ class DiscreteSchedule(NamedTuple):
 class FlowSchedule(NamedTuple):
     """The straight path of rectified flow: alpha = 1 - s, sigma = s, for s in [0, 1].
 
-    Attributes:
-      num_timesteps: T; the network is asked at T s.
-
     Source:
       Liu et al., arXiv:2209.03003, eq. 1 (with time from the data to the noise).
     """
 
     num_timesteps: int
+    """T; the network is asked at T s."""
 
 
 class EdmSchedule(NamedTuple):
@@ -71,24 +64,22 @@ class EdmSchedule(NamedTuple):
     The network sees EDM's `c_in x`, is asked at T times its `c_noise`, and has no need
     of further scaling.
 
-    Attributes:
-      num_timesteps: T.
-      sigma_min: Smallest ratio sampled from.
-      sigma_max: Largest ratio sampled from.
-      sigma_data: Standard deviation of the clean latents.
-      log_mean: Mean of the ratio's natural logarithm in training.
-      log_std: Its standard deviation.
-
     Source:
       Karras et al., EDM, arXiv:2206.00364, table 1.
     """
 
     num_timesteps: int
+    """T."""
     sigma_min: float
+    """Smallest ratio sampled from."""
     sigma_max: float
+    """Largest ratio sampled from."""
     sigma_data: float
+    """Standard deviation of the clean latents."""
     log_mean: float
+    """Mean of the ratio's natural logarithm in training."""
     log_std: float
+    """Its standard deviation."""
 
 
 Schedule = DiscreteSchedule | FlowSchedule | EdmSchedule

@@ -25,26 +25,24 @@ class Table(NamedTuple):
 
     The network is asked at the first register. A row's terms are the registers, then
     the signals, the newest first; every new register is a weighted sum of them.
-
-    Attributes:
-      step: Which step each call belongs to, from 0.
-      t: What the network is asked at.
-      ratio: Noise-to-signal ratio sigma / alpha there.
-      read: Weights of `x_t` and of the network's output in the signal.
-      mix: Weights of the terms in each new register.
-      noise: Weight of fresh unit-variance noise in each new register.
-      alpha: Weight of the clean latent in each new register.
-      sigma: Weight of the noise in it.
     """
 
     step: Int[Any, " n"]
+    """Which step each call belongs to, from 0."""
     t: Float[Any, " n"]
+    """What the network is asked at."""
     ratio: Float[Any, " n"]
+    """Noise-to-signal ratio sigma / alpha there."""
     read: Float[Any, "n 2"]
+    """Weights of `x_t` and of the network's output in the signal."""
     mix: Float[Any, "n r terms"]
+    """Weights of the terms in each new register."""
     noise: Float[Any, "n r"]
+    """Weight of fresh unit-variance noise in each new register."""
     alpha: Float[Any, "n r"]
+    """Weight of the clean latent in each new register."""
     sigma: Float[Any, "n r"]
+    """Weight of the noise in it."""
 
     @property
     def num_calls(self) -> int:
@@ -63,33 +61,27 @@ class Table(NamedTuple):
 
 
 class Padded(NamedTuple):
-    """A table filled up to the shape of a longer one.
-
-    Attributes:
-      table: Its rows first, then others that nothing reads.
-      live: Whether each network call takes place.
-    """
+    """A table filled up to the shape of a longer one."""
 
     table: Table
+    """Its rows first, then others that nothing reads."""
     live: Bool[Any, " n"]
+    """Whether each network call takes place."""
 
 
 class Row(NamedTuple):
-    """One network call, before it is tabulated.
-
-    Attributes:
-      at: Index of the level the network is asked at.
-      to: Index of the level of each new register.
-      mix: Weights of the terms in each new register; short rows are filled with 0.
-      noise: Weight of fresh noise in the first register.
-      step: Which step it belongs to.
-    """
+    """One network call, before it is tabulated."""
 
     at: int
+    """Index of the level the network is asked at."""
     to: tuple[int, ...]
+    """Index of the level of each new register."""
     mix: tuple[tuple[float, ...], ...]
+    """Weights of the terms in each new register; short rows are filled with 0."""
     step: int
+    """Which step it belongs to."""
     noise: float = 0.0
+    """Weight of fresh noise in the first register."""
 
 
 def tabulate(

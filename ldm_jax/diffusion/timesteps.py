@@ -21,21 +21,18 @@ NEARLY_PURE_RATIO = 500.0
 
 
 class Levels(NamedTuple):
-    """The levels of a sampler, from the noisiest to its end, in float64.
-
-    Attributes:
-      t: What the network is asked at; one more than there are steps, the last of no
-        use where the end is clean.
-      alpha: Weight of the clean latent; 1 at a clean end.
-      sigma: Weight of the noise, falling; 0 at a clean end.
-      straight: Whether solvers of higher order take `sigma / (alpha + sigma)` as their
-        time rather than `sigma / alpha`: see `runs_straight`.
-    """
+    """The levels of a sampler, from the noisiest to its end, in float64."""
 
     t: np.ndarray
+    """What the network is asked at; one more than there are steps, the last of no use
+    where the end is clean."""
     alpha: np.ndarray
+    """Weight of the clean latent; 1 at a clean end."""
     sigma: np.ndarray
+    """Weight of the noise, falling; 0 at a clean end."""
     straight: bool
+    """Whether solvers of higher order take `sigma / (alpha + sigma)` as their time
+    rather than `sigma / alpha`: see `runs_straight`."""
 
     @property
     def num_steps(self) -> int:
@@ -170,11 +167,7 @@ def spaced_timesteps(
 
 
 def _ldm_timesteps(num_steps: int, *, top: int) -> np.ndarray:
-    """Return the grid of latent-diffusion's `make_ddim_timesteps`, falling.
-
-    Raises:
-      ValueError: For counts whose grid passes T - 1, where the original crashes.
-    """
+    """Return the grid of latent-diffusion's `make_ddim_timesteps`, falling."""
     timesteps = np.arange(0, top, top // num_steps)[::-1] + 1.0
     if timesteps[0] >= top:
         works = (n for n in range(num_steps, 0, -1) if (top - 1) % (top // n))

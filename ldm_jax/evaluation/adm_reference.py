@@ -37,7 +37,6 @@ def reference_of_batch(
         than it holds, their moments as `mu` and `sigma`, and of sFID's features as
         `mu_s` and `sigma_s`.
       protocol: Must be `adm`.
-      extractor: Its network.
       digest: Of the file.
 
     Returns:

@@ -28,15 +28,12 @@ NORM_EPSILON = 1e-5
 
 
 class Seen(NamedTuple):
-    """What the classifier says of images.
-
-    Attributes:
-      pooled: Features.
-      logits: Of the classes.
-    """
+    """What the classifier says of images."""
 
     pooled: Float[Array, "b d"]
+    """Features."""
     logits: Float[Array, "b k"]
+    """Of the classes."""
 
 
 class Classifier(nn.Module):

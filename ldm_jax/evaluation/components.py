@@ -15,15 +15,12 @@ MAX_COMPONENTS, SMALL_SIDE = 32, 8
 
 
 class Projection(NamedTuple):
-    """Principal components of small averaged images.
-
-    Attributes:
-      mean: Of the small images, flat.
-      axes: One component a column, of unit length.
-    """
+    """Principal components of small averaged images."""
 
     mean: Float[np.ndarray, " d"]
+    """Of the small images, flat."""
     axes: Float[np.ndarray, "d k"]
+    """One component a column, of unit length."""
 
 
 def small_images(images: UInt8[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:

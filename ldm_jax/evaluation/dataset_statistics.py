@@ -60,9 +60,7 @@ def real_statistics(
     Every process calls this; all share the measuring.
 
     Args:
-      config: Of the run.
       protocol: How.
-      extractor: Its network.
       given: File that is to be compared with, statistics of ours or a reference batch
         of ADM's; None for the run's own data.
       folder: Where statistics of the run's own data are kept.
@@ -113,9 +111,6 @@ def _path_of_given(
 
 def trained_classifier(config: Config) -> tuple[PyTree, float]:
     """Teach the classifier on a run's data set.
-
-    Args:
-      config: Of the run.
 
     Returns:
       Its parameters, and the part of the test split that it reads right.

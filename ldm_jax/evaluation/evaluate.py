@@ -51,34 +51,28 @@ ACCURACY = "accuracy"
 
 
 class Network(NamedTuple):
-    """What looks at images.
-
-    Attributes:
-      params: Of the protocol's network.
-      accuracy: Part of the held-out images that the classifier reads right; None of
-        Inception.
-    """
+    """What looks at images."""
 
     params: PyTree
+    """Of the protocol's network."""
     accuracy: float | None
+    """Part of the held-out images that the classifier reads right; None of
+    Inception."""
 
 
 class Measured(NamedTuple):
-    """What samples are measured by, the same for all ways of making them.
-
-    Attributes:
-      extractor: Looks at images.
-      reference: Statistics of real ones.
-      accuracy: Of the classifier, as in `Network`.
-      held_out: Scores of held-out images; None where they are too few.
-      num_held_out: How many they are.
-    """
+    """What samples are measured by, the same for all ways of making them."""
 
     extractor: Extractor
+    """Looks at images."""
     reference: Reference
+    """Statistics of real ones."""
     accuracy: float | None
+    """Of the classifier, as in `Network`."""
     held_out: Scores | None
+    """Scores of held-out images; None where they are too few."""
     num_held_out: int
+    """How many they are."""
 
 
 def score_samples(
@@ -94,7 +88,6 @@ def score_samples(
     """Take what measures a run, or make it, once; every process calls this.
 
     Args:
-      config: Of the run.
       protocol: How it is measured.
       inception: File of Inception's weights, or None for the classifier.
       reference: File of statistics to compare with; None for the run's own data.
@@ -124,7 +117,6 @@ def load_network(config: Config, inception: Path | None, folder: Path) -> Networ
     """Read Inception, or the classifier; teach that first if it is not there.
 
     Args:
-      config: Of the run.
       inception: File of Inception's weights, or None for the classifier.
       folder: Where the classifier is kept.
 
@@ -162,31 +154,25 @@ METRICS_FILE = "metrics.json"
 
 
 class Outcome(NamedTuple):
-    """What was found of samples made in one way.
-
-    Attributes:
-      path: Of `metrics.json`.
-      settings: How they were made.
-      scores: Theirs.
-      held_out: Of real images that the run has not seen; None where they are too few.
-    """
+    """What was found of samples made in one way."""
 
     path: Path
+    """Of `metrics.json`."""
     settings: SamplingConfig
+    """How they were made."""
     scores: Scores
+    """Theirs."""
     held_out: Scores | None
+    """Of real images that the run has not seen; None where they are too few."""
 
 
 class Reconstructed(NamedTuple):
-    """What was found of a first stage.
-
-    Attributes:
-      path: Of the file of scores.
-      quality: The scores.
-    """
+    """What was found of a first stage."""
 
     path: Path
+    """Of the file of scores."""
     quality: ImageQuality
+    """The scores."""
 
 
 def evaluate(request: EvaluationRequest) -> list[Outcome]:

@@ -95,15 +95,12 @@ class Extract(Interface):
 
 
 class Extractor(NamedTuple):
-    """What looks at images.
-
-    Attributes:
-      extract: The function.
-      digest: Of what decides its answers: the weights.
-    """
+    """What looks at images."""
 
     extract: Extract
+    """The function."""
     digest: str
+    """Of what decides its answers: the weights."""
 
 
 def inception_extractor(protocol: Protocol, params: PyTree) -> Extractor:

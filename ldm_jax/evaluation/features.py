@@ -17,55 +17,46 @@ MOST_KEPT = 50_000
 
 
 class FeatureSet(NamedTuple):
-    """What a network says of images, by image.
-
-    Attributes:
-      pooled: Features.
-      spatial: Those of sFID; None where the network has none.
-      logits: Of its classes; None likewise.
-    """
+    """What a network says of images, by image."""
 
     pooled: Float[np.ndarray, "n d"]
+    """Features."""
     spatial: Float[np.ndarray, "n e"] | None
+    """Those of sFID; None where the network has none."""
     logits: Float[np.ndarray, "n k"] | None
+    """Of its classes; None likewise."""
 
 
 class Provenance(NamedTuple):
-    """What statistics are of; two are compared only if the first two agree.
-
-    Attributes:
-      protocol: Name of the protocol.
-      network: Digest of the network's weights.
-      source: Data set, or what made the images.
-      split: Of the data set, or "".
-      num_images: How many.
-      image_size: Their side in pixels.
-      data: Digest of the images, in order.
-    """
+    """What statistics are of; two are compared only if the first two agree."""
 
     protocol: str
+    """Name of the protocol."""
     network: str
+    """Digest of the network's weights."""
     source: str
+    """Data set, or what made the images."""
     split: str
+    """Of the data set, or ""."""
     num_images: int
+    """How many."""
     image_size: int
+    """Their side in pixels."""
     data: str
+    """Digest of the images, in order."""
 
 
 class Reference(NamedTuple):
-    """Statistics of real images.
-
-    Attributes:
-      provenance: What they are of.
-      pooled: Moments of all features.
-      spatial: Moments of sFID's; None where the network has none.
-      kept: Features one by one, of images from all over, in no order.
-    """
+    """Statistics of real images."""
 
     provenance: Provenance
+    """What they are of."""
     pooled: Moments
+    """Moments of all features."""
     spatial: Moments | None
+    """Moments of sFID's; None where the network has none."""
     kept: Float[np.ndarray, "n d"]
+    """Features one by one, of images from all over, in no order."""
 
 
 def join(parts: list[FeatureSet]) -> FeatureSet:

@@ -13,15 +13,12 @@ SPLITS, SEED = 10, 2020
 
 
 class InceptionScore(NamedTuple):
-    """A score over splits.
-
-    Attributes:
-      mean: From 1 to the number of classes.
-      std: Over the splits.
-    """
+    """A score over splits."""
 
     mean: float
+    """From 1 to the number of classes."""
     std: float
+    """Over the splits."""
 
 
 def inception_score(
@@ -62,15 +59,12 @@ def inception_score(
 
 
 class Moments(NamedTuple):
-    """Mean and covariance of a set of features, float64.
-
-    Attributes:
-      mean: Of length d.
-      covariance: d by d, unbiased.
-    """
+    """Mean and covariance of a set of features, float64."""
 
     mean: Float[np.ndarray, " d"]
+    """Of length d."""
     covariance: Float[np.ndarray, "d d"]
+    """d by d, unbiased."""
 
 
 def moments(features: Float[np.ndarray, "n d"]) -> Moments:
@@ -120,17 +114,14 @@ def _root(x: Moments) -> Float[np.ndarray, "d d"]:
 
 
 class Sums(NamedTuple):
-    """What is kept of features seen so far, float64: enough for their moments.
-
-    Attributes:
-      num: How many there were.
-      mean: Of length d.
-      scatter: Sum of the outer products of what is left of each without the mean.
-    """
+    """What is kept of features seen so far, float64: enough for their moments."""
 
     num: int
+    """How many there were."""
     mean: Float[np.ndarray, " d"]
+    """Of length d."""
     scatter: Float[np.ndarray, "d d"]
+    """Sum of the outer products of what is left of each without the mean."""
 
 
 def sums_of(features: Float[np.ndarray, "n d"]) -> Sums:

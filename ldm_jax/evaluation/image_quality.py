@@ -29,7 +29,6 @@ def ssim(
 
     Args:
       images: Sides of at least 11 pixels.
-      others: Likewise.
 
     Raises:
       InputError: If the images are too small.

@@ -15,18 +15,15 @@ CONFIDENCE = 0.95
 
 
 class KernelDistance(NamedTuple):
-    """A kernel distance, and how sure it is.
-
-    Attributes:
-      mean: Over the subsets; slightly below 0 where there is no difference.
-      std: Over the subsets, which overlap: how much one of them scatters.
-      half: Half the width of the 95 % interval of the mean, from blocks that do not
-        overlap; None where there are fewer than two.
-    """
+    """A kernel distance, and how sure it is."""
 
     mean: float
+    """Over the subsets; slightly below 0 where there is no difference."""
     std: float
+    """Over the subsets, which overlap: how much one of them scatters."""
     half: float | None
+    """Half the width of the 95 % interval of the mean, from blocks that do not overlap;
+    None where there are fewer than two."""
 
 
 def kernel_distance(
@@ -78,7 +75,6 @@ def discrepancy(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> flo
 
     Args:
       x: Two rows or more.
-      y: Likewise.
 
     Source:
       Gretton et al., "A kernel two-sample test" (2012), lemma 6.

@@ -49,21 +49,18 @@ def read_block(
 
 
 class Share(NamedTuple):
-    """What one of several processes finds of the real images: its blocks of them.
-
-    Attributes:
-      pooled: Sums of features, in the order of its blocks; None if it has no block.
-      spatial: Sums of sFID's; None too where the network has none.
-      kept: Features that are kept one by one.
-      numbers: Numbers of the images that those are of.
-      digests: Of the images of each of its blocks.
-    """
+    """What one of several processes finds of the real images: its blocks of them."""
 
     pooled: Sums | None
+    """Sums of features, in the order of its blocks; None if it has no block."""
     spatial: Sums | None
+    """Sums of sFID's; None too where the network has none."""
     kept: Float[np.ndarray, "n d"]
+    """Features that are kept one by one."""
     numbers: Int[np.ndarray, " n"]
+    """Numbers of the images that those are of."""
     digests: list[bytes]
+    """Of the images of each of its blocks."""
 
 
 def measure_real(
@@ -75,9 +72,7 @@ def measure_real(
     sums. They meet as files in the folder, which all processes see.
 
     Args:
-      config: Of the run.
       protocol: How.
-      extractor: Its network.
       folder: Where shares meet; on one process nothing is written.
 
     Returns:

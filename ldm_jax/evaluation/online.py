@@ -67,7 +67,6 @@ def make_measure(
 
     Args:
       config: Of the run, with its own tokenizer.
-      model: Of the run.
       frozen: What stage 2 does not train.
       workdir: Of the run, with its config in it.
 

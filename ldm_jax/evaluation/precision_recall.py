@@ -20,18 +20,16 @@ class Neighbourhoods(NamedTuple):
 
     A neighbourhood is a ball around a feature that reaches to its k-th neighbour in its
     own set.
-
-    Attributes:
-      precision: Part of what was made that lies in a real neighbourhood.
-      recall: Part of the real that lies in a neighbourhood of what was made.
-      density: In how many real neighbourhoods what was made lies, over k; may exceed 1.
-      coverage: Part of real neighbourhoods with something in them that was made.
     """
 
     precision: float
+    """Part of what was made that lies in a real neighbourhood."""
     recall: float
+    """Part of the real that lies in a neighbourhood of what was made."""
     density: float
+    """In how many real neighbourhoods what was made lies, over k; may exceed 1."""
     coverage: float
+    """Part of real neighbourhoods with something in them that was made."""
 
 
 def neighbourhoods(

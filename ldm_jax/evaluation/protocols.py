@@ -14,34 +14,31 @@ ResizeName = Literal["tensorflow_1", "clean", "none"]
 
 
 class Protocol(NamedTuple):
-    """How images become scores. Images are 8-bit levels before anything else.
-
-    Attributes:
-      name: Of the protocol.
-      network: What looks at the images: FID's Inception, or a classifier taught on the
-        data set's own labels.
-      resize: How images get the size the network wants.
-      num_images: Samples that published figures take.
-      score_splits: Splits of the Inception Score.
-      score_seed: Of the order of images before they are split; None for none.
-      kernel_subsets: Subsets of the kernel distance.
-      kernel_size: Images in each.
-      neighbours: k of precision, recall, density and coverage.
-      neighbour_images: Most real images for these four.
-      neighbour_samples: Most samples for them.
-    """
+    """How images become scores. Images are 8-bit levels before anything else."""
 
     name: ProtocolName
+    """Of the protocol."""
     network: NetworkName
+    """What looks at the images: FID's Inception, or a classifier taught on the data
+    set's own labels."""
     resize: ResizeName
+    """How images get the size the network wants."""
     num_images: int
+    """Samples that published figures take."""
     score_splits: int
+    """Splits of the Inception Score."""
     score_seed: int | None
+    """Of the order of images before they are split; None for none."""
     kernel_subsets: int
+    """Subsets of the kernel distance."""
     kernel_size: int
+    """Images in each."""
     neighbours: int
+    """k of precision, recall, density and coverage."""
     neighbour_images: int
+    """Most real images for these four."""
     neighbour_samples: int
+    """Most samples for them."""
 
 
 _ROWS = (

@@ -29,23 +29,20 @@ MOST_DECIBELS = 100.0
 
 
 class ImageQuality(NamedTuple):
-    """How like their originals reconstructions are; means over images.
-
-    Attributes:
-      psnr: In dB; an image without any error counts as 100.
-      psnr_std: Over the images.
-      ssim: Structural similarity; None of images smaller than its window.
-      lpips: Perceptual distance; None without its weights.
-      rfid: Fréchet distance of the features; None of too few images.
-      num_images: How many there were.
-    """
+    """How like their originals reconstructions are; means over images."""
 
     psnr: float
+    """In dB; an image without any error counts as 100."""
     psnr_std: float
+    """Over the images."""
     ssim: float | None
+    """Structural similarity; None of images smaller than its window."""
     lpips: float | None
+    """Perceptual distance; None without its weights."""
     rfid: float | None
+    """Fréchet distance of the features; None of too few images."""
     num_images: int
+    """How many there were."""
 
 
 def first_stage_of(workdir: Path) -> tuple[Config, PyTree]:
@@ -73,7 +70,6 @@ def score_reconstructions(
     """Reconstruct held-out images, and compare.
 
     Args:
-      config: Of the run.
       params: Of its autoencoder.
       extractor: Looks at images for rFID; None for no rFID.
       lpips_files: Weights of LPIPS; none for no LPIPS.

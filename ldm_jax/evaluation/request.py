@@ -16,38 +16,34 @@ PROG = "ldm evaluate"
 
 
 class EvaluationRequest(NamedTuple):
-    """What was asked.
-
-    Attributes:
-      protocol: How images are measured.
-      settings: How samples are made; each way is measured by itself.
-      num_images: How many; seeds 0 to one less.
-      inception: File of Inception's weights, or None for the classifier.
-      reference: File of statistics to compare with; None for the run's own data.
-      out: Folder for everything that is written.
-      workdir: Folder of the run.
-      reconstructions: Whether the first stage is measured, not samples.
-      lpips: Files of LPIPS' weights.
-      launch: How the program starts.
-    """
+    """What was asked."""
 
     protocol: Protocol
+    """How images are measured."""
     settings: tuple[SamplingConfig, ...]
+    """How samples are made; each way is measured by itself."""
     num_images: int
+    """How many; seeds 0 to one less."""
     inception: Path | None
+    """File of Inception's weights, or None for the classifier."""
     reference: Path | None
+    """File of statistics to compare with; None for the run's own data."""
     out: Path
+    """Folder for everything that is written."""
     workdir: Path
+    """Folder of the run."""
     reconstructions: bool
+    """Whether the first stage is measured, not samples."""
     lpips: tuple[str, ...]
+    """Files of LPIPS' weights."""
     launch: Launch
+    """How the program starts."""
 
 
 def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
     """Read the command line, as far as the run's config tells without JAX.
 
     Args:
-      args: Without the program's name.
       about: What the program is for.
 
     Raises:

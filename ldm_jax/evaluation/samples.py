@@ -29,27 +29,21 @@ MOST_CAPTIONS = 10_000
 
 
 class Drawn(NamedTuple):
-    """What a process drew.
-
-    Attributes:
-      num_images: How many; those that were there already are not among them.
-      seconds: It took.
-    """
+    """What a process drew."""
 
     num_images: int
+    """How many; those that were there already are not among them."""
     seconds: float
+    """It took."""
 
 
 class Features(NamedTuple):
-    """A file of features.
-
-    Attributes:
-      path: The file; None if there is none.
-      num: Samples it is of, the first ones of its shard.
-    """
+    """A file of features."""
 
     path: Path | None
+    """The file; None if there is none."""
     num: int
+    """Samples it is of, the first ones of its shard."""
 
 
 def draw_shards(

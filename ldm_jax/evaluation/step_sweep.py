@@ -40,58 +40,49 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Comparison(NamedTuple):
-    """All that was measured.
-
-    Attributes:
-      rows: The settings.
-      floor: Fréchet distance of the held-out split to the training split; None where
-        it has too few images.
-      num_held_out: Images of the held-out split.
-      digest: Of the checkpoint.
-      platform: What it ran on.
-      limit_steps: Steps of the converged images.
-    """
+    """All that was measured."""
 
     rows: list[Measured]
+    """The settings."""
     floor: float | None
+    """Fréchet distance of the held-out split to the training split; None where it has
+    too few images."""
     num_held_out: int
+    """Images of the held-out split."""
     digest: str
+    """Of the checkpoint."""
     platform: str
+    """What it ran on."""
     limit_steps: int
+    """Steps of the converged images."""
 
 
 class Space(NamedTuple):
-    """Where distances are measured.
-
-    Attributes:
-      moments: From images to those of their features.
-      real: Those of the training split.
-      floor: Distance of the held-out split; None where it has too few images.
-      num_held_out: Images of the held-out split.
-    """
+    """Where distances are measured."""
 
     moments: Callable[[UInt8[np.ndarray, "n h w c"]], Moments]
+    """From images to those of their features."""
     real: Moments
+    """Those of the training split."""
     floor: float | None
+    """Distance of the held-out split; None where it has too few images."""
     num_held_out: int
+    """Images of the held-out split."""
 
 
 class Setting(NamedTuple):
-    """A sampler with a number of steps, ready to draw.
-
-    Attributes:
-      sampler: Which sampler.
-      steps: Denoising steps.
-      calls: Network calls of an image.
-      draws_noise: Whether it draws noise on the way.
-      draw: From where to begin among the seeds to the images of a call, in [-1, 1].
-    """
+    """A sampler with a number of steps, ready to draw."""
 
     sampler: SamplerName
+    """Which sampler."""
     steps: int
+    """Denoising steps."""
     calls: int
+    """Network calls of an image."""
     draws_noise: bool
+    """Whether it draws noise on the way."""
     draw: Callable[[int], np.ndarray]
+    """From where to begin among the seeds to the images of a call, in [-1, 1]."""
 
 
 def compare(request: StepsRequest) -> Comparison:
@@ -185,7 +176,6 @@ def make_setting(
 
     Args:
       request: Which seeds, and how.
-      run: The model.
       sampler: Which sampler.
       steps: Denoising steps.
 

@@ -14,53 +14,47 @@ LIMIT_SAMPLER: SamplerName = "dpmpp_2m"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepsRequest:
-    """What is to be compared.
-
-    Attributes:
-      workdir: Folder of the run.
-      samplers: Which samplers.
-      steps: Numbers of denoising steps, each in [1, T].
-      spacing: How they are spaced; None for the schedule's default.
-      num_images: Images of each setting, at least 2.
-      guidance_scale: At least 0; 1 guides nothing.
-      protocol: Whose features are compared; None for components of small images.
-      inception: File of Inception's weights, where the protocol wants it.
-      limit_steps: Steps of the images that stand for the converged ones; the most
-        there are where that is more.
-      out: Folder of what is written.
-    """
+    """What is to be compared."""
 
     workdir: Path
+    """Folder of the run."""
     samplers: tuple[SamplerName, ...]
+    """Which samplers."""
     steps: tuple[int, ...]
+    """Numbers of denoising steps, each in [1, T]."""
     spacing: SpacingName | None
+    """How they are spaced; None for the schedule's default."""
     num_images: int
+    """Images of each setting, at least 2."""
     guidance_scale: float
+    """At least 0; 1 guides nothing."""
     protocol: Protocol | None
+    """Whose features are compared; None for components of small images."""
     inception: Path | None
+    """File of Inception's weights, where the protocol wants it."""
     limit_steps: int
+    """Steps of the images that stand for the converged ones; the most there are where
+    that is more."""
     out: Path
+    """Folder of what is written."""
 
 
 class Measured(NamedTuple):
-    """What a setting costs and gives.
-
-    Attributes:
-      sampler: Which sampler.
-      steps: Denoising steps.
-      calls: Network calls of an image; twice as many evaluations under guidance.
-      seconds: For an image, in calls of `sampling.chunk` images.
-      distance: Fréchet distance to the training split.
-      error: Root mean square distance to the same seeds' converged images, in grey
-        levels of 255; None for samplers that draw noise on the way.
-    """
+    """What a setting costs and gives."""
 
     sampler: str
+    """Which sampler."""
     steps: int
+    """Denoising steps."""
     calls: int
+    """Network calls of an image; twice as many evaluations under guidance."""
     seconds: float
+    """For an image, in calls of `sampling.chunk` images."""
     distance: float
+    """Fréchet distance to the training split."""
     error: float | None
+    """Root mean square distance to the same seeds' converged images, in grey levels of
+    255; None for samplers that draw noise on the way."""
 
 
 def cheapest(rows: list[Measured], *, tolerance: float = TOLERANCE) -> Measured:

@@ -115,15 +115,12 @@ class Encoder(nn.Module):
 
 
 class Decoded(NamedTuple):
-    """What a decoder makes.
-
-    Attributes:
-      images: Float32, unclipped.
-      features: What its last convolution made them of.
-    """
+    """What a decoder makes."""
 
     images: Float[Array, "b h w c"]
+    """Float32, unclipped."""
     features: Float[Array, "b h w d"]
+    """What its last convolution made them of."""
 
 
 class Decoder(nn.Module):
@@ -208,19 +205,16 @@ class Middle(nn.Module):
 
 
 class Reconstruction(NamedTuple):
-    """A pass through the whole autoencoder, with what its losses read.
-
-    Attributes:
-      images: The reconstructions, unclipped.
-      features: What the decoder's last convolution made them of.
-      latents: As stage 2 would learn them: sampled, or before quantisation.
-      bottleneck: The posterior they were drawn from, or the codes they fell on.
-    """
+    """A pass through the whole autoencoder, with what its losses read."""
 
     images: Float[Array, "b h w c"]
+    """The reconstructions, unclipped."""
     features: Float[Array, "b h w d"]
+    """What the decoder's last convolution made them of."""
     latents: Float[Array, "b h2 w2 e"]
+    """As stage 2 would learn them: sampled, or before quantisation."""
     bottleneck: DiagonalGaussian | Quantized
+    """The posterior they were drawn from, or the codes they fell on."""
 
 
 class Autoencoder(nn.Module):

@@ -14,16 +14,14 @@ MAX_LOG_VARIANCE = 20.0
 class DiagonalGaussian(NamedTuple):
     """A Gaussian with a diagonal covariance over each latent.
 
-    Attributes:
-      mean: Mean, in unscaled-latent units.
-      log_variance: Logarithm of the variance, clamped to [-30, 20].
-
     Source:
       Kingma & Welling, arXiv:1312.6114; the clamp is latent-diffusion's.
     """
 
     mean: Float[Array, "b h w c"]
+    """Mean, in unscaled-latent units."""
     log_variance: Float[Array, "b h w c"]
+    """Logarithm of the variance, clamped to [-30, 20]."""
 
     def sample(self, noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Return `mean + std * noise`, with unit-variance noise."""
@@ -54,14 +52,12 @@ class Unquantized(NamedTuple):
 
     Stage 2 learns these, not the codes: the decoder quantises what it is given.
 
-    Attributes:
-      latents: The encoder's output, in unscaled-latent units.
-
     Source:
       latent-diffusion `VQModelInterface`.
     """
 
     latents: Float[Array, "b h w c"]
+    """The encoder's output, in unscaled-latent units."""
 
     def sample(self, noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Return the latents; nothing is drawn, `noise` is ignored."""
@@ -78,18 +74,15 @@ class Unquantized(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Latents and the codes they fell on.
-
-    Attributes:
-      latents: Before, float32.
-      codes: The nearest vectors of the codebook, float32; a gradient reaches the
-        codebook through them.
-      indices: Their places in the codebook, in [0, k).
-    """
+    """Latents and the codes they fell on."""
 
     latents: Float[Array, "b h w c"]
+    """Before, float32."""
     codes: Float[Array, "b h w c"]
+    """The nearest vectors of the codebook, float32; a gradient reaches the codebook
+    through them."""
     indices: Int[Array, "b h w"]
+    """Their places in the codebook, in [0, k)."""
 
     def straight_through(self) -> Float[Array, "b h w c"]:
         """Return the codes, bit for bit, with the gradient of the latents.

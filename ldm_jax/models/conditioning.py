@@ -13,36 +13,30 @@ from ldm_jax.types import Dtype
 
 
 class ConditionInputs(NamedTuple):
-    """What the data or the user gives; what a model does not read is None.
-
-    Attributes:
-      label: Class of each image, in [0, num_classes]; the last means "none".
-      tokens: Token ids of a text or a layout, in [0, vocab_size).
-      embedding: Vectors that some other network made.
-      image: What is stacked on the latent, before the rescaler if there is one: a
-        low-resolution image in [-1, 1]; the latent of an image with a hole, and the
-        hole's mask in {-1, 1}; or a one-hot segmentation map.
-    """
+    """What the data or the user gives; what a model does not read is None."""
 
     label: Int[Any, " b"] | None = None
+    """Class of each image, in [0, num_classes]; the last means "none"."""
     tokens: Int[Any, "b n"] | None = None
+    """Token ids of a text or a layout, in [0, vocab_size)."""
     embedding: Float[Any, "b n d"] | None = None
+    """Vectors that some other network made."""
     image: Float[Any, "b h w c"] | None = None
+    """What is stacked on the latent, before the rescaler if there is one: a
+    low-resolution image in [-1, 1]; the latent of an image with a hole, and the hole's
+    mask in {-1, 1}; or a one-hot segmentation map."""
 
 
 class Condition(NamedTuple):
-    """What the UNet reads; None where it reads nothing.
-
-    Attributes:
-      label: Class, whose vector is added to the time embedding; or a weight for each
-        class, "none" last, where it lies between several.
-      context: Tokens that cross-attention reads.
-      concat: Channels stacked on the noisy latent.
-    """
+    """What the UNet reads; None where it reads nothing."""
 
     label: Int[Any, " b"] | Float[Any, "b k"] | None = None
+    """Class, whose vector is added to the time embedding; or a weight for each class,
+    "none" last, where it lies between several."""
     context: Float[Any, "b n d"] | None = None
+    """Tokens that cross-attention reads."""
     concat: Float[Any, "b h w c"] | None = None
+    """Channels stacked on the noisy latent."""
 
 
 def null_inputs(

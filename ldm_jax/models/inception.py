@@ -22,49 +22,40 @@ Pool = Literal["none", "mean", "max", "halve"]
 
 
 class Features(NamedTuple):
-    """What the network says of images.
-
-    Attributes:
-      pooled: Means over the last map: FID's and KID's features.
-      spatial: Seven channels of an early map, all its places: sFID's features.
-      logits: Of the classes, without the bias: what the Inception Score reads.
-    """
+    """What the network says of images."""
 
     pooled: Float[Array, "b 2048"]
+    """Means over the last map: FID's and KID's features."""
     spatial: Float[Array, "b 2023"]
+    """Seven channels of an early map, all its places: sFID's features."""
     logits: Float[Array, "b 1008"]
+    """Of the classes, without the bias: what the Inception Score reads."""
 
 
 class Unit(NamedTuple):
-    """A convolution, its norm and a ReLU.
-
-    Attributes:
-      name: Of the module.
-      channels: Channels out.
-      size: Height and width of the kernel.
-      halves: Whether it has stride 2, without padding.
-      shrinks: Whether it has no padding at stride 1; else it keeps the map's size.
-    """
+    """A convolution, its norm and a ReLU."""
 
     name: str
+    """Of the module."""
     channels: int
+    """Channels out."""
     size: tuple[int, int] = (1, 1)
+    """Height and width of the kernel."""
     halves: bool = False
+    """Whether it has stride 2, without padding."""
     shrinks: bool = False
+    """Whether it has no padding at stride 1; else it keeps the map's size."""
 
 
 class Branch(NamedTuple):
-    """One of the ways through a block.
-
-    Attributes:
-      units: One after the other.
-      pool: What happens to the map first.
-      fork: Units that all read what comes out of `units`, side by side.
-    """
+    """One of the ways through a block."""
 
     units: tuple[Unit, ...]
+    """One after the other."""
     pool: Pool = "none"
+    """What happens to the map first."""
     fork: tuple[Unit, ...] = ()
+    """Units that all read what comes out of `units`, side by side."""
 
 
 def _block_a(pooled: int) -> tuple[Branch, ...]:

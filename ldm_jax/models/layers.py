@@ -54,15 +54,12 @@ def timestep_embedding(
 
 
 class Affine(NamedTuple):
-    """Parameters of a linear layer or a convolution, float32.
-
-    Attributes:
-      kernel: Window if there is one, channels in, channels out.
-      bias: Channels out; None where it has none.
-    """
+    """Parameters of a linear layer or a convolution, float32."""
 
     kernel: Float[Array, "*window c e"]
+    """Window if there is one, channels in, channels out."""
     bias: Float[Array, " e"] | None
+    """Channels out; None where it has none."""
 
 
 class Weights(nn.Module):

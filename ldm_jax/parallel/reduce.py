@@ -21,18 +21,14 @@ T = TypeVar("T")
 
 
 class Learned(NamedTuple):
-    """What examples teach.
-
-    Attributes:
-      gradients: In the state's parameters, means over the examples; None if there are
-        none.
-      means: Other means over the examples.
-      agreed: What is the same on every device already.
-    """
+    """What examples teach."""
 
     gradients: PyTree
+    """In the state's parameters, means over the examples; None if there are none."""
     means: PyTree
+    """Other means over the examples."""
     agreed: PyTree = None
+    """What is the same on every device already."""
 
 
 @runtime_checkable
@@ -55,7 +51,6 @@ class Learn(Protocol):
             adversary may be read.
           frozen: What is not trained, whole.
           batch: This device's examples, or a part of them.
-          root_key: The run's.
           axis_name: Device axis, for what needs all devices; None for one device.
         """
         ...
@@ -80,9 +75,6 @@ class Average(Protocol):
         Args:
           learn: Learns from examples.
           state: The state, as the step was given it.
-          frozen: Likewise.
-          batch: Likewise.
-          root_key: The run's.
           parts: Parts that a device's examples are computed in, one after the other.
         """
         ...

@@ -70,33 +70,27 @@ WEIGHT_NAMES = (
 
 
 class Component(NamedTuple):
-    """One part of a pipeline.
-
-    Attributes:
-      name: Its role and folder, such as `unet`.
-      class_name: A key of `CONFIG_NAME_BY_CLASS`.
-      config: Its JSON config.
-      directory: Where its files are.
-    """
+    """One part of a pipeline."""
 
     name: str
+    """Its role and folder, such as `unet`."""
     class_name: str
+    """A key of `CONFIG_NAME_BY_CLASS`."""
     config: dict[str, Any]
+    """Its JSON config."""
     directory: Path
+    """Where its files are."""
 
 
 class Folder(NamedTuple):
-    """A diffusers folder.
-
-    Attributes:
-      root: The folder.
-      pipeline: One of `PIPELINES`; None if the folder is one component.
-      components: By name, without the ignored and the empty ones.
-    """
+    """A diffusers folder."""
 
     root: Path
+    """The folder."""
     pipeline: str | None
+    """One of `PIPELINES`; None if the folder is one component."""
     components: dict[str, Component]
+    """By name, without the ignored and the empty ones."""
 
 
 def open_folder(path: Path) -> Folder:

@@ -13,9 +13,6 @@ from ldm_jax.types import InputError
 def write_unet(config: Config) -> tuple[str, SamplingConfig]:
     """Write a UNet's config.
 
-    Args:
-      config: Of the run.
-
     Returns:
       The class that holds it, and its JSON.
 
@@ -103,7 +100,6 @@ def write_autoencoder(
     """Write an autoencoder's config.
 
     Args:
-      config: Of the run.
       latent_scale: What its latents are multiplied by.
 
     Returns:
@@ -151,9 +147,6 @@ def write_autoencoder(
 def write_clip(config: Config) -> tuple[str, SamplingConfig]:
     """Write the config of CLIP's text encoder.
 
-    Args:
-      config: Of the run.
-
     Returns:
       The class that holds it, and its JSON; one layer fewer where the last one is not
       used, since transformers' model gives its last layer's output.
@@ -180,9 +173,6 @@ def write_clip(config: Config) -> tuple[str, SamplingConfig]:
 
 def write_scheduler(config: Config) -> tuple[str, SamplingConfig]:
     """Write a scheduler for our noise levels.
-
-    Args:
-      config: Of the run.
 
     Returns:
       The class that holds them, and its JSON. A `DDIMScheduler` visits our DDIM's

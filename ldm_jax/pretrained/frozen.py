@@ -38,8 +38,6 @@ def read_frozen(config: Config, model: LatentDiffusion, workdir: Path) -> Frozen
     """Read all that a run needs and does not train.
 
     Args:
-      config: Of the run.
-      model: Of the run.
       workdir: Its folder; what an earlier start kept there counts, so that the run
         does not change when its sources do.
 
@@ -143,10 +141,6 @@ def load_first_stage(
 ) -> tuple[PyTree, Float[Array, ""] | None, str]:
     """Load the averaged autoencoder of a run.
 
-    Args:
-      config: Of that run.
-      workdir: Its folder.
-
     Returns:
       Its parameters; its latent scale, or None if that was not measured yet; and its
       digest.
@@ -166,11 +160,6 @@ def load_first_stage(
 
 def load_finished(config: Config, model: LatentDiffusion, workdir: Path) -> Frozen:
     """Load what stage 2 of a run learns with: its own first stage, or what it took.
-
-    Args:
-      config: Of the run.
-      model: Of the run.
-      workdir: Its folder.
 
     Returns:
       Its first stage, and its frozen conditioner if it has one.
@@ -287,8 +276,6 @@ def open_encoders(
     """Load the first stage, and a frozen text encoder if there is one.
 
     Args:
-      config: Of a run.
-      model: Of the run.
       workdir: Its folder; None to take what the config names.
       states: Whether a text encoder is asked for.
 

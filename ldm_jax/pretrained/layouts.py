@@ -34,15 +34,12 @@ class Layout(Protocol):
 
 
 class Home(NamedTuple):
-    """Where one of our leaves lives.
-
-    Attributes:
-      keys: The stranger's keys, as many as the layout has parts.
-      layout: How it is laid out there.
-    """
+    """Where one of our leaves lives."""
 
     keys: tuple[str, ...]
+    """The stranger's keys, as many as the layout has parts."""
     layout: Layout
+    """How it is laid out there."""
 
 
 Format = Callable[[Path], Home]
@@ -63,14 +60,11 @@ class Same:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel, ours (..., in, out) and theirs (out, in, ...): matrix or convolution.
-
-    Attributes:
-      ones: Axes of length 1 that they append to a matrix: 2 where it is stored as a
-        convolution of images, 1 of sequences.
-    """
+    """A matrix or convolution: ours (..., in, out), theirs (out, in, ...)."""
 
     ones: int = 0
+    """Axes of length 1 that they append to a matrix: 2 where it is stored as a
+    convolution of images, 1 of sequences."""
 
     def write(self, ours: np.ndarray) -> Parts:
         """Move the channels to the front."""
@@ -88,15 +82,12 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One of our leaves, cut along its last axis into equal parts: q, k, v.
-
-    Attributes:
-      parts: How many.
-      each: Layout of a part.
-    """
+    """One of our leaves, cut along its last axis into equal parts: q, k, v."""
 
     parts: int
+    """How many."""
     each: Layout
+    """Layout of a part."""
 
     def write(self, ours: np.ndarray) -> Parts:
         """Cut, then lay out each part."""
@@ -113,16 +104,14 @@ class Split:
 class HeadsFirst:
     """Fused q, k, v whose last axis is packed (head, qkv, d); ours is (qkv, head, d).
 
-    Attributes:
-      num_heads: Heads.
-      inner: Layout after the packing is changed.
-
     Source:
       latent-diffusion `QKVAttentionLegacy`.
     """
 
     num_heads: int
+    """Heads."""
     inner: Layout
+    """Layout after the packing is changed."""
 
     def write(self, ours: np.ndarray) -> Parts:
         """Pack by heads."""

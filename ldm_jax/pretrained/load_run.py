@@ -31,22 +31,19 @@ STAGE_NAMES = ("autoencoder", "diffusion")
 
 
 class Run(NamedTuple):
-    """A trained run, ready to sample.
-
-    Attributes:
-      config: The config that made it.
-      model: Built from it.
-      params: Averaged parameters of both stages, and the latent scale.
-      digest: Of the state the parameters were taken from; that of `final.json` once
-        the run is finished.
-      step: Diffusion step they were taken at.
-    """
+    """A trained run, ready to sample."""
 
     config: Config
+    """The config that made it."""
     model: LatentDiffusion
+    """Built from it."""
     params: SampleParams
+    """Averaged parameters of both stages, and the latent scale."""
     digest: str
+    """Of the state the parameters were taken from; that of `final.json` once the run is
+    finished."""
     step: int
+    """Diffusion step they were taken at."""
 
 
 def load_run(

@@ -51,17 +51,14 @@ from ldm_jax.types import InputError, PyTree
 
 
 class Opened(NamedTuple):
-    """Weights whose config is known and whose parameters are not read yet.
-
-    Attributes:
-      config: Of the model.
-      model: Built from it.
-      read: Reads every parameter, or raises.
-    """
+    """Weights whose config is known and whose parameters are not read yet."""
 
     config: Config
+    """Of the model."""
     model: LatentDiffusion
+    """Built from it."""
     read: Callable[[], ModelWeights]
+    """Reads every parameter, or raises."""
 
 
 def open_weights(

@@ -28,35 +28,29 @@ UNUSED_CONDITIONER = re.compile(
 
 
 class ModelWeights(NamedTuple):
-    """Parameters of both stages, and the config that builds their networks.
-
-    Attributes:
-      config: Ours.
-      autoencoder: The first stage's parameters, or None.
-      unet: The second's, or None.
-      conditioner: The conditioner's; {} if it has none.
-      latent_scale: What latents are multiplied by; None if the weights do not say.
-    """
+    """Parameters of both stages, and the config that builds their networks."""
 
     config: Config
+    """Ours."""
     autoencoder: PyTree
+    """The first stage's parameters, or None."""
     unet: PyTree
+    """The second's, or None."""
     conditioner: PyTree
+    """The conditioner's; {} if it has none."""
     latent_scale: float | None
+    """What latents are multiplied by; None if the weights do not say."""
 
 
 class Shapes(NamedTuple):
-    """Our trees, of arrays or of their shapes.
-
-    Attributes:
-      autoencoder: The first stage's.
-      unet: The second's.
-      conditioner: The conditioner's.
-    """
+    """Our trees, of arrays or of their shapes."""
 
     autoencoder: PyTree
+    """The first stage's."""
     unet: PyTree
+    """The second's."""
     conditioner: PyTree
+    """The conditioner's."""
 
 
 def file_config(tensors: Tensors) -> Config | None:
@@ -124,7 +118,6 @@ def read_native(folder: Path, config: Config, shapes: Shapes) -> ModelWeights:
 
     Args:
       folder: Where.
-      config: Of the model.
       shapes: Of the networks that the config builds.
 
     Returns:

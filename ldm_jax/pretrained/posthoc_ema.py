@@ -25,17 +25,14 @@ MOST_ERROR = 0.25
 
 
 class Made(NamedTuple):
-    """An average that was made of others.
-
-    Attributes:
-      tree: Its parameters, NumPy arrays.
-      step: The last one in it.
-      mixture: How it was made.
-    """
+    """An average that was made of others."""
 
     tree: PyTree
+    """Its parameters, NumPy arrays."""
     step: int
+    """The last one in it."""
     mixture: Mixture
+    """How it was made."""
 
 
 def make_average(

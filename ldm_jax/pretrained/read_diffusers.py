@@ -212,7 +212,6 @@ def read_clip_tensors(
 
     Args:
       tensors: Of the file; a whole CLIP's will do.
-      config: Ours.
       shapes: Of our encoder.
       what: What to call it in an error.
 

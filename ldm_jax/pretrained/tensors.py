@@ -29,17 +29,14 @@ else:  # checkers at run time would read a tensor of each mapping to know its ty
 
 
 class Entry(NamedTuple):
-    """One tensor that is not read yet.
-
-    Attributes:
-      shape: Its shape.
-      dtype: Its element type in the file, as safetensors names it.
-      read: Reads it, in the dtype of the file.
-    """
+    """One tensor that is not read yet."""
 
     shape: tuple[int, ...]
+    """Its shape."""
     dtype: str
+    """Its element type in the file, as safetensors names it."""
     read: Callable[[], np.ndarray]
+    """Reads it, in the dtype of the file."""
 
 
 class Tensors(_NamedArrays):

@@ -41,17 +41,14 @@ _MALFORMED = (
 
 
 class CheckpointTensor(NamedTuple):
-    """A tensor in a checkpoint, not yet read.
-
-    Attributes:
-      shape: Its shape.
-      dtype: A key of `DTYPE_BY_CODE`.
-      read: Reads it, in the dtype of the file.
-    """
+    """A tensor in a checkpoint, not yet read."""
 
     shape: tuple[int, ...]
+    """Its shape."""
     dtype: str
+    """A key of `DTYPE_BY_CODE`."""
     read: Callable[[], np.ndarray]
+    """Reads it, in the dtype of the file."""
 
 
 class _Blob(NamedTuple):

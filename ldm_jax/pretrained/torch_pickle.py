@@ -58,49 +58,40 @@ _ADVICE = (
 
 
 class Storage(NamedTuple):
-    """A stretch of numbers that tensors are views of.
-
-    Attributes:
-      key: Its name in the file.
-      dtype: Its element type, as safetensors names it.
-      total: Elements of the whole storage.
-      start: First element that may be seen; 0 but in files of torch < 0.4.
-      numel: Elements that may be seen.
-    """
+    """A stretch of numbers that tensors are views of."""
 
     key: str
+    """Its name in the file."""
     dtype: str
+    """Its element type, as safetensors names it."""
     total: int
+    """Elements of the whole storage."""
     start: int
+    """First element that may be seen; 0 but in files of torch < 0.4."""
     numel: int
+    """Elements that may be seen."""
 
 
 class StridedTensor(NamedTuple):
-    """A tensor that was checked to lie within its storage.
-
-    Attributes:
-      storage: What it is a view of.
-      offset: Elements before its first.
-      shape: Its shape.
-      strides: Elements from one index to the next, by axis.
-    """
+    """A tensor that was checked to lie within its storage."""
 
     storage: Storage
+    """What it is a view of."""
     offset: int
+    """Elements before its first."""
     shape: tuple[int, ...]
+    """Its shape."""
     strides: tuple[int, ...]
+    """Elements from one index to the next, by axis."""
 
 
 class Loaded(NamedTuple):
-    """What a pickle built.
-
-    Attributes:
-      content: Its object.
-      storages: The storages that it mentions, by key.
-    """
+    """What a pickle built."""
 
     content: Any
+    """Its object."""
     storages: dict[str, Storage]
+    """The storages that it mentions, by key."""
 
 
 def load(stream: Any) -> Loaded:

@@ -24,21 +24,18 @@ ConditionTexts = dict[str, str]
 
 
 class ImageSpec(NamedTuple):
-    """One image to make.
-
-    Attributes:
-      condition_texts: What it shows.
-      seed: Its seed.
-      other: What else it shows, between the two; or None.
-      other_seed: Its second seed, between the two; or None.
-      weight: Where between; 0 is the first.
-    """
+    """One image to make."""
 
     condition_texts: ConditionTexts
+    """What it shows."""
     seed: int
+    """Its seed."""
     other: ConditionTexts | None = None
+    """What else it shows, between the two; or None."""
     other_seed: int | None = None
+    """Its second seed, between the two; or None."""
     weight: float = 0.0
+    """Where between; 0 is the first."""
 
 
 def image_specs(config: Config, request: SampleRequest) -> list[ImageSpec]:
@@ -160,8 +157,6 @@ def source_conditions(
     """Say what a picture to be inverted shows, for each image that is made of it.
 
     Args:
-      config: Of the model.
-      settings: Of the request.
       condition_texts: What each image is to show.
 
     Returns:
@@ -223,7 +218,6 @@ def condition_inputs(
     """Turn what images show into what the conditioner reads.
 
     Args:
-      config: Of the model.
       rows: As `describe_conditions` gives them, one per image.
 
     Returns:

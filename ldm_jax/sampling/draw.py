@@ -27,15 +27,12 @@ INVERSION_ITERATIONS = 3
 
 
 class Picture(NamedTuple):
-    """One image made.
-
-    Attributes:
-      image: Its pixels.
-      frames: Its latents on the way, decoded; empty when none were asked for.
-    """
+    """One image made."""
 
     image: UInt8[np.ndarray, "h w c"]
+    """Its pixels."""
     frames: UInt8[np.ndarray, "f h w c"]
+    """Its latents on the way, decoded; empty when none were asked for."""
 
 
 def draw(
@@ -44,7 +41,6 @@ def draw(
     """Draw subjects, call by call, in order.
 
     Args:
-      pipeline: Of the model.
       specs: All with, or all without, something to lie between.
       num_frames: Latents to keep on the way, or 0.
 

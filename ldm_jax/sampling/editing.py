@@ -50,7 +50,6 @@ def make_invert_fn(
     another condition it changes what differs.
 
     Args:
-      model: Of the model.
       num_steps: Steps of the sampler.
       spacing: Of the sampler.
       iterations: Network calls a step; more make the inverse exact.
@@ -107,36 +106,30 @@ PARALLEL_SINE = 1e-4
 
 
 class Edit(NamedTuple):
-    """What a sample starts from; what is None has no say.
-
-    Attributes:
-      image: Picture in [-1, 1] to change, as far as the sample function's `strength`
-        goes, or to keep where the mask says so.
-      mask: 1 where the picture is made anew, 0 where it stays as it is, to the pixel.
-      latents: Latents at the first level, such as an inversion gives.
-      other_keys: A second key per image; the start lies between the two noises.
-      other_cond: A second condition; the condition lies between the two.
-      weight: Where between: 0 is the first, 1 the second.
-    """
+    """What a sample starts from; what is None has no say."""
 
     image: Float[Array, "b h w c"] | None = None
+    """Picture in [-1, 1] to change, as far as the sample function's `strength` goes, or
+    to keep where the mask says so."""
     mask: Float[Array, "b h w 1"] | None = None
+    """1 where the picture is made anew, 0 where it stays as it is, to the pixel."""
     latents: Float[Array, "b h w c"] | None = None
+    """Latents at the first level, such as an inversion gives."""
     other_keys: Key[Array, " b"] | None = None
+    """A second key per image; the start lies between the two noises."""
     other_cond: ConditionInputs | None = None
+    """A second condition; the condition lies between the two."""
     weight: Float[Array, " b"] | None = None
+    """Where between: 0 is the first, 1 the second."""
 
 
 class Start(NamedTuple):
-    """Where a sampler begins.
-
-    Attributes:
-      x_start: Latents at the first level.
-      known: What is not to change, or None.
-    """
+    """Where a sampler begins."""
 
     x_start: Float[Array, "b h w c"]
+    """Latents at the first level."""
     known: Known | None
+    """What is not to change, or None."""
 
 
 def start_of(
@@ -151,8 +144,6 @@ def start_of(
     """Make the latents at the first level that is visited.
 
     Args:
-      model: Of the model.
-      params: Of the model.
       keys: One per image.
       edit: What to start from.
       levels: The levels to visit.
@@ -218,8 +209,6 @@ def masked_inputs(
     """Make what a model of inpainting is conditioned on, as in its training.
 
     Args:
-      model: Of the model.
-      params: Of the model.
       images: In [-1, 1].
       mask: 1 where they are to be made anew.
 

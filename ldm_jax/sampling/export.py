@@ -48,31 +48,28 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 class Header(NamedTuple):
-    """What is known of a program without reading its module.
-
-    Attributes:
-      sampler: Which sampler.
-      num_steps: Denoising steps.
-      guided: Whether `guidance_scale` has effect.
-      batch: Images a call; any number is drawn, the last call filled up.
-      num_classes: Real classes; the null class has this index.
-      null_tokens: Tokens of the empty prompt.
-      key_impl: JAX's name for the kind of key.
-      platforms: Where it runs, in JAX's words: cpu, cuda, rocm, tpu.
-      jax_version: What wrote it.
-      sha256: Of the module.
-    """
+    """What is known of a program without reading its module."""
 
     sampler: SamplerName
+    """Which sampler."""
     num_steps: int
+    """Denoising steps."""
     guided: bool
+    """Whether `guidance_scale` has effect."""
     batch: int
+    """Images a call; any number is drawn, the last call filled up."""
     num_classes: int
+    """Real classes; the null class has this index."""
     null_tokens: list[int]
+    """Tokens of the empty prompt."""
     key_impl: str
+    """JAX's name for the kind of key."""
     platforms: list[str]
+    """Where it runs, in JAX's words: cpu, cuda, rocm, tpu."""
     jax_version: str
+    """What wrote it."""
     sha256: str
+    """Of the module."""
 
 
 def export_sample_program(
@@ -225,21 +222,18 @@ def load_sample_program(data: bytes) -> Callable[..., Samples]:
 
 
 class Call(NamedTuple):
-    """The inputs of a program; the names of its arrays are paths in here.
-
-    Attributes:
-      params: Of the model.
-      knobs: What holds for all images.
-      keys: Words of the key of each image; typed keys cannot be written.
-      cond: What each image shows.
-      uncond: What each is guided away from.
-    """
+    """The inputs of a program; the names of its arrays are paths in here."""
 
     params: SampleParams
+    """Of the model."""
     knobs: Knobs
+    """What holds for all images."""
     keys: PyTree
+    """Words of the key of each image; typed keys cannot be written."""
     cond: ConditionInputs
+    """What each image shows."""
     uncond: ConditionInputs
+    """What each is guided away from."""
 
 
 def by_name(call: Call) -> dict[str, Any]:

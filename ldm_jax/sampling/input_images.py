@@ -21,29 +21,22 @@ WHITE = 255
 
 
 class Canvas(NamedTuple):
-    """What an edit begins with.
-
-    Attributes:
-      height: Of the image to make, in pixels.
-      width: Of it.
-      image: The picture, or None.
-      mask: 255 where it is made anew, or None.
-      digests: Of what was read, for the recipe.
-    """
+    """What an edit begins with."""
 
     height: int
+    """Of the image to make, in pixels."""
     width: int
+    """Of it."""
     image: UInt8[np.ndarray, "h w c"] | None
+    """The picture, or None."""
     mask: UInt8[np.ndarray, "h w 1"] | None
+    """255 where it is made anew, or None."""
     digests: dict[str, str]
+    """Of what was read, for the recipe."""
 
 
 def lay_canvas(config: Config, settings: SamplingConfig) -> Canvas:
     """Read the pictures of a request and decide the size of what is made.
-
-    Args:
-      config: Of the model.
-      settings: Of the request.
 
     Returns:
       The canvas.

@@ -194,19 +194,16 @@ MODELS = ("--workdir", "--weights")
 
 
 class Replay(NamedTuple):
-    """How an image compares with the one that its recipe gives here.
-
-    Attributes:
-      warnings: What differs from when it was made: versions, platform, checkpoint.
-      num_pixels: Pixels of the image.
-      num_different: Those that differ.
-      largest: Largest difference, in grey levels.
-    """
+    """How an image compares with the one that its recipe gives here."""
 
     warnings: list[str]
+    """What differs from when it was made: versions, platform, checkpoint."""
     num_pixels: int
+    """Pixels of the image."""
     num_different: int
+    """Those that differ."""
     largest: int
+    """Largest difference, in grey levels."""
 
 
 def replay(request: ReplayRequest) -> Replay:
@@ -248,11 +245,7 @@ def replay(request: ReplayRequest) -> Replay:
 
 
 def _reopen(settings: SamplingConfig) -> Pipeline:
-    """Load what an image was made with.
-
-    Raises:
-      InputError: If it is not here, or is something else now.
-    """
+    """Load what an image was made with."""
     try:
         return open_pipeline(settings)
     except InputError as error:

@@ -31,29 +31,23 @@ NUM_FRAMES = 10
 
 
 class Sheet(NamedTuple):
-    """Which images a grid shows.
-
-    Attributes:
-      indices: Of the images, row by row.
-      columns: Images a row.
-    """
+    """Which images a grid shows."""
 
     indices: list[int]
+    """Of the images, row by row."""
     columns: int
+    """Images a row."""
 
 
 class Work(NamedTuple):
-    """What a request comes to.
-
-    Attributes:
-      request: It; in a pod, with this process' turn.
-      pipeline: What draws.
-      specs: What is drawn, in order.
-    """
+    """What a request comes to."""
 
     request: SampleRequest
+    """It; in a pod, with this process' turn."""
     pipeline: Pipeline
+    """What draws."""
     specs: list[ImageSpec]
+    """What is drawn, in order."""
 
 
 def write_images(request: SampleRequest) -> list[Path]:
@@ -109,7 +103,6 @@ def draw_missing(work: Work, paths: list[Path]) -> int:
     """Make this process' share of the images that are not there; wait for the others.
 
     Args:
-      work: The request.
       paths: Where each image goes; folders are made.
 
     Returns:

@@ -28,27 +28,24 @@ STRENGTH_OF_IMAGE = 0.75
 
 
 class Pipeline(NamedTuple):
-    """What draws.
-
-    Attributes:
-      run: The model.
-      weak: The worse model of autoguidance, or None.
-      model: The model's, at the size of the canvas.
-      canvas: The size, and the pictures that were given.
-      settings: How to draw, with the strength that was meant.
-      layout: The devices.
-      made_with: Digests of what was read, and the platform, for the recipe.
-      sample_fn: Made before, for who draws again and again; None makes one each time.
-    """
+    """What draws."""
 
     run: Run
+    """The model."""
     weak: Run | None
+    """The worse model of autoguidance, or None."""
     model: LatentDiffusion
+    """The model's, at the size of the canvas."""
     canvas: Canvas
+    """The size, and the pictures that were given."""
     settings: SamplingConfig
+    """How to draw, with the strength that was meant."""
     layout: PmapLayout
+    """The devices."""
     made_with: dict[str, str]
+    """Digests of what was read, and the platform, for the recipe."""
     sample_fn: SampleFn | None = None
+    """Made before, for who draws again and again; None makes one each time."""
 
 
 def open_pipeline(settings: SamplingConfig) -> Pipeline:

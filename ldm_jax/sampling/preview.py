@@ -28,8 +28,6 @@ def make_preview(
     """Make a function that draws a grid of samples of averaged parameters.
 
     Args:
-      config: Of the run.
-      model: Of the run.
       frozen: What the diffusion stage does not train.
       workdir: Folder of the run; grids go to `diffusion/samples_<step>.png`.
 
@@ -63,8 +61,6 @@ def grid_inputs(
     """Choose what a grid shows: classes, or what held-out examples are conditioned on.
 
     Args:
-      config: Of the run.
-      model: Of the run.
       frozen: The first stage, which encodes images with holes.
 
     Returns:

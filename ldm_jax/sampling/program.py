@@ -32,83 +32,68 @@ from ldm_jax.types import SamplerName
 
 
 class Models(NamedTuple):
-    """The arrays of the models that a sample function asks.
-
-    Attributes:
-      params: Of the model.
-      weak: Of the worse model of autoguidance, or None.
-    """
+    """The arrays of the models that a sample function asks."""
 
     params: SampleParams
+    """Of the model."""
     weak: SampleParams | None
+    """Of the worse model of autoguidance, or None."""
 
 
 class Knobs(NamedTuple):
-    """What may be turned without compiling anew, for all images alike.
-
-    Attributes:
-      scale: Guidance scale of each step.
-      rescale: Share of the contrast's correction, in [0, 1].
-      interval: Noise-to-signal ratios between which there is guidance.
-      eta: DDIM's share of renewed noise, in [0, 1].
-    """
+    """What may be turned without compiling anew, for all images alike."""
 
     scale: Float[Array, " t"]
+    """Guidance scale of each step."""
     rescale: Float[Array, ""]
+    """Share of the contrast's correction, in [0, 1]."""
     interval: Float[Array, "2"]
+    """Noise-to-signal ratios between which there is guidance."""
     eta: Float[Array, ""]
+    """DDIM's share of renewed noise, in [0, 1]."""
 
 
 class Inputs(NamedTuple):
-    """What makes an image, for each image.
-
-    Attributes:
-      keys: All of its randomness.
-      cond: What it shows.
-      uncond: What it is guided away from.
-      edit: What it starts from.
-    """
+    """What makes an image, for each image."""
 
     keys: Key[Array, " b"]
+    """All of its randomness."""
     cond: ConditionInputs
+    """What it shows."""
     uncond: ConditionInputs
+    """What it is guided away from."""
     edit: Edit
+    """What it starts from."""
 
 
 class Plan(NamedTuple):
-    """What is compiled into a sample function.
-
-    Attributes:
-      model: What to sample with.
-      sampler: Which sampler.
-      levels: The noise levels it visits.
-      whole: Whether those are all; False where an edit begins later.
-      guided: Whether a sample is guided, by its condition or by a worse model.
-      weak: The worse model of autoguidance, or None.
-      num_frames: Latents to keep on the way.
-      tile: Side of the decoder's tiles, in latents; 0 decodes at once.
-    """
+    """What is compiled into a sample function."""
 
     model: LatentDiffusion
+    """What to sample with."""
     sampler: SamplerName
+    """Which sampler."""
     levels: Levels
+    """The noise levels it visits."""
     whole: bool
+    """Whether those are all; False where an edit begins later."""
     guided: bool
+    """Whether a sample is guided, by its condition or by a worse model."""
     weak: LatentDiffusion | None
+    """The worse model of autoguidance, or None."""
     num_frames: int
+    """Latents to keep on the way."""
     tile: int
+    """Side of the decoder's tiles, in latents; 0 decodes at once."""
 
 
 class Course(NamedTuple):
-    """A sampler of any number of steps, as an input: see `any_steps`.
-
-    Attributes:
-      padded: The sampler, filled up to the most steps there may be.
-      spread: Deviation of the noise it starts from.
-    """
+    """A sampler of any number of steps, as an input: see `any_steps`."""
 
     padded: Padded
+    """The sampler, filled up to the most steps there may be."""
     spread: Float[Array, ""]
+    """Deviation of the noise it starts from."""
 
 
 def sample_chunk(

@@ -115,37 +115,34 @@ class SampleArguments:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """What `sample.py` was asked.
-
-    Attributes:
-      settings: How images are made.
-      out: Folder for the images.
-      as_dataset: Whether they become a labelled data set there.
-      overwrite: Whether images made otherwise are replaced.
-      labels: Classes as they were given, or None.
-      prompts: Texts, in order.
-      negative_prompt: What they are guided away from.
-      seeds: Seeds for each class or text, in order.
-      interpolate: Images from the first to the second, or 0.
-      trajectory: Whether the denoising is drawn.
-      share_index: Which of the processes this is, from 0.
-      num_shares: How many share the images.
-      launch: How the program starts; the processes of a pod share the images.
-    """
+    """What `sample.py` was asked."""
 
     settings: SamplingConfig
+    """How images are made."""
     out: Path
+    """Folder for the images."""
     as_dataset: bool
+    """Whether they become a labelled data set there."""
     overwrite: bool
+    """Whether images made otherwise are replaced."""
     labels: str | None
+    """Classes as they were given, or None."""
     prompts: tuple[str, ...]
+    """Texts, in order."""
     negative_prompt: str
+    """What they are guided away from."""
     seeds: list[int]
+    """Seeds for each class or text, in order."""
     interpolate: int
+    """Images from the first to the second, or 0."""
     trajectory: bool
+    """Whether the denoising is drawn."""
     share_index: int
+    """Which of the processes this is, from 0."""
     num_shares: int
+    """How many share the images."""
     launch: Launch
+    """How the program starts; the processes of a pod share the images."""
 
     @property
     def out_flag(self) -> str:
@@ -155,23 +152,17 @@ class SampleRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayRequest:
-    """An image to make again.
-
-    Attributes:
-      image: The PNG.
-      moved: Where what it was made with is now, by the names of `SamplingConfig`; what
-        is not in here is where the metadata says.
-    """
+    """An image to make again."""
 
     image: Path
+    """The PNG."""
     moved: dict[str, str | None]
+    """Where what it was made with is now, by the names of `SamplingConfig`; what is not
+    in here is where the metadata says."""
 
 
 def parse_sample(args: list[str]) -> SampleRequest | ReplayRequest:
     """Read the command line of `sample.py`.
-
-    Args:
-      args: Without the program's name.
 
     Returns:
       The request; for a run, checked against its config.

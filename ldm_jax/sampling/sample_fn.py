@@ -31,16 +31,13 @@ EVERYWHERE = (0.0, float("inf"))
 
 
 class Samples(NamedTuple):
-    """What a sample function returns.
-
-    Attributes:
-      images: In [-1, 1], clipped.
-      frames: The decoded latents on the way, `f` of them, the start first; empty when
-        none were asked for.
-    """
+    """What a sample function returns."""
 
     images: Float[Array, "b h w c"]
+    """In [-1, 1], clipped."""
     frames: Float[Array, "f b h w c"]
+    """The decoded latents on the way, `f` of them, the start first; empty when none
+    were asked for."""
 
 
 @runtime_checkable

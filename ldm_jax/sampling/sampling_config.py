@@ -28,59 +28,57 @@ class SamplingConfig(Checked):
     """How images are made: the flags of `sample.py` that a recipe keeps.
 
     Every number is finite, so that a recipe is strict JSON.
-
-    Attributes:
-      workdir: Folder of the run, or None.
-      weights: Weights from elsewhere, or None.
-      step: Checkpoint of the run's second stage, or None for the newest.
-      config_file: Config of the weights, or None.
-      tokenizer: Folder of the tokenizer, or None.
-      sampler: One of `SAMPLER_NAMES`.
-      spacing: One of `SPACING_NAMES`, or None for the schedule's own.
-      steps: Denoising steps, at least 1.
-      eta: In [0, 1]; 0 for all but ddim.
-      guidance_scale: One, or several spread over the steps; each at least 0.
-      guidance_rescale: In [0, 1].
-      guidance_low: Noise-to-signal ratio from which on there is guidance, at least 0.
-      guidance_high: Ratio up to which there is; None for no end.
-      autoguidance: Run of the worse model, or None.
-      autoguidance_step: Its checkpoint, or None for the newest.
-      image: Picture, or None.
-      mask: Of the picture, or None.
-      strength: In (0, 1]; None for what suits the model and the other settings.
-      invert: Whether the picture is inverted.
-      source: What the inverted picture shows, or None for what is drawn.
-      outpaint: Pixels added left, above, right and below, or None.
-      size: Height and width, or None for those of training.
-      tile: Side of the decoder's tiles in latents, or 0.
-      ema_length: Relative length of the average of the weights, or None for the one
-        that training used; recipes that were written before it came lack it.
     """
 
     workdir: str | None
+    """Folder of the run, or None."""
     weights: str | None
+    """Weights from elsewhere, or None."""
     step: int | None
+    """Checkpoint of the run's second stage, or None for the newest."""
     config_file: str | None
+    """Config of the weights, or None."""
     tokenizer: str | None
+    """Folder of the tokenizer, or None."""
     sampler: str
+    """One of `SAMPLER_NAMES`."""
     spacing: str | None
+    """One of `SPACING_NAMES`, or None for the schedule's own."""
     steps: int
+    """Denoising steps, at least 1."""
     eta: float
+    """In [0, 1]; 0 for all but ddim."""
     guidance_scale: tuple[float, ...]
+    """One, or several spread over the steps; each at least 0."""
     guidance_rescale: float
+    """In [0, 1]."""
     guidance_low: float
+    """Noise-to-signal ratio from which on there is guidance, at least 0."""
     guidance_high: float | None
+    """Ratio up to which there is; None for no end."""
     autoguidance: str | None
+    """Run of the worse model, or None."""
     autoguidance_step: int | None
+    """Its checkpoint, or None for the newest."""
     image: str | None
+    """Picture, or None."""
     mask: str | None
+    """Of the picture, or None."""
     strength: float | None
+    """In (0, 1]; None for what suits the model and the other settings."""
     invert: bool
+    """Whether the picture is inverted."""
     source: str | None
+    """What the inverted picture shows, or None for what is drawn."""
     outpaint: tuple[int, int, int, int] | None
+    """Pixels added left, above, right and below, or None."""
     size: tuple[int, int] | None
+    """Height and width, or None for those of training."""
     tile: int
+    """Side of the decoder's tiles in latents, or 0."""
     ema_length: float | None = None
+    """Relative length of the average of the weights, or None for the one that training
+    used; recipes that were written before it came lack it."""
 
     @property
     def guided(self) -> bool:

@@ -55,15 +55,12 @@ MAX_FOLDER_NAME = 80
 
 
 class Outcome(NamedTuple):
-    """What became of a request.
-
-    Attributes:
-      written: What a person wants to look at: images, grid, data set.
-      notes: What else there is to say.
-    """
+    """What became of a request."""
 
     written: list[Path]
+    """What a person wants to look at: images, grid, data set."""
     notes: tuple[str, ...] = ()
+    """What else there is to say."""
 
 
 def write_dataset(request: SampleRequest) -> Outcome:
@@ -150,10 +147,6 @@ def finish(
 
 def class_names_of(config: Config, settings: SamplingConfig) -> tuple[str, ...]:
     """Say what a model's classes are called, on every process alike.
-
-    Args:
-      config: Of the model.
-      settings: Of the request.
 
     Returns:
       The names that its data set gives them, if that is here and has as many; else

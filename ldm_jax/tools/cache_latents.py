@@ -25,32 +25,26 @@ PROG = "ldm cache-latents"
 
 
 class Request(NamedTuple):
-    """What the command was asked.
-
-    Attributes:
-      config: Of the run whose data and first stage are meant.
-      workdir: Its folder; None to take what the config names.
-      out: Folder of the cache.
-      num_shards: Files of records; None for what is there, or by the size.
-      batch_size: Images that a device encodes at once.
-      states: Whether to keep what a frozen text encoder says.
-      launch: How the program starts.
-    """
+    """What the command was asked."""
 
     config: Config
+    """Of the run whose data and first stage are meant."""
     workdir: Path | None
+    """Its folder; None to take what the config names."""
     out: Path
+    """Folder of the cache."""
     num_shards: int | None
+    """Files of records; None for what is there, or by the size."""
     batch_size: int
+    """Images that a device encodes at once."""
     states: bool
+    """Whether to keep what a frozen text encoder says."""
     launch: Launch
+    """How the program starts."""
 
 
 def parse(args: list[str]) -> Request:
     """Read the command line.
-
-    Args:
-      args: Without the program's name.
 
     Returns:
       What was asked.

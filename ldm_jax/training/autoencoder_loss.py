@@ -12,37 +12,31 @@ from ldm_jax.types import PyTree
 
 
 class Objective(NamedTuple):
-    """The numbers of the losses, all static.
-
-    Attributes:
-      reconstruction_loss: Absolute or squared error.
-      reduction: Of an image's values, in the reconstruction term.
-      perceptual_weight: Of LPIPS; 0: without.
-      kl_weight: Of the KL divergence.
-      codebook_weight: Of the codebook's term.
-      commitment: Which of the codebook's parts `commitment_beta` weights.
-      commitment_beta: Its weight.
-    """
+    """The numbers of the losses, all static."""
 
     reconstruction_loss: Literal["l1", "l2"]
+    """Absolute or squared error."""
     reduction: Literal["mean", "sum"]
+    """Of an image's values, in the reconstruction term."""
     perceptual_weight: float
+    """Of LPIPS; 0: without."""
     kl_weight: float
+    """Of the KL divergence."""
     codebook_weight: float
+    """Of the codebook's term."""
     commitment: Literal["corrected", "legacy"]
+    """Which of the codebook's parts `commitment_beta` weights."""
     commitment_beta: float
+    """Its weight."""
 
 
 class ReconstructionTerms(NamedTuple):
-    """The parts of the reconstruction term.
-
-    Attributes:
-      reconstruction: Mean error of a value.
-      perceptual: Mean LPIPS of an image; None without it.
-    """
+    """The parts of the reconstruction term."""
 
     reconstruction: Float[Array, ""]
+    """Mean error of a value."""
     perceptual: Float[Array, ""] | None
+    """Mean LPIPS of an image; None without it."""
 
 
 def reconstruction_terms(

@@ -49,9 +49,6 @@ def autoencoder_stage(
     """Build stage 1.
 
     Args:
-      config: The run's.
-      model: The run's.
-      workdir: Its folder.
       perceptual: What `load_perceptual` read. None stands for shapes, with which all
         can be done but train.
 
@@ -185,7 +182,6 @@ def measure_latent_scale(
 
     Args:
       config: The run's; a `latent_scale` in it is taken as it is.
-      model: The run's.
       params: The first stage's averaged parameters.
       layout: Where to compute.
 
@@ -229,11 +225,8 @@ def known_latent_scale(
     """Measure the latent scale once; a killed run finds it in the folder.
 
     Args:
-      config: The run's.
-      model: The run's.
       params: The first stage's averaged parameters.
       layout: Where to compute.
-      workdir: Folder of the run.
 
     Returns:
       The scale, float32.

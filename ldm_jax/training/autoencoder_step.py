@@ -37,61 +37,55 @@ from ldm_jax.types import PyTree
 
 
 class AutoencoderMetrics(NamedTuple):
-    """Numbers of one step over the global batch; None where one has no meaning.
-
-    Attributes:
-      loss: What the autoencoder minimises.
-      reconstruction: Mean error of a value.
-      latent_mean: Mean of the unscaled latents.
-      latent_std: Their standard deviation.
-      gradient_norm: Global norm of the autoencoder's gradient, before clipping.
-      perceptual: Mean LPIPS of an image.
-      kl: KL divergence, in nats a latent.
-      codebook: The codebook's term before weighting.
-      perplexity: Codes used, effectively.
-      dead_codes: Codes that no latent fell on.
-      adaptive_weight: Of the adversary's term, before its other weights.
-      adversary_factor: How much it is listened to.
-      critic_loss: What the adversary minimises, before that factor.
-      logits_real: Its mean logit for the images.
-      logits_fake: Its mean logit for the reconstructions.
-      critic_gradient_norm: Global norm of its gradient, before clipping.
-    """
+    """Numbers of one step over the global batch; None where one has no meaning."""
 
     loss: Float[Array, ""]
+    """What the autoencoder minimises."""
     reconstruction: Float[Array, ""]
+    """Mean error of a value."""
     latent_mean: Float[Array, ""]
+    """Mean of the unscaled latents."""
     latent_std: Float[Array, ""]
+    """Their standard deviation."""
     gradient_norm: Float[Array, ""]
+    """Global norm of the autoencoder's gradient, before clipping."""
     perceptual: Float[Array, ""] | None = None
+    """Mean LPIPS of an image."""
     kl: Float[Array, ""] | None = None
+    """KL divergence, in nats a latent."""
     codebook: Float[Array, ""] | None = None
+    """The codebook's term before weighting."""
     perplexity: Float[Array, ""] | None = None
+    """Codes used, effectively."""
     dead_codes: Float[Array, ""] | None = None
+    """Codes that no latent fell on."""
     adaptive_weight: Float[Array, ""] | None = None
+    """Of the adversary's term, before its other weights."""
     adversary_factor: Float[Array, ""] | None = None
+    """How much it is listened to."""
     critic_loss: Float[Array, ""] | None = None
+    """What the adversary minimises, before that factor."""
     logits_real: Float[Array, ""] | None = None
+    """Its mean logit for the images."""
     logits_fake: Float[Array, ""] | None = None
+    """Its mean logit for the reconstructions."""
     critic_gradient_norm: Float[Array, ""] | None = None
+    """Global norm of its gradient, before clipping."""
 
 
 class BatchLosses(NamedTuple):
-    """What one batch tells of the autoencoder, each a mean over its examples.
-
-    Attributes:
-      loss: What the autoencoder minimises.
-      terms: The parts of the reconstruction term.
-      penalty: The bottleneck's term before weighting.
-      moments: Of the latents.
-      usage: Share of the latents that fell on each code; None without a codebook.
-    """
+    """What one batch tells of the autoencoder, each a mean over its examples."""
 
     loss: Float[Array, ""]
+    """What the autoencoder minimises."""
     terms: ReconstructionTerms
+    """The parts of the reconstruction term."""
     penalty: Float[Array, ""]
+    """The bottleneck's term before weighting."""
     moments: "LatentMoments"
+    """Of the latents."""
     usage: Float[Array, " n"] | None
+    """Share of the latents that fell on each code; None without a codebook."""
 
 
 def autoencoder_step(
@@ -115,9 +109,7 @@ def autoencoder_step(
       state: The stage's state; with an adversary, one that holds it.
       frozen: Parameters of LPIPS; None without it.
       batch: This device's part of the batch.
-      root_key: The run's.
       average: Takes means over the devices.
-      autoencoder: The network.
       optimizer: The one that made the state.
       latent_shape: Height, width and channels of a latent.
       objective: The numbers of the losses.
@@ -183,10 +175,6 @@ def _learn(
     Forward once, backward once: the losses are differentiated down to the
     reconstructions, where the adversary's share is weighed by a look at the last
     layer alone, and their sum is sent back through the autoencoder.
-
-    Returns:
-      The gradients, a `BatchLosses`, and the adversary's next state and metrics, which
-      are over all devices already; None without one.
     """
     images = to_float(batch.image)
     keys = example_keys(
@@ -234,8 +222,6 @@ def last_kernel_gradient(
     """Make a function from gradients in the images to those in the last kernel.
 
     Args:
-      autoencoder: The network.
-      params: Its parameters.
       features: What its last convolution was given.
 
     Returns:
@@ -271,15 +257,12 @@ def _latent_metrics(losses: BatchLosses) -> dict[str, Float[Array, ""]]:
 
 
 class LatentMoments(NamedTuple):
-    """Sums over the latents of a batch, from which their scale is measured.
-
-    Attributes:
-      mean: Mean over examples, pixels and channels.
-      mean_square: Mean of the squares.
-    """
+    """Sums over the latents of a batch, from which their scale is measured."""
 
     mean: Float[Array, ""]
+    """Mean over examples, pixels and channels."""
     mean_square: Float[Array, ""]
+    """Mean of the squares."""
 
 
 def latent_moments(
@@ -301,9 +284,7 @@ def latent_moments(
       params: The autoencoder's.
       frozen: Nothing.
       batch: This device's part of the batch.
-      root_key: The run's.
       average: Takes means over the devices.
-      autoencoder: The network.
       latent_shape: Height, width and channels of a latent.
 
     Returns:

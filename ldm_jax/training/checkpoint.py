@@ -25,19 +25,16 @@ SECONDS_BETWEEN_CHECKS = 0.005
 
 
 class Checkpoint(NamedTuple):
-    """What was restored.
-
-    Attributes:
-      step: The step it was saved at.
-      tree: The arrays, in the structure they were saved in.
-      notes: The JSON saved beside them.
-      digest: sha256 over every leaf.
-    """
+    """What was restored."""
 
     step: int
+    """The step it was saved at."""
     tree: PyTree
+    """The arrays, in the structure they were saved in."""
     notes: dict[str, Any]
+    """The JSON saved beside them."""
     digest: str
+    """sha256 over every leaf."""
 
 
 class CheckpointStore:
@@ -99,7 +96,6 @@ class CheckpointStore:
         """Write a checkpoint in the background; an older failure is raised here.
 
         Args:
-          step: Its name.
           tree: Arrays over all processes.
           notes: JSON-compatible values.
 

@@ -40,10 +40,7 @@ def diffusion_stage(
     """Build stage 2 on a finished stage 1.
 
     Args:
-      config: The run's.
-      model: The run's.
       frozen: What its pictures need and it does not train.
-      workdir: Its folder.
       null_state: What the frozen text encoder says of the empty prompt, where batches
         hold what it says of captions.
 

@@ -48,57 +48,47 @@ from ldm_jax.types import PyTree
 
 
 class Denoising(NamedTuple):
-    """What stage 2 trains: the tree of its parameters, or of anything like them.
-
-    Attributes:
-      unet: The UNet's.
-      conditioner: The conditioner's; empty if it has none or is frozen.
-    """
+    """What stage 2 trains: the tree of its parameters, or of anything like them."""
 
     unet: PyTree
+    """The UNet's."""
     conditioner: PyTree
+    """The conditioner's; empty if it has none or is frozen."""
 
 
 class Frozen(NamedTuple):
-    """What stage 2 reads and never changes.
-
-    Attributes:
-      autoencoder: The first stage's averaged parameters; empty where batches hold its
-        latents.
-      latent_scale: What its latents are multiplied by.
-      conditioner: Parameters of a frozen conditioner; empty if it is trained, or where
-        batches hold what it says.
-      null_embedding: What it says of the empty prompt, where batches hold what it says.
-    """
+    """What stage 2 reads and never changes."""
 
     autoencoder: PyTree
+    """The first stage's averaged parameters; empty where batches hold its latents."""
     latent_scale: Float[Array, ""]
+    """What its latents are multiplied by."""
     conditioner: PyTree
+    """Parameters of a frozen conditioner; empty if it is trained, or where batches hold
+    what it says."""
     null_embedding: Float[Array, "n d"] | None = None
+    """What it says of the empty prompt, where batches hold what it says."""
 
 
 class Objective(NamedTuple):
-    """What the UNet learns to predict, and at which noise levels; all of it static.
-
-    Attributes:
-      schedule: The noise levels.
-      prediction: What the UNet predicts.
-      loss: Absolute or squared error.
-      weight: How much each level counts.
-      weight_gamma: The weight's parameter.
-      sigma_data: Standard deviation of the scaled latents.
-      offset_noise: Weight of noise that a whole channel shares; 0 draws none.
-      timestep_shift: Above 1, levels of much noise are met more often.
-    """
+    """What the UNet learns to predict, and at which noise levels; all of it static."""
 
     schedule: Schedule
+    """The noise levels."""
     prediction: PredictionName
+    """What the UNet predicts."""
     loss: LossName
+    """Absolute or squared error."""
     weight: WeightName
+    """How much each level counts."""
     weight_gamma: float
+    """The weight's parameter."""
     sigma_data: float
+    """Standard deviation of the scaled latents."""
     offset_noise: float
+    """Weight of noise that a whole channel shares; 0 draws none."""
     timestep_shift: float
+    """Above 1, levels of much noise are met more often."""
 
 
 DiffusionState = TrainState | AveragedState
@@ -106,15 +96,12 @@ DiffusionState = TrainState | AveragedState
 
 
 class DiffusionMetrics(NamedTuple):
-    """Numbers of one step, each a mean over the global batch.
-
-    Attributes:
-      loss: Mean error of the prediction, weighted.
-      gradient_norm: Global norm of the gradient, before clipping.
-    """
+    """Numbers of one step, each a mean over the global batch."""
 
     loss: Float[Array, ""]
+    """Mean error of the prediction, weighted."""
     gradient_norm: Float[Array, ""]
+    """Global norm of the gradient, before clipping."""
 
 
 def diffusion_step(
@@ -144,7 +131,6 @@ def diffusion_step(
       state: The stage's state; its parameters are a `Denoising`.
       frozen: The first stage and what else is not trained.
       batch: This device's part of the batch, images or what stage 1 made of them.
-      root_key: The run's.
       average: Takes means over the devices.
       autoencoder: The first stage's network.
       unet: The network in training.
@@ -260,7 +246,6 @@ def posterior_of(
     Args:
       batch: Of either kind.
       frozen: The first stage.
-      autoencoder: Its network.
 
     Returns:
       What unscaled latents are drawn of.
@@ -365,14 +350,11 @@ def inputs_of(
 
 
 class FrozenWeights(NamedTuple):
-    """What a run reads from elsewhere before it starts.
-
-    Attributes:
-      perceptual: Parameters of LPIPS, or None.
-      first_stage: An autoencoder's parameters and latent scale; None if it is trained.
-      conditioner: Parameters of a frozen conditioner, or {}.
-    """
+    """What a run reads from elsewhere before it starts."""
 
     perceptual: PyTree
+    """Parameters of LPIPS, or None."""
     first_stage: tuple[PyTree, Float[Array, ""]] | None
+    """An autoencoder's parameters and latent scale; None if it is trained."""
     conditioner: PyTree
+    """Parameters of a frozen conditioner, or {}."""

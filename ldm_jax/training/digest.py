@@ -21,15 +21,12 @@ LANES = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
 
 
 class LeafDigest(NamedTuple):
-    """What was found of a leaf.
-
-    Attributes:
-      digest: 32 hexadecimal digits.
-      finite: Whether every number is.
-    """
+    """What was found of a leaf."""
 
     digest: str
+    """32 hexadecimal digits."""
     finite: bool
+    """Whether every number is."""
 
 
 def mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:

@@ -46,7 +46,6 @@ def describe(config: Config, layout: Layout) -> dict[str, Any]:
     """Build everything by shape only and say how large it is.
 
     Args:
-      config: Of the run.
       layout: The devices it would run on.
 
     Returns:
@@ -93,10 +92,6 @@ def describe(config: Config, layout: Layout) -> dict[str, Any]:
 
 def stages_by_shape(config: Config, model: LatentDiffusion) -> list[Stage]:
     """Build the stages that would be trained, of shapes where a run has arrays.
-
-    Args:
-      config: Of the run.
-      model: Of the run.
 
     Returns:
       Stage 1 unless it is taken from elsewhere, and stage 2 if there is one; all can be

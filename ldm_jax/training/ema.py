@@ -28,28 +28,22 @@ MOST_CELLS = 8192
 
 
 class Profile(NamedTuple):
-    """Which average it is, and when.
-
-    Attributes:
-      length: Relative; standard deviation of its profile over its last step.
-      step: The last one in it.
-    """
+    """Which average it is, and when."""
 
     length: float
+    """Relative; standard deviation of its profile over its last step."""
     step: int
+    """The last one in it."""
 
 
 class Mixture(NamedTuple):
-    """How an average is made of others.
-
-    Attributes:
-      weights: Of each of them; their sum is 1.
-      error: Distance of the profile that results from the one that is wanted, as a
-        share of the norm of that.
-    """
+    """How an average is made of others."""
 
     weights: Float[np.ndarray, " n"]
+    """Of each of them; their sum is 1."""
     error: float
+    """Distance of the profile that results from the one that is wanted, as a share of
+    the norm of that."""
 
 
 def power_of(length: float) -> float:

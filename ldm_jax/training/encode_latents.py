@@ -81,15 +81,12 @@ class OpenEncoders(Protocol):
 
 
 class Outcome(NamedTuple):
-    """How the making of a cache ended.
-
-    Attributes:
-      note: What it says of itself.
-      num_made: Shards that were made now, by all processes.
-    """
+    """How the making of a cache ended."""
 
     note: CacheNote
+    """What it says of itself."""
     num_made: int
+    """Shards that were made now, by all processes."""
 
 
 def make_cache(
@@ -157,7 +154,6 @@ def keep_latents(
 
     Args:
       config: Of the run, whose stage 1 is finished.
-      workdir: Its folder.
       open_encoders: Loads the first stage, and a frozen text encoder if there is one.
 
     Returns:
@@ -350,7 +346,6 @@ def make_shards(
 
     Args:
       out: Folder of the cache.
-      note: Of the cache.
       own: The shards of this process.
       whole: What is known of those that are whole.
       records: Encodes the examples of a shard.

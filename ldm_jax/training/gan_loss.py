@@ -18,45 +18,39 @@ ADAPTIVE_WEIGHT_EPSILON = 1e-4
 
 
 class Adversary(NamedTuple):
-    """The discriminator and the rules of the game, all static.
-
-    Attributes:
-      critic: The network.
-      optimizer: Its own.
-      start_step: Step at which it begins to learn and to be listened to.
-      ramp_steps: Steps until it is fully listened to; 0: at once.
-      weight: Of its term, times the adaptive weight.
-      loss: What it minimises.
-      sync_batch_norm: Whether it normalises over all devices.
-    """
+    """The discriminator and the rules of the game, all static."""
 
     critic: PatchDiscriminator
+    """The network."""
     optimizer: optax.GradientTransformation
+    """Its own."""
     start_step: int
+    """Step at which it begins to learn and to be listened to."""
     ramp_steps: int
+    """Steps until it is fully listened to; 0: at once."""
     weight: float
+    """Of its term, times the adaptive weight."""
     loss: Literal["hinge", "vanilla"]
+    """What it minimises."""
     sync_batch_norm: bool
+    """Whether it normalises over all devices."""
 
 
 class Round(NamedTuple):
-    """What the discriminator says of a batch, and what it learns from it.
-
-    Attributes:
-      generator_loss: Minus its mean logit for the reconstructions.
-      generator_pull: Gradient of that in each reconstruction.
-      critic_loss: What it minimises itself.
-      critic_gradients: Gradients of that in its parameters.
-      logits_real: Its mean logit for the images.
-      logits_fake: Its mean logit for the reconstructions.
-    """
+    """What the discriminator says of a batch, and what it learns from it."""
 
     generator_loss: Float[Array, ""]
+    """Minus its mean logit for the reconstructions."""
     generator_pull: Float[Array, "b h w c"]
+    """Gradient of that in each reconstruction."""
     critic_loss: Float[Array, ""]
+    """What it minimises itself."""
     critic_gradients: PyTree
+    """Gradients of that in its parameters."""
     logits_real: Float[Array, ""]
+    """Its mean logit for the images."""
     logits_fake: Float[Array, ""]
+    """Its mean logit for the reconstructions."""
 
 
 def play(
@@ -113,39 +107,33 @@ def play(
 
 
 class GanMetrics(NamedTuple):
-    """Numbers of one step of both players, means over the global batch.
-
-    Attributes:
-      adaptive_weight: Of the adversary's term, before its other weights.
-      adversary_factor: How much it is listened to.
-      critic_loss: What it minimises, before that factor.
-      logits_real: Its mean logit for the images.
-      logits_fake: Its mean logit for the reconstructions.
-      critic_gradient_norm: Global norm of its gradient, before clipping.
-    """
+    """Numbers of one step of both players, means over the global batch."""
 
     adaptive_weight: Float[Array, ""]
+    """Of the adversary's term, before its other weights."""
     adversary_factor: Float[Array, ""]
+    """How much it is listened to."""
     critic_loss: Float[Array, ""]
+    """What it minimises, before that factor."""
     logits_real: Float[Array, ""]
+    """Its mean logit for the images."""
     logits_fake: Float[Array, ""]
+    """Its mean logit for the reconstructions."""
     critic_gradient_norm: Float[Array, ""]
+    """Global norm of its gradient, before clipping."""
 
 
 class GanUpdate(NamedTuple):
-    """One step of both players.
-
-    Attributes:
-      loss: The adversary's term in the autoencoder's loss, weighted.
-      pull: Gradient of that in each reconstruction.
-      critic: The discriminator after its update.
-      metrics: What to tell.
-    """
+    """One step of both players."""
 
     loss: Float[Array, ""]
+    """The adversary's term in the autoencoder's loss, weighted."""
     pull: Float[Array, "b h w c"]
+    """Gradient of that in each reconstruction."""
     critic: CriticState
+    """The discriminator after its update."""
     metrics: GanMetrics
+    """What to tell."""
 
 
 def gan_update(

@@ -56,18 +56,15 @@ READING_THREADS = 8
 
 
 class Cache(NamedTuple):
-    """A cache of latents, opened for a run.
-
-    Attributes:
-      examples: The training split.
-      null_state: What the frozen text encoder says of the empty prompt; None if the
-        run does not read text states.
-      num_threads: That read batches.
-    """
+    """A cache of latents, opened for a run."""
 
     examples: Examples
+    """The training split."""
     null_state: Float[np.ndarray, "n d"] | None
+    """What the frozen text encoder says of the empty prompt; None if the run does not
+    read text states."""
     num_threads: int
+    """That read batches."""
 
 
 def made_of(config: Config) -> dict[str, Any]:
@@ -90,7 +87,6 @@ def text_encoder_digest(
 
     Args:
       config: With the encoder's settings, and the folder of the tokenizer.
-      conditioner: Its parameters.
       has_captions: Whether the data has captions, which a tokenizer reads.
 
     Raises:
@@ -114,7 +110,6 @@ def check_cache(
     """Check that the cache a run asks for is finished, and of its data and networks.
 
     Args:
-      config: Of the run.
       frozen_weights: What the run takes from elsewhere.
       workdir: Its folder, which may not be there yet.
 
@@ -170,9 +165,7 @@ def check_first_stage(config: Config, params: PyTree, note: CacheNote) -> None:
     """Raise `InputError` if a cache was not made by this first stage.
 
     Args:
-      config: Of the run.
       params: The first stage's averaged parameters.
-      note: Of the cache.
     """
     ours = tree_digest(params)
     if note.first_stage != ours:

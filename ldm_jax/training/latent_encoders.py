@@ -24,39 +24,30 @@ from ldm_jax.types import PyTree
 
 
 class Encoders(NamedTuple):
-    """What makes numbers of examples.
-
-    Attributes:
-      autoencoder: The first stage's parameters.
-      conditioner: A frozen text encoder's; {} if no text states are kept.
-    """
+    """What makes numbers of examples."""
 
     autoencoder: PyTree
+    """The first stage's parameters."""
     conditioner: PyTree
+    """A frozen text encoder's; {} if no text states are kept."""
 
 
 class Given(NamedTuple):
-    """What is encoded.
-
-    Attributes:
-      image: uint8 images.
-      tokens: Of their captions, where text states are kept.
-    """
+    """What is encoded."""
 
     image: UInt8[Any, "b h w c"]
+    """uint8 images."""
     tokens: Int[Any, "b n"] | None
+    """Of their captions, where text states are kept."""
 
 
 class Made(NamedTuple):
-    """What it is encoded to.
-
-    Attributes:
-      moments: Of the posterior of each latent.
-      states: What the text encoder says.
-    """
+    """What it is encoded to."""
 
     moments: Float[Any, "b h w e"]
+    """Of the posterior of each latent."""
     states: Float[Any, "b n d"] | None
+    """What the text encoder says."""
 
 
 def null_state_of(
@@ -78,7 +69,6 @@ def make_encode(
     On a CPU an example has the same bits wherever it stands: see `images_a_call`.
 
     Args:
-      model: Of the run.
       encoders: Their parameters.
       layout: The devices.
 
@@ -119,9 +109,7 @@ def encode_records(
     """Encode the examples of a shard; the last batch is filled up.
 
     Args:
-      config: Of the run.
       examples: The split.
-      note: Of the cache.
       encode_batch: Made by `make_encode`.
       shard: Which.
       size: Examples a call.

@@ -22,7 +22,6 @@ def find_shards(out: Path, note: CacheNote, wanted: Iterable[int]) -> dict[int, 
 
     Args:
       out: Folder of the cache.
-      note: Of the cache.
       wanted: Which shards are looked for.
 
     Returns:
@@ -49,7 +48,6 @@ def make_shard(
     Args:
       out: Folder of the cache.
       shard: Which.
-      note: Of the cache.
       records: Its records, in order.
 
     Returns:

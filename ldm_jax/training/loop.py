@@ -34,73 +34,64 @@ CHECKPOINTS = "checkpoints"
 
 
 class Stage(NamedTuple):
-    """One stage of training, built and ready to run.
-
-    Attributes:
-      name: `autoencoder` or `diffusion`.
-      num_steps: Steps it takes in all.
-      batch_size: Global.
-      step: The pure step, all but state, frozen, batch and key bound.
-      init: Makes the state before the first step.
-      frozen: Arrays the step reads and never changes, or None.
-      extra: More arrays that belong into the checkpoint.
-      learning_rate: Of a step, for the log.
-      draw: Writes the pictures of averaged parameters at a step; None writes none.
-      measure: Scores them; None does not.
-      keep: Writes the other averages that its state has, at a step.
-      kept_steps: At which it does.
-    """
+    """One stage of training, built and ready to run."""
 
     name: str
+    """`autoencoder` or `diffusion`."""
     num_steps: int
+    """Steps it takes in all."""
     batch_size: int
+    """Global."""
     step: Callable[..., tuple[AnyState, Any]]
+    """The pure step, all but state, frozen, batch and key bound."""
     init: Callable[[], AnyState]
+    """Makes the state before the first step."""
     frozen: PyTree
+    """Arrays the step reads and never changes, or None."""
     extra: dict[str, Any]
+    """More arrays that belong into the checkpoint."""
     learning_rate: Callable[[int], Any]
+    """Of a step, for the log."""
     draw: Callable[[Any, int], None] | None = None
+    """Writes the pictures of averaged parameters at a step; None writes none."""
     measure: Measure | None = None
+    """Scores them; None does not."""
     keep: Callable[[Any, int], None] | None = None
+    """Writes the other averages that its state has, at a step."""
     kept_steps: tuple[int, ...] = ()
+    """At which it does."""
 
 
 class LoopConfig(NamedTuple):
-    """When the loop writes, where, and what it bears.
-
-    Attributes:
-      workdir: Folder of the run.
-      checkpoint: When the state is written.
-      log: When numbers and pictures are.
-      parallel: Steps a dispatch, and how long one may take.
-      max_skipped: Steps that may be skipped for not being finite.
-      profile: Steps between which a trace is written; None for none.
-      scores_every: Steps between two scores of a stage that has a measure.
-    """
+    """When the loop writes, where, and what it bears."""
 
     workdir: Path
+    """Folder of the run."""
     checkpoint: CheckpointConfig
+    """When the state is written."""
     log: LogConfig
+    """When numbers and pictures are."""
     parallel: ParallelConfig = ParallelConfig()
+    """Steps a dispatch, and how long one may take."""
     max_skipped: int = 0
+    """Steps that may be skipped for not being finite."""
     profile: tuple[int, int] | None = None
+    """Steps between which a trace is written; None for none."""
     scores_every: int = 0
+    """Steps between two scores of a stage that has a measure."""
 
 
 class Finished(NamedTuple):
-    """A stage that has made all its steps.
-
-    Attributes:
-      ema: Its averaged parameters, whole on this process.
-      extra: The arrays kept beside its state.
-      digest: sha256 over every leaf of what was saved.
-      seconds: Wall time, interruptions left out.
-    """
+    """A stage that has made all its steps."""
 
     ema: PyTree
+    """Its averaged parameters, whole on this process."""
     extra: dict[str, Any]
+    """The arrays kept beside its state."""
     digest: str
+    """sha256 over every leaf of what was saved."""
     seconds: float
+    """Wall time, interruptions left out."""
 
 
 def checkpoint_tree(
@@ -126,7 +117,6 @@ def dispatch_size(
 
     Args:
       done: Steps made.
-      num_steps: Of the stage.
       loop_config: When something is due.
       also: Steps at which something else is, rising.
     """
@@ -158,7 +148,6 @@ def run_stage(
       loop_config: When and where to write.
       layout: Where the arrays live.
       iterator: The stage's batches, from the first; set to its place on a resume.
-      root_key: The run's.
       notes: JSON saved with every checkpoint (the config).
       stop: Whether the machine is about to be taken away.
 

@@ -31,7 +31,6 @@ class MetricsLog:
         """Open the log of a run for appending.
 
         Args:
-          workdir: Folder of the run.
           writes: False on all processes but one, whose log stays silent.
         """
         self.path = workdir / METRICS_FILE

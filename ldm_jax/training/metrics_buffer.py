@@ -17,17 +17,14 @@ from ldm_jax.types import RunError
 
 
 class Dispatch(NamedTuple):
-    """What one call of the mapped step gave.
-
-    Attributes:
-      step: The last step of it.
-      metrics: On the device; with a leading axis of steps where it made several.
-      example_index: Of this process' examples, for each step.
-    """
+    """What one call of the mapped step gave."""
 
     step: int
+    """The last step of it."""
     metrics: Any
+    """On the device; with a leading axis of steps where it made several."""
     example_index: UInt32[np.ndarray, "k b"]
+    """Of this process' examples, for each step."""
 
 
 class MetricsBuffer:

@@ -16,15 +16,12 @@ TABLE = "embedding"
 
 
 class Places(NamedTuple):
-    """Where the leaves of a tree are, sorted by shape.
-
-    Attributes:
-      structure: Of the tree.
-      indices: Of its leaves, by shape.
-    """
+    """Where the leaves of a tree are, sorted by shape."""
 
     structure: Any
+    """Of the tree."""
     indices: dict[Shape, list[int]]
+    """Of its leaves, by shape."""
 
 
 def muon(

@@ -15,67 +15,55 @@ from ldm_jax.types import PyTree
 
 
 class TrainState(NamedTuple):
-    """The state of one stage: arrays only.
-
-    Attributes:
-      step: Updates made, int32.
-      params: Live parameters, float32.
-      ema: Exponential moving average of `params`.
-      opt_state: The optimiser's.
-    """
+    """The state of one stage: arrays only."""
 
     step: Int[Array, ""]
+    """Updates made, int32."""
     params: PyTree
+    """Live parameters, float32."""
     ema: PyTree
+    """Exponential moving average of `params`."""
     opt_state: PyTree
+    """The optimiser's."""
 
 
 class AveragedState(NamedTuple):
-    """The state of a stage that keeps more averages than one.
-
-    Attributes:
-      step: Updates made, int32.
-      params: Live parameters, float32.
-      ema: Exponential moving average of `params`.
-      opt_state: The optimiser's.
-      averages: Averages by a power of the step, one for each relative length.
-    """
+    """The state of a stage that keeps more averages than one."""
 
     step: Int[Array, ""]
+    """Updates made, int32."""
     params: PyTree
+    """Live parameters, float32."""
     ema: PyTree
+    """Exponential moving average of `params`."""
     opt_state: PyTree
+    """The optimiser's."""
     averages: tuple[PyTree, ...]
+    """Averages by a power of the step, one for each relative length."""
 
 
 class CriticState(NamedTuple):
-    """The state of an adversary.
-
-    Attributes:
-      params: Its parameters, float32.
-      opt_state: Its optimiser's.
-    """
+    """The state of an adversary."""
 
     params: PyTree
+    """Its parameters, float32."""
     opt_state: PyTree
+    """Its optimiser's."""
 
 
 class AdversarialState(NamedTuple):
-    """The state of a stage with an adversary: that of a stage without, and one more.
-
-    Attributes:
-      step: Updates made, int32.
-      params: Live parameters, float32.
-      ema: Exponential moving average of `params`; of the adversary there is none.
-      opt_state: The optimiser's.
-      critic: The adversary's.
-    """
+    """The state of a stage with an adversary: that of a stage without, and one more."""
 
     step: Int[Array, ""]
+    """Updates made, int32."""
     params: PyTree
+    """Live parameters, float32."""
     ema: PyTree
+    """Exponential moving average of `params`; of the adversary there is none."""
     opt_state: PyTree
+    """The optimiser's."""
     critic: CriticState
+    """The adversary's."""
 
 
 AnyState = TrainState | AveragedState | AdversarialState

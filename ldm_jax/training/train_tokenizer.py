@@ -43,10 +43,6 @@ def keep_tokenizer(config: Config, workdir: Path) -> None:
     Says, when a run begins, how many captions are longer than the context, whoever made
     the tokenizer.
 
-    Args:
-      config: Of the run.
-      workdir: Its folder.
-
     Raises:
       InputError: If there are no captions, or the vocabulary is too small.
       OSError: If it cannot be written.

@@ -59,7 +59,6 @@ def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
     """Take a run's folder for these processes alone, and write or check its config.
 
     Args:
-      config: Of the run.
       workdir: Its folder; made if it is not there.
 
     Raises:

@@ -62,39 +62,33 @@ FITS_AT_ONCE = 64
 
 
 class Reading(NamedTuple):
-    """What a picture shows.
-
-    Attributes:
-      things: What was recognised, from left to right.
-      unknown: How many other things there are; 1 for a picture that is no scene.
-    """
+    """What a picture shows."""
 
     things: tuple[Thing, ...]
+    """What was recognised, from left to right."""
     unknown: int
+    """How many other things there are; 1 for a picture that is no scene."""
 
 
 class Verdict(NamedTuple):
-    """Whether a picture is as asked, by attribute.
-
-    Attributes:
-      number: As many things as wanted, all of them recognised.
-      shapes: Every shape is there, as often as wanted.
-      colours: Every colour is there, as often as wanted.
-      pairs: Every shape is there in its own colour.
-      sizes: So it is, and all are of the sizes that were said.
-      places: So it is, and all are at the places that were said.
-      relation: So it is, and the relation that was said is true.
-      all: One reading of the picture has everything right at once.
-    """
+    """Whether a picture is as asked, by attribute."""
 
     number: bool
+    """As many things as wanted, all of them recognised."""
     shapes: bool
+    """Every shape is there, as often as wanted."""
     colours: bool
+    """Every colour is there, as often as wanted."""
     pairs: bool
+    """Every shape is there in its own colour."""
     sizes: bool
+    """So it is, and all are of the sizes that were said."""
     places: bool
+    """So it is, and all are at the places that were said."""
     relation: bool
+    """So it is, and the relation that was said is true."""
     all: bool
+    """One reading of the picture has everything right at once."""
 
 
 def matches(asked: Wanted | str, reading: Reading) -> bool:

@@ -27,23 +27,20 @@ AROUND = np.ones((3, 3), int)
 
 
 class Spot(NamedTuple):
-    """A connected part of a picture that is not background.
-
-    Attributes:
-      picture: Index of its picture.
-      row: Of the pixel in the middle of its bounding box.
-      column: Of that pixel.
-      window: Around that pixel, what differs from the background and is of this spot.
-      background: Colour behind it.
-      colour: How its core differs from that.
-    """
+    """A connected part of a picture that is not background."""
 
     picture: int
+    """Index of its picture."""
     row: int
+    """Of the pixel in the middle of its bounding box."""
     column: int
+    """Of that pixel."""
     window: Float32[np.ndarray, "s s 3"]
+    """Around that pixel, what differs from the background and is of this spot."""
     background: Float32[np.ndarray, "3"]
+    """Colour behind it."""
     colour: Float32[np.ndarray, "3"]
+    """How its core differs from that."""
 
 
 def to_luma_chroma(images: UInt8[np.ndarray, "*n 3"]) -> Float32[np.ndarray, "*n 3"]:

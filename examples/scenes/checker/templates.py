@@ -25,22 +25,19 @@ NEAREST, FARTHEST = -8, 14
 
 
 class Bank(NamedTuple):
-    """Templates: how much of each pixel of a square window a shape covers.
-
-    Attributes:
-      blurred: For each of `DEVIATIONS` one template a row, in the order of their
-        shapes; parts in [0, 1].
-      norms: Squares of the same, summed over each row.
-      radii: Nominal radius of each, in points.
-      middles: x and y of each, in points from the corner of the middle pixel.
-      side: Pixels of the window's side; odd.
-    """
+    """Templates: how much of each pixel of a square window a shape covers."""
 
     blurred: Float32[np.ndarray, "blurs k d"]
+    """For each of `DEVIATIONS` one template a row, in the order of their shapes; parts
+    in [0, 1]."""
     norms: Float32[np.ndarray, "blurs k"]
+    """Squares of the same, summed over each row."""
     radii: Int[np.ndarray, " k"]
+    """Nominal radius of each, in points."""
     middles: Int[np.ndarray, "k 2"]
+    """x and y of each, in points from the corner of the middle pixel."""
     side: int
+    """Pixels of the window's side; odd."""
 
     def shape(self, template: int) -> ShapeName:
         """Return the shape of a template."""
@@ -48,19 +45,16 @@ class Bank(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """The best template of each shape in each colour that was tried, for windows.
-
-    Attributes:
-      error: Squared error left.
-      held: Squares of the template in its colour.
-      template: Its row in the bank.
-      blur: Its blur, as an index of `BLURS`.
-    """
+    """The best template of each shape in each colour that was tried, for windows."""
 
     error: Float32[np.ndarray, "n colours shapes"]
+    """Squared error left."""
     held: Float32[np.ndarray, "n colours shapes"]
+    """Squares of the template in its colour."""
     template: Int[np.ndarray, "n colours shapes"]
+    """Its row in the bank."""
     blur: Int[np.ndarray, "n colours shapes"]
+    """Its blur, as an index of `BLURS`."""
 
 
 @functools.lru_cache(maxsize=1)

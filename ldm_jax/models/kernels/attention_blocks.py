@@ -21,17 +21,14 @@ MOST_UNCUT = 1024
 
 
 class Shape(NamedTuple):
-    """Sizes of one head's attention.
-
-    Attributes:
-      queries: Tokens that read.
-      keys: Tokens that are read.
-      width: Channels of a head.
-    """
+    """Sizes of one head's attention."""
 
     queries: int
+    """Tokens that read."""
     keys: int
+    """Tokens that are read."""
     width: int
+    """Channels of a head."""
 
 
 class Packing(NamedTuple):
@@ -40,32 +37,27 @@ class Packing(NamedTuple):
     A register has 128 lanes. An array whose rows are the 32 or 40 channels of a head
     leaves most of them empty, in memory too, and an array with an axis of heads is
     copied to get there. So heads lie side by side, as many as fit into whole registers.
-
-    Attributes:
-      heads: Heads.
-      width: Channels of a head.
-      together: Heads that share a group of lanes.
-      lanes: Of a group; a multiple of 128.
-      groups: Of lanes, over all heads.
     """
 
     heads: int
+    """Heads."""
     width: int
+    """Channels of a head."""
     together: int
+    """Heads that share a group of lanes."""
     lanes: int
+    """Of a group; a multiple of 128."""
     groups: int
+    """Of lanes, over all heads."""
 
 
 class Blocks(NamedTuple):
-    """How many tokens are worked on at once.
-
-    Attributes:
-      queries: In each step of the kernel.
-      keys: Within a step of the backward pass, one block after the other.
-    """
+    """How many tokens are worked on at once."""
 
     queries: int
+    """In each step of the kernel."""
     keys: int
+    """Within a step of the backward pass, one block after the other."""
 
 
 def packing_of(heads: int, width: int) -> Packing:

@@ -27,9 +27,6 @@ MAX_CLASSES = 40
 def parse(args: list[str]) -> argparse.Namespace:
     """Read the command line.
 
-    Args:
-      args: Without the program's name.
-
     Returns:
       `path`, `out`, `image_size`, `train_split`, `test_split` and `json`.
 

@@ -18,55 +18,46 @@ from ldm_jax.data.image_files import (
 
 
 class Facts(NamedTuple):
-    """What is known of an image that was decoded.
-
-    Attributes:
-      height: In pixels, upright.
-      width: Likewise.
-      mode: Pillow's name for its channels, as stored.
-      format: Of the file, by its content.
-      digest: Of its pixels as they are read.
-    """
+    """What is known of an image that was decoded."""
 
     height: int
+    """In pixels, upright."""
     width: int
+    """Likewise."""
     mode: str
+    """Pillow's name for its channels, as stored."""
     format: str
+    """Of the file, by its content."""
     digest: bytes
+    """Of its pixels as they are read."""
 
 
 class Spread(NamedTuple):
-    """The range of a number.
-
-    Attributes:
-      least: Of all.
-      median: The one in the middle.
-      most: Of all.
-    """
+    """The range of a number."""
 
     least: int
+    """Of all."""
     median: int
+    """The one in the middle."""
     most: int
+    """Of all."""
 
 
 class Survey(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-      listing: The folder.
-      splits: The names of the images of the split trained on and of the one held out.
-      facts: Of each image that can be read.
-      broken: Why the others cannot.
-      captions: What captions there are.
-      duplicates: Names of images with the same pixels, two or more together.
-    """
+    """What a folder holds."""
 
     listing: Listing
+    """The folder."""
     splits: dict[str, tuple[str, ...]]
+    """The names of the images of the split trained on and of the one held out."""
     facts: dict[str, Facts]
+    """Of each image that can be read."""
     broken: dict[str, str]
+    """Why the others cannot."""
     captions: Captions
+    """What captions there are."""
     duplicates: tuple[tuple[str, ...], ...]
+    """Names of images with the same pixels, two or more together."""
 
     @property
     def leaks(self) -> tuple[tuple[str, ...], ...]:

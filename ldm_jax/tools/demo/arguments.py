@@ -19,34 +19,30 @@ STEPS_AT_FIRST, SCALE_AT_FIRST = 20, 2.0
 
 
 class BrowseRequest(NamedTuple):
-    """What was asked.
-
-    Attributes:
-      workdir: Folder of the run.
-      config: Of the run.
-      settings: How images are made until a knob is moved.
-      max_steps: The most denoising steps that the page may ask for.
-      max_images: The most images at a time.
-      host: Address to listen at.
-      port: Where; 0 for any that is free.
-      launch: How JAX starts.
-    """
+    """What was asked."""
 
     workdir: Path
+    """Folder of the run."""
     config: Config
+    """Of the run."""
     settings: SamplingConfig
+    """How images are made until a knob is moved."""
     max_steps: int
+    """The most denoising steps that the page may ask for."""
     max_images: int
+    """The most images at a time."""
     host: str
+    """Address to listen at."""
     port: int
+    """Where; 0 for any that is free."""
     launch: Launch
+    """How JAX starts."""
 
 
 def parse(args: list[str], *, about: str | None) -> BrowseRequest:
     """Read the command line, as far as the run's config tells without JAX.
 
     Args:
-      args: Without the program's name.
       about: What the program is for.
 
     Raises:

@@ -17,41 +17,35 @@ DECIMALS = 3
 
 
 class Controls(NamedTuple):
-    """What a page wishes for.
-
-    Attributes:
-      seed: Of the first image; the next one has the next.
-      num_images: How many.
-      steps: Denoising steps.
-      guidance_scale: 0 ignores the label or text, 1 follows it.
-      label: Class to draw; None where the model has none.
-      prompt: Text to draw; "" where the model reads none.
-      negative_prompt: Text to be guided away from.
-    """
+    """What a page wishes for."""
 
     seed: int
+    """Of the first image; the next one has the next."""
     num_images: int
+    """How many."""
     steps: int
+    """Denoising steps."""
     guidance_scale: float
+    """0 ignores the label or text, 1 follows it."""
     label: int | None
+    """Class to draw; None where the model has none."""
     prompt: str
+    """Text to draw; "" where the model reads none."""
     negative_prompt: str
+    """Text to be guided away from."""
 
 
 class Limits(NamedTuple):
-    """What a page may wish for.
-
-    Attributes:
-      max_steps: The most denoising steps.
-      max_images: The most images at a time.
-      num_classes: Classes there are; 0 where the model has none.
-      reads_text: Whether the model reads text.
-    """
+    """What a page may wish for."""
 
     max_steps: int
+    """The most denoising steps."""
     max_images: int
+    """The most images at a time."""
     num_classes: int
+    """Classes there are; 0 where the model has none."""
     reads_text: bool
+    """Whether the model reads text."""
 
     @property
     def guided(self) -> bool:
@@ -145,7 +139,6 @@ def request_of(controls: Controls, settings: SamplingConfig) -> SampleRequest:
     """Ask of `sample.py` what a page wishes for.
 
     Args:
-      controls: It.
       settings: Of the page, with the checkpoint.
 
     Returns:

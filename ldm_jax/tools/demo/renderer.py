@@ -20,31 +20,25 @@ from ldm_jax.types import InputError, SamplerName, SpacingName
 
 
 class Renderer(NamedTuple):
-    """A model and the program that draws with it.
-
-    Attributes:
-      pipeline: The model, and the settings that no knob moves.
-      fn: The program.
-      limits: What may be wished for.
-      names: Of the classes; () where there are none.
-    """
+    """A model and the program that draws with it."""
 
     pipeline: Pipeline
+    """The model, and the settings that no knob moves."""
     fn: AnyStepsFn
+    """The program."""
     limits: Limits
+    """What may be wished for."""
     names: tuple[str, ...]
+    """Of the classes; () where there are none."""
 
 
 class Drawn(NamedTuple):
-    """An image made.
-
-    Attributes:
-      seed: Its own.
-      png: The file that `sample.py` would write, its recipe included.
-    """
+    """An image made."""
 
     seed: int
+    """Its own."""
     png: bytes
+    """The file that `sample.py` would write, its recipe included."""
 
 
 def set_up(request: BrowseRequest) -> Renderer:

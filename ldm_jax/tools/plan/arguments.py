@@ -13,25 +13,22 @@ ELSEWHERE = "elsewhere"
 
 
 class Request(NamedTuple):
-    """One question.
-
-    Attributes:
-      config: Of the run.
-      topology: Where; None for what JAX finds here.
-      work: A stage's training step, or a call of the sampler.
-      batch_per_device: Images of a device; None for the config's share.
-      sampler: Which sampler.
-      num_steps: Of the sampler.
-      suggest: Whether to look for what fits where this does not.
-    """
+    """One question."""
 
     config: Config
+    """Of the run."""
     topology: Topology | None
+    """Where; None for what JAX finds here."""
     work: WorkName
+    """A stage's training step, or a call of the sampler."""
     batch_per_device: int | None
+    """Images of a device; None for the config's share."""
     sampler: SamplerName
+    """Which sampler."""
     num_steps: int
+    """Of the sampler."""
     suggest: bool
+    """Whether to look for what fits where this does not."""
 
 
 def change(

@@ -19,33 +19,30 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One device, as JAX counts them.
-
-    Attributes:
-      name: As it stands in a topology, or short for what JAX calls it.
-      kind: What `device_kind` of JAX begins with or contains.
-      peak: FLOP/s in bfloat16, dense.
-      memory: Bytes of its memory.
-      usable: Bytes that the compiler may fill.
-      bandwidth: Bytes/s of its memory.
-      ports: Links to other chips.
-      link: Bytes/s that one link sends, one way.
-      clock: Cycles/s; 0 where the compiler tells no cycles.
-      pod: Chips that the links connect; beyond it is the data centre's network.
-      network: Bytes/s of that network for each chip, one way; 0 if not published.
-    """
+    """One device, as JAX counts them."""
 
     name: str
+    """As it stands in a topology, or short for what JAX calls it."""
     kind: str
+    """What `device_kind` of JAX begins with or contains."""
     peak: float
+    """FLOP/s in bfloat16, dense."""
     memory: float
+    """Bytes of its memory."""
     usable: float
+    """Bytes that the compiler may fill."""
     bandwidth: float
+    """Bytes/s of its memory."""
     ports: int
+    """Links to other chips."""
     link: float
+    """Bytes/s that one link sends, one way."""
     clock: float
+    """Cycles/s; 0 where the compiler tells no cycles."""
     pod: int
+    """Chips that the links connect; beyond it is the data centre's network."""
     network: float
+    """Bytes/s of that network for each chip, one way; 0 if not published."""
 
 
 CHIPS = (

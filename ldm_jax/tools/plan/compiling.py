@@ -27,45 +27,39 @@ Say = Callable[[str], None]
 
 
 class Memory(NamedTuple):
-    """Bytes of a device that a program takes.
-
-    Attributes:
-      needed: Arguments, temporaries and the program, which is what is set aside.
-      arguments: State, batch and what is frozen, with the padding of their layouts.
-      temporaries: What lives within a run of the program, and what it returns anew.
-      code: The program itself.
-      peak: Most that is in use at one time, without the gaps between.
-    """
+    """Bytes of a device that a program takes."""
 
     needed: float
+    """Arguments, temporaries and the program, which is what is set aside."""
     arguments: float
+    """State, batch and what is frozen, with the padding of their layouts."""
     temporaries: float
+    """What lives within a run of the program, and what it returns anew."""
     code: float
+    """The program itself."""
     peak: float
+    """Most that is in use at one time, without the gaps between."""
 
 
 class Compiled(NamedTuple):
-    """A compiled program, or why there is none.
-
-    Attributes:
-      seconds: Wall time of tracing and compiling.
-      memory: What it takes; None if it does not fit.
-      shortage: What it would take; None if it fits.
-      flops: That the compiler counts, for each device.
-      moved: Bytes that it counts as read and written, for each device.
-      cycles: That it estimates for all that computes; 0 where it does not.
-      kernels: Of which it estimates none.
-      collectives: All of them.
-    """
+    """A compiled program, or why there is none."""
 
     seconds: float
+    """Wall time of tracing and compiling."""
     memory: Memory | None
+    """What it takes; None if it does not fit."""
     shortage: Shortage | None
+    """What it would take; None if it fits."""
     flops: float
+    """That the compiler counts, for each device."""
     moved: float
+    """Bytes that it counts as read and written, for each device."""
     cycles: int
+    """That it estimates for all that computes; 0 where it does not."""
     kernels: list[Kernel]
+    """Of which it estimates none."""
     collectives: list[Collective]
+    """All of them."""
 
 
 def compile_program(

@@ -8,45 +8,39 @@ from ldm_jax.tools.plan.hlo import Collective
 
 
 class Estimate(NamedTuple):
-    """How long a program would take, by the compiler's estimate.
-
-    Attributes:
-      compute_seconds: Its cycles over the clock.
-      waiting_seconds: Collectives during which nothing else goes on.
-      hidden_seconds: Collectives beside which other work goes on.
-      seconds: Computing and waiting, and what of the hidden ones computing is too
-        short to hide.
-      mfu: FLOPs of the mathematics over what the chip could do in that time.
-    """
+    """How long a program would take, by the compiler's estimate."""
 
     compute_seconds: float
+    """Its cycles over the clock."""
     waiting_seconds: float
+    """Collectives during which nothing else goes on."""
     hidden_seconds: float
+    """Collectives beside which other work goes on."""
     seconds: float
+    """Computing and waiting, and what of the hidden ones computing is too short to
+    hide."""
     mfu: float
+    """FLOPs of the mathematics over what the chip could do in that time."""
 
 
 class ScaleRow(NamedTuple):
-    """A step on a number of chips, each with the same share of the batch.
-
-    Attributes:
-      chips: How many.
-      images: Of all of them in a step.
-      compute_seconds: Of a chip.
-      link_seconds: Gradients, or parameters and gradients, over the links of a pod.
-      network_seconds: The same between pods, over the data centre's network; None
-        where more than one pod is needed and its network is not known.
-      seconds: All of it, one after the other.
-      efficiency: Computing's share of that.
-    """
+    """A step on a number of chips, each with the same share of the batch."""
 
     chips: int
+    """How many."""
     images: int
+    """Of all of them in a step."""
     compute_seconds: float
+    """Of a chip."""
     link_seconds: float
+    """Gradients, or parameters and gradients, over the links of a pod."""
     network_seconds: float | None
+    """The same between pods, over the data centre's network; None where more than one
+    pod is needed and its network is not known."""
     seconds: float | None
+    """All of it, one after the other."""
     efficiency: float | None
+    """Computing's share of that."""
 
 
 def estimate(

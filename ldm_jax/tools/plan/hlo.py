@@ -55,22 +55,19 @@ _SHORT_OLD = re.compile(
 
 
 class Collective(NamedTuple):
-    """One collective of a program.
-
-    Attributes:
-      kind: As `all-reduce`.
-      num_bytes: Of the whole array, as every chip has it before an all-reduce or a
-        reduce-scatter, or after an all-gather.
-      group: Chips that take part.
-      asynchronous: Whether other work goes on meanwhile.
-      times: How often it happens in a run of the program.
-    """
+    """One collective of a program."""
 
     kind: str
+    """As `all-reduce`."""
     num_bytes: int
+    """Of the whole array, as every chip has it before an all-reduce or a
+    reduce-scatter, or after an all-gather."""
     group: int
+    """Chips that take part."""
     asynchronous: bool
+    """Whether other work goes on meanwhile."""
     times: int
+    """How often it happens in a run of the program."""
 
     @property
     def sent_bytes(self) -> float:
@@ -84,57 +81,45 @@ class Collective(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A kernel that the compiler was given, and cannot look into.
-
-    Attributes:
-      name: As it was named.
-      flops: That it was said to do.
-      transcendentals: Exponentials and the like that it was said to do.
-      times: How often it runs in a run of the program.
-    """
+    """A kernel that the compiler was given, and cannot look into."""
 
     name: str
+    """As it was named."""
     flops: int
+    """That it was said to do."""
     transcendentals: int
+    """Exponentials and the like that it was said to do."""
     times: int
+    """How often it runs in a run of the program."""
 
 
 class Shortage(NamedTuple):
-    """What a program that does not fit would need.
-
-    Attributes:
-      needed: Bytes.
-      available: Bytes.
-    """
+    """What a program that does not fit would need."""
 
     needed: float
+    """Bytes."""
     available: float
+    """Bytes."""
 
 
 class Instruction(NamedTuple):
-    """A line of a program.
-
-    Attributes:
-      opcode: What it does.
-      result: The text of its type.
-      text: All of it.
-    """
+    """A line of a program."""
 
     opcode: str
+    """What it does."""
     result: str
+    """The text of its type."""
     text: str
+    """All of it."""
 
 
 class Program(NamedTuple):
-    """A module, parsed.
-
-    Attributes:
-      computations: Instructions by computation.
-      entry: The name of the computation it starts with.
-    """
+    """A module, parsed."""
 
     computations: dict[str, list[Instruction]]
+    """Instructions by computation."""
     entry: str
+    """The name of the computation it starts with."""
 
 
 def parse_program(text: str) -> Program:

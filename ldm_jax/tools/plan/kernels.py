@@ -19,34 +19,28 @@ _NAME = re.compile(r"attention_(forward|backward)_(\d+)x(\d+)")
 
 
 class Line(NamedTuple):
-    """Cycles of a step of a kernel, by its probabilities.
-
-    Attributes:
-      least: That the shortest step takes.
-      fixed: That every step takes.
-      slope: For 1024 probabilities more.
-      wider: What the slope grows by, as a share of it, for each width of the chip's
-        matrix unit that a head is wider than one.
-    """
+    """Cycles of a step of a kernel, by its probabilities."""
 
     least: float
+    """That the shortest step takes."""
     fixed: float
+    """That every step takes."""
     slope: float
+    """For 1024 probabilities more."""
     wider: float
+    """What the slope grows by, as a share of it, for each width of the chip's matrix
+    unit that a head is wider than one."""
 
 
 class Pace(NamedTuple):
-    """How a kind of chip goes through our kernels.
-
-    Attributes:
-      forward: The forward pass.
-      backward: The backward pass.
-      unit: Width of its matrix unit, in channels.
-    """
+    """How a kind of chip goes through our kernels."""
 
     forward: Line
+    """The forward pass."""
     backward: Line
+    """The backward pass."""
     unit: int
+    """Width of its matrix unit, in channels."""
 
 
 OF_SMALL_UNITS = Pace(
@@ -86,7 +80,6 @@ def step_cycles(line: Line, probabilities: int, widths: float) -> float:
 
     Args:
       line: Of the chip and the pass.
-      probabilities: Of the step.
       widths: Channels of a head, in units of the width of the chip's matrix unit.
     """
     slope = line.slope * (1.0 + line.wider * max(0.0, widths - 1.0))

@@ -36,27 +36,24 @@ from ldm_jax.types import InputError, PyTree
 
 
 class Work(NamedTuple):
-    """One program and what is known of it before it is compiled.
-
-    Attributes:
-      lower: Traces it.
-      num_devices: Devices that run it together.
-      images: Images of each.
-      state_bytes: Bytes of the state that each keeps, without padding.
-      frozen_bytes: Bytes of the parameters that each only reads.
-      input_bytes: Bytes of a batch that each is sent.
-      gradient_bytes: Bytes of all gradients; 0 where none are taken.
-      flops: Of the mathematics, for each device.
-    """
+    """One program and what is known of it before it is compiled."""
 
     lower: Callable[[], jax.stages.Lowered]
+    """Traces it."""
     num_devices: int
+    """Devices that run it together."""
     images: int
+    """Images of each."""
     state_bytes: float
+    """Bytes of the state that each keeps, without padding."""
     frozen_bytes: float
+    """Bytes of the parameters that each only reads."""
     input_bytes: float
+    """Bytes of a batch that each is sent."""
     gradient_bytes: int
+    """Bytes of all gradients; 0 where none are taken."""
     flops: int
+    """Of the mathematics, for each device."""
 
 
 def open_devices(topology: Topology | None) -> list[Any] | None:

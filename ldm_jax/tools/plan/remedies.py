@@ -11,17 +11,14 @@ MAX_PARTS = 64
 
 
 class Remedy(NamedTuple):
-    """A change that may make a step fit.
-
-    Attributes:
-      name: What to add to the command line.
-      config: With the change.
-      batch_per_device: Images of a device after it.
-    """
+    """A change that may make a step fit."""
 
     name: str
+    """What to add to the command line."""
     config: Config
+    """With the change."""
     batch_per_device: int
+    """Images of a device after it."""
 
 
 def remedies(

@@ -46,19 +46,16 @@ back (0.10.2), so there is none.
 
 
 class Topology(NamedTuple):
-    """A slice of a TPU pod that need not be here.
-
-    Attributes:
-      name: As libtpu takes it.
-      chip: What it is made of.
-      shape: Chips along each axis.
-      num_devices: As JAX counts them.
-    """
+    """A slice of a TPU pod that need not be here."""
 
     name: str
+    """As libtpu takes it."""
     chip: Chip
+    """What it is made of."""
     shape: tuple[int, ...]
+    """Chips along each axis."""
     num_devices: int
+    """As JAX counts them."""
 
 
 def parse_topology(name: str) -> Topology | None:

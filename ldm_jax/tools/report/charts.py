@@ -15,17 +15,14 @@ TICKS = 5
 
 
 class Curve(NamedTuple):
-    """A curve to draw.
-
-    Attributes:
-      name: In the legend.
-      x: Places, rising.
-      y: Values.
-    """
+    """A curve to draw."""
 
     name: str
+    """In the legend."""
     x: Sequence[float]
+    """Places, rising."""
     y: Sequence[float]
+    """Values."""
 
 
 def chart(

@@ -17,61 +17,52 @@ EVALUATION, STEPS = "evaluation", "steps"
 
 
 class StageImage(NamedTuple):
-    """A picture that training drew.
-
-    Attributes:
-      step: When.
-      path: Where it is.
-    """
+    """A picture that training drew."""
 
     step: int
+    """When."""
     path: Path
+    """Where it is."""
 
 
 class StageSummary(NamedTuple):
-    """One stage of a run.
-
-    Attributes:
-      name: Of the stage.
-      done: Steps made.
-      total: Steps it has in all.
-      seconds: Of its training; None while it is not finished.
-      records: Lines of its log.
-      pictures: Over its training, the last one last.
-    """
+    """One stage of a run."""
 
     name: str
+    """Of the stage."""
     done: int
+    """Steps made."""
     total: int
+    """Steps it has in all."""
     seconds: float | None
+    """Of its training; None while it is not finished."""
     records: list[dict[str, Any]]
+    """Lines of its log."""
     pictures: list[StageImage]
+    """Over its training, the last one last."""
 
 
 class RunSummary(NamedTuple):
-    """A run.
-
-    Attributes:
-      workdir: Its folder.
-      config: What was trained.
-      config_digest: Of the config.
-      stages: In order.
-      final: Of `final.json`; None while the run is not finished.
-      metrics: Of every `metrics.json` of an evaluation.
-      reconstructions: What was found of the first stage, by protocol.
-      steps: Of `steps.json`, with its picture; None where it was not made.
-      steps_picture: The plot of it.
-    """
+    """A run."""
 
     workdir: Path
+    """Its folder."""
     config: Config
+    """What was trained."""
     config_digest: str
+    """Of the config."""
     stages: list[StageSummary]
+    """In order."""
     final: dict[str, Any] | None
+    """Of `final.json`; None while the run is not finished."""
     metrics: list[dict[str, Any]]
+    """Of every `metrics.json` of an evaluation."""
     reconstructions: list[dict[str, Any]]
+    """What was found of the first stage, by protocol."""
     steps: dict[str, Any] | None
+    """Of `steps.json`, with its picture; None where it was not made."""
     steps_picture: Path | None
+    """The plot of it."""
 
     @property
     def name(self) -> str:

@@ -24,36 +24,29 @@ MOST_BYTES = 2**28
 
 
 class ReportSamples(NamedTuple):
-    """What was drawn.
-
-    Attributes:
-      denoising: Latents on the way, decoded: images by frames.
-      condition_texts: What each of them shows.
-      neighbours: Samples above their nearest training images.
-      closeness: Median distance of samples to their nearest training images, over that
-        of held-out images: 1 where they are as near as new real images are.
-      num_searched: Training images that were looked through.
-      steps: Denoising steps.
-      scale: Guidance scale.
-      seeds: Of the samples.
-    """
+    """What was drawn."""
 
     denoising: UInt8[np.ndarray, "n f h w c"]
+    """Latents on the way, decoded: images by frames."""
     condition_texts: list[str]
+    """What each of them shows."""
     neighbours: UInt8[np.ndarray, "2 n h w c"]
+    """Samples above their nearest training images."""
     closeness: float
+    """Median distance of samples to their nearest training images, over that of
+    held-out images: 1 where they are as near as new real images are."""
     num_searched: int
+    """Training images that were looked through."""
     steps: int
+    """Denoising steps."""
     scale: float
+    """Guidance scale."""
     seeds: int
+    """Of the samples."""
 
 
 def shoot(workdir: Path, config: Config) -> ReportSamples:
     """Draw samples of a run, and look for them among the images it was trained on.
-
-    Args:
-      workdir: Of the run.
-      config: Its config.
 
     Raises:
       InputError: If there is no checkpoint yet, or the data cannot be read.

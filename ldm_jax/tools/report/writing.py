@@ -20,7 +20,6 @@ def write_report(summary: RunSummary, out: Path, *, draws: bool) -> None:
     """Draw what a report shows, and write it.
 
     Args:
-      summary: Of the run.
       out: The file.
       draws: Whether samples are drawn for it.
 
