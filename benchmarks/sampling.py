@@ -41,7 +41,7 @@ from ldm_jax.latent_diffusion import (
     SampleParams,
     calls_at_once,
     denoiser_of,
-    images_a_call,
+    images_per_call,
     null_condition,
     prepare,
 )
@@ -173,7 +173,7 @@ def our_parts(case: Case) -> tuple[dict[str, Draw], float]:
     model, params, batch = case.model, case.params, len(case.noise)
     null = null_condition(model, case.cond)
     pair = [prepare(model, params, inputs) for inputs in (null, case.cond)]
-    size = images_a_call(model, jax.default_backend())
+    size = images_per_call(model, jax.default_backend())
     at_once = calls_at_once(model, jax.default_backend())
 
     def network(num: int) -> tuple[Pass, jax.Array]:

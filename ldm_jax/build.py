@@ -61,7 +61,7 @@ INPUT_BY_CONTEXT: dict[str, Literal["none", "label", "tokens", "embedding"]] = {
 
 def build_model(config: Config) -> LatentDiffusion:
     """Build both networks, unbound, and the schedule."""
-    second = config.diffusion
+    second, side = config.diffusion, config.data.image_size
     return LatentDiffusion(
         autoencoder=build_autoencoder(config),
         unet=build_unet(config),
@@ -69,7 +69,9 @@ def build_model(config: Config) -> LatentDiffusion:
         schedule=build_schedule(config),
         prediction=second.prediction,
         sigma_data=second.sigma_data,
+        image_shape=(side, side, config.data.image_channels),
         latent_shape=config.latent_shape,
+        condition=second.condition,
         num_classes=config.data.num_classes,
         null_tokens=null_tokens(config),
         chunk=config.sampling.chunk,

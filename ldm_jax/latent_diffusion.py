@@ -1,4 +1,4 @@
-"""A trained model, static parts and arrays, and what each of its networks does."""
+"""A latent diffusion model as one static value, and what its networks compute."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Real
 
+from ldm_jax.config import ConditionConfig
 from ldm_jax.diffusion.guidance import Denoiser
 from ldm_jax.diffusion.parameterization import PredictionName
 from ldm_jax.diffusion.schedules import Schedule
@@ -33,28 +34,46 @@ MOST_MAP_BYTES = 2**30
 
 
 class LatentDiffusion(NamedTuple):
-    """Everything static that sampling needs."""
+    """A latent diffusion model without its parameters.
+
+    Source:
+      Rombach et al., arXiv:2112.10752, figure 3.
+    """
 
     autoencoder: Autoencoder
-    """The first stage."""
+    """The first stage: images to latents and back."""
     unet: UNet
-    """The second."""
+    """The second stage: denoises latents."""
     conditioner: Conditioner
-    """Prepares what the second is conditioned on."""
+    """Prepares the condition that the UNet reads."""
     schedule: Schedule
-    """The noise levels it was trained on."""
+    """The noise levels that the UNet was trained on."""
     prediction: PredictionName
-    """What it predicts."""
+    """What the UNet predicts."""
     sigma_data: float
-    """Standard deviation of the latents, where it predicts EDM's F."""
+    """Standard deviation of the scaled latents, where the UNet predicts EDM's F."""
+    image_shape: tuple[int, int, int]
+    """Height, width and channels of an image in training."""
     latent_shape: tuple[int, int, int]
     """Height, width and channels of a latent."""
+    condition: ConditionConfig
+    """The kinds of condition that the UNet reads, and their sizes."""
     num_classes: int
     """Real classes; the null class has this index."""
     null_tokens: tuple[int, ...]
     """Tokens of the empty prompt."""
     chunk: int
-    """Images the network sees at once."""
+    """Images that one call of a sample program makes."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of an image that a latent stands for, along a side."""
+        return 2 ** (len(self.autoencoder.channel_multipliers) - 1)
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that the height and width of an image must be a multiple of."""
+        return self.downsampling * 2 ** (len(self.unet.channel_multipliers) - 1)
 
 
 class SampleParams(NamedTuple):
@@ -122,15 +141,10 @@ def decode(
     latents = latents / params.latent_scale
     if not tile:
         return plain(latents)
-    return decode_in_tiles(plain, latents, tile=tile, factor=downsampling(model))
+    return decode_in_tiles(plain, latents, tile=tile, factor=model.downsampling)
 
 
-def downsampling(model: LatentDiffusion) -> int:
-    """Return how many pixels of an image a latent stands for, along a side."""
-    return 2 ** (len(model.autoencoder.channel_multipliers) - 1)
-
-
-def images_a_call(model: LatentDiffusion, platform: str) -> int:
+def images_per_call(model: LatentDiffusion, platform: str) -> int:
     """Return how many images one device makes at once.
 
     On a CPU it is one. XLA cuts a convolution of many images into pieces for its
@@ -148,7 +162,7 @@ def images_a_call(model: LatentDiffusion, platform: str) -> int:
 
 
 def calls_at_once(model: LatentDiffusion, platform: str) -> int:
-    """Return how many calls of `images_a_call` to make side by side.
+    """Return how many calls of `images_per_call` to make side by side.
 
     On a CPU as many as there are cores, so that small networks, whose single operations
     are not worth cutting up, use them all; fewer where images are so large that their
@@ -160,7 +174,7 @@ def calls_at_once(model: LatentDiffusion, platform: str) -> int:
     if platform != "cpu":
         return 1
     height, width, _ = model.latent_shape
-    pixels = height * width * downsampling(model) ** 2
+    pixels = height * width * model.downsampling**2
     bytes_of_map = 4 * pixels * model.autoencoder.channels
     return max(1, min(num_cores(), MOST_MAP_BYTES // (MAPS_A_CALL * bytes_of_map)))
 

@@ -18,7 +18,7 @@ from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     SampleParams,
     calls_at_once,
-    images_a_call,
+    images_per_call,
     in_chunks,
     null_condition,
 )
@@ -105,7 +105,7 @@ def make_any_steps_fn(
 
     run = jax.jit(functools.partial(sample_course, plan))
     platform = jax.default_backend()
-    size = images_a_call(model, platform)
+    size = images_per_call(model, platform)
     at_once = calls_at_once(model, platform)
 
     def any_steps_fn(

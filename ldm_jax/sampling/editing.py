@@ -21,7 +21,7 @@ from ldm_jax.latent_diffusion import (
     calls_at_once,
     denoiser_of,
     encode_images,
-    images_a_call,
+    images_per_call,
     in_chunks,
     prepare,
 )
@@ -95,7 +95,7 @@ def make_invert_fn(
     ) -> Float[Array, "b h2 w2 d"]:
         fn = functools.partial(invert_chunk, params)
         platform = jax.default_backend()
-        size = images_a_call(model, platform)
+        size = images_per_call(model, platform)
         at_once = calls_at_once(model, platform)
         return in_chunks(fn, (images, cond), size=size, at_once=at_once)
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key, Real
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     SampleParams,
-    images_a_call,
+    images_per_call,
     in_chunks,
     null_condition,
 )
@@ -110,7 +110,7 @@ def export_sample_program(
     """
     platforms = [export.default_export_platform()] if platforms is None else platforms
     if batch is None:
-        batch = min(images_a_call(model, name) for name in platforms)
+        batch = min(images_per_call(model, name) for name in platforms)
     if batch < 1:
         raise ValueError(f"batch: got {batch}, wanted 1 or more")
     if unknown := [name for name in platforms if name not in PLATFORMS]:

@@ -12,8 +12,7 @@ from ldm_jax.config import digest as config_digest
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     calls_at_once,
-    downsampling,
-    images_a_call,
+    images_per_call,
 )
 from ldm_jax.parallel.launch import num_cores
 from ldm_jax.parallel.make_layout import PmapLayout
@@ -77,7 +76,7 @@ def make_pipeline(run: Run, settings: SamplingConfig) -> Pipeline:
     check_settings(run.config, settings)
     settings = with_strength(run.config, settings)
     canvas = lay_canvas(run.config, settings)
-    factor = downsampling(run.model)
+    factor = run.model.downsampling
     shape = (canvas.height // factor, canvas.width // factor)
     model = run.model._replace(latent_shape=(*shape, run.model.latent_shape[-1]))
     weak = open_weak(run, settings)
@@ -230,7 +229,7 @@ def spread_over(pipeline: Pipeline) -> PmapLayout | None:
 def images_per_round(pipeline: Pipeline) -> int:
     """Return how many images all devices make in one call each."""
     layout = pipeline.layout
-    return images_a_call(pipeline.model, layout.platform) * len(layout.devices)
+    return images_per_call(pipeline.model, layout.platform) * len(layout.devices)
 
 
 def images_at_once(pipeline: Pipeline) -> int:

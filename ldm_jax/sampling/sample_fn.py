@@ -16,7 +16,7 @@ from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     SampleParams,
     calls_at_once,
-    images_a_call,
+    images_per_call,
     in_chunks,
     null_condition,
 )
@@ -123,7 +123,7 @@ def make_sample_fn(
     run = jax.jit(fn) if layout is None else layout.map_images(fn)
     devices = 1 if layout is None else len(layout.devices)
     platform = jax.default_backend() if layout is None else layout.platform
-    size = images_a_call(model, platform) * devices
+    size = images_per_call(model, platform) * devices
     at_once = calls_at_once(model, platform) if devices == 1 else 1
 
     def sample_fn(

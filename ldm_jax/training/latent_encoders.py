@@ -66,7 +66,7 @@ def make_encode(
 ) -> Callable[[Given], Made]:
     """Make a function that encodes examples on this process' devices.
 
-    On a CPU an example has the same bits wherever it stands: see `images_a_call`.
+    On a CPU an example has the same bits wherever it stands: see `images_per_call`.
 
     Args:
       encoders: Their parameters.

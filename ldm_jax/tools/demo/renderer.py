@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ldm_jax.images import encode_png, to_uint8
-from ldm_jax.latent_diffusion import calls_at_once, images_a_call
+from ldm_jax.latent_diffusion import calls_at_once, images_per_call
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.any_steps import AnyStepsFn, make_any_steps_fn
 from ldm_jax.sampling.conditions import condition_inputs, doubts_about, image_specs
@@ -101,7 +101,7 @@ def draw(renderer: Renderer, controls: Controls) -> Iterator[Drawn]:
     request = request_of(controls, pipeline.settings)
     specs = image_specs(config, request)
     platform = jax.default_backend()
-    size = images_a_call(pipeline.model, platform)
+    size = images_per_call(pipeline.model, platform)
     at_once = size * calls_at_once(pipeline.model, platform)
     for start in range(0, len(specs), at_once):
         part = specs[start : start + at_once]

@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from ldm_jax.build import blank_inputs, build_model, init_unet, shape_of
 from ldm_jax.config import Config
-from ldm_jax.latent_diffusion import SampleParams, images_a_call, null_condition
+from ldm_jax.latent_diffusion import SampleParams, images_per_call, null_condition
 from ldm_jax.models.attention import for_chip
 from ldm_jax.parallel.make_layout import Layout, make_layout
 from ldm_jax.parallel.reduce import average_here
@@ -144,7 +144,7 @@ def sample_work(config: Config, request: Request, devices: list[Any] | None) -> 
     """
     layout = make_layout(config.parallel, devices)
     model = build_model(config)
-    images = request.batch_per_device or images_a_call(model, layout.platform)
+    images = request.batch_per_device or images_per_call(model, layout.platform)
     try:
         plan = make_plan(
             model, sampler=request.sampler, num_steps=request.num_steps, guided=True
