@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -65,6 +65,7 @@ LOCK_FILE = ".lock"
 OWN_FOLDER = "latents"
 
 
+@runtime_checkable
 class OpenEncoders(Protocol):
     """Loads what encodes examples."""
 
