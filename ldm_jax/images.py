@@ -89,10 +89,3 @@ def read_png(path: Path) -> UInt8[np.ndarray, "h w c"]:
     with Image.open(path) as picture:
         pixels = np.asarray(picture, np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def read_texts(path: Path) -> dict[str, str]:
-    """Read the text chunks of a PNG."""
-    with Image.open(path) as picture:
-        texts = getattr(picture, "text", {})
-    return {str(keyword): str(text) for keyword, text in texts.items()}

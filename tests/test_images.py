@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from ldm_jax import images
+from tests.support.pngs import read_texts
 
 
 def test_uint8_survives_the_way_to_float_and_back():
@@ -33,5 +34,5 @@ def test_a_png_keeps_its_pixels_and_its_texts(tmp_path, channels):
     path = tmp_path / "a.png"
     images.write_png(path, image, {"seed": "3", "versions": '{"jax": "1"}'})
     assert np.array_equal(images.read_png(path), image)
-    assert images.read_texts(path) == {"seed": "3", "versions": '{"jax": "1"}'}
+    assert read_texts(path) == {"seed": "3", "versions": '{"jax": "1"}'}
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

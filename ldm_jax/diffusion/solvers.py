@@ -19,9 +19,6 @@ from ldm_jax.diffusion.tables import (
 from ldm_jax.diffusion.timesteps import Levels
 from ldm_jax.types import TAKES_ETA, SamplerName, choices
 
-STOCHASTIC: frozenset[SamplerName] = frozenset(
-    {"ddim", "ddpm", "euler_ancestral", "dpmpp_sde_2m", "lcm"}
-)
 FOLLOW_THE_SLOPE: frozenset[SamplerName] = frozenset({"heun", "plms"})
 LCM_TIME_SCALE, LCM_SIGMA_DATA = 10.0, 0.5
 ADAMS_BASHFORTH = ((1,), (3, -1), (23, -16, 5), (55, -59, 37, -9))

@@ -151,24 +151,6 @@ def classifier_extractor(params: PyTree, *, num_classes: int) -> Extractor:
     return Extractor(extract, tree_digest(params))
 
 
-def function_extractor(
-    function: Callable[[UInt8[np.ndarray, "b h w c"]], Float[np.ndarray, "b d"]],
-    *,
-    digest: str,
-) -> Extractor:
-    """Make any function from images to features an extractor.
-
-    Args:
-      function: From 8-bit levels to a row of features for each image.
-      digest: Says which function it is: statistics of another one are not compared.
-    """
-
-    def extract(images: UInt8[np.ndarray, "b h w c"]) -> FeatureSet:
-        return FeatureSet(np.asarray(function(images), np.float32), None, None)
-
-    return Extractor(extract, digest)
-
-
 def extract_all(
     extractor: Extractor, images: UInt8[np.ndarray, "n h w c"], *, size: int
 ) -> FeatureSet:

@@ -8,8 +8,6 @@ import jax
 
 from ldm_jax.types import InputError, PyTree
 
-MappedStep = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
-
 
 class Layout(abc.ABC):
     """Where the state, the batch and what is frozen live.

@@ -25,9 +25,6 @@ from ldm_jax.training.state import (
     with_averages,
 )
 
-GRID_SEEDS = 4
-GRID_COLUMNS = 10
-
 
 def diffusion_stage(
     config: Config,

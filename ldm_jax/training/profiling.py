@@ -25,11 +25,6 @@ class Profile:
         self._steps = steps
         self._tracing = False
 
-    @property
-    def is_tracing(self) -> bool:
-        """Whether it has begun and not ended."""
-        return self._tracing
-
     def before(self, done: int, size: int) -> None:
         """Begin or end, by the steps that are done and those that come at once."""
         if self._steps is None:

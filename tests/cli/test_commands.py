@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from ldm_jax.images import read_png, read_texts, to_uint8
+from ldm_jax.images import read_png, to_uint8
 from tests.support.commands import (
     ROOT,
     error_line,
@@ -18,6 +18,7 @@ from tests.support.commands import (
     succeeded,
     train,
 )
+from tests.support.pngs import read_texts
 
 
 @pytest.fixture(scope="module")

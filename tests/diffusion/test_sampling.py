@@ -11,7 +11,6 @@ from ldm_jax.diffusion.guidance import unguided
 from ldm_jax.diffusion.sampling import Known, frame_slots, sample, starting_noise
 from ldm_jax.diffusion.schedules import Level
 from ldm_jax.diffusion.solvers import (
-    STOCHASTIC,
     inversion,
     make_table,
     slope_of,
@@ -25,6 +24,7 @@ from tests.support.gaussian import (
     ONE,
     SCHEDULES,
     STD,
+    STOCHASTIC,
     TWO,
     Mixture,
     answer,

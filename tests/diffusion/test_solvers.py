@@ -6,7 +6,6 @@ import pytest
 
 from ldm_jax.diffusion.schedules import reaches_pure_noise
 from ldm_jax.diffusion.solvers import (
-    STOCHASTIC,
     make_table,
 )
 from ldm_jax.diffusion.timesteps import Levels, make_levels
@@ -18,6 +17,7 @@ from tests.support.gaussian import (
     SCHEDULES,
     SIGMA_DATA,
     STD,
+    STOCHASTIC,
     TWO,
     flow_end,
     follow,
@@ -283,7 +283,7 @@ def test_every_sampler_makes_its_number_of_network_calls(num_steps):
         assert set(np.diff(step)) <= {0, 1}
 
 
-def test_what_draws_noise_is_told():
+def test_stochastic_samplers_add_noise():
     levels = make_levels(LDM, 5)
     found = {
         name

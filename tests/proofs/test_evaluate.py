@@ -24,12 +24,13 @@ from ldm_jax.evaluation.classifier import (
     train_classifier,
 )
 from ldm_jax.evaluation.extractors import (
+    Extractor,
     classifier_extractor,
     extract_all,
-    function_extractor,
     inception_extractor,
 )
 from ldm_jax.evaluation.features import (
+    FeatureSet,
     Provenance,
     Reference,
     check_comparable,
@@ -44,7 +45,7 @@ from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.pretrained.metric_networks import inception_shapes
 from ldm_jax.training.latent_cache import made_of
 from ldm_jax.types import InputError
-from tests import tiny
+from tests.support import tiny
 from tests.support.commands import run, succeeded, train, write_run
 
 DOOR = "ldm_jax.cli.evaluate"
@@ -252,7 +253,7 @@ def test_statistics_of_a_part_are_of_all_classes(monkeypatch, tmp_path):
         labels = [label_by_image[image.tobytes()] for image in images]
         return np.stack([labels, labels], axis=1).astype(np.float32)
 
-    extractor = function_extractor(tell, digest="d")
+    extractor = extractor_of(tell, digest="d")
     config, protocol = tiny.get_config(), PROTOCOLS["dataset-classifier"]
     found = measuring.measure_real(config, protocol, extractor, folder=tmp_path)
     kept = found.kept[:, 0]
@@ -260,6 +261,11 @@ def test_statistics_of_a_part_are_of_all_classes(monkeypatch, tmp_path):
     assert np.isclose(found.pooled.mean[0], everything.mean(), rtol=1e-12)
     assert len(kept) == 80
     assert set(kept[:60]) == set(range(10))  # any first part stands for all
+
+
+def extractor_of(function, *, digest):
+    """Make an extractor of a function from images to features."""
+    return Extractor(lambda x: FeatureSet(function(x), None, None), digest)
 
 
 def levels_of(shown):
@@ -272,7 +278,7 @@ def test_a_reference_batch_of_adm_is_read_as_it_is_published(tmp_path):
     path = tmp_path / "VIRTUAL_things.npz"
     mu, sigma = np.arange(3.0), np.diag([1.0, 4.0, 9.0])
     np.savez(path, arr_0=shown, mu=mu, sigma=sigma, mu_s=mu, sigma_s=2.0 * sigma)
-    extractor = function_extractor(levels_of, digest="d" * 64)
+    extractor = extractor_of(levels_of, digest="d" * 64)
     read = functools.partial(
         real.real_statistics, tiny.get_config(), given=path, folder=tmp_path
     )
@@ -338,11 +344,9 @@ def test_maps_of_any_size_are_halved_to_four():
         assert seen.pooled.shape == (2, 64) and seen.logits.shape == (2, 3)
 
 
-def test_any_function_can_look():
-    extractor = function_extractor(
-        lambda shown: shown.reshape(len(shown), -1).astype(np.float64), digest="mine"
-    )
-    found = extract_all(extractor, images(10), size=4)
+def test_extract_all_joins_the_features_of_every_batch():
+    flat = lambda x: x.reshape(len(x), -1).astype(np.float32)  # noqa: E731
+    found = extract_all(extractor_of(flat, digest="mine"), images(10), size=4)
     assert found.pooled.shape == (10, 256) and found.logits is None
 
 

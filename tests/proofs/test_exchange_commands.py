@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.files import write_safetensors
-from ldm_jax.images import read_png, read_texts
+from ldm_jax.images import read_png
 from ldm_jax.pretrained.tensors import open_tensors
 from tests.data.test_tokenizer import write_clip
 from tests.support.commands import (
@@ -19,6 +19,7 @@ from tests.support.commands import (
     write_run,
 )
 from tests.support.models import config_of
+from tests.support.pngs import read_texts
 
 STEPS = ["--steps", 2, "--seeds", "0-1"]
 

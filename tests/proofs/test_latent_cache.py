@@ -40,8 +40,8 @@ from ldm_jax.training.encode_latents import make_cache, make_shards, plan_cache
 from ldm_jax.training.latent_encoders import Encoders, Made, encode_records
 from ldm_jax.training.latent_shards import find_shards
 from ldm_jax.types import InputError, RunError
-from tests import tiny
 from tests.data.test_tokenizer import write_clip
+from tests.support import tiny
 from tests.support.models import config_of, model_of
 
 NUM, BATCH, STEPS = 24, 8, 5

@@ -26,8 +26,8 @@ from ldm_jax.tools.report.scores import score_curves, scores_section
 from ldm_jax.training.diffusion_step import Denoising, Frozen
 from ldm_jax.training.metrics import read_metrics
 from ldm_jax.types import InputError, Preempted
-from tests import tiny
 from tests.parallel.test_layouts import StopAfter
+from tests.support import tiny
 from tests.support.commands import sample_here
 from tests.support.toys import run_toy, toy_stage
 

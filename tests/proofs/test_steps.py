@@ -12,7 +12,7 @@ from ldm_jax.evaluation.fid import frechet_distance
 from ldm_jax.evaluation.trade_off import Measured, cheapest, in_words, to_table
 from ldm_jax.images import read_png
 from ldm_jax.types import InputError
-from tests import tiny
+from tests.support import tiny
 from tests.support.commands import run, succeeded, write_run
 from tests.support.models import config_of
 

@@ -22,7 +22,7 @@ from ldm_jax.sampling.any_steps import AnyStepsFn, make_any_steps_fn
 from ldm_jax.sampling.program import sample_course
 from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.types import SAMPLER_NAMES, InputError
-from tests import tiny
+from tests.support import tiny
 from tests.support.gaussian import SCHEDULES
 from tests.support.models import model_of
 

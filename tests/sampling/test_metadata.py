@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from ldm_jax.files import write_safetensors
-from ldm_jax.images import read_png, read_texts, write_png
+from ldm_jax.images import read_png, write_png
 from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.sampling import request as requests
 from ldm_jax.sampling.conditions import ImageSpec
 from ldm_jax.sampling.metadata import make_metadata
 from tests.support.commands import refusal, sample_here, write_run
+from tests.support.pngs import read_texts
 from tests.support.stand_ins import config_with, no_networks
 
 SIDE = 8

@@ -9,11 +9,12 @@ import pytest
 from PIL import PngImagePlugin
 
 from ldm_jax.build import build_model
-from ldm_jax.images import read_png, read_texts
+from ldm_jax.images import read_png
 from ldm_jax.sampling import outputs as gallery
 from ldm_jax.sampling.draw import draw
 from ldm_jax.sampling.pipeline import Pipeline
 from tests.support.commands import refusal, sample_here, write_run
+from tests.support.pngs import read_texts
 from tests.support.stand_ins import config_with, no_networks, picture
 
 REQUEST = ["--labels", "1,2", "--seeds", "0-2", "--steps", 2]

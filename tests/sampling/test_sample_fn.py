@@ -25,7 +25,7 @@ from ldm_jax.sampling import program as chunk
 from ldm_jax.sampling.editing import Edit, free_latents, make_invert_fn, slerp, start_of
 from ldm_jax.sampling.sample_fn import make_sample_fn, steps_of_strength
 from ldm_jax.types import TAKES_ETA
-from tests import tiny
+from tests.support import tiny
 from tests.support.models import config_of, model_of
 
 CHUNK = 4

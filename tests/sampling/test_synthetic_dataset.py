@@ -11,12 +11,13 @@ from ldm_jax.config import ClipConfig, ConditionConfig
 from ldm_jax.data import tfds_writer as writing
 from ldm_jax.data.class_names import find_class_names
 from ldm_jax.data.sources import open_source
-from ldm_jax.images import read_png, read_texts
+from ldm_jax.images import read_png
 from ldm_jax.sampling import synthetic_dataset as synthetic
 from ldm_jax.sampling.request import SampleRequest, parse_sample
 from ldm_jax.types import InputError
 from tests.data.test_tokenizer import write_clip
 from tests.support.commands import refusal, sample_here, write_run
+from tests.support.pngs import read_texts
 from tests.support.stand_ins import config_with, no_networks, picture
 
 LABELS = ("7", "3", "0")

@@ -35,6 +35,8 @@ class Mixture(NamedTuple):
     std: np.ndarray
 
 
+STOCHASTIC = frozenset({"ddim", "ddpm", "euler_ancestral", "dpmpp_sde_2m", "lcm"})
+"""Samplers that add noise at some step."""
 SIGMA_DATA = 0.5
 BETAS = {"num_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195}
 SCHEDULES: dict[str, Schedule] = {

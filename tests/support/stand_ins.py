@@ -19,7 +19,7 @@ from ldm_jax.sampling import editing as inversion
 from ldm_jax.sampling import pipeline as pipeline
 from ldm_jax.sampling import program as chunk
 from ldm_jax.sampling import sample_fn as generate
-from tests import tiny
+from tests.support import tiny
 
 SIDE = 8  # of the images of `tests.support.tiny`
 FACTOR = 2  # of the autoencoder of `tests.support.tiny`

@@ -33,8 +33,8 @@ from ldm_jax.tools.demo.controls import (
 from ldm_jax.tools.demo.queue import RenderQueue
 from ldm_jax.tools.demo.server import Gate, address_of, open_socket
 from ldm_jax.types import InputError
-from tests import tiny
 from tests.data.test_tokenizer import write_clip
+from tests.support import tiny
 from tests.support.browser import CHROMIUM, open_tab
 from tests.support.commands import ROOT, environment, error_line, run, write_run
 from tests.support.models import config_of

@@ -18,7 +18,7 @@ from ldm_jax.tools.report.charts import Curve, chart
 from ldm_jax.tools.report.run_summary import read_run_summary
 from ldm_jax.tools.report.scores import _sweep, best_by_way
 from ldm_jax.types import InputError
-from tests import tiny
+from tests.support import tiny
 from tests.support.commands import error_line, run
 from tests.support.models import model_of
 
