@@ -4,14 +4,20 @@ import dataclasses
 from typing import Literal
 
 from ldm_jax.config.training import OptimConfig
-from ldm_jax.config.validation import Checked, DtypeName
+from ldm_jax.config.validation import (
+    DtypeName,
+    checked_dataclass,
+    require,
+    require_at_least,
+    require_widths,
+)
 
 ADAM_GAN = OptimConfig(lr=4.5e-6, b1=0.5, b2=0.9, clip_norm=0.0)
 """latent-diffusion's optimiser of both players; the rate is for one image a step."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdversaryConfig(Checked):
+@checked_dataclass
+class AdversaryConfig:
     """The patch discriminator that sharpens reconstructions."""
 
     enabled: bool = False
@@ -34,12 +40,12 @@ class AdversaryConfig(Checked):
     """Its own optimiser."""
 
     def _check(self) -> None:
-        self._want_at_least(0, "start_step", "ramp_steps", "weight")
-        self._want_at_least(1, "channels", "num_layers")
+        require_at_least(self, 0, "start_step", "ramp_steps", "weight")
+        require_at_least(self, 1, "channels", "num_layers")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig(Checked):
+@checked_dataclass
+class AutoencoderConfig:
     """Stage 1: the autoencoder and its training."""
 
     regularizer: Literal["kl", "vq"] = "kl"
@@ -114,10 +120,10 @@ class AutoencoderConfig(Checked):
         )
 
     def _check(self) -> None:
-        self._check_widths()
-        self._want_at_least(1, "latent_channels", "codebook_size", "scale_batches")
-        self._want("z_channels", self.encoder_channels >= 1, "at least 1")
-        self._want_at_least(0, "kl_weight", "codebook_weight", "commitment_beta")
-        self._want_at_least(0, "perceptual_weight")
+        require_widths(self)
+        require_at_least(self, 1, "latent_channels", "codebook_size", "scale_batches")
+        require(self, "z_channels", self.encoder_channels >= 1, "at least 1")
+        require_at_least(self, 0, "kl_weight", "codebook_weight", "commitment_beta")
+        require_at_least(self, 0, "perceptual_weight")
         positive = self.latent_scale is None or self.latent_scale > 0.0
-        self._want("latent_scale", positive, "above 0, or unset")
+        require(self, "latent_scale", positive, "above 0, or unset")

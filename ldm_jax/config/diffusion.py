@@ -4,7 +4,13 @@ import dataclasses
 from typing import Literal
 
 from ldm_jax.config.training import OptimConfig
-from ldm_jax.config.validation import Checked, DtypeName
+from ldm_jax.config.validation import (
+    DtypeName,
+    checked_dataclass,
+    require,
+    require_at_least,
+    require_widths,
+)
 from ldm_jax.types import InputError
 
 ContextName = Literal["none", "class", "text", "clip", "embedding"]
@@ -20,8 +26,8 @@ LONGEST_AVERAGE = 0.28
 """As a share of training; a uniform average of all of it has 0.289."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig(Checked):
+@checked_dataclass
+class TextConfig:
     """LDM's own text transformer (also for the box tokens of a layout)."""
 
     vocab_size: int = 30_522
@@ -44,14 +50,14 @@ class TextConfig(Checked):
 
     def _check(self) -> None:
         counts = "vocab_size length width depth num_heads head_width"
-        self._want_at_least(1, *counts.split())
-        self._want("embedding_std", self.embedding_std > 0, "above 0")
+        require_at_least(self, 1, *counts.split())
+        require(self, "embedding_std", self.embedding_std > 0, "above 0")
         even = self.positions == "normal" or self.width % 2 == 0
-        self._want("width", even, "an even number for positions of sinusoids")
+        require(self, "width", even, "an even number for positions of sinusoids")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipConfig(Checked):
+@checked_dataclass
+class ClipConfig:
     """CLIP's text encoder; the defaults are those of ViT-L/14."""
 
     vocab_size: int = 49_408
@@ -79,13 +85,13 @@ class ClipConfig(Checked):
 
     def _check(self) -> None:
         counts = "vocab_size length width depth num_heads mlp_width projection_width"
-        self._want_at_least(1, *counts.split())
+        require_at_least(self, 1, *counts.split())
         divides = self.width % self.num_heads == 0
-        self._want("num_heads", divides, f"a divisor of the width, {self.width}")
+        require(self, "num_heads", divides, f"a divisor of the width, {self.width}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConditionConfig(Checked):
+@checked_dataclass
+class ConditionConfig:
     """What an image is conditioned on; the three ways may be combined."""
 
     label: bool = False
@@ -193,16 +199,18 @@ class ConditionConfig(Checked):
 
     def _check(self) -> None:
         counts = "class_width embedding_width embedding_length low_resolution_factor"
-        self._want_at_least(1, *counts.split(), "num_segments", "rescale_channels")
-        self._want_at_least(0, "rescale_stages")
+        require_at_least(self, 1, *counts.split(), "num_segments", "rescale_channels")
+        require_at_least(self, 0, "rescale_stages")
         reads = self.context != "none" or not self.pooled
-        self._want("pooled", reads, "False where `context` is none")
+        require(self, "pooled", reads, "False where `context` is none")
         learns = not self.learns_tokenizer or self.context == "text"
-        self._want("tokenizer", learns, "a folder, or `captions` with `context text`")
+        require(
+            self, "tokenizer", learns, "a folder, or `captions` with `context text`"
+        )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionConfig(Checked):
+@checked_dataclass
+class DiffusionConfig:
     """Stage 2: the UNet, the noise schedule and the training."""
 
     channels: int = 224
@@ -301,10 +309,10 @@ class DiffusionConfig(Checked):
         return GAMMAS.get(self.loss_weight, 5.0)
 
     def _check(self) -> None:
-        self._check_widths()
-        self._want("channels", self.channels % 2 == 0, "an even number")
-        self._want_at_least(1, "num_heads", "num_timesteps")
-        self._want_at_least(0, "head_channels", "transformer_depth")
+        require_widths(self)
+        require(self, "channels", self.channels % 2 == 0, "an even number")
+        require_at_least(self, 1, "num_heads", "num_timesteps")
+        require_at_least(self, 0, "head_channels", "transformer_depth")
         field = "head_channels" if self.head_channels else "num_heads"
         parts = getattr(self, field)
         heads_fit = all(
@@ -313,17 +321,19 @@ class DiffusionConfig(Checked):
             if 2**level in self.attention_downsampling
             or level == len(self.channel_multipliers) - 1
         )
-        self._want(field, heads_fit, "a divisor of every width with attention")
-        self._want("norm_epsilon", self.norm_epsilon > 0.0, "above 0")
+        require(self, field, heads_fit, "a divisor of every width with attention")
+        require(self, "norm_epsilon", self.norm_epsilon > 0.0, "above 0")
         self._check_levels()
         self._check_objective()
         lengths = self.average_lengths
         fits = all(0.0 < one <= LONGEST_AVERAGE for one in lengths)
         wanted = f"each above 0, at most {LONGEST_AVERAGE}, and no two the same"
         fits &= len(set(lengths)) == len(lengths)
-        self._want("average_lengths", fits, wanted)
-        self._want_at_least(1, "average_snapshots")
-        self._want("condition_dropout", 0.0 <= self.condition_dropout <= 1.0, "0 to 1")
+        require(self, "average_lengths", fits, wanted)
+        require_at_least(self, 1, "average_snapshots")
+        require(
+            self, "condition_dropout", 0.0 <= self.condition_dropout <= 1.0, "0 to 1"
+        )
         if self.condition.concat == "segmentation" and not self.condition.trained:
             raise InputError(
                 "condition.trained: got False with concat segmentation, wanted True: "
@@ -336,33 +346,36 @@ class DiffusionConfig(Checked):
             )
 
     def _check_levels(self) -> None:
-        self._want("beta_start", 0.0 < self.beta_start < 1.0, "above 0, below 1")
-        self._want(
-            "beta_end", self.beta_start <= self.beta_end < 1.0, "beta_start to below 1"
+        require(self, "beta_start", 0.0 < self.beta_start < 1.0, "above 0, below 1")
+        require(
+            self,
+            "beta_end",
+            self.beta_start <= self.beta_end < 1.0,
+            "beta_start to below 1",
         )
         for name in ("sigma_data", "sigma_min", "log_sigma_std"):
-            self._want(name, getattr(self, name) > 0.0, "above 0")
-        self._want("sigma_max", self.sigma_max > self.sigma_min, "above sigma_min")
-        self._want("timestep_shift", self.timestep_shift > 0.0, "above 0")
+            require(self, name, getattr(self, name) > 0.0, "above 0")
+        require(self, "sigma_max", self.sigma_max > self.sigma_min, "above sigma_min")
+        require(self, "timestep_shift", self.timestep_shift > 0.0, "above 0")
         shifts = self.schedule != "edm" or self.timestep_shift == 1.0
         wanted = "1 with schedule edm; try --diffusion.log-sigma-mean"
-        self._want("timestep_shift", shifts, wanted)
+        require(self, "timestep_shift", shifts, wanted)
         if self.zero_terminal_snr:
             discrete = self.schedule not in ("flow", "edm")
             wanted = f"False with schedule {self.schedule}, which has no betas"
-            self._want("zero_terminal_snr", discrete, wanted)
+            require(self, "zero_terminal_snr", discrete, wanted)
             wanted = "at least 2 with zero_terminal_snr"
-            self._want("num_timesteps", self.num_timesteps >= 2, wanted)
+            require(self, "num_timesteps", self.num_timesteps >= 2, wanted)
 
     def _check_objective(self) -> None:
-        self._want("loss_weight_gamma", self.gamma > 0.0, "above 0")
+        require(self, "loss_weight_gamma", self.gamma > 0.0, "above 0")
         if self.loss_weight == "debiased":
             wanted = "at most 1 with loss_weight debiased"
-            self._want("loss_weight_gamma", self.gamma <= 1.0, wanted)
-        self._want_at_least(0, "offset_noise")
+            require(self, "loss_weight_gamma", self.gamma <= 1.0, wanted)
+        require_at_least(self, 0, "offset_noise")
         squared = self.loss == "l2" or self.loss_weight == "uniform"
         wanted = f"l2 with loss_weight {self.loss_weight}, a weight of squared errors"
-        self._want("loss", squared, wanted)
+        require(self, "loss", squared, wanted)
         if self.prediction == "eps" and (
             self.schedule == "flow" or self.zero_terminal_snr
         ):

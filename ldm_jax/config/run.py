@@ -14,12 +14,12 @@ from ldm_jax.config.training import (
     ScoresConfig,
     StageName,
 )
-from ldm_jax.config.validation import Checked
+from ldm_jax.config.validation import checked_dataclass, require, require_at_least
 from ldm_jax.types import InputError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Checked):
+@checked_dataclass
+class Config:
     """A whole run: data, two stages, and how it is watched."""
 
     seed: int = 0
@@ -75,10 +75,10 @@ class Config(Checked):
         )
 
     def _check(self) -> None:
-        self._want("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
-        self._want_at_least(0, "max_skipped_steps")
+        require(self, "seed", 0 <= self.seed < 2**32, "0 to 4294967295")
+        require_at_least(self, 0, "max_skipped_steps")
         allowed = (("autoencoder",), ("autoencoder", "diffusion"))
-        self._want("stages", self.stages in allowed, "autoencoder, or both in order")
+        require(self, "stages", self.stages in allowed, "autoencoder, or both in order")
         if self.first_stage is not None and "diffusion" not in self.stages:
             raise InputError(
                 f"first_stage: got {self.first_stage!r} in a run of stage 1 alone, "

@@ -1,9 +1,8 @@
 """What both stages share: the optimiser, and when things are written."""
 
-import dataclasses
 from typing import Literal
 
-from ldm_jax.config.validation import Checked
+from ldm_jax.config.validation import checked_dataclass, require, require_at_least
 from ldm_jax.types import ProtocolName, SamplerName
 
 LayoutName = Literal["pmap", "fsdp"]
@@ -14,8 +13,8 @@ IMAGES_AT_ONCE = 32
 """That a device encodes for a cache, unless another number is asked for."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(Checked):
+@checked_dataclass
+class DataConfig:
     """Where the images come from and what they are made into."""
 
     source: str = "tfds:digits"
@@ -53,14 +52,16 @@ class DataConfig(Checked):
         kind, _, name = self.source.partition(":")
         named = kind in ("tfds", "folder", "builder") and name != ""
         wanted = "tfds:NAME, folder:PATH or builder:FILE.py; try tfds:digits"
-        self._want("source", named, wanted)
-        self._want_at_least(1, "image_size")
-        self._want("image_channels", self.image_channels in (1, 3), "1 or 3")
-        self._want_at_least(0, "num_classes", "num_train_examples", "max_broken_files")
+        require(self, "source", named, wanted)
+        require_at_least(self, 1, "image_size")
+        require(self, "image_channels", self.image_channels in (1, 3), "1 or 3")
+        require_at_least(
+            self, 0, "num_classes", "num_train_examples", "max_broken_files"
+        )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig(Checked):
+@checked_dataclass
+class OptimConfig:
     """AdamW or Muon with linear warm-up, clipping, and an average of the weights."""
 
     algorithm: AlgorithmName = "adamw"
@@ -87,17 +88,17 @@ class OptimConfig(Checked):
     """Decay of the average of the weights, in [0, 1); shorter at first."""
 
     def _check(self) -> None:
-        self._want("lr", self.lr > 0.0, "above 0")
-        self._want_at_least(
-            0, "warmup_steps", "decay_steps", "weight_decay", "clip_norm"
+        require(self, "lr", self.lr > 0.0, "above 0")
+        require_at_least(
+            self, 0, "warmup_steps", "decay_steps", "weight_decay", "clip_norm"
         )
-        self._want("b1", 0.0 <= self.b1 < 1.0, "0 to below 1")
-        self._want("b2", 0.0 <= self.b2 < 1.0, "0 to below 1")
-        self._want("ema_decay", 0.0 <= self.ema_decay < 1.0, "0 to below 1")
+        require(self, "b1", 0.0 <= self.b1 < 1.0, "0 to below 1")
+        require(self, "b2", 0.0 <= self.b2 < 1.0, "0 to below 1")
+        require(self, "ema_decay", 0.0 <= self.ema_decay < 1.0, "0 to below 1")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(Checked):
+@checked_dataclass
+class CheckpointConfig:
     """When the state is written, and how much of it is kept."""
 
     every: int = 1000
@@ -106,11 +107,11 @@ class CheckpointConfig(Checked):
     """Checkpoints kept of each stage."""
 
     def _check(self) -> None:
-        self._want_at_least(1, "every", "keep")
+        require_at_least(self, 1, "every", "keep")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig(Checked):
+@checked_dataclass
+class LogConfig:
     """When numbers and pictures are written."""
 
     every: int = 20
@@ -119,11 +120,11 @@ class LogConfig(Checked):
     """Steps between two grids of pictures; the last step always draws one."""
 
     def _check(self) -> None:
-        self._want_at_least(1, "every", "images_every")
+        require_at_least(self, 1, "every", "images_every")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoresConfig(Checked):
+@checked_dataclass
+class ScoresConfig:
     """How good samples are while stage 2 is trained: a curve beside the loss.
 
     The samples are those of `ldm evaluate`, seeds 0 and on with the
@@ -148,13 +149,13 @@ class ScoresConfig(Checked):
     """Guidance scale of the samples; 1 is none."""
 
     def _check(self) -> None:
-        self._want_at_least(0, "every", "guidance_scale")
-        self._want_at_least(1, "steps")
-        self._want_at_least(2, "images")
+        require_at_least(self, 0, "every", "guidance_scale")
+        require_at_least(self, 1, "steps")
+        require_at_least(self, 2, "images")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreviewConfig(Checked):
+@checked_dataclass
+class PreviewConfig:
     """How images are made, in training's grids and in `sample.py`."""
 
     chunk: int = 16
@@ -165,12 +166,12 @@ class PreviewConfig(Checked):
     """Guidance scale of training's grids."""
 
     def _check(self) -> None:
-        self._want_at_least(1, "chunk", "grid_steps")
-        self._want_at_least(0, "grid_guidance_scale")
+        require_at_least(self, 1, "chunk", "grid_steps")
+        require_at_least(self, 0, "grid_guidance_scale")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParallelConfig(Checked):
+@checked_dataclass
+class ParallelConfig:
     """How a run is spread over chips and hosts; it may change when a run goes on."""
 
     layout: LayoutName = "pmap"
@@ -188,9 +189,9 @@ class ParallelConfig(Checked):
     """Seconds a step may take before every thread's stack is printed; 0: never."""
 
     def _check(self) -> None:
-        self._want_at_least(1, "accumulate", "steps_per_dispatch", "cpu_devices")
-        self._want_at_least(10, "peer_timeout")
-        self._want_at_least(0, "stall_timeout")
+        require_at_least(self, 1, "accumulate", "steps_per_dispatch", "cpu_devices")
+        require_at_least(self, 10, "peer_timeout")
+        require_at_least(self, 0, "stall_timeout")
 
 
 StageName = Literal["autoencoder", "diffusion"]

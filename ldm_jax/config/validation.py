@@ -1,77 +1,110 @@
-"""The base of every config: fields that check their type and range at birth."""
+"""How configs and flags check themselves: types, then ranges, each error one line."""
 
 import dataclasses
+import math
 import types
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from ldm_jax.types import InputError
+from ldm_jax.types import InputError, choices
+
+T = TypeVar("T")
 
 DtypeName = Literal["float32", "bfloat16"]
 
 
-class Checked:
-    """Check the type of every field at birth; a subclass adds ranges in `_check`."""
+def require(
+    config: object, field: str, holds: bool, wanted: str, try_: str | None = None
+) -> None:
+    """Raise `InputError`, "FIELD: got GOT, wanted WANTED; try TRY", unless `holds`."""
+    if not holds:
+        hint = "" if try_ is None else f"; try {try_}"
+        got = getattr(config, field)
+        raise InputError(f"{field}: got {got!r}, wanted {wanted}{hint}")
 
-    def __post_init__(self) -> None:
-        """Check types, then ranges."""
-        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            value = _typed(field.name, field.type, getattr(self, field.name))
+
+def require_at_least(config: object, low: float, *fields: str) -> None:
+    """Raise `InputError` for a field below `low`; one that is None passes."""
+    for field in fields:
+        value = getattr(config, field)
+        require(config, field, value is None or value >= low, f"at least {low}")
+
+
+def require_widths(config: Any) -> None:
+    """Check the channels, levels, groups, batch and steps of a network's config."""
+    multipliers = config.channel_multipliers
+    require_at_least(config, 1, "channels", "num_res_blocks", "batch_size", "steps")
+    require(config, "channel_multipliers", len(multipliers) >= 1, "at least one level")
+    require(config, "channel_multipliers", min(multipliers) >= 1, "each at least 1")
+    groups_fit = config.num_groups >= 1 and all(
+        config.channels * multiplier % config.num_groups == 0
+        for multiplier in (1, *multipliers)
+    )
+    wanted = f"a divisor of {config.channels} and every width"
+    require(config, "num_groups", groups_fit, wanted)
+
+
+@typing.dataclass_transform(
+    frozen_default=True,
+    kw_only_default=True,
+    field_specifiers=(dataclasses.field,),
+)
+def checked_dataclass(cls: type[T]) -> type[T]:
+    """Make a frozen, keyword-only dataclass whose values are checked at birth.
+
+    Every field must have its annotated type. Then the method `_check`, where the class
+    has one, raises `InputError` for a value out of range.
+    """
+
+    def __post_init__(self: Any) -> None:
+        for field in dataclasses.fields(self):
+            value = as_type(field.name, field.type, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        self._check()
+        if hasattr(self, "_check"):
+            self._check()
 
-    def _check(self) -> None:
-        """Raise `InputError` for a value out of range."""
-
-    def _want(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise InputError(f"{name}: got {getattr(self, name)!r}, wanted {wanted}")
-
-    def _want_at_least(self, low: int, *names: str) -> None:
-        for name in names:
-            self._want(name, getattr(self, name) >= low, f"at least {low}")
-
-    def _check_widths(self) -> None:
-        """Check what both networks have: channels, levels, groups, batch and steps."""
-        config: Any = self
-        multipliers = config.channel_multipliers
-        self._want_at_least(1, "channels", "num_res_blocks", "batch_size", "steps")
-        self._want("channel_multipliers", len(multipliers) >= 1, "at least one level")
-        self._want("channel_multipliers", min(multipliers) >= 1, "each at least 1")
-        groups_fit = config.num_groups >= 1 and all(
-            config.channels * multiplier % config.num_groups == 0
-            for multiplier in (1, *multipliers)
-        )
-        wanted = f"a divisor of {config.channels} and every width"
-        self._want("num_groups", groups_fit, wanted)
+    cls.__post_init__ = __post_init__  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
-def _typed(name: str, annotation: Any, value: Any) -> Any:
+def as_type(field: str, annotation: Any, value: Any) -> Any:
     """Return `value` as the field's type, or raise; an int may stand for a float."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    wanted = getattr(annotation, "__name__", str(annotation))
+    if origin is typing.Annotated:
+        return as_type(field, args[0], value)
+    if origin is types.UnionType:
+        none_given = value is None and type(None) in args
+        return None if none_given else as_type(field, args[0], value)
     if origin is Literal:
-        if value in args:
-            return value
-        wanted = "one of " + ", ".join(str(choice) for choice in args)
-    elif origin is types.UnionType:
-        if value is None and type(None) in args:
-            return value
-        return _typed(name, args[0], value)
+        holds = value in args
+        if isinstance(value, str) and not holds:
+            raise InputError(f"{field}: {choices(value, map(str, args))}")
     elif origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_typed(name, args[0], item) for item in value)
-        wanted = "a tuple"
-    elif annotation is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = float(value)
-            if value == value and abs(value) != float("inf"):
-                return value
-        wanted = "a finite number"
-    elif annotation is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        wanted = "a whole number"
-    elif isinstance(value, annotation):
-        return value
-    raise InputError(f"{name}: got {value!r}, wanted {wanted}")
+        if isinstance(value, list | tuple) and len(value) == (
+            len(value) if ... in args else len(args)
+        ):
+            return tuple(as_type(field, args[0], item) for item in value)
+        holds = False
+    elif annotation in (int, float):
+        number = int if annotation is int else int | float
+        holds = isinstance(value, number) and not isinstance(value, bool)
+        holds = holds and -math.inf < value < math.inf
+        value = annotation(value) if holds else value
+    else:
+        holds = isinstance(value, annotation)
+    if not holds:
+        raise InputError(f"{field}: got {value!r}, wanted {in_words(annotation)}")
+    return value
+
+
+def in_words(annotation: Any) -> str:
+    """Say what values an annotation allows."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Annotated, types.UnionType):
+        return in_words(args[0])
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin is tuple:
+        return "a list" if ... in args else f"{len(args)} values"
+    words = {int: "a whole number", float: "a finite number", bool: "True or False"}
+    return words.get(annotation) or getattr(annotation, "__name__", str(annotation))

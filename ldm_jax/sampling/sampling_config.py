@@ -1,9 +1,8 @@
 """All that makes an image but its seed and what it shows, checked at birth."""
 
-import dataclasses
 
 from ldm_jax.config.diffusion import LONGEST_AVERAGE
-from ldm_jax.config.validation import Checked
+from ldm_jax.config.validation import checked_dataclass, require
 from ldm_jax.types import (
     SAMPLER_NAMES,
     SPACING_NAMES,
@@ -23,8 +22,8 @@ ONE_OF_TWO = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Checked):
+@checked_dataclass
+class SamplingConfig:
     """How images are made: the flags of `sample.py` that a recipe keeps.
 
     Every number is finite, so that a recipe is strict JSON.
@@ -90,7 +89,7 @@ class SamplingConfig(Checked):
             raise InputError(f"sampler: {choices(self.sampler, SAMPLER_NAMES)}")
         if self.spacing is not None and self.spacing not in SPACING_NAMES:
             raise InputError(f"spacing: {choices(self.spacing, SPACING_NAMES)}")
-        self._want("steps", self.steps >= 1, "at least 1")
+        require(self, "steps", self.steps >= 1, "at least 1")
         if self.step is not None and self.workdir is None:
             raise InputError(
                 f"step: got {self.step} without --workdir, wanted none: weights have "
@@ -98,7 +97,7 @@ class SamplingConfig(Checked):
             )
         if self.ema_length is not None:
             self._check_length(self.ema_length)
-        self._want("eta", 0.0 <= self.eta <= 1.0, "0 to 1")
+        require(self, "eta", 0.0 <= self.eta <= 1.0, "0 to 1")
         if self.eta and self.sampler not in TAKES_ETA:
             raise InputError(
                 f"eta: got {self.eta} with --sampler {self.sampler}, which has none; "
@@ -107,7 +106,7 @@ class SamplingConfig(Checked):
         self._check_guidance()
         self._check_edit()
         tile = self.tile == 0 or self.tile >= MIN_DECODER_TILE
-        self._want("tile", tile, f"0, or at least {MIN_DECODER_TILE} latents")
+        require(self, "tile", tile, f"0, or at least {MIN_DECODER_TILE} latents")
 
     def _check_length(self, length: float) -> None:
         if self.workdir is None:
@@ -116,13 +115,13 @@ class SamplingConfig(Checked):
                 "are of one average"
             )
         good = 0.0 < length <= LONGEST_AVERAGE
-        self._want("ema_length", good, f"above 0, at most {LONGEST_AVERAGE}")
+        require(self, "ema_length", good, f"above 0, at most {LONGEST_AVERAGE}")
 
     def _check_guidance(self) -> None:
         scales = self.guidance_scale
         positive = bool(scales) and min(scales) >= 0.0
-        self._want("guidance_scale", positive, "0 or more, or several as in 1,4,1")
-        self._want("guidance_rescale", 0.0 <= self.guidance_rescale <= 1.0, "0 to 1")
+        require(self, "guidance_scale", positive, "0 or more, or several as in 1,4,1")
+        require(self, "guidance_rescale", 0.0 <= self.guidance_rescale <= 1.0, "0 to 1")
         low, high = self.guidance_low, self.guidance_high
         if low < 0.0 or (high is not None and high <= low):
             raise InputError(
@@ -158,10 +157,10 @@ class SamplingConfig(Checked):
             raise InputError(f"invert: got it with --eta {self.eta}, wanted 0")
         if self.strength is not None:
             good = 0.0 < self.strength <= 1.0
-            self._want("strength", good, "above 0, at most 1")
+            require(self, "strength", good, "above 0, at most 1")
         if (added := self.outpaint) is not None:
             good = len(added) == 4 and min(added) >= 0 and any(added)
-            self._want("outpaint", good, "four numbers from 0 on, not all 0")
+            require(self, "outpaint", good, "four numbers from 0 on, not all 0")
         if self.size is not None:
             good = len(self.size) == 2 and min(self.size) >= 1
-            self._want("size", good, "height and width in pixels")
+            require(self, "size", good, "height and width in pixels")
