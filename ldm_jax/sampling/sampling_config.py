@@ -1,6 +1,5 @@
 """All that makes an image but its seed and what it shows, checked at birth."""
 
-
 from ldm_jax.config.diffusion import LONGEST_AVERAGE
 from ldm_jax.config.validation import checked_dataclass, require
 from ldm_jax.types import (
