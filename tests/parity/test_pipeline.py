@@ -18,7 +18,7 @@ from ldm_jax.pretrained.tensors import Tensors
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
 from ldm_jax.sampling.conditions import condition_inputs
 from ldm_jax.sampling.sample_fn import make_sample_fn
-from tests import models
+from tests.support import models
 from tests.data.test_tokenizer import write_clip
 from tests.parity.diffusers_models import from_torch, relative, to_torch
 from tests.support.weights import random_tensors
