@@ -15,6 +15,7 @@ from ldm_jax.images import to_float
 from ldm_jax.models.layers import GroupNorm, conv
 from ldm_jax.rng import root_key
 from ldm_jax.training.state import (
+    Optimizer,
     TrainState,
     apply_gradients,
     init_state,
@@ -113,7 +114,10 @@ def train_classifier(
       Its parameters, NumPy arrays.
     """
     optim = OptimConfig(
-        lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, decay_steps=num_steps
+        lr=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        decay_steps=num_steps,
+        ema_decay=0.0,
     )
     optimizer = make_optimizer(optim, num_steps=num_steps)
     key = root_key(CLASSIFIER_SEED)
@@ -140,7 +144,7 @@ def _step(
     images: UInt8[Array, "b h w c"],
     labels: Int[Array, " b"],
     *,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     num_classes: int,
 ) -> TrainState:
     def error(params: PyTree) -> Float[Array, ""]:
@@ -149,7 +153,7 @@ def _step(
         return details.mean()
 
     gradients = jax.grad(error)(state.params)
-    return apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+    return apply_gradients(state, gradients, optimizer)
 
 
 def accuracy(

@@ -28,11 +28,12 @@ from ldm_jax.training.autoencoder_step import autoencoder_step, latent_moments
 from ldm_jax.training.gan_loss import Adversary
 from ldm_jax.training.loop import Stage
 from ldm_jax.training.state import (
-    AnyState,
-    init_adversarial_state,
+    CriticState,
+    TrainState,
     init_state,
     learning_rate_schedule,
     make_optimizer,
+    make_transformation,
 )
 from ldm_jax.types import InputError, PyTree, RunError
 
@@ -76,17 +77,17 @@ def autoencoder_stage(
             commitment_beta=settings.commitment_beta,
         ),
         adversary=adversary,
-        ema_decay=settings.optim.ema_decay,
         accumulate=config.parallel.accumulate,
     )
     reconstruct = make_reconstruct(model)
 
-    def init() -> AnyState:
-        params = init_autoencoder(config, model)
+    def init() -> TrainState:
+        state = init_state(init_autoencoder(config, model), optimizer)
         if adversary is None:
-            return init_state(params, optimizer)
+            return state
         critic = init_critic(config, adversary.critic)
-        return init_adversarial_state(params, optimizer, critic, adversary.optimizer)
+        opt_state = adversary.optimizer.init(critic)
+        return state._replace(critic=CriticState(critic, opt_state))
 
     def draw(ema: PyTree, step_number: int) -> None:
         images = load_split(config, "test", limit=NUM_RECONSTRUCTIONS).image
@@ -137,7 +138,7 @@ def build_adversary(config: Config) -> Adversary | None:
             num_layers=settings.num_layers,
             dtype=jnp.dtype(config.autoencoder.dtype),
         ),
-        optimizer=make_optimizer(settings.optim, num_steps=own_steps),
+        optimizer=make_transformation(settings.optim, num_steps=own_steps),
         start_step=settings.start_step,
         ramp_steps=settings.ramp_steps,
         weight=settings.weight,

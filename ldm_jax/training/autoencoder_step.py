@@ -28,10 +28,10 @@ from ldm_jax.training.autoencoder_loss import (
 )
 from ldm_jax.training.gan_loss import Adversary, gan_update
 from ldm_jax.training.state import (
-    AdversarialState,
-    AnyState,
+    Optimizer,
+    TrainState,
     apply_gradients,
-    learned_from,
+    gradient_inputs,
 )
 from ldm_jax.types import PyTree
 
@@ -89,20 +89,19 @@ class BatchLosses(NamedTuple):
 
 
 def autoencoder_step(
-    state: AnyState,
+    state: TrainState,
     frozen: PyTree,
     batch: Batch,
     root_key: Key[Array, ""],
     *,
     average: Average,
     autoencoder: Autoencoder,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     latent_shape: tuple[int, int, int],
     objective: Objective,
     adversary: Adversary | None,
-    ema_decay: float,
     accumulate: int,
-) -> tuple[AnyState, AutoencoderMetrics]:
+) -> tuple[TrainState, AutoencoderMetrics]:
     """Make one update of the autoencoder and, if it has one, of its adversary.
 
     Args:
@@ -114,7 +113,6 @@ def autoencoder_step(
       latent_shape: Height, width and channels of a latent.
       objective: The numbers of the losses.
       adversary: The rules of the game; None without one.
-      ema_decay: Of the average of the weights.
       accumulate: Parts the batch is computed in, one after the other; 1 with an
         adversary.
 
@@ -127,7 +125,7 @@ def autoencoder_step(
     Source:
       Rombach et al., arXiv:2112.10752, sec. 3.1 and eq. 25.
     """
-    if adversary is not None and not isinstance(state, AdversarialState):
+    if adversary is not None and state.critic is None:
         raise ValueError("adversary: given, but the state holds none")
     learn = functools.partial(
         _learn,
@@ -137,13 +135,13 @@ def autoencoder_step(
         adversary=adversary,
     )
     learned = average(
-        learn, learned_from(state), frozen, batch, root_key, parts=accumulate
+        learn, gradient_inputs(state), frozen, batch, root_key, parts=accumulate
     )
     losses, gan = learned.means, learned.agreed
     details: dict[str, Float[Array, ""]] = {}
     if gan is not None:
         critic, metrics = gan
-        state = cast(AdversarialState, state)._replace(critic=critic)
+        state = state._replace(critic=critic)
         details = metrics._asdict()
     metrics = AutoencoderMetrics(
         loss=losses.loss,
@@ -152,14 +150,11 @@ def autoencoder_step(
         **_latent_metrics(losses),
         **details,
     )
-    state = apply_gradients(
-        state, learned.gradients, optimizer=optimizer, ema_decay=ema_decay
-    )
-    return state, metrics
+    return apply_gradients(state, learned.gradients, optimizer), metrics
 
 
 def _learn(
-    state: AnyState,
+    state: TrainState,
     frozen: PyTree,
     batch: Batch,
     root_key: Key[Array, ""],
@@ -195,10 +190,10 @@ def _learn(
     penalty_weight = objective.kl_weight if is_kl else objective.codebook_weight
     loss = loss + penalty_weight * penalty
     gan = None
-    if adversary is not None:
+    if adversary is not None and state.critic is not None:
         gan = gan_update(
             adversary,
-            cast(AdversarialState, state).critic,
+            state.critic,
             state.step,
             images,
             made.images,

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from ldm_jax.parallel.multihost import first_alone, gather_texts, together
 from ldm_jax.training.asyncio_errors import AsyncioErrors, quieten, reason_of
 from ldm_jax.training.digest import join_digests, leaf_digests, tree_digest
+from ldm_jax.training.state import TrainState
 from ldm_jax.types import InputError, PyTree, RunError
 
 T = TypeVar("T")
@@ -130,7 +131,8 @@ class CheckpointStore:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(tree), notes=ocp.args.JsonSave(notes)
+                    state=ocp.args.PyTreeSave(_stored(tree)),
+                    notes=ocp.args.JsonSave(notes),
                 ),
             )
         return digest
@@ -319,9 +321,12 @@ class CheckpointStore:
         else:
             restore_args = jax.tree.map(_sharded, target, shardings)
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+            state=ocp.args.PyTreeRestore(
+                item=_stored(target), restore_args=_stored(restore_args)
+            )
         )
-        return self._reader.restore(self._folder(step), args=items)["state"]
+        found = self._reader.restore(self._folder(step), args=items)["state"]
+        return _restored(target, found)
 
     def _folder(self, step: int) -> Path:
         return self.directory / str(step)
@@ -388,6 +393,30 @@ def _sharded(leaf: Any, sharding: Any) -> ocp.ArrayRestoreArgs:
     return ocp.ArrayRestoreArgs(
         sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
     )
+
+
+def _stored(tree: PyTree) -> PyTree:
+    """Leave absent parts out of every train state; Orbax would save each None."""
+
+    def fields(part: Any) -> Any:
+        if not _is_state(part):
+            return part
+        return {k: v for k, v in part._asdict().items() if v is not None}
+
+    return jax.tree.map(fields, tree, is_leaf=_is_state)
+
+
+def _restored(target: PyTree, stored: PyTree) -> PyTree:
+    """Invert `_stored`."""
+
+    def part(wanted: Any, found: Any) -> Any:
+        return TrainState(**found) if _is_state(wanted) else found
+
+    return jax.tree.map(part, target, stored, is_leaf=_is_state)
+
+
+def _is_state(part: Any) -> bool:
+    return isinstance(part, TrainState)
 
 
 def _leaves(tree: PyTree) -> list[tuple[str, Any]]:

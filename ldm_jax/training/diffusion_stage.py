@@ -11,7 +11,6 @@ from ldm_jax.config import Config
 from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams
 from ldm_jax.training.diffusion_step import (
     Denoising,
-    DiffusionState,
     Frozen,
     Objective,
     diffusion_step,
@@ -19,10 +18,10 @@ from ldm_jax.training.diffusion_step import (
 from ldm_jax.training.ema import FOLDER, snapshot_steps, write_snapshot
 from ldm_jax.training.loop import Stage
 from ldm_jax.training.state import (
+    TrainState,
     init_state,
     learning_rate_schedule,
     make_optimizer,
-    with_averages,
 )
 
 
@@ -53,7 +52,11 @@ def diffusion_stage(
         conditioner = conditioner.clone(reads="embedding", encoder=None)
         condition = condition.as_vectors()
         learned_on = learned_on._replace(conditioner={}, null_embedding=null_state)
-    optimizer = make_optimizer(settings.optim, num_steps=settings.steps)
+    optimizer = make_optimizer(
+        settings.optim,
+        num_steps=settings.steps,
+        average_lengths=settings.average_lengths,
+    )
     step = functools.partial(
         diffusion_step,
         autoencoder=model.autoencoder,
@@ -66,14 +69,11 @@ def diffusion_stage(
         num_classes=model.num_classes,
         null_tokens=model.null_tokens,
         condition_dropout=settings.condition_dropout,
-        ema_decay=settings.optim.ema_decay,
         accumulate=config.parallel.accumulate,
-        average_lengths=settings.average_lengths,
     )
 
-    def init() -> DiffusionState:
-        state = init_state(init_denoising(config, model), optimizer)
-        return with_averages(state, num=len(settings.average_lengths))
+    def init() -> TrainState:
+        return init_state(init_denoising(config, model), optimizer)
 
     def keep(averages: tuple[Denoising, ...], step_number: int) -> None:
         folder = averages_folder(workdir)

@@ -39,10 +39,10 @@ from ldm_jax.training.conditions import (
     random_holes,
 )
 from ldm_jax.training.state import (
-    AveragedState,
+    Optimizer,
     TrainState,
     apply_gradients,
-    learned_from,
+    gradient_inputs,
 )
 from ldm_jax.types import PyTree
 
@@ -91,10 +91,6 @@ class Objective(NamedTuple):
     """Above 1, levels of much noise are met more often."""
 
 
-DiffusionState = TrainState | AveragedState
-"""Whose parameters are a `Denoising`."""
-
-
 class DiffusionMetrics(NamedTuple):
     """Numbers of one step, each a mean over the global batch."""
 
@@ -105,7 +101,7 @@ class DiffusionMetrics(NamedTuple):
 
 
 def diffusion_step(
-    state: DiffusionState,
+    state: TrainState,
     frozen: Frozen,
     batch: Batch | LatentBatch,
     root_key: Key[Array, ""],
@@ -114,17 +110,15 @@ def diffusion_step(
     autoencoder: Autoencoder,
     unet: UNet,
     conditioner: Conditioner,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     objective: Objective,
     latent_shape: tuple[int, int, int],
     condition: ConditionConfig,
     num_classes: int,
     null_tokens: tuple[int, ...],
     condition_dropout: float,
-    ema_decay: float,
     accumulate: int,
-    average_lengths: tuple[float, ...] = (),
-) -> tuple[DiffusionState, DiffusionMetrics]:
+) -> tuple[TrainState, DiffusionMetrics]:
     """Minimise the error of the prediction on one batch.
 
     Args:
@@ -142,9 +136,7 @@ def diffusion_step(
       num_classes: Real classes; the null class has this index.
       null_tokens: Tokens of the empty prompt.
       condition_dropout: Probability of training an example without its condition.
-      ema_decay: Of the average of the weights.
       accumulate: Parts the batch is computed in, one after the other.
-      average_lengths: Of the other averages that the state keeps.
 
     Returns:
       The next state, and the numbers of this step.
@@ -166,21 +158,15 @@ def diffusion_step(
         condition_dropout=condition_dropout,
     )
     learned = average(
-        learn, learned_from(state), frozen, batch, root_key, parts=accumulate
+        learn, gradient_inputs(state), frozen, batch, root_key, parts=accumulate
     )
     gradients = learned.gradients
-    state = apply_gradients(
-        state,
-        gradients,
-        optimizer=optimizer,
-        ema_decay=ema_decay,
-        average_lengths=average_lengths,
-    )
+    state = apply_gradients(state, gradients, optimizer)
     return state, DiffusionMetrics(learned.means, optax.tree.norm(gradients))
 
 
 def _learn(
-    state: DiffusionState,
+    state: TrainState,
     frozen: Frozen,
     batch: Batch | LatentBatch,
     root_key: Key[Array, ""],

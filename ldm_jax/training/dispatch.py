@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Key
 
 from ldm_jax.models.kernels.convolution import in_a_loop
 from ldm_jax.parallel.reduce import Average
-from ldm_jax.training.state import AnyState
+from ldm_jax.training.state import TrainState
 from ldm_jax.types import PyTree
 
-Step = Callable[..., tuple[AnyState, Any]]
+Step = Callable[..., tuple[TrainState, Any]]
 
 
 def skip_nonfinite(step: Step) -> Step:
@@ -28,13 +28,13 @@ def skip_nonfinite(step: Step) -> Step:
     """
 
     def guarded(
-        state: AnyState,
+        state: TrainState,
         frozen: PyTree,
         batch: PyTree,
         root_key: Key[Array, ""],
         *,
         average: Average,
-    ) -> tuple[AnyState, Any]:
+    ) -> tuple[TrainState, Any]:
         after, metrics = step(state, frozen, batch, root_key, average=average)
         good = all_finite(metrics)
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
@@ -61,14 +61,14 @@ def several_steps(step: Step) -> Step:
     """
 
     def steps(
-        state: AnyState,
+        state: TrainState,
         frozen: PyTree,
         batches: PyTree,
         root_key: Key[Array, ""],
         *,
         average: Average,
-    ) -> tuple[AnyState, Any]:
-        def body(state: AnyState, batch: PyTree) -> tuple[AnyState, Any]:
+    ) -> tuple[TrainState, Any]:
+        def body(state: TrainState, batch: PyTree) -> tuple[TrainState, Any]:
             with in_a_loop():
                 return step(state, frozen, batch, root_key, average=average)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ldm_jax.models.discriminator_lpips import PatchDiscriminator
 from ldm_jax.parallel.reduce import AxisName, mean_over
-from ldm_jax.training.state import CriticState, apply_critic_gradients
+from ldm_jax.training.state import CriticState, update_params
 from ldm_jax.types import PyTree
 
 MAX_ADAPTIVE_WEIGHT = 1e4
@@ -210,7 +210,9 @@ def train_critic(
     Returns:
       The state after the update.
     """
-    after = apply_critic_gradients(critic, gradients, optimizer=adversary.optimizer)
+    after = CriticState(
+        *update_params(critic.params, critic.opt_state, gradients, adversary.optimizer)
+    )
 
     def choose(new: Array, old: Array) -> Array:
         return jnp.where(factor > 0.0, new, old)

@@ -27,7 +27,7 @@ from ldm_jax.training.metrics import (
 from ldm_jax.training.metrics_buffer import Dispatch, MetricsBuffer
 from ldm_jax.training.prefetch import Prefetch
 from ldm_jax.training.profiling import Profile, StallClock
-from ldm_jax.training.state import AnyState
+from ldm_jax.training.state import TrainState
 from ldm_jax.types import Preempted, PyTree
 
 CHECKPOINTS = "checkpoints"
@@ -42,9 +42,9 @@ class Stage(NamedTuple):
     """Steps it takes in all."""
     batch_size: int
     """Global."""
-    step: Callable[..., tuple[AnyState, Any]]
+    step: Callable[..., tuple[TrainState, Any]]
     """The pure step, all but state, frozen, batch and key bound."""
-    init: Callable[[], AnyState]
+    init: Callable[[], TrainState]
     """Makes the state before the first step."""
     frozen: PyTree
     """Arrays the step reads and never changes, or None."""
@@ -95,7 +95,7 @@ class Finished(NamedTuple):
 
 
 def checkpoint_tree(
-    state: AnyState, root_key: Key[Array, ""], extra: dict[str, Any]
+    state: TrainState, root_key: Key[Array, ""], extra: dict[str, Any]
 ) -> dict[str, Any]:
     """Collect what a checkpoint of a stage holds."""
     return {"state": state, "root_key": jax.random.key_data(root_key), "extra": extra}

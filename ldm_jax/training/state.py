@@ -1,6 +1,6 @@
-"""What training changes, and the optimiser that changes it."""
+"""The train state of a stage, its optimizer, and one update."""
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,82 +14,64 @@ from ldm_jax.training.optimizers import muon
 from ldm_jax.types import PyTree
 
 
-class TrainState(NamedTuple):
-    """The state of one stage: arrays only."""
-
-    step: Int[Array, ""]
-    """Updates made, int32."""
-    params: PyTree
-    """Live parameters, float32."""
-    ema: PyTree
-    """Exponential moving average of `params`."""
-    opt_state: PyTree
-    """The optimiser's."""
-
-
-class AveragedState(NamedTuple):
-    """The state of a stage that keeps more averages than one."""
-
-    step: Int[Array, ""]
-    """Updates made, int32."""
-    params: PyTree
-    """Live parameters, float32."""
-    ema: PyTree
-    """Exponential moving average of `params`."""
-    opt_state: PyTree
-    """The optimiser's."""
-    averages: tuple[PyTree, ...]
-    """Averages by a power of the step, one for each relative length."""
-
-
 class CriticState(NamedTuple):
-    """The state of an adversary."""
+    """The state of the discriminator."""
 
     params: PyTree
     """Its parameters, float32."""
     opt_state: PyTree
-    """Its optimiser's."""
+    """The state of its optimizer."""
 
 
-class AdversarialState(NamedTuple):
-    """The state of a stage with an adversary: that of a stage without, and one more."""
+class TrainState(NamedTuple):
+    """The state of one stage: arrays only.
+
+    Field names are paths in checkpoints. A checkpoint holds no trace of a part that is
+    None.
+    """
 
     step: Int[Array, ""]
     """Updates made, int32."""
     params: PyTree
     """Live parameters, float32."""
     ema: PyTree
-    """Exponential moving average of `params`; of the adversary there is none."""
+    """Exponential moving average of `params`."""
     opt_state: PyTree
-    """The optimiser's."""
-    critic: CriticState
-    """The adversary's."""
+    """The state of the optimizer."""
+    critic: CriticState | None = None
+    """The discriminator's state, if the stage trains one."""
+    averages: tuple[PyTree, ...] | None = None
+    """Power-function averages of `params`, one for each of `average_lengths`."""
 
 
-AnyState = TrainState | AveragedState | AdversarialState
-State = TypeVar("State", bound=AnyState)
+class Optimizer(NamedTuple):
+    """An optimizer and the averages of the parameters that it maintains; all static."""
+
+    transformation: optax.GradientTransformation
+    """From gradients to updates."""
+    ema_decay: float
+    """Largest decay of the exponential moving average, in [0, 1)."""
+    average_lengths: tuple[float, ...] = ()
+    """Relative lengths of the power-function averages."""
 
 
-def learned_from(state: State) -> State:
+def gradient_inputs(state: TrainState) -> TrainState:
     """Return the parts of a state that a gradient depends on.
 
-    The averages and the moments of the optimiser are left out, so that a layout that
-    gathers what it is given does not gather them.
+    Without the averages and the moments of the optimizer, a layout that shards the
+    state does not gather them.
     """
-    if isinstance(state, AveragedState):
-        state = state._replace(averages=())
-    return state._replace(ema=None, opt_state=None)
+    return state._replace(ema=None, opt_state=None, averages=None)
 
 
 def learning_rate_schedule(config: OptimConfig, *, num_steps: int) -> optax.Schedule:
     """Make the learning rate a function of the step.
 
     Args:
-      config: Peak, warm-up and decay.
       num_steps: Steps of the whole stage.
 
     Returns:
-      Linear up over the warm-up, flat, linear down to 0 over the decay.
+      A linear warm-up, a constant rate, a linear decay to 0.
     """
 
     def schedule(count: ArrayLike) -> Float[Array, ""]:
@@ -101,20 +83,17 @@ def learning_rate_schedule(config: OptimConfig, *, num_steps: int) -> optax.Sche
     return schedule
 
 
-def make_optimizer(
+def make_transformation(
     config: OptimConfig, *, num_steps: int
 ) -> optax.GradientTransformation:
-    """Make AdamW or Muon behind clipping by the global norm.
+    """Make AdamW or Muon after clipping by the global norm.
 
-    Muon moves matrices; kernels of convolutions, vectors and scalars, and tables of
-    embeddings if the config says so, are AdamW's at the same learning rate.
+    Muon updates matrices. AdamW updates convolution kernels, vectors, scalars and, if
+    the config says so, embedding tables, at the same learning rate.
 
     Args:
-      config: Its numbers; a `clip_norm` of 0 clips nothing.
+      config: A `clip_norm` of 0 clips nothing.
       num_steps: Steps of the whole stage, for the decay of the learning rate.
-
-    Returns:
-      The optimiser.
 
     Source:
       Loshchilov & Hutter, arXiv:1711.05101; Pascanu et al., arXiv:1211.5063
@@ -137,102 +116,72 @@ def make_optimizer(
     return optax.chain(clip if config.clip_norm else optax.identity(), update)
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Make the state before the first step; the average starts at the parameters."""
+def make_optimizer(
+    config: OptimConfig, *, num_steps: int, average_lengths: tuple[float, ...] = ()
+) -> Optimizer:
+    """Make the optimizer of a stage of `num_steps` steps."""
+    transformation = make_transformation(config, num_steps=num_steps)
+    return Optimizer(transformation, config.ema_decay, average_lengths)
+
+
+def init_state(params: PyTree, optimizer: Optimizer) -> TrainState:
+    """Make the state before the first step; every average starts at `params`."""
+    lengths = optimizer.average_lengths
+    averages = tuple(jax.tree.map(jnp.copy, params) for _ in lengths)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.transformation.init(params),
+        averages=averages or None,
     )
 
 
-def with_averages(state: TrainState, *, num: int) -> TrainState | AveragedState:
-    """Return a state before the first step that keeps averages, if there are any."""
-    if not num:
-        return state
-    copies = tuple(jax.tree.map(jnp.copy, state.params) for _ in range(num))
-    return AveragedState(*state, averages=copies)
-
-
-def init_adversarial_state(
-    params: PyTree,
-    optimizer: optax.GradientTransformation,
-    critic_params: PyTree,
-    critic_optimizer: optax.GradientTransformation,
-) -> AdversarialState:
-    """Make the state before the first step, with the adversary's."""
-    critic = CriticState(critic_params, critic_optimizer.init(critic_params))
-    return AdversarialState(*init_state(params, optimizer), critic=critic)
-
-
 def apply_gradients(
-    state: State,
-    gradients: PyTree,
-    *,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-    average_lengths: tuple[float, ...] = (),
-) -> State:
-    """Make one update.
+    state: TrainState, gradients: PyTree, optimizer: Optimizer
+) -> TrainState:
+    """Make one update of the parameters and their averages.
 
-    The decay of the average is `min(ema_decay, (1 + n) / (10 + n))` after n updates,
-    so that a short run is not averaged with its initialisation.
+    The decay of the exponential moving average is `min(ema_decay, (1 + n) / (10 + n))`
+    after n updates: the average of a short run does not contain its initialisation.
 
     Args:
       state: Before the update.
-      gradients: Of the loss, already reduced over devices.
-      optimizer: The one that made `state.opt_state`.
-      ema_decay: Largest decay of the average, in [0, 1).
-      average_lengths: Of the averages by a power of the step, where the state has them.
-
-    Returns:
-      The state after the update.
+      gradients: Means over all devices.
+      optimizer: The optimizer that made the state.
 
     Source:
       latent-diffusion `LitEma`; Karras et al., arXiv:2312.02696, equation 3.
     """
-    params, opt_state = _update(state.params, state.opt_state, gradients, optimizer)
+    params, opt_state = update_params(
+        state.params, state.opt_state, gradients, optimizer.transformation
+    )
     step = state.step + 1
     n = step.astype(jnp.float32)
-    decay = jnp.minimum(ema_decay, (1.0 + n) / (10.0 + n))
-    ema = optax.incremental_update(params, state.ema, 1.0 - decay)
-    after = state._replace(step=step, params=params, ema=ema, opt_state=opt_state)
-    if not isinstance(after, AveragedState):
-        return after
-    averages = tuple(
-        optax.incremental_update(params, old, share_of_new(step, length=length))
-        for old, length in zip(after.averages, average_lengths, strict=True)
+    decay = jnp.minimum(optimizer.ema_decay, (1.0 + n) / (10.0 + n))
+    averages = state.averages
+    if averages is not None:
+        averages = tuple(
+            optax.incremental_update(params, old, share_of_new(step, length=length))
+            for old, length in zip(averages, optimizer.average_lengths, strict=True)
+        )
+    return state._replace(
+        step=step,
+        params=params,
+        ema=optax.incremental_update(params, state.ema, 1.0 - decay),
+        opt_state=opt_state,
+        averages=averages,
     )
-    return after._replace(averages=averages)
 
 
-def apply_critic_gradients(
-    critic: CriticState,
-    gradients: PyTree,
-    *,
-    optimizer: optax.GradientTransformation,
-) -> CriticState:
-    """Make one update of an adversary.
-
-    Args:
-      critic: Before the update.
-      gradients: Of its loss, already reduced over devices.
-      optimizer: The one that made `critic.opt_state`.
-
-    Returns:
-      The state after the update.
-    """
-    return CriticState(*_update(critic.params, critic.opt_state, gradients, optimizer))
-
-
-def _update(
+def update_params(
     params: PyTree,
     opt_state: PyTree,
     gradients: PyTree,
-    optimizer: optax.GradientTransformation,
+    transformation: optax.GradientTransformation,
 ) -> tuple[PyTree, PyTree]:
+    """Return the parameters and the optimizer's state after one update."""
     # Optax raises a float to an integer count, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        updates, opt_state = transformation.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state

@@ -116,7 +116,7 @@ def test_a_checkpoint_of_eight_is_one_of_four_two_and_one(tmp_path, unbroken):
 
 
 def test_dispatches_are_a_function_of_the_step_and_miss_nothing_that_is_due(tmp_path):
-    watch = LoopConfig(
+    loop_config = LoopConfig(
         tmp_path,
         CheckpointConfig(every=7),
         LogConfig(every=5, images_every=12),
@@ -124,7 +124,7 @@ def test_dispatches_are_a_function_of_the_step_and_miss_nothing_that_is_due(tmp_
     )
     done, ends = 0, [0]
     while done < 40:
-        size = dispatch_size(done, num_steps=40, watch=watch)
+        size = dispatch_size(done, num_steps=40, loop_config=loop_config)
         assert size in (1, 3)
         done += size
         ends.append(done)

@@ -26,7 +26,8 @@ from ldm_jax.training.gan_loss import (
 )
 from ldm_jax.training.loop import checkpoint_tree, stage_target
 from ldm_jax.training.state import (
-    AdversarialState,
+    CriticState,
+    Optimizer,
     apply_gradients,
     init_state,
     make_optimizer,
@@ -81,13 +82,14 @@ def batches(num):
 
 def descend(config, rate):
     """The first state and the step under plain descent: at rate 1, by the gradient."""
-    optimizer, stage = optax.sgd(rate), build(config)
-    state, own = stage.init(), {"optimizer": optimizer}
-    state = state._replace(opt_state=optimizer.init(state.params))
+    descent, stage = optax.sgd(rate), build(config)
+    ema_decay = config.autoencoder.optim.ema_decay
+    state, own = stage.init(), {"optimizer": Optimizer(descent, ema_decay)}
+    state = state._replace(opt_state=descent.init(state.params))
     if config.autoencoder.adversary.enabled:
-        start = optimizer.init(state.critic.params)
+        start = descent.init(state.critic.params)
         state = state._replace(critic=state.critic._replace(opt_state=start))
-        own["adversary"] = build_adversary(config)._replace(optimizer=optimizer)
+        own["adversary"] = build_adversary(config)._replace(optimizer=descent)
     return state, functools.partial(stage.step, **own)
 
 
@@ -204,7 +206,7 @@ def test_one_pass_back_is_the_gradient_of_the_whole_loss(regularizer, fields):
 def test_before_the_start_the_adversary_neither_learns_nor_speaks(regularizer):
     states, _ = run(make_config(regularizer), 1, 4, RATE)
     alone, _ = run(make_config(regularizer, enabled=False), 1, 4, RATE)
-    assert not hasattr(alone[0], "critic")
+    assert alone[0].critic is None
     for i in range(1, START + 1):
         assert leaves_equal(states[i].critic, states[0].critic)
         length = distance(alone[i].params, alone[i - 1].params)
@@ -291,7 +293,7 @@ def test_the_losses_of_the_adversary_equal_their_formulas():
 
 def test_the_adversary_learns_to_tell_real_from_made():
     config = make_config()
-    adversary, optimizer = build_adversary(config), optax.adam(2e-3)
+    adversary, optimizer = build_adversary(config), Optimizer(optax.adam(2e-3), 0.0)
     images = to_float(jnp.asarray(batches(1)[0].image))
     blurred = 0.5 * (images + jnp.roll(images, 1, axis=2))
     state = init_state(build(config).init().critic.params, optimizer)
@@ -300,7 +302,7 @@ def test_the_adversary_learns_to_tell_real_from_made():
     def learn(state):
         game = play(adversary, state.params, images, blurred, axis_name=None)
         gradients = game.critic_gradients
-        state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+        state = apply_gradients(state, gradients, optimizer)
         return state, game
 
     losses = []
@@ -318,7 +320,7 @@ def test_a_clip_norm_of_zero_clips_nothing_and_keeps_the_shape_of_the_state():
         config = OptimConfig(lr=1.0, clip_norm=clip_norm, b1=0.0, b2=0.0)
         optimizer = make_optimizer(config, num_steps=10)
         state = init_state(params, optimizer)
-        state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+        state = apply_gradients(state, gradients, optimizer)
         return state, float(optax.tree.get(state.opt_state, "nu")["w"][0])
 
     (free, unclipped), (bound, clipped) = moment(0.0), moment(1.0)
@@ -342,7 +344,7 @@ def test_the_state_of_both_players_survives_a_checkpoint(tmp_path):
     store.save(1, checkpoint_tree(state, key, {}), {})
     found = store.restore(stage_target(stage, key)).tree["state"]
     store.close()
-    assert isinstance(found, AdversarialState)
+    assert isinstance(found.critic, CriticState)
     assert leaves_equal(found, state)
 
 

@@ -24,12 +24,7 @@ from ldm_jax.training.ema import (
     snapshot_steps,
     write_snapshot,
 )
-from ldm_jax.training.state import (
-    AveragedState,
-    apply_gradients,
-    init_state,
-    with_averages,
-)
+from ldm_jax.training.state import Optimizer, apply_gradients, init_state
 from ldm_jax.types import InputError, Preempted
 from tests.parallel.test_layouts import FSDP, StopAfter
 from tests.support.commands import write_run
@@ -164,18 +159,11 @@ def test_a_damaged_file_is_named(kept, tmp_path):
 
 
 def test_an_update_moves_every_average():
-    optimizer = optax.sgd(1.0)
-    state = with_averages(init_state({"w": jnp.asarray(0.0)}, optimizer), num=2)
-    assert isinstance(state, AveragedState)
+    optimizer = Optimizer(optax.sgd(1.0), ema_decay=0.9, average_lengths=KEPT)
+    state = init_state({"w": jnp.asarray(0.0)}, optimizer)
     weights = []
     for n in range(1, 30):
-        state = apply_gradients(
-            state,
-            {"w": jnp.asarray(-1.0)},
-            optimizer=optimizer,
-            ema_decay=0.9,
-            average_lengths=KEPT,
-        )
+        state = apply_gradients(state, {"w": jnp.asarray(-1.0)}, optimizer)
         weights.append(float(n))
         for length, average in zip(KEPT, state.averages, strict=True):
             masses = np.diff((np.arange(n + 1) / n) ** (power_of(length) + 1.0))
@@ -190,7 +178,13 @@ def averaged_step(state, frozen, batch, root, *, average):
         )
         for old, length in zip(state.averages, KEPT, strict=True)
     )
-    return AveragedState(*after, averages=averages), metrics
+    return after._replace(averages=averages), metrics
+
+
+def averaged_state():
+    state = toy_state()
+    copies = tuple(jax.tree.map(jnp.copy, state.params) for _ in KEPT)
+    return state._replace(averages=copies)
 
 
 def averaged_toy(folder):
@@ -199,7 +193,7 @@ def averaged_toy(folder):
 
     return toy_stage()._replace(
         step=averaged_step,
-        init=lambda: with_averages(toy_state(), num=2),
+        init=averaged_state,
         keep=keep,
         kept_steps=tuple(snapshot_steps(12, snapshots=5)),
     )

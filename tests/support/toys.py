@@ -92,7 +92,7 @@ def toy_stage(*, num_steps=12, accumulate=1, nan_at=(), drawn=None):
     )
 
 
-def run_toy(workdir, stage, *, parallel=None, devices=None, stop=None, **watch):
+def run_toy(workdir, stage, *, parallel=None, devices=None, stop=None, **settings):
     """Run the toy from wherever it stopped; return what it finished with."""
     parallel = parallel or ParallelConfig()
     layout = make_layout(parallel, devices)
@@ -101,13 +101,13 @@ def run_toy(workdir, stage, *, parallel=None, devices=None, stop=None, **watch):
     settings = {
         "checkpoint": CheckpointConfig(every=stage.num_steps // 3, keep=3),
         "log": LogConfig(every=2, images_every=100),
-        **watch,
+        **settings,
     }
 
     def go(stop):
         return run_stage(
             stage,
-            watch=LoopConfig(Path(workdir), parallel=parallel, **settings),
+            loop_config=LoopConfig(Path(workdir), parallel=parallel, **settings),
             layout=layout,
             iterator=open_iterator(config, batch_size=stage.batch_size, layout=layout),
             root_key=root_key(0),

@@ -1,4 +1,5 @@
 import asyncio
+import collections
 import gc
 import json
 
@@ -10,6 +11,7 @@ import tensorstore
 
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.digest import tree_digest
+from ldm_jax.training.state import CriticState, TrainState
 from ldm_jax.types import RunError
 
 
@@ -58,6 +60,35 @@ def test_only_the_newest_are_kept(store):
 
 def test_an_empty_folder_has_nothing_to_restore(store):
     assert store.restore(TARGET) is None
+
+
+FIELDS = {"step": jnp.int32(3), "params": tree(), "ema": tree(2.0), "opt_state": ()}
+PARTS = {"critic": CriticState(tree(3.0), ()), "averages": (tree(4.0), tree(5.0))}
+
+
+@pytest.mark.parametrize("parts", [(), ("critic",), ("averages",)])
+def test_a_state_without_optional_parts_is_saved_as_if_they_did_not_exist(store, parts):
+    fields = {**FIELDS, **{name: PARTS[name] for name in parts}}
+    # Earlier versions had one class for each set of parts.
+    earlier = collections.namedtuple("Earlier", fields)(**fields)
+    state = TrainState(**fields)
+    digests = [
+        store.save(1, {"state": earlier}, {}),
+        store.save(2, {"state": state}, {}),
+    ]
+    assert digests[0] == digests[1]
+    opened = reopened(store)
+    target = jax.eval_shape(lambda: {"state": state})
+    for step in (1, 2):
+        found = opened.restore(target, step=step).tree["state"]
+        assert type(found) is TrainState
+        assert tree_digest(found) == tree_digest(state)
+    opened.close()
+    leaves = [
+        set(json.loads(path.read_text())["tree_metadata"])
+        for path in sorted(store.directory.glob("*/state/_METADATA"))
+    ]
+    assert leaves[0] == leaves[1]
 
 
 @pytest.mark.parametrize("leaf", ["w", "step", "key"])

@@ -35,10 +35,12 @@ from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import Frozen
 from ldm_jax.training.loop import LoopConfig, run_stage, stage_target
 from ldm_jax.training.state import (
+    Optimizer,
     apply_gradients,
     init_state,
     learning_rate_schedule,
     make_optimizer,
+    make_transformation,
 )
 from ldm_jax.types import InputError, RunError
 from tests.support.tiny import get_config
@@ -300,12 +302,12 @@ def test_the_learning_rate_warms_up_holds_and_decays():
 
 
 def test_the_average_of_the_weights_follows_its_formula():
-    optimizer = optax.sgd(1.0)
+    optimizer = Optimizer(optax.sgd(1.0), ema_decay=0.75)
     state = init_state({"w": jnp.asarray(0.0)}, optimizer)
     average, weight = 0.0, 0.0
     for n in range(1, 40):
         gradients = {"w": jnp.asarray(-1.0)}
-        state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.75)
+        state = apply_gradients(state, gradients, optimizer)
         weight += 1.0
         decay = min(0.75, (1 + n) / (10 + n))
         average = decay * average + (1 - decay) * weight
@@ -322,7 +324,7 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     def second_moment(size):
         gradients = {"a": jnp.full(3, size), "b": jnp.zeros(4)}
         state = init_state(params, optimizer)
-        state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+        state = apply_gradients(state, gradients, optimizer)
         return float(optax.tree.get(state.opt_state, "nu")["a"][0])
 
     assert second_moment(0.1) == pytest.approx(0.1**2)
@@ -346,7 +348,7 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_leaves_the_rest_to_ad
     gradients = jax.tree.map(jnp.float32, gradients)
     params = jax.tree.map(jnp.zeros_like, gradients)
     state = init_state(params, optimizer)
-    state = apply_gradients(state, gradients, optimizer=optimizer, ema_decay=0.0)
+    state = apply_gradients(state, gradients, optimizer)
     moved = jax.tree.map(lambda leaf: np.asarray(leaf) / -0.1, state.params)
     values = np.linalg.svd(moved["matrix"], compute_uv=False)
     assert values.min() > 0.6 and values.max() < 1.3
@@ -371,7 +373,7 @@ def matrices_of_few_shapes():
 def test_muon_of_stacked_matrices_is_optax_muon_and_has_its_state():
     numbers = {"weight_decay": 0.01, "b1": 0.8, "b2": 0.99}
     config = OptimConfig(algorithm="muon", lr=0.1, clip_norm=0.0, **numbers)
-    ours = make_optimizer(config, num_steps=10)
+    ours = make_transformation(config, num_steps=10)
     rate = learning_rate_schedule(config, num_steps=10)
     theirs = optax.chain(
         optax.identity(),
@@ -405,7 +407,7 @@ def test_muon_leaves_tables_of_embeddings_to_adam_when_told_to():
         config = OptimConfig(
             algorithm="muon", lr=0.1, clip_norm=0.0, muon_embeddings=told
         )
-        optimizer = make_optimizer(config, num_steps=10)
+        optimizer = make_transformation(config, num_steps=10)
         with jax.numpy_dtype_promotion("standard"):
             moves[told], _ = optimizer.update(params, optimizer.init(params), params)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), moves[True], moves[False])
@@ -426,13 +428,13 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_p
         return after, metrics._replace(loss=loss)
 
     layout = PmapLayout(jax.devices()[:1])
-    watch = LoopConfig(
+    loop_config = LoopConfig(
         tmp_path, CONFIG.checkpoint, LogConfig(every=100, images_every=100)
     )
     with pytest.raises(RunError, match="autoencoder step 5: loss = nan"):
         run_stage(
             built._replace(step=poisoned),
-            watch=watch,
+            loop_config=loop_config,
             layout=layout,
             iterator=open_iterator(CONFIG, batch_size=8, layout=layout),
             root_key=root_key(0),
