@@ -47,7 +47,8 @@ from ldm_jax.files import write_json
 from ldm_jax.parallel.launch import PEER_TIMEOUT, start, use_huge_pages
 from ldm_jax.rng import root_key
 from ldm_jax.run import train
-from ldm_jax.sampling.request import SampleRequest, parse_sample
+from ldm_jax.sampling.request import SampleRequest
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.sampling.synthetic_dataset import DATA_SETS, NAME, write_dataset
 
 NUM_TRAIN, NUM_WINDOWS = 1500, 5
@@ -111,15 +112,13 @@ def config_of(given: argparse.Namespace, n: int, seed: int) -> Config:
 
 def draw_samples(given: argparse.Namespace, config: Config, folder: Path) -> Batch:
     """Draw samples of a run as a user does, and read them as one."""
-    words = {
-        "workdir": folder / "run",
-        "as-dataset": folder / "samples",
-        "seeds": f"0-{given.per_class - 1}",
-        "steps": given.sample_steps,
-        "guidance-scale": given.guidance_scale,
-    }
-    request = parse_sample([f"--{flag}={value}" for flag, value in words.items()])
-    write_dataset(cast(SampleRequest, request))
+    settings = SamplingConfig(
+        workdir=str(folder / "run"),
+        steps=given.sample_steps,
+        guidance_scale=(given.guidance_scale,),
+    )
+    seeds = tuple(range(given.per_class))
+    write_dataset(settings, SampleRequest(as_dataset=folder / "samples", seeds=seeds))
     directory = str(folder / "samples" / DATA_SETS)
     source = open_source(f"tfds:{NAME}", "train", directory=directory)
     side, channels = config.data.image_size, config.data.image_channels

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax import config as config_lib
-from ldm_jax.build import build_model, open_iterator, open_split
+from ldm_jax.build import build_model, load_split, open_iterator, open_split
 from ldm_jax.config import OWN_LATENTS, Config
 from ldm_jax.evaluation.online import check_scores, make_measure
 from ldm_jax.files import write_json
@@ -150,7 +150,14 @@ def train(
             stage = diffusion_stage(
                 opened, model, frozen, workdir, null_state=null_state
             )
-            draw = make_preview(opened, model, frozen, workdir)
+            draw = make_preview(
+                model,
+                frozen,
+                workdir,
+                preview=config.sampling,
+                load_test=lambda num: load_split(opened, "test", limit=num),
+                seed=config.seed,
+            )
             stage = stage._replace(draw=draw)
             if config.scores.every:
                 measure = make_measure(opened, model, frozen, workdir)

@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import io
 import os
+import re
 import sys
 import threading
 import traceback
@@ -22,7 +23,7 @@ import tyro
 
 from ldm_jax.config import Config, flatten, from_json
 from ldm_jax.config.launch import Launch, add_flags, check_launch, check_local
-from ldm_jax.types import InputError, Preempted, RunError
+from ldm_jax.types import InputError, Preempted, RunError, choices
 
 T = TypeVar("T")
 
@@ -33,6 +34,10 @@ PREEMPTED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on."""
 MAX_NUMBERS = 10_000_000
 SECONDS_TO_END = 5
+UNKNOWN_CHOICE = re.compile(
+    r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)"
+)
+"""How `tyro` reports it."""
 REMEDIES = {
     errno.ENOSPC: "make room there and give the same command",
     errno.EDQUOT: "make room there and give the same command",
@@ -325,13 +330,20 @@ class OneLineParser(argparse.ArgumentParser):
 
 def _flags(cls: type[Any], default: Any) -> list[str]:
     names = (
-        [field.name for field in dataclasses.fields(cls)]
+        [_flag_name(field) for field in dataclasses.fields(cls)]
         if default is None
         else list(flatten(default))
     )
     dashed = [name.replace("_", "-") for name in names]
     negated = [f"{head}{dot}no-{tail}" for head, dot, tail in map(_split, dashed)]
     return [f"--{name}" for name in dashed + negated] + ["--help"]
+
+
+def _flag_name(field: dataclasses.Field[Any]) -> str:
+    """Return the name of a field's flag, which `tyro.conf.arg` may change."""
+    notes = getattr(field.type, "__metadata__", ())
+    given = [name for note in notes if (name := getattr(note, "name", None))]
+    return given[0] if given else field.name
 
 
 def _required(cls: type[Any]) -> list[str]:
@@ -369,6 +381,10 @@ def _unbox(text: str) -> str:
             break
         lines.append(inner)
     message = " ".join(lines).removeprefix("Error parsing ")
+    if found := UNKNOWN_CHOICE.match(message):
+        names = [name.strip("' ") for name in found[3].split(",")]
+        wanted = sorted(name for name in names if name != "None")
+        return f"{found[2]}: {choices(found[1], wanted)}"
     return message or _one_line(text)
 
 

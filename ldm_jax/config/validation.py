@@ -12,6 +12,9 @@ T = TypeVar("T")
 
 DtypeName = Literal["float32", "bfloat16"]
 
+UNIONS = (types.UnionType, typing.Union)
+"""Of `int | None`, and of `Literal[...] | None`."""
+
 
 def require(
     config: object, field: str, holds: bool, wanted: str, try_: str | None = None
@@ -64,7 +67,10 @@ def checked_dataclass(cls: type[T]) -> type[T]:
             self._check()
 
     cls.__post_init__ = __post_init__  # pyright: ignore[reportAttributeAccessIssue]
-    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    checked = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    # A type checker of tests would refuse a list before `as_type` makes a tuple of it.
+    typing.no_type_check(checked.__init__)
+    return checked
 
 
 def as_type(field: str, annotation: Any, value: Any) -> Any:
@@ -72,7 +78,7 @@ def as_type(field: str, annotation: Any, value: Any) -> Any:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return as_type(field, args[0], value)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         none_given = value is None and type(None) in args
         return None if none_given else as_type(field, args[0], value)
     if origin is Literal:
@@ -100,7 +106,7 @@ def as_type(field: str, annotation: Any, value: Any) -> Any:
 def in_words(annotation: Any) -> str:
     """Say what values an annotation allows."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Annotated, types.UnionType):
+    if origin in (typing.Annotated, *UNIONS):
         return in_words(args[0])
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"

@@ -6,7 +6,6 @@ WORKDIR/diffusion/scoring/     features of the samples, until they are scored
 
 import shutil
 from pathlib import Path
-from typing import cast
 
 from ldm_jax.config import Config
 from ldm_jax.evaluation.classifier import WIDTH
@@ -20,7 +19,6 @@ from ldm_jax.models.inception import NUM_FEATURES
 from ldm_jax.parallel.multihost import first_alone, gather_texts, together
 from ldm_jax.pretrained.load_run import Run
 from ldm_jax.sampling.pipeline import make_fn, make_pipeline
-from ldm_jax.sampling.request import SampleRequest, parse_sample
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.diffusion_stage import sample_params
 from ldm_jax.training.diffusion_step import Denoising, Frozen
@@ -89,7 +87,12 @@ def make_measure(
         what="scores.images",
     )
     nothing = sample_params(frozen, Denoising({}, {}))
-    settings = _settings(config, workdir)
+    settings = SamplingConfig(
+        workdir=str(workdir),
+        sampler=asked.sampler,
+        steps=asked.steps,
+        guidance_scale=(asked.guidance_scale,),
+    )
     pipeline = make_pipeline(Run(config, model, nothing, "", 0), settings)
     condition = config.diffusion.condition
     guided = condition.uses_classes or condition.uses_tokens
@@ -130,17 +133,3 @@ def make_measure(
         return first_alone(scored) or {}
 
     return measure
-
-
-def _settings(config: Config, workdir: Path) -> SamplingConfig:
-    """Make the settings that the evaluation makes of the same numbers."""
-    asked = config.scores
-    words = {
-        "workdir": workdir,
-        "sampler": asked.sampler,
-        "steps": asked.steps,
-        "guidance-scale": asked.guidance_scale,
-        "out": workdir / FOLDER,  # nothing is written there by these settings
-    }
-    flags = [f"--{name}={value}" for name, value in words.items()]
-    return cast(SampleRequest, parse_sample(flags)).settings

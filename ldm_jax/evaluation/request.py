@@ -2,13 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from ldm_jax.config import Config, read_config
 from ldm_jax.config.flags import OneLineParser
 from ldm_jax.config.launch import Launch, add_flags, check_launch, check_local
 from ldm_jax.evaluation.protocols import Protocol, protocol_of
-from ldm_jax.sampling.request import MAX_SEED, SampleRequest, parse_sample
+from ldm_jax.sampling.request import MAX_SEED
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import PROTOCOL_NAMES, InputError
 
@@ -71,7 +71,7 @@ def parse(args: list[str], *, about: str | None) -> EvaluationRequest:
     add("--sampler", default="ddim")
     add("--steps", type=int, nargs="+", default=[50], help="of each sample, or several")
     add("--spacing", help="of the steps; the run's by default")
-    add("--eta", type=float, help="DDIM's share of fresh noise")
+    add("--eta", type=float, default=0.0, help="DDIM's share of fresh noise")
     add(
         "--guidance-scale",
         nargs="+",
@@ -158,8 +158,8 @@ def check_run(config: Config, given: argparse.Namespace) -> None:
     condition = config.diffusion.condition
     if condition.context == "embedding" or condition.concat != "none":
         raise InputError(
-            f"--workdir: {given.workdir} is told of each image by vectors or pictures; "
-            "wanted a model of classes or texts, or without condition"
+            f"--workdir: {given.workdir} is conditioned on vectors or images; wanted "
+            "a model of classes or texts, or without condition"
         )
 
 
@@ -177,16 +177,20 @@ def settings_of(
     Raises:
       InputError: If one has no meaning.
     """
-    words: dict[str, Any] = {
-        "workdir": given.workdir,
-        "step": given.step,
-        "sampler": given.sampler,
-        "steps": steps,
-        "spacing": given.spacing,
-        "eta": given.eta,
-        "guidance-scale": scale,
-        "ema-length": ema_length,
-    }
-    flags = [f"--{name}={value}" for name, value in words.items() if value is not None]
-    request = parse_sample(flags)
-    return cast(SampleRequest, request).settings  # without --replay it is one
+    try:
+        scales = tuple(float(part) for part in scale.split(","))
+    except ValueError:
+        raise InputError(f"--guidance-scale: got {scale!r}, wanted numbers") from None
+    try:
+        return SamplingConfig(
+            workdir=str(given.workdir),
+            step=given.step,
+            sampler=given.sampler,
+            spacing=given.spacing,
+            steps=steps,
+            eta=given.eta,
+            guidance_scale=scales,
+            ema_length=ema_length,
+        )
+    except InputError as error:
+        raise InputError(f"--{error}") from None

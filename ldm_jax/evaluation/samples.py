@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from ldm_jax.config import Config
+from ldm_jax.config import DataConfig
 from ldm_jax.data.sources import read_captions
 from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.features import FeatureSet, join, read_arrays, write_arrays
 from ldm_jax.images import grid, write_png
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.sampling.conditions import ConditionTexts, ImageSpec
-from ldm_jax.sampling.draw import draw
-from ldm_jax.sampling.pipeline import Pipeline
+from ldm_jax.sampling.pipeline import Pipeline, sample_images
 from ldm_jax.types import InputError
 
 SHARD = 256
@@ -71,7 +71,9 @@ def draw_shards(
     sizes = {i: min(SHARD, num_images - i * SHARD) for i in mine}
     there = {i: _found(folder, i, size) for i, size in sizes.items()}
     missing = [i for i, size in sizes.items() if there[i].num < size]
-    condition_texts = conditions_by_seed(pipeline.run.config, num_images)
+    condition_texts = conditions_by_seed(
+        pipeline.model, pipeline.run.config.data, num_images
+    )
     specs = [
         ImageSpec(condition_texts[seed % len(condition_texts)], seed)
         for i in missing
@@ -86,7 +88,7 @@ def draw_shards(
         mininterval=1.0,
         disable=not shows_progress,
     ) as bar:
-        pictures = draw(pipeline, specs)
+        pictures = sample_images(pipeline, specs)
         for i in missing:
             before = there[i]
             while before.num < sizes[i]:
@@ -113,19 +115,20 @@ def _add(folder: Path, shard: int, before: Features, seen: FeatureSet) -> Featur
     return after
 
 
-def conditions_by_seed(config: Config, num_images: int) -> list[ConditionTexts]:
-    """Say what samples show, seed by seed, over and over.
+def conditions_by_seed(
+    model: LatentDiffusion, data: DataConfig, num_images: int
+) -> list[ConditionTexts]:
+    """Return the conditions of samples; seed i has row i, modulo their number.
 
-    Classes in turn; captions of the held-out split in order.
+    They are the classes in turn, or the captions of the held-out split in order.
 
     Raises:
       InputError: If the captions cannot be read.
     """
-    condition, data = config.diffusion.condition, config.data
     rows: list[ConditionTexts] = [{}]
-    if condition.uses_classes:
-        rows = [{"label": str(label)} for label in range(data.num_classes)]
-    if condition.uses_tokens:
+    if model.condition.uses_classes:
+        rows = [{"label": str(label)} for label in range(model.num_classes)]
+    if model.condition.uses_tokens:
         captions = read_captions(data.source, data.test_split, directory=data.directory)
         chosen = list(captions)[: min(num_images, MOST_CAPTIONS)]
         rows = [

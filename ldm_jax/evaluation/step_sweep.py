@@ -185,7 +185,7 @@ def make_setting(
     Raises:
       ValueError: If the spacing has no meaning for the run.
     """
-    model, config = run.model, run.config
+    model = run.model
     levels = make_levels(model.schedule, steps, spacing=request.spacing)
     table = make_table(sampler, levels, prediction=model.prediction)
     sample_fn = make_sample_fn(
@@ -196,12 +196,12 @@ def make_setting(
         guided=request.guidance_scale != 1.0,
     )
 
-    condition_texts = conditions_by_seed(config, request.num_images)
+    condition_texts = conditions_by_seed(model, run.config.data, request.num_images)
 
     def draw(start: int) -> np.ndarray:
         seeds = list(range(start, min(start + model.chunk, request.num_images)))
         cond, uncond = condition_inputs(
-            config, [condition_texts[i % len(condition_texts)] for i in seeds]
+            model, [condition_texts[i % len(condition_texts)] for i in seeds]
         )
         keys, scale = image_keys(seeds), request.guidance_scale
         made = sample_fn(run.params, keys, cond, scale, uncond=uncond)

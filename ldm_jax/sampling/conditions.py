@@ -1,4 +1,4 @@
-"""What the images of a request show: labels, texts, seeds, and what lies between."""
+"""Conditions of the images of a request: labels, texts, seeds, interpolations."""
 
 import functools
 import logging
@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ldm_jax.build import open_tokenizer
-from ldm_jax.config import ConditionConfig, Config
-from ldm_jax.config.flags import parse_list
+from ldm_jax.config import ConditionConfig
 from ldm_jax.data.captions import count_cut, strange_parts
 from ldm_jax.data.tokenizer import Tokenizer
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.rng import check_seed
 from ldm_jax.sampling.request import SampleRequest
@@ -20,59 +20,63 @@ from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
 ConditionTexts = dict[str, str]
-"""What an image shows, by kind: `label`, `prompt` and perhaps `negative_prompt`."""
+"""Conditions of an image by kind: `label`, `prompt` and perhaps `negative_prompt`."""
 
 
 class ImageSpec(NamedTuple):
     """One image to make."""
 
     condition_texts: ConditionTexts
-    """What it shows."""
+    """Its conditions."""
     seed: int
     """Its seed."""
     other: ConditionTexts | None = None
-    """What else it shows, between the two; or None."""
+    """Conditions of the other end of an interpolation; or None."""
     other_seed: int | None = None
-    """Its second seed, between the two; or None."""
+    """Seed of the other end; or None."""
     weight: float = 0.0
-    """Where between; 0 is the first."""
+    """Position between the two ends; 0 is the first, 1 the other."""
 
 
-def image_specs(config: Config, request: SampleRequest) -> list[ImageSpec]:
+def image_specs(
+    model: LatentDiffusion, request: SampleRequest, *, guided: bool
+) -> list[ImageSpec]:
     """List the images of a request: every condition with every seed, in rows.
+
+    Args:
+      guided: Whether a negative prompt has any effect.
 
     Raises:
       InputError: If the model needs what the request does not give, or the request
         gives what the model does not read.
     """
-    condition_texts = describe_conditions(config, request)
+    rows = condition_rows(model, request, guided=guided)
     if not request.interpolate:
-        return [
-            ImageSpec(row, seed) for row in condition_texts for seed in request.seeds
-        ]
-    ends = len(condition_texts), len(request.seeds)
+        return [ImageSpec(row, seed) for row in rows for seed in request.seeds]
+    ends = len(rows), len(request.seeds)
     if max(ends) != 2:
         raise InputError(
             f"--interpolate: got {ends[0]} classes or texts and {ends[1]} seeds, "
             "wanted two of either or of both; try --seeds 0,1 and one label"
         )
-    other = condition_texts[1] if ends[0] == 2 else None
+    other = rows[1] if ends[0] == 2 else None
     other_seed = request.seeds[1] if ends[1] == 2 else None
     weights = np.linspace(0.0, 1.0, request.interpolate).tolist()
     return [
-        ImageSpec(condition_texts[0], request.seeds[0], other, other_seed, weight)
+        ImageSpec(rows[0], request.seeds[0], other, other_seed, weight)
         for weight in weights
     ]
 
 
-def describe_conditions(config: Config, request: SampleRequest) -> list[ConditionTexts]:
-    """Say what each row of a request shows, as its recipe has it.
+def condition_rows(
+    model: LatentDiffusion, request: SampleRequest, *, guided: bool
+) -> list[ConditionTexts]:
+    """List the conditions of a request: every class with every prompt.
 
     Raises:
-      InputError: If the model needs a prompt that the request does not give, or the
-        request gives what the model does not read.
+      InputError: As `image_specs`.
     """
-    condition = config.diffusion.condition
+    condition = model.condition
     if request.negative_prompt and not condition.uses_tokens:
         raise InputError("--negative-prompt: this model reads no text; try without it")
     if request.prompts and not condition.uses_tokens:
@@ -81,46 +85,47 @@ def describe_conditions(config: Config, request: SampleRequest) -> list[Conditio
         raise InputError(
             "--labels: this model has no classes; try --prompt, or nothing"
         )
-    condition_texts: list[ConditionTexts] = [{}]
+    rows: list[ConditionTexts] = [{}]
     if condition.uses_classes:
-        top = config.data.num_classes - 1
-        given = f"0-{top}" if request.labels is None else request.labels
-        labels = parse_list(given, name="--labels", low=0, high=top)
-        condition_texts = [{"label": str(label)} for label in labels]
+        top = model.num_classes - 1
+        labels = range(top + 1) if request.labels is None else request.labels
+        if outside := [label for label in labels if label > top]:
+            raise InputError(f"--labels: got {outside[0]}, wanted 0 to {top}")
+        rows = [{"label": str(label)} for label in labels]
     if condition.uses_tokens:
         if not request.prompts:
             raise InputError(
-                '--prompt: not given, but this model draws texts; try --prompt "a cat"'
+                '--prompt: not given, but this model reads text; try --prompt "a cat"'
             )
         negative = {"negative_prompt": request.negative_prompt}
-        also = negative if request.negative_prompt and request.settings.guided else {}
-        condition_texts = [
+        also = negative if request.negative_prompt and guided else {}
+        rows = [
             {**row, "prompt": prompt, **also}
-            for row in condition_texts
+            for row in rows
             for prompt in request.prompts
         ]
-    return condition_texts
+    return rows
 
 
-def check_settings(config: Config, settings: SamplingConfig) -> None:
+def check_settings(model: LatentDiffusion, settings: SamplingConfig) -> None:
     """Raise `InputError` if settings lack what a model needs, or have no meaning."""
-    condition = config.diffusion.condition
+    condition = model.condition
     concat = condition.concat
     if concat == "segmentation" or condition.context == "embedding":
         needs = "embedding" if concat == "none" else concat
         raise InputError(
             f"--{'weights' if settings.workdir is None else 'workdir'}: this model "
-            f"is told of each image by {needs}, which has no flag; try "
+            f"is conditioned on {needs}, which has no flag; try "
             "ldm_jax.sampling.sample_fn.make_sample_fn from Python"
         )
     if concat == "low_resolution" and settings.image is None:
-        raise InputError("--image: not given, but this model enlarges pictures")
+        raise InputError("--image: not given, but this model upscales images")
     if concat == "low_resolution" and settings.mask is not None:
-        raise InputError("--mask: this model enlarges whole pictures, wanted none")
+        raise InputError("--mask: this model upscales whole images, wanted none")
     if concat == "masked_image" and settings.mask is None:
         raise InputError(
-            "--mask: not given, but this model fills holes of pictures; try --image "
-            "picture.png --mask mask.png"
+            "--mask: not given, but this model fills holes of images; try --image "
+            "image.png --mask mask.png"
         )
     changes = {
         "invert": settings.invert,
@@ -130,55 +135,55 @@ def check_settings(config: Config, settings: SamplingConfig) -> None:
     if concat != "none" and any(changes.values()):
         flag = next(name for name, given in changes.items() if given)
         raise InputError(
-            f"--{flag}: this model is given its picture beside the noise, wanted none"
+            f"--{flag}: this model is conditioned on the image, wanted none"
         )
     if settings.source is not None:
-        _source(config, settings.source)
+        _source(model, settings.source)
 
 
-def _source(config: Config, source: str) -> ConditionTexts:
-    """Say what an inverted picture shows."""
-    condition = config.diffusion.condition
+def _source(model: LatentDiffusion, source: str) -> ConditionTexts:
+    """Read the condition of an inverted image."""
+    condition = model.condition
     if condition.uses_classes and condition.uses_tokens:
         raise InputError("--source: this model reads classes and texts, wanted none")
     if condition.uses_tokens:
         return {"prompt": source}
     if not condition.uses_classes:
         raise InputError("--source: this model reads nothing, wanted none")
-    top = config.data.num_classes - 1
-    if not (source.isascii() and source.isdigit() and int(source) <= top):
+    if not _is_class(model, source):
+        top = model.num_classes - 1
         raise InputError(f"--source: got {source!r}, wanted a class, 0 to {top}")
     return {"label": source}
 
 
+def _is_class(model: LatentDiffusion, text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) < model.num_classes
+
+
 def source_conditions(
-    config: Config, settings: SamplingConfig, condition_texts: list[ConditionTexts]
+    model: LatentDiffusion, settings: SamplingConfig, rows: list[ConditionTexts]
 ) -> list[ConditionTexts]:
-    """Say what a picture to be inverted shows, for each image that is made of it.
+    """Return the condition under which an image is inverted, for each image made.
 
     Args:
-      condition_texts: What each image is to show.
-
-    Returns:
-      The source for each, or what it is to show if there is none.
+      rows: Conditions of the images made, which are returned if no source is given.
 
     Raises:
-      InputError: If the model cannot be shown the source.
+      InputError: If the model does not read the source.
     """
     if settings.source is None:
-        return condition_texts
-    return [_source(config, settings.source)] * len(condition_texts)
+        return rows
+    return [_source(model, settings.source)] * len(rows)
 
 
-def check_image_spec(config: Config, spec: ImageSpec) -> None:
-    """Raise `InputError` if a model cannot draw a subject that a recipe names."""
-    condition, top = config.diffusion.condition, config.data.num_classes - 1
-    for condition_texts in (spec.condition_texts, spec.other or spec.condition_texts):
-        if condition.uses_classes:
-            label = condition_texts.get("label", "none")
-            if not (label.isascii() and label.isdigit() and int(label) <= top):
-                raise InputError(f"label: got {label}, wanted a class, 0 to {top}")
-        if condition.uses_tokens and "prompt" not in condition_texts:
+def check_image_spec(model: LatentDiffusion, spec: ImageSpec) -> None:
+    """Raise `InputError` if a model cannot make the image that metadata describes."""
+    for row in (spec.condition_texts, spec.other or spec.condition_texts):
+        label = row.get("label", "none")
+        if model.condition.uses_classes and not _is_class(model, label):
+            top = model.num_classes - 1
+            raise InputError(f"label: got {label}, wanted a class, 0 to {top}")
+        if model.condition.uses_tokens and "prompt" not in row:
             raise InputError("prompt: got none, wanted a text, which the model reads")
     check_seed(spec.seed)
     check_seed(spec.other_seed or 0)
@@ -186,22 +191,20 @@ def check_image_spec(config: Config, spec: ImageSpec) -> None:
 
 @functools.cache
 def _tokenizer(condition: ConditionConfig) -> Tokenizer:
-    """Open a tokenizer once, not once for every chunk of images."""
+    """Open a tokenizer once, not once for every call."""
     return open_tokenizer(condition)
 
 
-def warn_of_prompts(config: Config, prompts: tuple[str, ...]) -> None:
-    """Warn of what a model cannot have understood: unknown parts, and what is cut."""
-    if not config.diffusion.condition.uses_tokens:
-        return
-    for prompt in prompts:
-        for doubt in doubts_about(config, prompt):
-            logging.getLogger(__name__).warning("--prompt: %r %s", prompt, doubt)
+def warn_of_prompts(model: LatentDiffusion, prompts: tuple[str, ...]) -> None:
+    """Log what a model cannot read of its prompts: unknown words, and what is cut."""
+    for prompt in prompts if model.condition.uses_tokens else ():
+        for warning in prompt_warnings(model, prompt):
+            logging.getLogger(__name__).warning("--prompt: %r %s", prompt, warning)
 
 
-def doubts_about(config: Config, prompt: str) -> list[str]:
-    """Say what of a text a model cannot have understood, each as a predicate."""
-    tokenizer = _tokenizer(config.diffusion.condition)
+def prompt_warnings(model: LatentDiffusion, prompt: str) -> list[str]:
+    """List what a model cannot read of a prompt, each as a predicate."""
+    tokenizer = _tokenizer(model.condition)
     found = []
     if strange := strange_parts(prompt, tokenizer):
         found.append(f"has what the model's texts never had: {' '.join(strange)}")
@@ -213,30 +216,30 @@ def doubts_about(config: Config, prompt: str) -> list[str]:
 
 
 def condition_inputs(
-    config: Config, rows: list[ConditionTexts]
+    model: LatentDiffusion, rows: list[ConditionTexts]
 ) -> tuple[ConditionInputs, ConditionInputs | None]:
-    """Turn what images show into what the conditioner reads.
+    """Turn the conditions of images into what the conditioner reads.
 
     Args:
-      rows: As `describe_conditions` gives them, one per image.
+      rows: As `condition_rows` returns them, one per image.
 
     Returns:
-      The inputs, and what they are guided away from; None for "no condition".
+      The inputs, and those that images are guided away from; None for "no condition".
 
     Raises:
       InputError: If the tokenizer cannot be read.
     """
-    condition = config.diffusion.condition
+    condition = model.condition
     label = null_label = None
     if condition.uses_classes:
         label = jnp.asarray([int(row["label"]) for row in rows], jnp.int32)
-        null_label = jnp.full_like(label, config.data.num_classes)
+        null_label = jnp.full_like(label, model.num_classes)
     if not condition.uses_tokens:
         return ConditionInputs(label=label), None
     tokenizer = _tokenizer(condition)
 
-    def tokens(keyword: str) -> Int[Array, "b n"]:
-        texts = [row.get(keyword, "") for row in rows]
+    def tokens(kind: str) -> Int[Array, "b n"]:
+        texts = [row.get(kind, "") for row in rows]
         return jnp.asarray(tokenizer.encode(texts))
 
     return (

@@ -1,4 +1,4 @@
-"""Pictures that a user gives: read, checked, and laid on their canvas."""
+"""Images and masks that a user gives: read and checked."""
 
 import hashlib
 import warnings
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from ldm_jax.config import Config
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
@@ -20,47 +20,42 @@ MASK_MODES = ("1", "L")
 WHITE = 255
 
 
-class Canvas(NamedTuple):
-    """What an edit begins with."""
+class InputImages(NamedTuple):
+    """What an edit starts from, and the size of the images to make."""
 
     height: int
-    """Of the image to make, in pixels."""
+    """Height of the images to make, in pixels."""
     width: int
-    """Of it."""
+    """Width of the images to make, in pixels."""
     image: UInt8[np.ndarray, "h w c"] | None
-    """The picture, or None."""
+    """The image, or None."""
     mask: UInt8[np.ndarray, "h w 1"] | None
-    """255 where it is made anew, or None."""
+    """255 where the image is made anew, 0 elsewhere; or None."""
     digests: dict[str, str]
-    """Of what was read, for the recipe."""
+    """sha256 of each file that was read, for the metadata."""
 
 
-def lay_canvas(config: Config, settings: SamplingConfig) -> Canvas:
-    """Read the pictures of a request and decide the size of what is made.
-
-    Returns:
-      The canvas.
+def read_input_images(model: LatentDiffusion, settings: SamplingConfig) -> InputImages:
+    """Read the image and mask that settings name.
 
     Raises:
-      InputError: If a picture cannot be read, or has the wrong mode or size.
+      InputError: If a file cannot be read, or has the wrong mode or size.
     """
-    side = config.data.image_size
     if settings.image is None:
-        height, width = settings.size or (side, side)
-        check_size(config, height, width, flag="--size")
-        return Canvas(height, width, None, None, {})
-    modes = modes_of(config)
-    image = read_picture(Path(settings.image), modes, flag="--image")
+        height, width = settings.size or model.image_shape[:2]
+        check_size(model, height, width, flag="--size")
+        return InputImages(height, width, None, None, {})
+    modes = modes_of(model)
+    image = read_image(Path(settings.image), modes, flag="--image")
     digests = {"image_sha256": digest(image)}
-    condition = config.diffusion.condition
-    if condition.concat == "low_resolution":
-        factor = condition.low_resolution_factor
+    if model.condition.concat == "low_resolution":
+        factor = model.condition.low_resolution_factor
         height, width = image.shape[0] * factor, image.shape[1] * factor
-        check_size(config, height, width, flag="--image, enlarged")
-        return Canvas(height, width, image, None, digests)
+        check_size(model, height, width, flag="--image, upscaled")
+        return InputImages(height, width, image, None, digests)
     mask = None
     if settings.mask is not None:
-        mask = read_picture(Path(settings.mask), MASK_MODES, flag="--mask")
+        mask = read_image(Path(settings.mask), MASK_MODES, flag="--mask")
         digests["mask_sha256"] = digest(mask)
         if mask.shape[:2] != image.shape[:2]:
             raise InputError(
@@ -75,27 +70,27 @@ def lay_canvas(config: Config, settings: SamplingConfig) -> Canvas:
         image = np.pad(image, added, mode="edge")
     flag = "--image" if settings.outpaint is None else "--image, outpainted"
     height, width = image.shape[:2]
-    check_size(config, height, width, flag=flag)
-    return Canvas(height, width, image, mask, digests)
+    check_size(model, height, width, flag=flag)
+    return InputImages(height, width, image, mask, digests)
 
 
-def modes_of(config: Config) -> tuple[str, ...]:
-    """Return the modes of the pictures that a model makes and takes."""
-    return (MODE_BY_CHANNELS[config.data.image_channels],)
+def modes_of(model: LatentDiffusion) -> tuple[str, ...]:
+    """Return Pillow's modes of the images that a model makes and reads."""
+    return (MODE_BY_CHANNELS[model.image_shape[-1]],)
 
 
-def read_picture(
+def read_image(
     path: Path, modes: tuple[str, ...], *, flag: str
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Read a picture of one of several modes.
+    """Read an image of one of several modes.
 
     Raises:
       InputError: If it cannot be read, or has another mode.
     """
-    with reading(path, flag=flag), Image.open(path) as picture:
-        found = picture.mode
+    with reading(path, flag=flag), Image.open(path) as image:
+        found = image.mode
         if found in modes:
-            pixels = np.asarray(picture.convert("L") if found == "1" else picture)
+            pixels = np.asarray(image.convert("L") if found == "1" else image)
             return pixels[..., None] if pixels.ndim == 2 else pixels
     raise InputError(
         f"{flag}: {path} has mode {found}, wanted {' or '.join(modes)}; convert it "
@@ -105,10 +100,10 @@ def read_picture(
 
 @contextmanager
 def reading(path: Path, *, flag: str) -> Iterator[None]:
-    """Turn whatever a picture's file may do wrong into an `InputError`.
+    """Turn every exception of Pillow into an `InputError`.
 
-    Pillow raises nearly anything for a damaged file, and only warns of a picture that
-    is so large that it may be meant to fill the memory.
+    Pillow raises nearly any exception for a damaged file, and only warns of an image
+    whose size may be meant to fill the memory.
     """
     try:
         with warnings.catch_warnings():
@@ -117,7 +112,7 @@ def reading(path: Path, *, flag: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{flag}: no file {path}") from None
     except UnidentifiedImageError:
-        raise InputError(f"{flag}: {path} is no picture, or a damaged one") from None
+        raise InputError(f"{flag}: {path} is no image, or a damaged one") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(
             f"{flag}: {path} is too large, wanted at most {Image.MAX_IMAGE_PIXELS} "
@@ -127,10 +122,9 @@ def reading(path: Path, *, flag: str) -> Iterator[None]:
         raise InputError(f"{flag}: {path} cannot be read: {error}") from None
 
 
-def check_size(config: Config, height: int, width: int, *, flag: str) -> None:
+def check_size(model: LatentDiffusion, height: int, width: int, *, flag: str) -> None:
     """Raise `InputError` if a model cannot make images of a size."""
-    depth = len(config.diffusion.channel_multipliers) - 1
-    unit = config.autoencoder.downsampling * 2**depth
+    unit = model.size_unit
     if height % unit or width % unit or min(height, width) < unit:
         near = [max(unit, round(x / unit) * unit) for x in (height, width)]
         raise InputError(
@@ -140,10 +134,10 @@ def check_size(config: Config, height: int, width: int, *, flag: str) -> None:
 
 
 def digest(pixels: np.ndarray) -> str:
-    """Return the sha256 of a picture's shape and pixels."""
+    """Return the sha256 of an image's shape and pixels."""
     return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
 
 
 def size_text(pixels: np.ndarray) -> str:
-    """Write a picture's height and width."""
+    """Write an image's height and width."""
     return f"{pixels.shape[0]}x{pixels.shape[1]}"

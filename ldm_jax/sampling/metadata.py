@@ -11,39 +11,38 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.sampling.conditions import ImageSpec, check_image_spec
-from ldm_jax.sampling.draw import draw
-from ldm_jax.sampling.input_images import modes_of, read_picture, reading, size_text
-from ldm_jax.sampling.pipeline import Pipeline, open_pipeline
+from ldm_jax.sampling.input_images import modes_of, read_image, reading, size_text
+from ldm_jax.sampling.pipeline import Pipeline, open_pipeline, sample_images
 from ldm_jax.sampling.request import ReplayRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import TAKES_ETA, InputError
 
 VERSIONED_PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "numpy")
 CONDITION_KEYWORDS = ("label", "prompt", "negative_prompt")
-WANTED = frozenset({"settings", "seed"})
-"""Without these texts there is no recipe."""
+REQUIRED_KEYWORDS = frozenset({"settings", "seed"})
+"""Metadata has at least these."""
 OTHER = "other_"
 PLACES = frozenset({"workdir", "weights", "config_file", "image", "mask"})
-"""Settings that are paths to what a recipe has the digest of."""
+"""Settings that are paths of files whose digest is in the metadata."""
 LATER = frozenset({"ema_length"})
-"""Settings that older recipes lack."""
+"""Settings that older metadata lacks."""
 GUIDES = frozenset({"autoguidance", "autoguidance_step"})
 LISTED_APART = frozenset({"sampler", "steps", "eta", "guidance_scale"})
-"""Settings that are texts of their own, for people."""
+"""Settings that have a keyword of their own, for people."""
 
 
 def make_metadata(
     spec: ImageSpec, settings: SamplingConfig, made_with: dict[str, str]
 ) -> dict[str, str]:
-    """Say how an image was made.
+    """Describe how an image was made.
 
     Args:
-      spec: What it is of.
-      settings: How it was made.
-      made_with: Digests of what was read, the platform; see `pipeline.Studio`.
+      spec: The image.
+      settings: Of its pipeline.
+      made_with: As in `Pipeline`.
 
     Returns:
-      Text by keyword: for people, and enough to make it again.
+      Text by keyword: for people, and enough to make the image again.
     """
     guided = spec.condition_texts or settings.autoguidance is not None
     scale = settings.guidance_scale if guided else (1.0,)
@@ -64,7 +63,7 @@ def make_metadata(
         texts["weight"] = repr(spec.weight)
     return {
         **texts,
-        "settings": _settings_text(settings),
+        "settings": settings_text(settings),
         **made_with,
         "versions": versions(),
     }
@@ -72,31 +71,32 @@ def make_metadata(
 
 @functools.cache
 def versions() -> str:
-    """Name the versions of what computes, once: looking them up is slow."""
+    """Return the versions of the packages that compute, as JSON; looked up once."""
     found = {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
     return json.dumps(found)
 
 
 @functools.lru_cache(maxsize=16)
-def _settings_text(settings: SamplingConfig) -> str:
+def settings_text(settings: SamplingConfig) -> str:
+    """Write settings as JSON."""
     values = dataclasses.asdict(settings)
     for name in LATER:
         if values[name] is None:
-            del values[name]  # as recipes were before it came
+            del values[name]  # as in metadata that is older than the setting
     return json.dumps(values, allow_nan=False)
 
 
-def texts_of(picture: Image.Image) -> dict[str, str]:
-    """Take the texts that stand before an open PNG's pixels, without decoding those."""
-    found = picture.info.items()
+def texts_of(image: Image.Image) -> dict[str, str]:
+    """Return the texts before an open PNG's pixels, without decoding those."""
+    found = image.info.items()
     return {str(word): str(text) for word, text in found if isinstance(text, str)}
 
 
 def has_metadata(path: Path) -> bool:
-    """Say whether a file is a picture that was made here, without decoding it."""
+    """Return whether a file is an image with metadata, without decoding it."""
     try:
-        with reading(path, flag="--as-dataset"), Image.open(path) as picture:
-            return texts_of(picture).keys() >= WANTED
+        with reading(path, flag="--as-dataset"), Image.open(path) as image:
+            return texts_of(image).keys() >= REQUIRED_KEYWORDS
     except InputError:
         return False
 
@@ -108,22 +108,22 @@ def read_metadata(path: Path) -> tuple[ImageSpec, SamplingConfig, dict[str, str]
       path: A PNG.
 
     Returns:
-      What it is of, how it was made, and all its texts.
+      The image, its settings, and all its texts.
 
     Raises:
-      InputError: If it is no picture, or has no recipe or a damaged one.
+      InputError: If the file is no image, or has no metadata or a damaged one.
     """
-    with reading(path, flag="--replay"), Image.open(path) as picture:
-        texts = texts_of(picture)
-    if not texts.keys() >= WANTED:
+    with reading(path, flag="--replay"), Image.open(path) as image:
+        texts = texts_of(image)
+    if not texts.keys() >= REQUIRED_KEYWORDS:
         raise InputError(
-            f"--replay: {path} has no recipe, wanted a PNG that sample.py wrote "
-            "(other programs drop the text when they save it)"
+            f"--replay: {path} has no metadata, wanted a PNG that sample.py wrote "
+            "(other programs drop the metadata when they save it)"
         )
     try:
-        return _image_spec(texts), _settings(texts["settings"]), texts
+        return _image_spec(texts), read_settings(texts["settings"]), texts
     except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"--replay: {path} has a damaged recipe: {error}") from None
+        raise InputError(f"--replay: {path} has damaged metadata: {error}") from None
 
 
 def _image_spec(texts: dict[str, str]) -> ImageSpec:
@@ -141,7 +141,12 @@ def _image_spec(texts: dict[str, str]) -> ImageSpec:
     )
 
 
-def _settings(text: str) -> SamplingConfig:
+def read_settings(text: str) -> SamplingConfig:
+    """Read settings from JSON, which must hold every field but the `LATER` ones.
+
+    Raises:
+      ValueError: If it is no such JSON, or a value is out of range.
+    """
     values: Any = json.loads(text, parse_constant=_refuse_constant)
     if not isinstance(values, dict):
         raise ValueError("settings: wanted an object")
@@ -158,16 +163,12 @@ def _refuse_constant(name: str) -> NoReturn:
 def differences(
     mine: dict[str, str], theirs: dict[str, str]
 ) -> dict[str, tuple[str, str]]:
-    """Compare two recipes, but for where files lie: what was read has its digest.
-
-    Args:
-      mine: One, as `make_metadata` makes it.
-      theirs: Another, as `texts_of` finds it.
+    """Compare the metadata of two images, but for the paths of files with a digest.
 
     Returns:
       Both values of what differs, by keyword, setting, or package; "none" is missing.
     """
-    if mine == theirs:  # as nearly all are where thousands are looked through
+    if mine == theirs:  # most often, where thousands of images are compared
         return {}
     left, right = _flat(mine), _flat(theirs)
     words = sorted(left.keys() | right.keys())
@@ -176,7 +177,7 @@ def differences(
 
 
 def _flat(texts: dict[str, str]) -> dict[str, str]:
-    """Take the settings and the versions of a recipe apart."""
+    """Put the settings and the versions of metadata beside its other texts."""
     hidden = PLACES | LISTED_APART
     if "autoguidance_checkpoint" in texts:
         hidden |= GUIDES
@@ -194,53 +195,48 @@ MODELS = ("--workdir", "--weights")
 
 
 class Replay(NamedTuple):
-    """How an image compares with the one that its recipe gives here."""
+    """An image compared with the one that its metadata makes here."""
 
     warnings: list[str]
     """What differs from when it was made: versions, platform, checkpoint."""
     num_pixels: int
     """Pixels of the image."""
     num_different: int
-    """Those that differ."""
+    """Pixels that differ."""
     largest: int
     """Largest difference, in grey levels."""
 
 
 def replay(request: ReplayRequest) -> Replay:
-    """Make an image again from its recipe.
-
-    Args:
-      request: Which image, and where its model is if not where the recipe says.
-
-    Returns:
-      The comparison.
+    """Make an image again from its metadata, and compare.
 
     Raises:
-      InputError: If the image has no recipe, or what it was made with is not here.
+      InputError: If the image has no metadata, or a file that it was made with is
+        missing.
       RunError: If no checkpoint is intact.
     """
     spec, settings, texts = read_metadata(request.image)
     pipeline = _reopen(dataclasses.replace(settings, **request.moved))
     try:
-        check_image_spec(pipeline.run.config, spec)
+        check_image_spec(pipeline.model, spec)
     except InputError as error:
         raise InputError(
-            f"--replay: the recipe of {request.image} does not suit its model: {error}"
+            f"--replay: the metadata of {request.image} does not fit its model: {error}"
         ) from None
-    modes, shape = modes_of(pipeline.run.config), pipeline.canvas[:2]
-    theirs = read_picture(request.image, modes, flag="--replay")
+    modes, shape = modes_of(pipeline.model), pipeline.inputs[:2]
+    theirs = read_image(request.image, modes, flag="--replay")
     if theirs.shape[:2] != shape:
         raise InputError(
-            f"--replay: {request.image} has {size_text(theirs)} pixels, the recipe "
+            f"--replay: {request.image} has {size_text(theirs)} pixels, its metadata "
             f"gives {shape[0]}x{shape[1]}: it was changed since"
         )
-    recipe = make_metadata(spec, pipeline.settings, pipeline.made_with)
+    metadata = make_metadata(spec, pipeline.settings, pipeline.made_with)
     warnings = [
         f"{word}: {then} when it was made, here {now}"
-        for word, (now, then) in differences(recipe, texts).items()
+        for word, (now, then) in differences(metadata, texts).items()
     ]
-    picture = next(draw(pipeline, [spec]))
-    apart = np.abs(theirs.astype(int) - picture.image.astype(int)).max(axis=-1)
+    ours = next(sample_images(pipeline, [spec])).image
+    apart = np.abs(theirs.astype(int) - ours.astype(int)).max(axis=-1)
     return Replay(warnings, apart.size, int((apart > 0).sum()), int(apart.max()))
 
 
@@ -251,6 +247,6 @@ def _reopen(settings: SamplingConfig) -> Pipeline:
     except InputError as error:
         hint = "; try --workdir or --weights with the place of its model"
         raise InputError(
-            f"--replay: what the image was made with is not here ({error})"
+            f"--replay: a file that the image was made with is missing ({error})"
             f"{hint if str(error).startswith(MODELS) else ''}"
         ) from None

@@ -1,4 +1,4 @@
-"""Images on disk: every subject once, each with its recipe, whatever interrupts."""
+"""Images on disk: each made once, with its metadata, however often interrupted."""
 
 import dataclasses
 import os
@@ -19,88 +19,86 @@ from ldm_jax.sampling.conditions import (
     image_specs,
     warn_of_prompts,
 )
-from ldm_jax.sampling.draw import draw
 from ldm_jax.sampling.input_images import reading
 from ldm_jax.sampling.metadata import differences, make_metadata, texts_of
-from ldm_jax.sampling.pipeline import Pipeline, images_per_round, open_pipeline
+from ldm_jax.sampling.pipeline import (
+    Pipeline,
+    images_per_round,
+    open_pipeline,
+    sample_images,
+)
 from ldm_jax.sampling.request import SampleRequest
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
 MAX_GRID_SIDE = 20
 NUM_FRAMES = 10
 
 
-class Sheet(NamedTuple):
-    """Which images a grid shows."""
+class GridLayout(NamedTuple):
+    """Which images a grid holds."""
 
     indices: list[int]
-    """Of the images, row by row."""
+    """Indices of the images, row by row."""
     columns: int
     """Images a row."""
 
 
 class Work(NamedTuple):
-    """What a request comes to."""
+    """A request with its pipeline and its images."""
 
     request: SampleRequest
-    """It; in a pod, with this process' turn."""
+    """The request; in a pod, with this process' share."""
     pipeline: Pipeline
-    """What draws."""
+    """Makes the images."""
     specs: list[ImageSpec]
-    """What is drawn, in order."""
+    """The images, in order."""
 
 
-def write_images(request: SampleRequest) -> list[Path]:
+def write_images(settings: SamplingConfig, request: SampleRequest) -> list[Path]:
     """Make every label or text with every seed, row by row, and write them.
 
-    An image that is there already with the same recipe is kept; so an interrupted
-    command, given again, makes the rest. Several processes share the work, and the
-    first one draws the grid: of all, if they have joined, or of what it finds.
-
-    Args:
-      request: What to make.
+    An image that exists with the same metadata is kept, so that an interrupted command,
+    given again, makes the rest. Several processes share the work, and the first one
+    writes the grid: of all images, if the processes have joined, or of those it finds.
 
     Returns:
-      What was written that a person wants to look at: the first image, the grid, and
-      the trajectory if it was asked for.
+      The files to look at first: the first image, the grid, and the trajectory if it
+      was asked for.
 
     Raises:
       InputError: If the run has no finished checkpoint, the weights cannot be read, the
-        model needs what was not asked for, or an image is there that was made
-        otherwise.
+        model needs what the request does not give, or another image is in the place of
+        one.
       RunError: If no checkpoint is intact.
       OSError: If an image cannot be written; those before it stay.
     """
-    work = open_work(request)
-    paths = [request.out / f"{i:06d}.png" for i in range(len(work.specs))]
-    draw_missing(work, paths)
-    if work.request.share_index:
+    work = open_work(settings, request)
+    paths = [request.folder / f"{i:06d}.png" for i in range(len(work.specs))]
+    make_missing(work, paths)
+    if work.request.process[0]:
         return []
-    return [paths[0], *write_sheets(work, paths)]
+    return [paths[0], *write_grids(work, paths)]
 
 
-def open_work(request: SampleRequest) -> Work:
-    """Load the model of a request, and see what it draws.
+def open_work(settings: SamplingConfig, request: SampleRequest) -> Work:
+    """Load the model of a request, and list its images.
 
     Raises:
       InputError: As `write_images`; likewise `RunError`.
     """
     if jax.process_count() > 1:
-        share_index, num_shares = jax.process_index(), jax.process_count()
-        request = dataclasses.replace(
-            request, share_index=share_index, num_shares=num_shares
-        )
-    pipeline = open_pipeline(request.settings)
-    specs = image_specs(pipeline.run.config, request)
-    condition_inputs(
-        pipeline.run.config, [specs[0].condition_texts]
-    )  # a tokenizer is missing
-    warn_of_prompts(pipeline.run.config, request.prompts)
+        process = (jax.process_index(), jax.process_count())
+        request = dataclasses.replace(request, process=process)
+    pipeline = open_pipeline(settings)
+    specs = image_specs(pipeline.model, request, guided=pipeline.settings.guided)
+    condition_inputs(pipeline.model, [specs[0].condition_texts])  # needs a tokenizer
+    warn_of_prompts(pipeline.model, request.prompts)
     return Work(request, pipeline, specs)
 
 
-def draw_missing(work: Work, paths: list[Path]) -> int:
-    """Make this process' share of the images that are not there; wait for the others.
+def make_missing(work: Work, paths: list[Path]) -> int:
+    """Make this process' share of the missing images; wait for the other processes.
 
     Args:
       paths: Where each image goes; folders are made.
@@ -109,74 +107,63 @@ def draw_missing(work: Work, paths: list[Path]) -> int:
       How many were made.
 
     Raises:
-      InputError: If an image is there that was made otherwise.
+      InputError: If another image is in the place of one.
       OSError: If an image cannot be written; those before it stay.
     """
     request, pipeline, specs = work
 
-    def recipe(i: int) -> dict[str, str]:
+    def metadata(i: int) -> dict[str, str]:
         return make_metadata(specs[i], pipeline.settings, pipeline.made_with)
 
-    flag = request.out_flag
-    # All are looked at before the first is written: what was made otherwise stops here.
+    flag, overwrite = request.folder_flag, request.overwrite
+    # All are checked before the first is written.
     missing = {
         i
         for i, path in enumerate(paths)
-        if not (
-            path.exists()
-            and is_made(path, recipe(i), overwrite=request.overwrite, flag=flag)
-        )
+        if not path.exists()
+        or not is_made(path, metadata(i), overwrite=overwrite, flag=flag)
     }
-    mine = [
-        i
-        for i in share(
-            len(specs),
-            pipeline,
-            share_index=request.share_index,
-            num_shares=request.num_shares,
-        )
-        if i in missing
-    ]
+    mine = [i for i in share(len(specs), pipeline, request.process) if i in missing]
     for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
         os.makedirs(folder or ".", exist_ok=True)
     done = len(specs) - len(missing)
     with tqdm(
         total=done + len(mine), initial=done, unit=" images", mininterval=1.0
     ) as bar:
-        pictures = draw(pipeline, [specs[i] for i in mine])
-        for i, picture in zip(mine, pictures, strict=True):
-            write_png(paths[i], picture.image, recipe(i))
+        made = sample_images(pipeline, [specs[i] for i in mine])
+        for i, one in zip(mine, made, strict=True):
+            write_png(paths[i], one.image, metadata(i))
             bar.update()
     wait_for_all("images")
     return len(mine)
 
 
 def is_made(
-    path: Path, recipe: dict[str, str], *, overwrite: bool, flag: str = "--out"
+    path: Path, metadata: dict[str, str], *, overwrite: bool, flag: str = "--out"
 ) -> bool:
-    """Say whether what stands in an image's place is that image, whole.
+    """Return whether a file is the image of some metadata, undamaged.
 
     Args:
-      path: What is there.
-      recipe: Of the image that is wanted.
-      overwrite: Whether anything else may be replaced.
-      flag: That named the folder, for messages.
+      path: The file.
+      metadata: Of the image that is wanted.
+      overwrite: Whether any other file may be replaced.
+      flag: The flag that named the folder, for messages.
 
     Returns:
       True for the image; False for what is to be replaced: an empty file, a damaged
-      one that begins as the image does, or, if it may be, anything else.
+      image with that metadata, or, with `overwrite`, any file.
 
     Raises:
-      InputError: If something else is there, and may not be replaced.
+      InputError: If another file is there, and may not be replaced.
     """
     if overwrite and path.is_dir():
         raise InputError(f"--overwrite: {path} is a folder, wanted an image to replace")
     if path.stat().st_size == 0:
         return False
     try:
-        with reading(path, flag=flag), Image.open(path) as picture:
-            changed = differences(recipe, texts_of(picture))
-            whole = is_whole(picture)
+        with reading(path, flag=flag), Image.open(path) as image:
+            changed = differences(metadata, texts_of(image))
+            whole = _is_whole(image)
     except InputError as error:
         if overwrite:
             return False
@@ -189,71 +176,69 @@ def is_made(
         f"{word}: {there} there, {here} here" for word, (here, there) in changed.items()
     )
     raise InputError(
-        f"{flag}: {path} was made otherwise ({details}); try another {flag}, or "
+        f"{flag}: {path} was made differently ({details}); try another {flag}, or "
         "--overwrite"
     )
 
 
-def is_whole(picture: Image.Image) -> bool:
-    """Say whether an open PNG is there to its end, by the checksums of its parts."""
+def _is_whole(image: Image.Image) -> bool:
+    """Return whether an open PNG is complete, by the checksums of its chunks."""
     try:
-        picture.verify()
+        image.verify()
     except (OSError, SyntaxError, ValueError):
         return False
     return True
 
 
-def share(
-    num: int, pipeline: Pipeline, *, share_index: int, num_shares: int
-) -> list[int]:
-    """Take this process' images of all: whole calls, in turn.
+def share(num: int, pipeline: Pipeline, process: tuple[int, int]) -> list[int]:
+    """Return this process' share of `num` images: every n-th call.
 
-    Whatever is there already, so that processes that look at different times agree.
+    The share does not depend on which images exist, so that processes that start at
+    different times agree; nor on the number of cores, which differs among hosts.
     """
-    size = images_per_round(
-        pipeline
-    )  # not of cores, which hosts may have more or less of
-    return [i for i in range(num) if i // size % num_shares == share_index]
+    size, (index, num_processes) = images_per_round(pipeline), process
+    return [i for i in range(num) if i // size % num_processes == index]
 
 
-def sheet_of(request: SampleRequest, num: int) -> Sheet:
-    """Choose what a grid shows: at most 20 rows of 20, seeds across."""
+def grid_layout(request: SampleRequest, num: int) -> GridLayout:
+    """Choose the images of a grid: at most 20 rows of 20, seeds across."""
     across = request.interpolate or len(request.seeds)
     columns = min(across, MAX_GRID_SIDE)
     indices = [
         i for i in range(num) if i // across < MAX_GRID_SIDE and i % across < columns
     ]
-    return Sheet(indices, columns)
+    return GridLayout(indices, columns)
 
 
-def sheet_paths(request: SampleRequest) -> list[Path]:
-    """Return where the grid goes, and the trajectory if it was asked for."""
+def grid_paths(request: SampleRequest) -> list[Path]:
+    """Return the path of the grid, and of the trajectory if it was asked for."""
     names = ["grid.png", *(["trajectory.png"] if request.trajectory else [])]
-    return [request.out / name for name in names]
+    return [request.folder / name for name in names]
 
 
-def write_sheets(work: Work, paths: list[Path]) -> list[Path]:
-    """Write the grid, and the trajectory if it was asked for; return where they are."""
+def write_grids(work: Work, paths: list[Path]) -> list[Path]:
+    """Write the grid, and the trajectory if it was asked for; return their paths."""
     request, pipeline, specs = work
-    sheet = sheet_of(request, len(specs))
-    written = sheet_paths(request)
-    # Another process may not be there yet: its images are left black.
+    layout = grid_layout(request, len(specs))
+    written = grid_paths(request)
+    # Images that another process has not made yet are black.
     blank = np.zeros_like(read_png(paths[0]))
-    images = [read_png(paths[i]) if paths[i].exists() else blank for i in sheet.indices]
-    write_png(written[0], grid(np.stack(images), columns=sheet.columns))
+    there = [paths[i] for i in layout.indices]
+    images = [read_png(path) if path.exists() else blank for path in there]
+    write_png(written[0], grid(np.stack(images), columns=layout.columns))
     if request.trajectory:
-        condition_texts = [specs[i] for i in sheet.indices]
-        write_png(written[1], trajectories(pipeline, condition_texts))
+        chosen = [specs[i] for i in layout.indices]
+        write_png(written[1], trajectory_grid(pipeline, chosen))
     return written
 
 
-def trajectories(
+def trajectory_grid(
     pipeline: Pipeline, specs: list[ImageSpec]
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Draw the denoising of subjects, a row each."""
+    """Make images again, and show their denoising, a row each."""
     settings = pipeline.settings
     steps = round(settings.steps * (settings.strength or 1.0))
     num_frames = min(NUM_FRAMES, max(steps, 1) + 1)
-    pictures = draw(pipeline, specs, num_frames=num_frames)
-    frames = np.concatenate([picture.frames for picture in pictures])
+    made = sample_images(pipeline, specs, num_frames=num_frames)
+    frames = np.concatenate([one.frames for one in made])
     return grid(frames, columns=num_frames)

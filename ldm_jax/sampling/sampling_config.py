@@ -1,18 +1,13 @@
-"""All that makes an image but its seed and what it shows, checked at birth."""
+"""How images are made: the settings that a PNG's metadata holds."""
 
 from ldm_jax.config.diffusion import LONGEST_AVERAGE
 from ldm_jax.config.validation import checked_dataclass, require
-from ldm_jax.types import (
-    SAMPLER_NAMES,
-    SPACING_NAMES,
-    TAKES_ETA,
-    InputError,
-    choices,
-)
+from ldm_jax.types import TAKES_ETA, InputError, SamplerName, SpacingName
 
-INVERTIBLE = ("ddim", "euler")
+INVERTIBLE: tuple[SamplerName, ...] = ("ddim", "euler")
 MIN_DECODER_TILE = 4
-ONE_OF_TWO = (
+DEFAULT_GUIDANCE_SCALE = 2.0
+EXCLUSIVE = (
     ("mask", "outpaint"),
     ("invert", "mask"),
     ("invert", "outpaint"),
@@ -23,60 +18,64 @@ ONE_OF_TWO = (
 
 @checked_dataclass
 class SamplingConfig:
-    """How images are made: the flags of `sample.py` that a recipe keeps.
+    """How images are made, but for their seeds and conditions.
 
-    Every number is finite, so that a recipe is strict JSON.
+    The names of the fields are keys of the metadata in a PNG and never change. Every
+    number is finite, so that the metadata is strict JSON.
     """
 
-    workdir: str | None
-    """Folder of the run, or None."""
-    weights: str | None
-    """Weights from elsewhere, or None."""
-    step: int | None
-    """Checkpoint of the run's second stage, or None for the newest."""
-    config_file: str | None
-    """Config of the weights, or None."""
-    tokenizer: str | None
-    """Folder of the tokenizer, or None."""
-    sampler: str
-    """One of `SAMPLER_NAMES`."""
-    spacing: str | None
-    """One of `SPACING_NAMES`, or None for the schedule's own."""
-    steps: int
-    """Denoising steps, at least 1."""
-    eta: float
-    """In [0, 1]; 0 for all but ddim."""
-    guidance_scale: tuple[float, ...]
-    """One, or several spread over the steps; each at least 0."""
-    guidance_rescale: float
-    """In [0, 1]."""
-    guidance_low: float
-    """Noise-to-signal ratio from which on there is guidance, at least 0."""
-    guidance_high: float | None
-    """Ratio up to which there is; None for no end."""
-    autoguidance: str | None
-    """Run of the worse model, or None."""
-    autoguidance_step: int | None
-    """Its checkpoint, or None for the newest."""
-    image: str | None
-    """Picture, or None."""
-    mask: str | None
-    """Of the picture, or None."""
-    strength: float | None
-    """In (0, 1]; None for what suits the model and the other settings."""
-    invert: bool
-    """Whether the picture is inverted."""
-    source: str | None
-    """What the inverted picture shows, or None for what is drawn."""
-    outpaint: tuple[int, int, int, int] | None
-    """Pixels added left, above, right and below, or None."""
-    size: tuple[int, int] | None
-    """Height and width, or None for those of training."""
-    tile: int
-    """Side of the decoder's tiles in latents, or 0."""
+    workdir: str | None = None
+    """Folder of the run, as given to train.py."""
+    weights: str | None = None
+    """Instead of a run: a diffusers folder, or a file in CompVis naming."""
+    step: int | None = None
+    """Checkpoint of the run, by its diffusion step; the newest by default."""
+    config_file: str | None = None
+    """Config of weights whose file does not hold it."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer's files, where the weights do not hold them."""
+    sampler: SamplerName = "ddim"
+    """How the denoising equation is solved."""
+    spacing: SpacingName | None = None
+    """How the steps are spaced: trailing (the default but for EDM), leading, linspace,
+    karras (EDM's default) or ldm (the original's)."""
+    steps: int = 50
+    """Denoising steps, 1 to the model's number of timesteps."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise, 0 to 1; for ddim alone."""
+    guidance_scale: tuple[float, ...] = ()
+    """0 ignores the label or text, 1 follows it, more exaggerates it (default 2; 1 with
+    --invert). Several, as in 1,4,1, are spread over the steps with lines between."""
+    guidance_rescale: float = 0.0
+    """Share of the contrast's correction under guidance, 0 to 1; 0.7 is usual."""
+    guidance_low: float = 0.0
+    """Noise-to-signal ratio above which guidance acts, at least 0."""
+    guidance_high: float | None = None
+    """Noise-to-signal ratio below which guidance acts; None has no end."""
+    autoguidance: str | None = None
+    """Run of a smaller or less trained model to be guided away from."""
+    autoguidance_step: int | None = None
+    """Checkpoint of that run; the newest by default."""
+    image: str | None = None
+    """Image to change; to upscale, or to fill, where the model does that."""
+    mask: str | None = None
+    """White where the image is made anew, black where it stays as it is."""
+    strength: float | None = None
+    """Share of the steps an image goes through, above 0 to 1: how much of it changes
+    (default 0.75; 1 with a mask)."""
+    invert: bool = False
+    """Find the noise that the image comes from, and start from it."""
+    source: str | None = None
+    """Class or text of the inverted image; by default that of each image made."""
+    outpaint: tuple[int, int, int, int] | None = None
+    """Pixels to add to the image left, above, right and below."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images, other than the model was trained on."""
+    tile: int = 0
+    """Decode in tiles of this many latents, for large images; 0 decodes at once."""
     ema_length: float | None = None
-    """Relative length of the average of the weights, or None for the one that training
-    used; recipes that were written before it came lack it."""
+    """Relative length of the average of the weights, where the run kept some
+    (--diffusion.average-lengths); the one of optim.ema_decay by default."""
 
     @property
     def guided(self) -> bool:
@@ -84,10 +83,9 @@ class SamplingConfig:
         return self.autoguidance is not None or set(self.guidance_scale) != {1.0}
 
     def _check(self) -> None:
-        if self.sampler not in SAMPLER_NAMES:
-            raise InputError(f"sampler: {choices(self.sampler, SAMPLER_NAMES)}")
-        if self.spacing is not None and self.spacing not in SPACING_NAMES:
-            raise InputError(f"spacing: {choices(self.spacing, SPACING_NAMES)}")
+        if not self.guidance_scale:
+            usual = 1.0 if self.invert else DEFAULT_GUIDANCE_SCALE
+            object.__setattr__(self, "guidance_scale", (usual,))
         require(self, "steps", self.steps >= 1, "at least 1")
         if self.step is not None and self.workdir is None:
             raise InputError(
@@ -117,8 +115,7 @@ class SamplingConfig:
         require(self, "ema_length", good, f"above 0, at most {LONGEST_AVERAGE}")
 
     def _check_guidance(self) -> None:
-        scales = self.guidance_scale
-        positive = bool(scales) and min(scales) >= 0.0
+        positive = min(self.guidance_scale) >= 0.0
         require(self, "guidance_scale", positive, "0 or more, or several as in 1,4,1")
         require(self, "guidance_rescale", 0.0 <= self.guidance_rescale <= 1.0, "0 to 1")
         low, high = self.guidance_low, self.guidance_high
@@ -134,11 +131,11 @@ class SamplingConfig:
             )
 
     def _check_edit(self) -> None:
-        """Refuse what means nothing without, or beside, something else."""
+        """Refuse settings of an edit that need, or exclude, another setting."""
         for name in ("mask", "strength", "invert", "outpaint"):
             if getattr(self, name) not in (None, False) and self.image is None:
-                raise InputError(f"{name}: got it without --image, wanted a picture")
-        for first, second in ONE_OF_TWO:
+                raise InputError(f"{name}: got it without --image, wanted an image")
+        for first, second in EXCLUSIVE:
             if getattr(self, first) and getattr(self, second) is not None:
                 raise InputError(
                     f"{first}: got it beside --{second}, wanted one of the two"
@@ -158,8 +155,7 @@ class SamplingConfig:
             good = 0.0 < self.strength <= 1.0
             require(self, "strength", good, "above 0, at most 1")
         if (added := self.outpaint) is not None:
-            good = len(added) == 4 and min(added) >= 0 and any(added)
+            good = min(added) >= 0 and any(added)
             require(self, "outpaint", good, "four numbers from 0 on, not all 0")
         if self.size is not None:
-            good = len(self.size) == 2 and min(self.size) >= 1
-            require(self, "size", good, "height and width in pixels")
+            require(self, "size", min(self.size) >= 1, "height and width in pixels")

@@ -1,12 +1,12 @@
 """The images of a request as a labelled data set: a folder of them, and TFDS' form.
 
-    OUT/images/train/CLASS/000000.png    the images, each with its recipe
-    OUT/images/train/captions.jsonl      what they show, for a model of texts
-    OUT/grid.png                         the first of them, to look at
+    OUT/images/train/CLASS/000000.png    the images, each with its metadata
+    OUT/images/train/captions.jsonl      their captions, for a model that reads text
+    OUT/grid.png                         the first of them
     OUT/tfds/synthetic/1.0.0/            the same images again, record by record
 
-The images are numbered through, and record i is image i. What TFDS reads is written
-last, once every image is there: it seals the data set.
+The images are numbered through, and record i is image i. The records are written last,
+once every image is there, so that TFDS reads no unfinished data set.
 """
 
 import json
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm_jax.config import Config
+from ldm_jax.config import DataConfig
 from ldm_jax.data.class_names import find_class_names
 from ldm_jax.data.tfds_writer import (
     Contents,
@@ -28,42 +28,43 @@ from ldm_jax.data.tfds_writer import (
 )
 from ldm_jax.files import write_text
 from ldm_jax.images import read_png
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.multihost import gather_texts
 from ldm_jax.sampling.conditions import ImageSpec
 from ldm_jax.sampling.metadata import has_metadata
 from ldm_jax.sampling.outputs import (
     Work,
-    draw_missing,
+    grid_paths,
+    make_missing,
     open_work,
-    sheet_paths,
-    write_sheets,
+    write_grids,
 )
 from ldm_jax.sampling.request import SampleRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
 NAME = "synthetic"
-"""Of the data set, as TFDS is asked for it."""
+"""Name of the data set for TFDS."""
 IMAGES, SPLIT, DATA_SETS = "images", "train", "tfds"
 CAPTIONS_FILE = "captions.jsonl"
 DESCRIPTION = "Images that a latent diffusion model made; each PNG tells how."
 OUR_NAME = re.compile(r"\d{6,}\.png")
 UNSAFE = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')
-"""What some file system does not take in a name."""
+"""Characters that some file system does not allow in a name."""
 MAX_FOLDER_NAME = 80
 """Characters; file systems take 255 bytes."""
 
 
 class Outcome(NamedTuple):
-    """What became of a request."""
+    """What was written for a request."""
 
     written: list[Path]
-    """What a person wants to look at: images, grid, data set."""
+    """Images, grid and data set."""
     notes: tuple[str, ...] = ()
-    """What else there is to say."""
+    """Sentences for the user."""
 
 
-def write_dataset(request: SampleRequest) -> Outcome:
+def write_dataset(settings: SamplingConfig, request: SampleRequest) -> Outcome:
     """Make the images of a request, and a data set of them once all are there.
 
     An interrupted command, given again, makes the rest; a finished one changes nothing.
@@ -72,111 +73,102 @@ def write_dataset(request: SampleRequest) -> Outcome:
     Args:
       request: With `as_dataset`.
 
-    Returns:
-      What became of it.
-
     Raises:
-      InputError: As `gallery.write_gallery`; or if there is anything in the folder that
-        does not belong to the data set.
+      InputError: As `outputs.write_images`; or if the folder holds a file that does not
+        belong to the data set.
       RunError: If no checkpoint is intact, or the records cannot be written.
       OSError: If something cannot be written; images made before it stay.
     """
-    work = open_work(request)
-    request, root = work.request, request.out / IMAGES / SPLIT
-    names = class_names_of(work.pipeline.run.config, work.pipeline.settings)
+    work = open_work(settings, request)
+    request, root = work.request, request.folder / IMAGES / SPLIT
+    run = work.pipeline.run
+    names = class_names_of(run.model, run.config.data, settings)
     records = records_of(work.specs, root, class_folders(names))
     paths = [record.png for record in records]
     captions = captions_text(records, root)
     also = {root / CAPTIONS_FILE} if captions else set()
     remove_unlisted(request, {*paths} | also)
     check_captions(request, root / CAPTIONS_FILE, captions)
-    num_drawn = draw_missing(work, paths)
-    if request.share_index:
+    num_made = make_missing(work, paths)
+    if request.process[0]:
         return Outcome([])
     if num_missing := sum(not path.exists() for path in paths):
         return Outcome(
-            [request.out / IMAGES, *write_sheets(work, paths)],
+            [request.folder / IMAGES, *write_grids(work, paths)],
             (
-                f"{num_missing} images are still to come from other processes; then "
+                f"{num_missing} images are still to be made by other processes; then "
                 "the same command finishes the data set",
             ),
         )
     height, width, channels = read_png(paths[0]).shape
     contents = Contents(records, names, (height, width, channels))
-    return finish(work, contents, captions, was_there=not num_drawn)
+    return finish(work, contents, captions, was_there=not num_made)
 
 
 def finish(
     work: Work, contents: Contents, captions: str, *, was_there: bool
 ) -> Outcome:
-    """Write all that there is beside the images, unless it is there already.
+    """Write captions, grid and records, unless they are there already.
 
     Args:
       work: The request; its images are there.
-      contents: They, and what they show.
+      contents: The images, and their labels and captions.
       captions: The text of `captions.jsonl`, or "".
-      was_there: Whether they were before.
-
-    Returns:
-      What became of the request.
+      was_there: Whether every image was there before.
 
     Raises:
       InputError: If a data set of other images is there, and may not be replaced.
     """
     request = work.request
-    captions_path = request.out / IMAGES / SPLIT / CAPTIONS_FILE
-    beside = [*sheet_paths(request), *([captions_path] if captions else [])]
-    place = data_set_folder(request.out / DATA_SETS, NAME)
-    written = [request.out / IMAGES, *sheet_paths(request), place]
+    captions_path = request.folder / IMAGES / SPLIT / CAPTIONS_FILE
+    beside = [*grid_paths(request), *([captions_path] if captions else [])]
+    place = data_set_folder(request.folder / DATA_SETS, NAME)
+    written = [request.folder / IMAGES, *grid_paths(request), place]
     there, wanted = written_digest(place), digest_of(contents)
     if there not in (None, wanted) and not request.overwrite:
         raise InputError(
-            f"--as-dataset: {place} holds a data set that was made otherwise; try "
+            f"--as-dataset: {place} holds a data set that was made differently; try "
             "another --as-dataset, or --overwrite"
         )
     if was_there and there == wanted and all(path.exists() for path in beside):
-        return Outcome(written, ("all of it was there already; nothing was changed",))
+        return Outcome(written, ("everything was there already; nothing was changed",))
     if captions:
         write_text(captions_path, captions)
-    write_sheets(work, [record.png for record in contents.records])
+    write_grids(work, [record.png for record in contents.records])
     if there != wanted:
-        root = request.out / DATA_SETS
+        root = request.folder / DATA_SETS
         write_data_set(contents, root, name=NAME, description=DESCRIPTION)
     return Outcome(written)
 
 
-def class_names_of(config: Config, settings: SamplingConfig) -> tuple[str, ...]:
-    """Say what a model's classes are called, on every process alike.
+def class_names_of(
+    model: LatentDiffusion, data: DataConfig, settings: SamplingConfig
+) -> tuple[str, ...]:
+    """Return the names of a model's classes, the same on every process.
 
     Returns:
-      The names that its data set gives them, if that is here and has as many; else
-      their numbers. () if the model has none.
+      The names that its data set has, if that is here and has as many; else the
+      classes' numbers. () if the model has no classes.
     """
-    data = config.data
-    if not config.diffusion.condition.uses_classes:
+    if not model.condition.uses_classes:
         return ()
     found: tuple[str, ...] = ()
-    if settings.workdir is not None:  # weights from elsewhere name no data set
+    if settings.workdir is not None:  # weights alone name no data set
         found = find_class_names(data.source, directory=data.directory)
     # TFDS keeps the names as lines of a file.
     names = [" ".join(name.split()) for name in found]
-    usable = all(names) and len(set(names)) == len(names) == data.num_classes
-    names = names if usable else list(map(str, range(data.num_classes)))
+    num = model.num_classes
+    usable = all(names) and len(set(names)) == len(names) == num
+    names = names if usable else list(map(str, range(num)))
     return tuple(json.loads(gather_texts(json.dumps(names))[0]))
 
 
 def class_folders(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Name a folder for each class, such that they sort in the order of the classes.
+    """Return a folder for each class; the folders sort in the order of the classes.
 
-    Whoever reads a folder of images counts its classes in the order of their names. So
-    where that is another, or where two folders would be one to some file system, each
-    begins with its number: `0_zebra`, `1_ant`; a number alone is filled up: `07`.
-
-    Args:
-      names: Of the classes.
-
-    Returns:
-      The folders; those of plain, sorted names are these.
+    Readers of a folder of images count its classes in the order of their names. Where
+    that is another order, or where two names are one to some file system, each folder
+    begins with its number: `0_zebra`, `1_ant`; a number alone is padded: `07`.
     """
     plain = tuple(_plain(name) for name in names)
     listed_apart = len({name.casefold() for name in plain}) == len(plain)
@@ -190,19 +182,19 @@ def class_folders(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _plain(name: str) -> str:
-    """Make a name one that every file system takes, and none hides."""
+    """Make a name valid on every file system, and not hidden."""
     return UNSAFE.sub("_", name)[:MAX_FOLDER_NAME].strip().strip(".").strip()
 
 
 def records_of(
     specs: list[ImageSpec], root: Path, folders: tuple[str, ...]
 ) -> list[Record]:
-    """Say where each image goes and what it shows.
+    """List the path, label and caption of each image.
 
     Args:
-      specs: Of the request, in order.
-      root: Where the images of all classes lie.
-      folders: Of the classes, below it; () if there are none.
+      specs: The images of the request, in order.
+      root: Folder of all images.
+      folders: Folders of the classes, below it; () if there are none.
     """
     records = []
     for i, spec in enumerate(specs):
@@ -214,7 +206,7 @@ def records_of(
 
 
 def captions_text(records: list[Record], root: Path) -> str:
-    """Write what images show as lines of JSON; "" if they have no captions."""
+    """Write captions as lines of JSON; "" if there are none."""
     lines = [
         json.dumps({"file": r.png.relative_to(root).as_posix(), "caption": r.caption})
         for r in records
@@ -224,35 +216,34 @@ def captions_text(records: list[Record], root: Path) -> str:
 
 
 def remove_unlisted(request: SampleRequest, expected: set[Path]) -> None:
-    """See that a folder of images holds nothing but what belongs to a data set.
+    """Remove, or refuse, files that do not belong to a data set.
 
     Args:
-      request: With `overwrite`, what another one left there is removed.
-      expected: What belongs to it; what an interrupted process left half does not
-        count.
+      request: With `overwrite`, files of another request are removed.
+      expected: Files that belong to the data set; unfinished ones are ignored.
 
     Raises:
-      InputError: If there is anything else.
+      InputError: If there is any other file.
     """
-    top = request.out / IMAGES
+    top = request.folder / IMAGES
     unlisted = [path for path in _files(top) if path not in expected]
     foreign = [path for path in unlisted if not _is_ours(path)]
     if foreign:
         raise InputError(
             f"--as-dataset: {foreign[0]} does not belong to the data set, wanted a "
-            "folder of its own; try another --as-dataset, or take it away"
+            "folder of its own; try another --as-dataset, or move the file"
         )
     if unlisted and not request.overwrite:
         raise InputError(
-            f"--as-dataset: {top} holds {len(unlisted)} files that were not asked "
-            f"for, such as {unlisted[0]}; try another --as-dataset, or --overwrite"
+            f"--as-dataset: {top} holds {len(unlisted)} files of another request, "
+            f"such as {unlisted[0]}; try another --as-dataset, or --overwrite"
         )
     for path in unlisted:
-        path.unlink(missing_ok=True)  # another process may have been quicker
+        path.unlink(missing_ok=True)  # another process may have removed it
 
 
 def _is_ours(path: Path) -> bool:
-    """Say whether a file is one that another data set left."""
+    """Return whether a file was written for another data set."""
     if path.name == CAPTIONS_FILE:
         return True
     return OUR_NAME.fullmatch(path.name) is not None and has_metadata(path)
@@ -271,6 +262,6 @@ def check_captions(request: SampleRequest, path: Path, captions: str) -> None:
         return
     if path.read_text(encoding="utf-8", errors="replace") != captions:
         raise InputError(
-            f"--as-dataset: {path} was made otherwise; try another --as-dataset, or "
+            f"--as-dataset: {path} was made differently; try another --as-dataset, or "
             "--overwrite"
         )

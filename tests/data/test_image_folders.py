@@ -221,7 +221,9 @@ def test_damage_inside_stops_the_stream_and_is_named_in_a_large_one(pool):
     asked = {"needs": (), "image_size": 0, "max_broken_files": 0}
     examples, _ = open_folder(pool, "all", **asked, max_bytes_in_memory=0)
     assert isinstance(examples, FolderExamples) and len(examples) == 40
-    with pytest.raises(RunError, match=r"cat/07.png: cannot be decoded \(.*check-images"):
+    with pytest.raises(
+        RunError, match=r"cat/07.png: cannot be decoded \(.*check-images"
+    ):
         list(itertools.islice(stream(examples, batch_size=8), 5))
 
 

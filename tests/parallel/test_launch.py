@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from ldm_jax.cli.sample import parse_sample
 from ldm_jax.config import to_json
 from ldm_jax.config.flags import parse_train
 from ldm_jax.config.launch import Launch
 from ldm_jax.parallel import launch
 from ldm_jax.parallel import multihost as hosts
-from ldm_jax.sampling.request import parse_sample
 from ldm_jax.types import InputError, RunError
 from tests.support.tiny import get_config
 

@@ -18,9 +18,9 @@ from ldm_jax.pretrained.tensors import Tensors
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
 from ldm_jax.sampling.conditions import condition_inputs
 from ldm_jax.sampling.sample_fn import make_sample_fn
-from tests.support import models
 from tests.data.test_tokenizer import write_clip
 from tests.parity.diffusers_models import from_torch, relative, to_torch
+from tests.support import models
 from tests.support.weights import random_tensors
 
 torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
@@ -90,7 +90,7 @@ def test_a_whole_text_to_image_pipeline_is_the_same(kind, tmp_path):
     keys = image_keys([3, 4])
     sample_fn = make_sample_fn(model, sampler="ddim", num_steps=STEPS)
     rows = [{"prompt": text, "negative_prompt": "at"} for text in TEXTS]
-    cond, uncond = condition_inputs(opened.config, rows)
+    cond, uncond = condition_inputs(model, rows)
     ours = sample_fn(params, keys, cond, SCALE, 0.0, uncond).images
 
     pipeline = load_pipeline("StableDiffusionPipeline", folder)

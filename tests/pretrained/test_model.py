@@ -28,8 +28,8 @@ from ldm_jax.pretrained.model import (
 )
 from ldm_jax.pretrained.tensors import Tensors, open_tensors
 from ldm_jax.types import InputError
-from tests.support import models
 from tests.data.test_tokenizer import write_clip
+from tests.support import models
 from tests.support.models import config_of, model_of, same
 
 KINDS = sorted(models.CONDITIONS)

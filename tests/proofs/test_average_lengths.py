@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from ldm_jax.cli.sample import parse_sample
 from ldm_jax.config import DiffusionConfig
 from ldm_jax.pretrained.posthoc_ema import make_average
 from ldm_jax.pretrained.tensors import open_tensors
-from ldm_jax.sampling.metadata import _settings, _settings_text
-from ldm_jax.sampling.request import parse_sample
+from ldm_jax.sampling.metadata import read_settings, settings_text
 from ldm_jax.training.ema import (
     Profile,
     kept_steps,
@@ -249,8 +249,8 @@ def test_a_run_without_averages_has_no_length_to_choose(tmp_path):
 def test_recipes_from_before_lengths_are_read_and_still_written(tmp_path):
     workdir = write_run(get_config(), tmp_path / "run")
     settings = parse_sample([f"--workdir={workdir}"]).settings
-    text = _settings_text(settings)
+    text = settings_text(settings)
     assert "ema_length" not in json.loads(text)
-    assert _settings(text) == settings
+    assert read_settings(text) == settings
     longer = dataclasses.replace(settings, ema_length=0.1)
-    assert _settings(_settings_text(longer)) == longer
+    assert read_settings(settings_text(longer)) == longer

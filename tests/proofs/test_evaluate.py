@@ -60,7 +60,9 @@ def tiny_run(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short_lessons(monkeypatch):
     """Teach the classifier for a moment only, and keep few features a file."""
-    monkeypatch.setattr(real, "teach", functools.partial(train_classifier, num_steps=5))
+    monkeypatch.setattr(
+        real, "train_classifier", functools.partial(train_classifier, num_steps=5)
+    )
     monkeypatch.setattr(samples, "SHARD", 32)
 
 
@@ -121,9 +123,11 @@ def test_an_interrupted_one_goes_on_without_drawing_twice(
     (first,) = written
     before = first.stat().st_mtime_ns
     drawn = []
-    real_draw = samples.draw
+    real_make = samples.sample_images
     monkeypatch.setattr(
-        samples, "draw", lambda s, jobs: drawn.extend(jobs) or real_draw(s, jobs)
+        samples,
+        "sample_images",
+        lambda pipeline, specs: drawn.extend(specs) or real_make(pipeline, specs),
     )
     resumed = json.loads(measure(tiny_run, out).read_text())
     assert first.stat().st_mtime_ns == before

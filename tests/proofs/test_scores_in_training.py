@@ -57,7 +57,9 @@ def one_device_and_short_lessons():
         patch.setattr(run, "make_layout", lambda config: one_device())
         for room in (pipeline, extractors):
             patch.setattr(room, "PmapLayout", one_device)
-        patch.setattr(real, "teach", functools.partial(train_classifier, num_steps=5))
+        patch.setattr(
+            real, "train_classifier", functools.partial(train_classifier, num_steps=5)
+        )
         patch.setattr(samples, "SHARD", 32)
         yield
 

@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
+from ldm_jax.build import build_model
+from ldm_jax.cli.sample import SampleCommand, parse_sample
 from ldm_jax.config import ClipConfig, ConditionConfig
 from ldm_jax.images import read_png, write_png
 from ldm_jax.sampling.pipeline import with_strength
-from ldm_jax.sampling.request import SampleRequest, parse_sample
 from tests.data.test_tokenizer import write_clip
 from tests.support.commands import sample_here, write_run
 from tests.support.stand_ins import SIDE, config_with, no_networks, picture
@@ -78,10 +79,11 @@ def test_the_strength_that_is_meant_depends_on_what_is_done(
     run, image, concat, flags, strength
 ):
     given = [str(image) if word == "I" else word for word in flags.split()]
-    request = parse_sample(["--workdir", str(run), *given])
-    assert isinstance(request, SampleRequest)
+    command = parse_sample(["--workdir", str(run), *given])
+    assert isinstance(command, SampleCommand)
     config = config_with(ConditionConfig(concat=concat, low_resolution_factor=2))
-    assert with_strength(config, request.settings).strength == strength
+    resolved = with_strength(build_model(config), command.settings)
+    assert resolved.strength == strength
 
 
 def test_an_interpolation_ends_at_the_plain_images(run, tmp_path):

@@ -1,5 +1,6 @@
-"""Images made again from their recipes: the same, or told in what they differ."""
+"""Images made again from their metadata: the same, or their differences named."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,9 +10,9 @@ import pytest
 from ldm_jax.files import write_safetensors
 from ldm_jax.images import read_png, write_png
 from ldm_jax.pretrained.tensors import open_tensors
-from ldm_jax.sampling import request as requests
 from ldm_jax.sampling.conditions import ImageSpec
 from ldm_jax.sampling.metadata import make_metadata
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from tests.support.commands import refusal, sample_here, write_run
 from tests.support.pngs import read_texts
 from tests.support.stand_ins import config_with, no_networks
@@ -96,14 +97,6 @@ def rewrite(path, **texts):
     write_png(path, read_png(path), kept)
 
 
-def settings_of(flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requests, "read_config", lambda workdir: config_with())
-        request = requests.parse_sample(flags)
-    assert isinstance(request, requests.SampleRequest)
-    return request.settings
-
-
 def constant(name):
     raise AssertionError(f"{name} is no JSON")
 
@@ -122,9 +115,9 @@ def test_every_kind_of_edit_is_made_again_to_the_pixel(made, capsys, kind):
     assert said.err == ""
 
 
-def test_a_recipe_says_the_scale_that_had_effect():
-    flags = ["--workdir", ".", "--autoguidance", "worse", "--guidance-scale", "3"]
-    settings = [settings_of(flags), settings_of([*flags[:2], *flags[4:]])]
+def test_metadata_holds_the_scale_that_had_effect():
+    plain = SamplingConfig(workdir=".", guidance_scale=(3.0,))
+    settings = [dataclasses.replace(plain, autoguidance="worse"), plain]
     scales = [
         make_metadata(ImageSpec(condition_texts, 0), given, {})["guidance_scale"]
         for given in settings
@@ -162,7 +155,7 @@ def test_another_shape_or_mode_is_told_before_anything_is_drawn(plain, capsys):
     texts, pixels = read_texts(plain), read_png(plain)
     write_png(plain, pixels[:4], texts)
     line = refusal(capsys, "--replay", plain)
-    assert "4x8 pixels, the recipe gives 8x8: it was changed since" in line
+    assert "4x8 pixels, its metadata gives 8x8: it was changed since" in line
     write_png(plain, pixels.repeat(3, axis=-1), texts)
     assert "mode RGB, wanted L" in refusal(capsys, "--replay", plain)
 
@@ -173,20 +166,23 @@ def with_setting(texts, **values):
 
 
 DAMAGES = [
-    (lambda t: {"settings": None}, "has no recipe"),
-    (lambda t: {"seed": None}, "has no recipe"),
-    (lambda t: {"settings": "{"}, "damaged recipe"),
-    (lambda t: {"settings": "[]"}, "damaged recipe: settings: wanted an object"),
-    (lambda t: {"settings": "{}"}, "damaged recipe: settings: autoguidance unknown"),
-    (lambda t: {"settings": "[" * 5000}, "damaged recipe"),
-    (lambda t: with_setting(t, eta=float("nan")), "damaged recipe: settings: got NaN"),
-    (lambda t: with_setting(t, steps="2"), "damaged recipe: steps: got '2'"),
-    (lambda t: with_setting(t, sampler="foo"), "damaged recipe: sampler: got 'foo'"),
-    (lambda t: with_setting(t, eta=7), "damaged recipe: eta: got 7.0, wanted 0 to 1"),
-    (lambda t: with_setting(t, size=[8]), "damaged recipe: size: got (8,)"),
+    (lambda t: {"settings": None}, "has no metadata"),
+    (lambda t: {"seed": None}, "has no metadata"),
+    (lambda t: {"settings": "{"}, "damaged metadata"),
+    (lambda t: {"settings": "[]"}, "damaged metadata: settings: wanted an object"),
+    (lambda t: {"settings": "{}"}, "damaged metadata: settings: autoguidance unknown"),
+    (lambda t: {"settings": "[" * 5000}, "damaged metadata"),
+    (
+        lambda t: with_setting(t, eta=float("nan")),
+        "damaged metadata: settings: got NaN",
+    ),
+    (lambda t: with_setting(t, steps="2"), "damaged metadata: steps: got '2'"),
+    (lambda t: with_setting(t, sampler="foo"), "damaged metadata: sampler: got 'foo'"),
+    (lambda t: with_setting(t, eta=7), "damaged metadata: eta: got 7.0, wanted 0 to 1"),
+    (lambda t: with_setting(t, size=[8]), "damaged metadata: size: got [8]"),
     (lambda t: with_setting(t, steps=1001), "(--steps: got 1001, wanted 1 to 1000)"),
     (lambda t: with_setting(t, image="gone.png"), "(--image: no file gone.png)"),
-    (lambda t: {"seed": "x"}, "damaged recipe"),
+    (lambda t: {"seed": "x"}, "damaged metadata"),
     (lambda t: {"seed": "-1"}, "seed: got -1, wanted 0 to 4294967295"),
     (lambda t: {"other_seed": "5", "weight": "nan"}, "weight: got nan"),
     (lambda t: {"label": "10"}, "label: got 10, wanted a class, 0 to 9"),
@@ -195,7 +191,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("harm", "words"), DAMAGES, ids=[d[1] for d in DAMAGES])
-def test_a_damaged_recipe_is_one_line(plain, capsys, harm, words):
+def test_a_damaged_metadata_is_one_line(plain, capsys, harm, words):
     rewrite(plain, **harm(read_texts(plain)))
     line = refusal(capsys, "--replay", plain)
     assert line.startswith("sample.py: error: --replay: ") and words in line, line
@@ -207,7 +203,7 @@ def test_a_model_that_has_moved_is_found_where_it_is_said_to_be(
     there = tmp_path / "gone"
     rewrite(plain, **with_setting(read_texts(plain), workdir=str(there)))
     line = refusal(capsys, "--replay", plain)
-    assert "is not here" in line and str(there) in line
+    assert "is missing" in line and str(there) in line
     assert "try --workdir or --weights" in line
     sample_here("--replay", plain, "--workdir", things / "run")
     assert "is the same" in capsys.readouterr().out

@@ -10,9 +10,8 @@ from PIL import PngImagePlugin
 
 from ldm_jax.build import build_model
 from ldm_jax.images import read_png
-from ldm_jax.sampling import outputs as gallery
-from ldm_jax.sampling.draw import draw
-from ldm_jax.sampling.pipeline import Pipeline
+from ldm_jax.sampling import outputs
+from ldm_jax.sampling.pipeline import Pipeline, sample_images
 from tests.support.commands import refusal, sample_here, write_run
 from tests.support.pngs import read_texts
 from tests.support.stand_ins import config_with, no_networks, picture
@@ -68,9 +67,9 @@ def test_what_is_there_is_kept_and_what_is_missing_is_made(
 
     def watched(pipeline, specs):
         drawn.extend((s.condition_texts["label"], s.seed) for s in specs)
-        return draw(pipeline, specs)
+        return sample_images(pipeline, specs)
 
-    monkeypatch.setattr(gallery, "draw", watched)
+    monkeypatch.setattr(outputs, "sample_images", watched)
     for name in (NAMES[1], NAMES[4]):
         (out / name).unlink()
     (out / (NAMES[1] + ".part")).write_bytes(b"half an image")
@@ -86,13 +85,13 @@ def test_interrupted_anywhere_it_ends_as_if_never_stopped(
     run, whole, monkeypatch, capsys, tmp_path, num
 ):
     def interrupted(pipeline, specs):
-        for i, made in enumerate(draw(pipeline, specs)):
+        for i, made in enumerate(sample_images(pipeline, specs)):
             if i == num:
                 raise KeyboardInterrupt
             yield made
 
     with monkeypatch.context() as patch:
-        patch.setattr(gallery, "draw", interrupted)
+        patch.setattr(outputs, "sample_images", interrupted)
         line = refusal(capsys, "--workdir", run, "--out", tmp_path, *REQUEST)
     assert line == "sample.py: error: interrupted; the same command resumes"
     assert sorted(path.name for path in tmp_path.iterdir()) == NAMES[:num]
@@ -117,7 +116,7 @@ def test_images_made_otherwise_stop_the_command_and_stay(run, out, capsys, flags
     (out / NAMES[5]).unlink()
     before = snapshot(out)
     line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST, *flags.split())
-    assert f"{NAMES[0]} was made otherwise ({told})" in line, line
+    assert f"{NAMES[0]} was made differently ({told})" in line, line
     assert "--overwrite" in line
     assert snapshot(out) == before
 
@@ -133,7 +132,7 @@ def test_a_foreign_picture_among_them_stops_the_command_before_it_begins(
     assert NAMES[5] in line and "seed: none there, 2 here" in line
     (out / NAMES[5]).write_text("my notes")
     line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST)
-    assert f"{NAMES[5]} is no picture" in line and "--overwrite" in line
+    assert f"{NAMES[5]} is no image" in line and "--overwrite" in line
     assert snapshot(out) == {**before, NAMES[5]: snapshot(out)[NAMES[5]]}
 
 
@@ -156,7 +155,7 @@ def test_another_checkpoint_is_told_and_another_place_of_the_same_is_not(
     assert {n: snapshot(out)[n] for n in NAMES} == {n: before[n] for n in NAMES}
     other = write_run(config_with(), tmp_path / "other", seed=1)
     line = refusal(capsys, "--workdir", other, "--out", out, *REQUEST)
-    assert "was made otherwise (checkpoint: " in line
+    assert "was made differently (checkpoint: " in line
 
 
 def cut(data):
@@ -195,7 +194,7 @@ def test_fifty_thousand_seeds_are_planned_in_two_seconds(run, monkeypatch, tmp_p
         planned.extend(specs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gallery, "draw", none)
+    monkeypatch.setattr(outputs, "sample_images", none)
     args = ["--workdir", run, "--out", tmp_path, "--labels", "1", "--seeds", "0-49999"]
     start = time.process_time()
     with pytest.raises(KeyboardInterrupt):
@@ -209,9 +208,9 @@ def test_finding_what_is_there_decodes_no_pixel(whole, monkeypatch):
         raise AssertionError("an image was decoded")
 
     path = whole / NAMES[0]
-    recipe = read_texts(path)
+    metadata = read_texts(path)
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decoded)
-    assert gallery.is_made(path, recipe, overwrite=False)
+    assert outputs.is_made(path, metadata, overwrite=False)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -220,12 +219,10 @@ def test_processes_share_whole_calls_in_turn(processes):
     shares = []
     for index in range(processes):
         fields: dict[str, Any] = dict.fromkeys(Pipeline._fields)
-        fields["networks"] = build_model(config_with())._replace(chunk=3)
+        fields["model"] = build_model(config_with())._replace(chunk=3)
         fields["layout"] = SimpleNamespace(devices=[0, 1], platform="tpu")
         pipeline = Pipeline(**fields)
-        shares.append(
-            gallery.share(num, pipeline, share_index=index, num_shares=processes)
-        )
+        shares.append(outputs.share(num, pipeline, (index, processes)))
     assert sorted(i for share in shares for i in share) == list(range(num))
     for index, share in enumerate(shares):
         assert share == sorted(share)

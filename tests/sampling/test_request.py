@@ -1,19 +1,30 @@
 """What `sample.py` may be asked: every mistake one line, and nothing written."""
 
 import dataclasses
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs.digits import get_config
-from ldm_jax.config import ConditionConfig, to_json
+from ldm_jax.build import build_model
+from ldm_jax.cli.sample import SampleArguments, SampleCommand, parse_sample
+from ldm_jax.config import ConditionConfig, Config, to_json
 from ldm_jax.images import write_png
-from ldm_jax.sampling.conditions import check_settings, describe_conditions, image_specs
-from ldm_jax.sampling.request import SampleArguments, SampleRequest, parse_sample
+from ldm_jax.sampling.conditions import ImageSpec, check_settings, image_specs
+from ldm_jax.sampling.request import (
+    FLAG_NAMES,
+    INTERVAL,
+    SampleRequest,
+    command_line,
+    list_text,
+)
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 from tests.support.commands import ROOT, refusal, write_run
 from tests.support.stand_ins import config_with
@@ -24,10 +35,15 @@ ENLARGES = ConditionConfig(concat="low_resolution", low_resolution_factor=2)
 EMBEDDING = ConditionConfig(context="embedding", embedding_width=4)
 
 
-def request_of(*args: str) -> SampleRequest:
-    request = parse_sample(list(args))
-    assert isinstance(request, SampleRequest)
-    return request
+def command_of(*args: str) -> SampleCommand:
+    command = parse_sample(list(args))
+    assert isinstance(command, SampleCommand)
+    return command
+
+
+def specs_of(config: Config, command: SampleCommand) -> list[ImageSpec]:
+    guided = command.settings.guided
+    return image_specs(build_model(config), command.request, guided=guided)
 
 
 def error(*args: object) -> str:
@@ -57,7 +73,7 @@ def workdir(tmp_path_factory):
     ("flags", "words"),
     [
         ("--labels 0-10", ["--labels", "10", "0 to 9"]),
-        ("--steps 0", ["--steps", "0", "1 to 1000"]),
+        ("--steps 0", ["--steps: got 0", "at least 1"]),
         ("--steps 1001", ["--steps", "1001", "1 to 1000"]),
         ("--seeds 9-0", ["--seeds", "9-0"]),
         ("--seeds x", ["--seeds", "x"]),
@@ -143,16 +159,54 @@ def test_an_out_that_is_a_file_is_named_and_kept(workdir):
 
 
 def test_labels_default_to_every_class_of_the_run(workdir):
-    request = request_of("--workdir", str(workdir), "--out", "o", "--seeds", "3")
-    rows = describe_conditions(get_config(), request)
-    assert [row["label"] for row in rows] == [str(label) for label in range(10)]
-    assert request.seeds == [3]
-    assert request.settings.eta == 0.0
+    command = command_of("--workdir", str(workdir), "--out", "o", "--seeds", "3")
+    specs = specs_of(get_config(), command)
+    assert [spec.condition_texts["label"] for spec in specs] == list("0123456789")
+    assert {spec.seed for spec in specs} == {3}
+    assert command.settings.eta == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "request_"),
+    [
+        ({}, {}),
+        ({"guidance_scale": (1.0, 4.5, 1 / 3)}, {"labels": (0, 1, 2, 9, 3)}),
+        ({"guidance_low": 0.5, "guidance_high": 5.0, "step": 3}, {"process": (1, 4)}),
+        ({"guidance_low": 0.5, "spacing": "karras"}, {"as_dataset": Path("a b")}),
+        ({"image": "I", "outpaint": (2, 0, 0, 4)}, {"out": Path("o"), "seeds": (7,)}),
+        ({"image": "I", "invert": True, "source": "3"}, {"trajectory": True}),
+        ({"ema_length": 0.1, "size": (8, 12)}, {"prompts": ("a 'b'",)}),
+        ({"sampler": "unipc"}, {"negative_prompt": "-blue", "prompts": ("-x",)}),
+    ],
+)
+def test_a_command_line_makes_the_request_that_it_was_written_for(
+    workdir, settings, request_
+):
+    config = get_config()
+    diffusion = dataclasses.replace(config.diffusion, average_lengths=(0.05, 0.1))
+    config = dataclasses.replace(config, diffusion=diffusion)
+    (workdir / "config.json").write_text(to_json(config))
+    if "image" in settings:
+        settings = {**settings, "image": str(workdir / "i.png")}
+    asked = SamplingConfig(workdir=str(workdir), **settings), SampleRequest(**request_)
+    words = shlex.split(command_line(*asked))
+    assert words[:2] == ["python", "sample.py"]
+    assert command_of(*words[2:])[:2] == asked
+
+
+def test_a_list_is_written_as_ranges():
+    assert list_text((0, 1, 2, 3, 9)) == "0-3,9"
+    assert list_text((3, 2, 2, 4)) == "3,2,2,4"
+
+
+def test_guidance_is_two_by_default_and_none_where_an_image_is_inverted():
+    assert SamplingConfig().guidance_scale == (2.0,)
+    assert SamplingConfig(image="i.png", invert=True).guidance_scale == (1.0,)
 
 
 def test_an_interval_may_have_no_end(workdir):
     flags = ["--workdir", str(workdir), "--guidance-interval", "0.5", "inf"]
-    settings = request_of(*flags).settings
+    settings = command_of(*flags).settings
     assert (settings.guidance_low, settings.guidance_high) == (0.5, None)
 
 
@@ -160,8 +214,8 @@ def test_a_model_of_classes_and_texts_draws_each_with_each(workdir):
     both = ConditionConfig(label=True, context="text")
     config = config_with(both, transformer_depth=1)
     given = ["--workdir", str(workdir), "--labels", "3,1", "--seeds", "5"]
-    request = request_of(*given, "--prompt", "a", "b", "--negative-prompt", "c")
-    condition_texts = [spec.condition_texts for spec in image_specs(config, request)]
+    command = command_of(*given, "--prompt", "a", "b", "--negative-prompt", "c")
+    condition_texts = [spec.condition_texts for spec in specs_of(config, command)]
     assert condition_texts == [
         {"label": label, "prompt": prompt, "negative_prompt": "c"}
         for label in "31"
@@ -180,7 +234,7 @@ def test_a_model_of_classes_and_texts_draws_each_with_each(workdir):
 def test_an_interpolation_wants_two_ends(workdir, flags, counts):
     given = ["--workdir", str(workdir), "--interpolate", "3", *flags.split()]
     with pytest.raises(InputError, match=counts):
-        image_specs(get_config(), request_of(*given))
+        specs_of(get_config(), command_of(*given))
 
 
 def test_help_shows_every_flag_and_parsing_waits_for_no_jax(capsys):
@@ -189,8 +243,10 @@ def test_help_shows_every_flag_and_parsing_waits_for_no_jax(capsys):
     assert not stop.value.code
     text = capsys.readouterr().out
     for field in dataclasses.fields(SampleArguments):
-        assert f"--{field.name.replace('_', '-')}" in text, field.name
-    code = "import sys, ldm_jax.sampling.request; print('jax' in sys.modules)"
+        if field.name not in INTERVAL:
+            name = FLAG_NAMES.get(field.name, field.name)
+            assert f"--{name.replace('_', '-')}" in text, field.name
+    code = "import sys, ldm_jax.cli.sample; print('jax' in sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )
@@ -206,19 +262,24 @@ def test_help_shows_every_flag_and_parsing_waits_for_no_jax(capsys):
         (MASKED, "--image I --mask M --strength 0.5", "--strength: this model"),
         (MASKED, "--image I --outpaint 2 2 2 2", "--mask: not given"),
         (ENLARGES, "", "--image: not given"),
-        (ENLARGES, "--image I --mask M", "--mask: this model enlarges whole"),
-        (ENLARGES, "--image I --invert", "--invert: this model is given"),
-        (ENLARGES, "--image I --outpaint 2 2 2 2", "--outpaint: this model is given"),
-        (EMBEDDING, "", "--workdir: this model is told of each image by embedding"),
+        (ENLARGES, "--image I --mask M", "--mask: this model upscales whole"),
+        (ENLARGES, "--image I --invert", "--invert: this model is conditioned"),
+        (
+            ENLARGES,
+            "--image I --outpaint 2 2 2 2",
+            "--outpaint: this model is conditioned",
+        ),
+        (EMBEDDING, "", "--workdir: this model is conditioned on embedding"),
     ],
 )
 def test_a_model_asks_for_the_pictures_it_is_given(workdir, condition, flags, words):
     names = {"I": str(workdir / "i.png"), "M": str(workdir / "m.png")}
     given = [names.get(word) or word for word in flags.split()]
-    settings = request_of("--workdir", str(workdir), *given).settings
+    settings = command_of("--workdir", str(workdir), *given).settings
     depth = int(condition.context != "none")
+    model = build_model(config_with(condition, transformer_depth=depth))
     with pytest.raises(InputError, match=words):
-        check_settings(config_with(condition, transformer_depth=depth), settings)
+        check_settings(model, settings)
 
 
 # What only the model can tell: through the whole command, and still nothing is written.
@@ -264,7 +325,7 @@ def runs(tmp_path_factory):
         ("label", "--image rgb.png", ["--image:", "mode RGB, wanted L"]),
         ("label", "--image palette.png", ["--image:", "mode P, wanted L"]),
         ("label", "--image deep.png", ["--image:", "mode I;16, wanted L"]),
-        ("label", "--image text.png", ["--image:", "no picture"]),
+        ("label", "--image text.png", ["--image:", "no image"]),
         ("label", "--image cut.png", ["--image:", "cannot be read"]),
         ("label", "--image wrong.png", ["--image:", "wrong.png"]),
         ("label", "--image bomb.png", ["--image:", "too large, wanted at most"]),
@@ -294,8 +355,8 @@ def runs(tmp_path_factory):
             "--autoguidance label --autoguidance-step 3",
             ["--autoguidance-step: got 3", "without checkpoints"],
         ),
-        ("label", "--replay text.png", ["--replay:", "no picture"]),
-        ("label", "--replay i.png", ["--replay:", "has no recipe"]),
+        ("label", "--replay text.png", ["--replay:", "no image"]),
+        ("label", "--replay i.png", ["--replay:", "has no metadata"]),
         ("label", "--replay bomb.png", ["--replay:", "too large"]),
     ],
 )

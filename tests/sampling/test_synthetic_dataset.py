@@ -1,19 +1,20 @@
 """Samples as a labelled data set: read back as both forms, finished, and kept whole."""
 
-import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+from ldm_jax.build import build_model
 from ldm_jax.config import ClipConfig, ConditionConfig
 from ldm_jax.data import tfds_writer as writing
 from ldm_jax.data.class_names import find_class_names
 from ldm_jax.data.sources import open_source
 from ldm_jax.images import read_png
 from ldm_jax.sampling import synthetic_dataset as synthetic
-from ldm_jax.sampling.request import SampleRequest, parse_sample
+from ldm_jax.sampling.request import SampleRequest
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 from tests.data.test_tokenizer import write_clip
 from tests.support.commands import refusal, sample_here, write_run
@@ -61,12 +62,6 @@ def whole(run, tmp_path_factory):
 def out(whole, tmp_path):
     """A copy, to be harmed."""
     return shutil.copytree(whole, tmp_path / "out")
-
-
-def parsed(run, *args):
-    request = parse_sample(["--workdir", str(run), "--steps", "2", *args])
-    assert isinstance(request, SampleRequest)
-    return request
 
 
 def files(folder):
@@ -222,7 +217,7 @@ def test_the_first_process_writes_the_data_set_once_all_images_are_there(
     run, whole, capsys, tmp_path
 ):
     make(run, tmp_path, *ASKED, "--process", "0/2")
-    assert "4 images are still to come" in capsys.readouterr().out
+    assert "4 images are still to be made" in capsys.readouterr().out
     assert not (tmp_path / "tfds").exists()
     make(run, tmp_path, *ASKED, "--process", "1/2")
     assert not (tmp_path / "tfds").exists()
@@ -230,15 +225,15 @@ def test_the_first_process_writes_the_data_set_once_all_images_are_there(
     assert files(tmp_path) == files(whole)
 
 
-# What was made otherwise.
+# What was made differently.
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("--steps 1", ["--as-dataset:", "made otherwise (steps: 2 there, 1 here)"]),
-        ("--labels 7,3", ["--as-dataset:", "3 files that were not asked for"]),
-        ("--seeds 0-1", ["--as-dataset:", "not asked for"]),
+        ("--steps 1", ["--as-dataset:", "made differently (steps: 2 there, 1 here)"]),
+        ("--labels 7,3", ["--as-dataset:", "3 files of another request"]),
+        ("--seeds 0-1", ["--as-dataset:", "of another request"]),
     ],
 )
 def test_a_data_set_that_was_made_otherwise_stops_the_command_or_is_replaced(
@@ -259,7 +254,7 @@ def test_records_of_other_images_stop_the_command_or_are_replaced(
     metadata.write_text(metadata.read_text().replace("a", "b"))
     before = stamps(out)
     message = refused(capsys, run, out)
-    assert f"{TFDS} holds a data set that was made otherwise" in message
+    assert f"{TFDS} holds a data set that was made differently" in message
     assert stamps(out) == before
     make(run, out, *ASKED, "--overwrite")
     assert files(out) == files(whole)
@@ -280,11 +275,11 @@ def test_a_file_of_someone_else_stops_the_command_and_is_never_removed(
     assert stamps(out) == before
 
 
-def test_captions_that_were_changed_stop_the_command(run, tmp_path):
+def test_captions_that_were_changed_stop_the_command(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_text("mine\n")
-    request = parsed(run, "--as-dataset", str(tmp_path))
-    with pytest.raises(InputError, match=r"captions\.jsonl was made otherwise"):
+    request = SampleRequest(as_dataset=tmp_path)
+    with pytest.raises(InputError, match=r"captions\.jsonl was made differently"):
         synthetic.check_captions(request, path, "ours\n")
     synthetic.check_captions(request, path, "mine\n")
 
@@ -326,21 +321,19 @@ def test_names_are_found_where_a_data_set_is_and_nothing_is_prepared(tmp_path):
     assert find_class_names(f"folder:{tmp_path}", directory=None) == ("a", "b")
 
 
-def test_classes_have_the_names_of_the_data_set_or_numbers(run, monkeypatch):
-    settings = parsed(run).settings
+def test_classes_have_the_names_of_the_data_set_or_numbers(monkeypatch):
+    config, of_run = config_with(), SamplingConfig(workdir="run")
     ten, numbers = tuple(f"name {i}" for i in range(10)), tuple("0123456789")
 
-    def names(*found, **changes):
+    def names(*found, settings=of_run):
         monkeypatch.setattr(synthetic, "find_class_names", lambda *a, **k: found)
-        return synthetic.class_names_of(
-            config_with(), dataclasses.replace(settings, **changes)
-        )
+        return synthetic.class_names_of(build_model(config), config.data, settings)
 
     assert names(*ten) == ten
     assert names(*(f" name\n{i}" for i in range(10))) == ten
     for unfit in ((), ten[:9], ("",) * 10, ("x",) * 10):
         assert names(*unfit) == numbers
-    assert names(*ten, workdir=None, weights="w") == numbers
+    assert names(*ten, settings=SamplingConfig(weights="w")) == numbers
 
 
 # What it cannot be asked beside.

@@ -148,7 +148,7 @@ def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
         "d" * 64,
         '"num_timesteps": 1000',
         "python train.py --config",
-        "python -m ldm_jax.cli.evaluate",
+        "ldm evaluate",
         f"--workdir '{workdir}' --step 8 --protocol dataset-classifier",
         "prefers-color-scheme: dark",
     ]

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from examples.scenes.scenes_dataset_builder import Builder
-from ldm_jax.build import null_tokens, open_split, open_tokenizer
+from ldm_jax.build import build_model, null_tokens, open_split, open_tokenizer
 from ldm_jax.config import ConditionConfig, DataConfig, TextConfig
 from ldm_jax.config.run import without_tokenizer
 from ldm_jax.data import sources
@@ -102,7 +102,7 @@ def test_what_no_caption_had_is_named(tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(
         "ldm_jax.sampling.conditions._tokenizer", lambda condition: tokenizer
     )
-    warn_of_prompts(config, ("a red circle", "a ж", "red " * LENGTH))
+    warn_of_prompts(build_model(config), ("a red circle", "a ж", "red " * LENGTH))
     told = [record.getMessage() for record in caplog.records]
     assert told[0] == "--prompt: 'a ж' has what the model's texts never had: ж"
     assert told[1].endswith(

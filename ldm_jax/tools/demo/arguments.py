@@ -15,7 +15,7 @@ PROG = "ldm serve"
 LOOPBACK, PORT = "127.0.0.1", 7860
 MAX_PORT = 2**16 - 1
 MOST_STEPS, MOST_IMAGES = 100, 64
-STEPS_AT_FIRST, SCALE_AT_FIRST = 20, 2.0
+STEPS_AT_FIRST = 20
 
 
 class BrowseRequest(NamedTuple):
@@ -116,7 +116,7 @@ def read_run(workdir: Path) -> Config:
     condition = config.diffusion.condition
     if condition.context == "embedding" or condition.concat != "none":
         raise InputError(
-            f"DIR: {workdir} is told of each image by vectors or pictures, wanted a "
+            f"DIR: {workdir} is conditioned on vectors or images, wanted a "
             "model of classes or texts, or without condition; try sample.py --image"
         )
     return config
@@ -132,28 +132,10 @@ def settings_of(given: argparse.Namespace, *, steps: int) -> SamplingConfig:
     try:
         return SamplingConfig(
             workdir=str(given.workdir),
-            weights=None,
             step=given.step,
-            config_file=None,
-            tokenizer=None,
             sampler=given.sampler,
             spacing=given.spacing,
             steps=steps,
-            eta=0.0,
-            guidance_scale=(SCALE_AT_FIRST,),
-            guidance_rescale=0.0,
-            guidance_low=0.0,
-            guidance_high=None,
-            autoguidance=None,
-            autoguidance_step=None,
-            image=None,
-            mask=None,
-            strength=None,
-            invert=False,
-            source=None,
-            outpaint=None,
-            size=None,
-            tile=0,
         )
     except InputError as error:
         raise InputError(f"--{error}") from None

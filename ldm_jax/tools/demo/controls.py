@@ -1,12 +1,10 @@
 """What a page may wish for: whatever it sends is looked at here, number by number."""
 
 import dataclasses
-import shlex
 from typing import Any, NamedTuple
 
-from ldm_jax.config import Config
-from ldm_jax.config.launch import Launch
-from ldm_jax.sampling.request import DEFAULT_OUT, MAX_SEED, SampleRequest
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.sampling.request import MAX_SEED, SampleRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
@@ -53,13 +51,13 @@ class Limits(NamedTuple):
         return bool(self.num_classes) or self.reads_text
 
 
-def limits_of(config: Config, *, max_steps: int, max_images: int) -> Limits:
-    """Say what the page of a model may wish for."""
-    condition = config.diffusion.condition
+def limits_of(model: LatentDiffusion, *, max_steps: int, max_images: int) -> Limits:
+    """Return the limits of a model's page."""
+    condition = model.condition
     return Limits(
         max_steps=max_steps,
         max_images=max_images,
-        num_classes=config.data.num_classes if condition.uses_classes else 0,
+        num_classes=model.num_classes if condition.uses_classes else 0,
         reads_text=condition.uses_tokens,
     )
 
@@ -135,60 +133,18 @@ def _short(value: Any) -> str:
     return repr(value) if isinstance(value, int | float) else type(value).__name__
 
 
-def request_of(controls: Controls, settings: SamplingConfig) -> SampleRequest:
-    """Ask of `sample.py` what a page wishes for.
-
-    Args:
-      settings: Of the page, with the checkpoint.
-
-    Returns:
-      The request: that of `command_of`.
-    """
-    settings = dataclasses.replace(
+def sampling_of(controls: Controls, settings: SamplingConfig) -> SamplingConfig:
+    """Apply the controls to the settings of the page."""
+    return dataclasses.replace(
         settings, steps=controls.steps, guidance_scale=(controls.guidance_scale,)
     )
+
+
+def request_of(controls: Controls) -> SampleRequest:
+    """Request the images that the controls select."""
     return SampleRequest(
-        settings=settings,
-        out=DEFAULT_OUT,
-        as_dataset=False,
-        overwrite=False,
-        labels=None if controls.label is None else str(controls.label),
+        labels=None if controls.label is None else (controls.label,),
         prompts=(controls.prompt,) if controls.prompt else (),
         negative_prompt=controls.negative_prompt,
-        seeds=list(range(controls.seed, controls.seed + controls.num_images)),
-        interpolate=0,
-        trajectory=False,
-        share_index=0,
-        num_shares=1,
-        launch=Launch(),
+        seeds=tuple(range(controls.seed, controls.seed + controls.num_images)),
     )
-
-
-def command_of(controls: Controls, settings: SamplingConfig) -> str:
-    """Write the command that makes what a page wishes for, to the bit."""
-    last = controls.seed + controls.num_images - 1
-    flags: list[tuple[str, str]] = [("workdir", str(settings.workdir))]
-    if settings.step is not None:
-        flags.append(("step", str(settings.step)))
-    if controls.label is not None:
-        flags.append(("labels", str(controls.label)))
-    if controls.prompt:
-        flags.append(("prompt", controls.prompt))
-    if controls.negative_prompt:
-        flags.append(("negative-prompt", controls.negative_prompt))
-    one = controls.num_images == 1
-    flags += [
-        ("seeds", str(controls.seed) if one else f"{controls.seed}-{last}"),
-        ("steps", str(controls.steps)),
-        ("sampler", settings.sampler),
-    ]
-    if settings.spacing is not None:
-        flags.append(("spacing", settings.spacing))
-    flags.append(("guidance-scale", f"{controls.guidance_scale:g}"))
-    return " ".join(["python sample.py", *(_flag(*flag) for flag in flags)])
-
-
-def _flag(name: str, value: str) -> str:
-    """Write a flag; joined by = where its value would be taken for another flag."""
-    joint = "=" if value.startswith("-") else " "
-    return f"--{name}{joint}{shlex.quote(value)}"

@@ -9,13 +9,14 @@ from typing import Any
 from fastapi import FastAPI
 from nicegui import Client, background_tasks, run, ui
 
-from ldm_jax.sampling.request import MAX_SEED
+from ldm_jax.sampling.request import MAX_SEED, command_line
 from ldm_jax.tools.demo.controls import (
     MAX_LETTERS,
     MAX_SCALE,
     Controls,
     check_controls,
-    command_of,
+    request_of,
+    sampling_of,
 )
 from ldm_jax.tools.demo.queue import RenderQueue
 from ldm_jax.tools.demo.renderer import Drawn, Renderer, doubts, draw, initial_controls
@@ -141,9 +142,8 @@ class Desk:
                 return
             if i == 0:
                 self._lay_cells(controls.num_images)
-                self._command.text = command_of(
-                    controls, self._renderer.pipeline.settings
-                )
+                settings = sampling_of(controls, self._renderer.pipeline.settings)
+                self._command.text = command_line(settings, request_of(controls))
                 for image, _, _ in self._cells:
                     image.classes(add="old")
             self._show(i, drawn)

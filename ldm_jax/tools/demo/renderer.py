@@ -1,7 +1,7 @@
 """What makes a page's images: one compiled program, whatever is wished for."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,13 +10,19 @@ from ldm_jax.images import encode_png, to_uint8
 from ldm_jax.latent_diffusion import calls_at_once, images_per_call
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.any_steps import AnyStepsFn, make_any_steps_fn
-from ldm_jax.sampling.conditions import condition_inputs, doubts_about, image_specs
+from ldm_jax.sampling.conditions import condition_inputs, image_specs, prompt_warnings
 from ldm_jax.sampling.metadata import make_metadata
 from ldm_jax.sampling.pipeline import Pipeline, open_pipeline
 from ldm_jax.sampling.synthetic_dataset import class_names_of
 from ldm_jax.tools.demo.arguments import BrowseRequest
-from ldm_jax.tools.demo.controls import Controls, Limits, limits_of, request_of
-from ldm_jax.types import InputError, SamplerName, SpacingName
+from ldm_jax.tools.demo.controls import (
+    Controls,
+    Limits,
+    limits_of,
+    request_of,
+    sampling_of,
+)
+from ldm_jax.types import InputError
 
 
 class Renderer(NamedTuple):
@@ -49,21 +55,26 @@ def set_up(request: BrowseRequest) -> Renderer:
       RunError: If no checkpoint is intact.
     """
     pipeline = open_pipeline(request.settings)
-    config, settings = pipeline.run.config, pipeline.settings
+    settings = pipeline.settings
     limits = limits_of(
-        config, max_steps=request.max_steps, max_images=request.max_images
+        pipeline.model, max_steps=request.max_steps, max_images=request.max_images
     )
     try:
         fn = make_any_steps_fn(
             pipeline.model,
-            sampler=cast(SamplerName, settings.sampler),
+            sampler=settings.sampler,
             max_steps=limits.max_steps,
-            spacing=cast(SpacingName | None, settings.spacing),
+            spacing=settings.spacing,
             guided=limits.guided,
         )
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    renderer = Renderer(pipeline, fn, limits, class_names_of(config, settings))
+    renderer = Renderer(
+        pipeline,
+        fn,
+        limits,
+        class_names_of(pipeline.model, pipeline.run.config.data, settings),
+    )
     some_text = "a" if limits.reads_text else ""
     next(draw(renderer, initial_controls(renderer)._replace(prompt=some_text, steps=1)))
     return renderer
@@ -97,9 +108,8 @@ def draw(renderer: Renderer, controls: Controls) -> Iterator[Drawn]:
       InputError: If the model reads a text and the wish has none.
     """
     pipeline = renderer.pipeline
-    config, params = pipeline.run.config, pipeline.run.params
-    request = request_of(controls, pipeline.settings)
-    specs = image_specs(config, request)
+    params, settings = pipeline.run.params, sampling_of(controls, pipeline.settings)
+    specs = image_specs(pipeline.model, request_of(controls), guided=settings.guided)
     platform = jax.default_backend()
     size = images_per_call(pipeline.model, platform)
     at_once = size * calls_at_once(pipeline.model, platform)
@@ -107,7 +117,9 @@ def draw(renderer: Renderer, controls: Controls) -> Iterator[Drawn]:
         part = specs[start : start + at_once]
         # Filled up here, so that arrays around the program have few shapes too.
         call = part + part[-1:] * (-len(part) % size)
-        cond, uncond = condition_inputs(config, [spec.condition_texts for spec in call])
+        cond, uncond = condition_inputs(
+            pipeline.model, [spec.condition_texts for spec in call]
+        )
         images = renderer.fn(
             params,
             image_keys([spec.seed for spec in call]),
@@ -117,14 +129,14 @@ def draw(renderer: Renderer, controls: Controls) -> Iterator[Drawn]:
             uncond,
         )
         for spec, image in zip(part, to_uint8(np.asarray(images)), strict=False):
-            recipe = make_metadata(spec, request.settings, pipeline.made_with)
+            recipe = make_metadata(spec, settings, pipeline.made_with)
             yield Drawn(spec.seed, encode_png(image, recipe))
 
 
 def doubts(renderer: Renderer, controls: Controls) -> list[str]:
     """Say what of a wish's text the model cannot have understood."""
     return (
-        doubts_about(renderer.pipeline.run.config, controls.prompt)
+        prompt_warnings(renderer.pipeline.model, controls.prompt)
         if controls.prompt
         else []
     )

@@ -1,7 +1,7 @@
 """Pictures that a report draws itself: denoising, and who stands next to a sample."""
 
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -11,9 +11,8 @@ from ldm_jax.config import Config
 from ldm_jax.evaluation.components import small_images
 from ldm_jax.evaluation.samples import conditions_by_seed
 from ldm_jax.sampling.conditions import ImageSpec
-from ldm_jax.sampling.draw import draw
-from ldm_jax.sampling.pipeline import open_pipeline
-from ldm_jax.sampling.request import SampleRequest, parse_sample
+from ldm_jax.sampling.pipeline import open_pipeline, sample_images
+from ldm_jax.sampling.sampling_config import SamplingConfig
 
 NUM_DENOISED, NUM_FRAMES = 4, 9
 NUM_NEIGHBOURS = 10
@@ -53,21 +52,19 @@ def shoot(workdir: Path, config: Config) -> ReportSamples:
       RunError: If no checkpoint is intact.
     """
     sampling = config.sampling
-    words = {
-        "workdir": workdir,
-        "steps": sampling.grid_steps,
-        "guidance-scale": sampling.grid_guidance_scale,
-    }
-    flags = [f"--{name}={value}" for name, value in words.items()]
-    settings = cast(SampleRequest, parse_sample(flags)).settings
+    settings = SamplingConfig(
+        workdir=str(workdir),
+        steps=sampling.grid_steps,
+        guidance_scale=(sampling.grid_guidance_scale,),
+    )
     pipeline = open_pipeline(settings)
-    condition_texts = conditions_by_seed(config, NUM_NEIGHBOURS)
+    condition_texts = conditions_by_seed(pipeline.model, config.data, NUM_NEIGHBOURS)
     specs = [
         ImageSpec(condition_texts[i % len(condition_texts)], i)
         for i in range(NUM_NEIGHBOURS)
     ]
     frames = min(NUM_FRAMES, settings.steps + 1)
-    pictures = list(draw(pipeline, specs, num_frames=frames))
+    pictures = list(sample_images(pipeline, specs, num_frames=frames))
     samples = np.stack([picture.image for picture in pictures])
     data = config.data
     one = data.image_size**2 * data.image_channels
