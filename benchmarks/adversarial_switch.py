@@ -22,7 +22,7 @@ from ldm_jax.config import Config
 from ldm_jax.config.flags import load_config_file
 from ldm_jax.data.pipeline import to_batch
 from ldm_jax.parallel.make_layout import PmapLayout
-from ldm_jax.pretrained.frozen import load_perceptual
+from ldm_jax.pretrained.metric_networks import load_perceptual
 from ldm_jax.rng import root_key
 from ldm_jax.training.autoencoder_stage import autoencoder_stage, make_reconstruct
 
@@ -49,7 +49,7 @@ class Switch(NamedTuple):
 def measure(config: Config) -> Switch:
     """Train stage 1 and measure it on the way."""
     model, layout = build_model(config), PmapLayout()
-    perceptual = load_perceptual(config)
+    perceptual = load_perceptual(config.autoencoder)
     stage = autoencoder_stage(config, model, Path(), perceptual=perceptual)
     psnr = make_psnr(config)
     state, frozen = layout.place(stage.init()), layout.place(stage.frozen)

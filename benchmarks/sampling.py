@@ -47,9 +47,9 @@ from ldm_jax.latent_diffusion import (
 )
 from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.parallel.launch import use_huge_pages
-from ldm_jax.pretrained.export import write_folder
-from ldm_jax.pretrained.load_weights import to_sample_params
-from ldm_jax.pretrained.model import ModelWeights
+from ldm_jax.pretrained.diffusers_export import write_folder
+from ldm_jax.pretrained.model_weights import ModelWeights
+from ldm_jax.pretrained.open_weights import to_sample_params
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
 from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.types import InputError

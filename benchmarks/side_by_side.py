@@ -16,8 +16,8 @@ from ldm_jax.config import (
     DataConfig,
     DiffusionConfig,
 )
-from ldm_jax.pretrained.load_weights import network_shapes
-from ldm_jax.pretrained.model import ModelWeights
+from ldm_jax.pretrained.model_weights import ModelWeights
+from ldm_jax.pretrained.open_weights import network_shapes
 
 LATENT_SCALE = 0.5
 REST, SHORTEST = 0.3, 0.5

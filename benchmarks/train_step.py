@@ -41,8 +41,8 @@ from ldm_jax.config.flags import load_config_file, run_main
 from ldm_jax.config.launch import Launch
 from ldm_jax.parallel.launch import start, use_huge_pages
 from ldm_jax.parallel.make_layout import make_layout
-from ldm_jax.pretrained.export import write_folder
-from ldm_jax.pretrained.model import ModelWeights
+from ldm_jax.pretrained.diffusers_export import write_folder
+from ldm_jax.pretrained.model_weights import ModelWeights
 from ldm_jax.rng import root_key
 from ldm_jax.tools.plan.arguments import ELSEWHERE, Request, change
 from ldm_jax.tools.plan.compiling import Memory, chip_of, compile_program

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files written atomically: a reader sees the whole file or none."""
 
 import contextlib
 import json
@@ -28,12 +28,12 @@ DTYPE_BY_CODE: Mapping[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-"""Element types by the names that safetensors gives them."""
+"""NumPy dtypes by safetensors' names of element types."""
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name a file in the failure to write it: `write` itself does not."""
+    """Add the path to an `OSError` that does not name a file, as those of `write`."""
     try:
         yield
     except OSError as error:
@@ -43,7 +43,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text whole or not at all.
+    """Write text atomically.
 
     Raises:
       OSError: If it cannot be written.
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all.
+    """Write JSON atomically.
 
     Raises:
       OSError: If it cannot be written.
@@ -71,26 +71,26 @@ def write_safetensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file whole or not at all, equal bytes for equal input.
+    """Write a safetensors file atomically; equal input gives equal bytes.
 
-    (The safetensors library writes metadata in random order, and the memory of an array
-    that is not contiguous in the wrong one.)
+    The safetensors library does not: it orders metadata at random, and writes arrays
+    that are not contiguous wrongly.
 
     Args:
-      path: Where; replaced if it is there.
-      tensors: By key.
-      metadata: Texts.
+      path: File; replaced if it exists.
+      tensors: Arrays by key.
+      metadata: Metadata of the file.
 
     Raises:
-      InputError: If an array has a dtype or key that no weight has, or the file cannot
-        be written.
+      InputError: If an array has an unknown dtype or the key `__metadata__`, or the
+        file cannot be written.
 
     Source:
       The format, https://huggingface.co/docs/safetensors.
     """
     arrays = {key: np.asarray(tensors[key]) for key in sorted(tensors)}
-    codes = {key: _code(key, array) for key, array in arrays.items()}
-    # Wide elements first: then each tensor starts at a multiple of its element's size.
+    codes = {key: dtype_code(key, array) for key, array in arrays.items()}
+    # Wide elements first, so that every tensor is aligned to its element size.
     order = sorted(arrays, key=lambda key: (-arrays[key].itemsize, key))
     spans, end = {}, 0
     for key in order:
@@ -122,7 +122,12 @@ def write_safetensors(
             part.unlink(missing_ok=True)
 
 
-def _code(key: str, array: np.ndarray) -> str:
+def dtype_code(key: str, array: np.ndarray) -> str:
+    """Return safetensors' name of an array's dtype.
+
+    Raises:
+      InputError: If it has none, or the key is `__metadata__`.
+    """
     code = _CODE_BY_DTYPE.get(array.dtype.name)
     if code is None or key == "__metadata__":
         raise InputError(
@@ -134,5 +139,5 @@ def _code(key: str, array: np.ndarray) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the start of a foreign string, in one line of ASCII."""
+    """Return the first 160 characters of untrusted text, escaped to one ASCII line."""
     return text[:160].encode("unicode_escape").decode()

@@ -25,7 +25,7 @@ from ldm_jax.pretrained.load_run import (
     load_run,
     load_weights,
     run_digest,
-    run_model,
+    run_weights,
 )
 from ldm_jax.rng import root_key
 from ldm_jax.sampling.pipeline import platform_text
@@ -57,7 +57,7 @@ __all__ = [
     "load_run",
     "load_weights",
     "run_digest",
-    "run_model",
+    "run_weights",
     "train",
 ]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -49,10 +50,10 @@ def main(args: list[str]) -> None:
     """Parse and do it."""
     given = parse(args)
     # Only now: help and misspelt flags need not wait for JAX.
-    from ldm_jax.pretrained import load_weights as exchange
-
     if given.command == "inspect":
-        print(exchange.to_json(exchange.inspect(given.path)))  # noqa: T201
+        from ldm_jax.pretrained.inspect_weights import inspect
+
+        print(json.dumps(inspect(given.path), indent=2))  # noqa: T201
     elif given.command == "import":
         import_weights(given)
     else:
@@ -65,9 +66,9 @@ def import_weights(given: argparse.Namespace) -> None:
     """Write foreign weights as a folder of ours, whole or not at all."""
     from ldm_jax import config as config_lib
     from ldm_jax.config.run import without_tokenizer
-    from ldm_jax.data.tokenizer import tokenizer_files
-    from ldm_jax.pretrained.load_weights import open_weights
-    from ldm_jax.pretrained.model import with_latent_scale, write_native
+    from ldm_jax.data.tokenizer import copy_tokenizer
+    from ldm_jax.pretrained.model_weights import with_latent_scale, write_native
+    from ldm_jax.pretrained.open_weights import open_weights
 
     opened = open_weights(
         given.path, config_file=given.config, tokenizer=given.tokenizer
@@ -77,9 +78,7 @@ def import_weights(given: argparse.Namespace) -> None:
         write_native(weights, folder)
         tokenizer = weights.config.diffusion.condition.tokenizer
         if tokenizer is not None:
-            (folder / "tokenizer").mkdir()
-            for path in tokenizer_files(Path(tokenizer)):
-                shutil.copyfile(path, folder / "tokenizer" / path.name)
+            copy_tokenizer(Path(tokenizer), folder / "tokenizer")
         text = config_lib.to_json(without_tokenizer(weights.config))
         (folder / config_lib.CONFIG_FILE).write_text(text)
 
@@ -87,8 +86,9 @@ def import_weights(given: argparse.Namespace) -> None:
 def export_run(given: argparse.Namespace) -> None:
     """Write a run in another program's format, whole or not at all."""
     from ldm_jax.config import CONFIG_FILE
-    from ldm_jax.pretrained.export import write_compvis, write_folder
-    from ldm_jax.pretrained.load_run import run_model
+    from ldm_jax.pretrained.compvis_export import write_compvis
+    from ldm_jax.pretrained.diffusers_export import write_folder
+    from ldm_jax.pretrained.load_run import run_weights
 
     if not (given.path / CONFIG_FILE).is_file():
         raise InputError(
@@ -100,9 +100,9 @@ def export_run(given: argparse.Namespace) -> None:
             raise InputError(
                 f"--out: got {given.out}, wanted a name that ends in .safetensors"
             )
-        write_compvis(run_model(given.path), given.out, dtype=given.dtype)
+        write_compvis(run_weights(given.path), given.out, dtype=given.dtype)
         return
-    weights = run_model(given.path)
+    weights = run_weights(given.path)
     with new_folder(given.out) as folder:
         write_folder(weights, folder, dtype=given.dtype)
 

@@ -6,6 +6,7 @@ nothing is downloaded.
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -149,22 +150,24 @@ def load_bert_tokenizer(path: Path, *, length: int = 77) -> Tokenizer:
     return finish(backend, bos="[CLS]", eos="[SEP]", pad="[PAD]", length=length)
 
 
-def tokenizer_files(directory: Path) -> list[Path]:
-    """List the files that make the tokenizer in a folder, to copy with an export.
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files to a new folder.
 
     Raises:
-      InputError: If the folder holds no tokenizer.
+      InputError: If the source holds no tokenizer.
+      OSError: If a file cannot be copied.
     """
     names = (
         *(TOKENIZER_FILE, VOCABULARY_FILE, MERGES_FILE, WORDPIECE_FILE),
         *(CONFIG_FILE, SPECIAL_FILE, ADDED_FILE),
     )
-    found = [directory / name for name in names if (directory / name).is_file()]
-    present = {path.name for path in found}
+    found = [name for name in names if (source / name).is_file()]
     enough = (TOKENIZER_FILE,), (VOCABULARY_FILE, MERGES_FILE), (WORDPIECE_FILE,)
-    if not any(present.issuperset(needed) for needed in enough):
-        raise _no_tokenizer(directory)
-    return found
+    if not any(set(found).issuperset(needed) for needed in enough):
+        raise _no_tokenizer(source)
+    target.mkdir()
+    for name in found:
+        shutil.copyfile(source / name, target / name)
 
 
 def finish(

@@ -18,7 +18,8 @@ from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.files import write_json
 from ldm_jax.images import to_float
 from ldm_jax.models.discriminator_lpips import Lpips
-from ldm_jax.pretrained.frozen import load_first_stage, load_frozen
+from ldm_jax.pretrained.first_stage import load_first_stage
+from ldm_jax.pretrained.frozen import load_frozen
 from ldm_jax.pretrained.metric_networks import load_lpips
 from ldm_jax.sampling.metadata import versions
 from ldm_jax.training.autoencoder_stage import make_reconstruct

@@ -1,4 +1,4 @@
-"""Our config out of the JSON configs of a diffusers folder."""
+"""JSON configs of diffusers and transformers models, read as fields of our config."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,10 +28,11 @@ UP_ATTENTION = {
 ENCODER_ATTENTION = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 DECODER_ATTENTION = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
-SamplingConfig = dict[str, Any]
+FieldValues = dict[str, Any]
+"""Fields of one of our config classes."""
 
 
-def read_unet(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
+def read_unet(class_name: str, values: Mapping[str, Any]) -> FieldValues:
     """Read a UNet's config.
 
     Args:
@@ -39,22 +40,22 @@ def read_unet(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
       values: Its JSON.
 
     Returns:
-      Fields of `DiffusionConfig`, and beside them `in_channels`, `out_channels`,
-      `latent_side`, `context_width` and `num_classes` (real ones).
+      Fields of `DiffusionConfig`, and `in_channels`, `out_channels`, `latent_side`,
+      `context_width` and `num_classes` (without the null class).
 
     Raises:
-      InputError: If a field says what is not built here.
+      InputError: If a field has a value that is not supported.
     """
     fields = Fields(values, what=class_name)
     crossed = class_name == "UNet2DConditionModel"
-    settings = _widths(fields)
-    multipliers = settings["channel_multipliers"]
+    found = _widths(fields)
+    multipliers = found["channel_multipliers"]
     attended = _attention(fields, DOWN_ATTENTION, UP_ATTENTION, len(multipliers))
-    settings |= {
+    found |= {
         "num_res_blocks": fields.count("layers_per_block", 2),
         "attention_downsampling": tuple(2**level for level in attended),
         "num_groups": fields.count("norm_num_groups", 32),
-        "norm_epsilon": float(fields.number("norm_eps", 1e-5)),
+        "norm_epsilon": fields.number("norm_eps", 1e-5),
         "scale_shift_norm": fields.choice(
             "resnet_time_scale_shift",
             {"default": False, "scale_shift": True},
@@ -63,13 +64,10 @@ def read_unet(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
         "in_channels": fields.count("in_channels", 4 if crossed else 3),
         "out_channels": fields.count("out_channels", 4 if crossed else 3),
         "latent_side": fields.count("sample_size"),
-        # One row is the null class: 1, as without a table, leaves no real one.
+        # The last row of a class table is the null class.
         "num_classes": _num_rows(fields) - 1,
     }
-    if crossed:
-        settings |= _crossed(fields, settings)
-    else:
-        settings |= _plain(fields, settings)
+    found |= _crossed(fields, found) if crossed else _self_attention(fields, found)
     fields.expect(
         act_fn="silu",
         flip_sin_to_cos=True,
@@ -81,21 +79,19 @@ def read_unet(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
         dropout=0.0,
     )
     fields.done()
-    return settings
+    return found
 
 
-def _widths(fields: Fields) -> SamplingConfig:
-    widths = fields.numbers("block_out_channels")
+def _widths(fields: Fields) -> FieldValues:
+    widths = fields.counts("block_out_channels")
     if any(width % widths[0] for width in widths):
-        raise fields.wrong(
-            "block_out_channels", widths, "multiples of the first, as the paper has"
-        )
+        raise fields.wrong("block_out_channels", widths, "multiples of the first")
     multipliers = tuple(width // widths[0] for width in widths)
     return {"channels": widths[0], "channel_multipliers": multipliers}
 
 
 def _num_rows(fields: Fields) -> int:
-    """Return the rows of the table of classes; 1 where there is none."""
+    """Return the rows of the class table; 1 where there is none."""
     if fields.value("num_class_embeds") is None:
         return 1
     return fields.count("num_class_embeds", low=2)
@@ -117,12 +113,12 @@ def _attention(
     return tuple(level for level, has in enumerate(names["down_block_types"]) if has)
 
 
-def _crossed(fields: Fields, settings: SamplingConfig) -> SamplingConfig:
-    widths = [settings["channels"] * m for m in settings["channel_multipliers"]]
-    # diffusers' own naming: attention_head_dim is the number of heads here.
+def _crossed(fields: Fields, found: FieldValues) -> FieldValues:
+    widths = [found["channels"] * m for m in found["channel_multipliers"]]
+    # In this class diffusers calls the number of heads attention_head_dim.
     heads = fields.value("num_attention_heads", fields.value("attention_head_dim", 8))
     per_level = heads if isinstance(heads, list | tuple) else [heads] * len(widths)
-    wanted = "heads that are the same, or as wide, at every level"
+    wanted = "equal numbers or equal widths of heads at all levels"
     if len(per_level) != len(widths) or not all(is_count(n) for n in per_level):
         raise fields.wrong("attention_head_dim", heads, wanted)
     if len(set(per_level)) == 1:
@@ -152,7 +148,7 @@ def _crossed(fields: Fields, settings: SamplingConfig) -> SamplingConfig:
     }
 
 
-def _plain(fields: Fields, settings: SamplingConfig) -> SamplingConfig:
+def _self_attention(fields: Fields, found: FieldValues) -> FieldValues:
     kinds = {"conv": False, "resnet": True}
     resnet = fields.choice("downsample_type", kinds, "conv")
     fields.expect(
@@ -160,13 +156,13 @@ def _plain(fields: Fields, settings: SamplingConfig) -> SamplingConfig:
         mid_block_type="UNetMidBlock2D",
         add_attention=True,
     )
-    # With scale-shift norms diffusers leaves the middle's own norm out, unless told.
+    # With scale-shift norms, null leaves out the norm of the middle's attention.
     groups = fields.value("attn_norm_num_groups")
-    details = groups is not None or settings["scale_shift_norm"]
-    if details and groups != settings["num_groups"]:
-        raise fields.wrong("attn_norm_num_groups", groups, settings["num_groups"])
+    matters = groups is not None or found["scale_shift_norm"]
+    if matters and groups != found["num_groups"]:
+        raise fields.wrong("attn_norm_num_groups", groups, found["num_groups"])
     fields.ignore("num_train_timesteps")
-    # Null there is one head over the whole width.
+    # Null is one head over the whole width.
     one_head = fields.is_null("attention_head_dim")
     return {
         "num_heads": 1,
@@ -177,7 +173,7 @@ def _plain(fields: Fields, settings: SamplingConfig) -> SamplingConfig:
     }
 
 
-def read_autoencoder(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
+def read_autoencoder(class_name: str, values: Mapping[str, Any]) -> FieldValues:
     """Read an autoencoder's config.
 
     Args:
@@ -185,44 +181,43 @@ def read_autoencoder(class_name: str, values: Mapping[str, Any]) -> SamplingConf
       values: Its JSON.
 
     Returns:
-      Fields of `AutoencoderConfig`, and beside them `image_channels` and
-      `attention_levels`.
+      Fields of `AutoencoderConfig`, and `image_channels` and `attention_levels`.
 
     Raises:
-      InputError: If a field says what is not built here.
+      InputError: If a field has a value that is not supported.
     """
     fields = Fields(values, what=class_name)
-    settings = _widths(fields)
-    num_levels = len(settings["channel_multipliers"])
+    found = _widths(fields)
+    num_levels = len(found["channel_multipliers"])
     quantised = class_name == "VQModel"
     z_channels = fields.count("latent_channels", 3 if quantised else 4)
     latent = fields.count("vq_embed_dim", z_channels) if quantised else z_channels
     image_channels = fields.count("in_channels", 3)
-    settings |= {
+    found |= {
         "regularizer": "vq" if quantised else "kl",
         "num_res_blocks": fields.count("layers_per_block", 1),
         "mid_attention": fields.value("mid_block_add_attention", True),
         "latent_channels": latent,
         "z_channels": None if z_channels == latent else z_channels,
         "num_groups": fields.count("norm_num_groups", 32),
-        "latent_scale": float(fields.number("scaling_factor", SD_LATENT_SCALE)),
+        "latent_scale": fields.number("scaling_factor", SD_LATENT_SCALE),
         "image_channels": image_channels,
         "attention_levels": _attention(
             fields, ENCODER_ATTENTION, DECODER_ATTENTION, num_levels
         ),
     }
     if quantised:
-        settings["codebook_size"] = fields.count("num_vq_embeddings", 256)
+        found["codebook_size"] = fields.count("num_vq_embeddings", 256)
         fields.expect(norm_type="group", lookup_from_codebook=False)
     else:
         fields.expect(use_quant_conv=True, use_post_quant_conv=True)
     fields.expect(act_fn="silu", out_channels=image_channels)
     fields.ignore("sample_size", "force_upcast")
     fields.done()
-    return settings
+    return found
 
 
-def read_clip(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
+def read_clip(class_name: str, values: Mapping[str, Any]) -> FieldValues:
     """Read the config of CLIP's text encoder.
 
     Args:
@@ -233,11 +228,11 @@ def read_clip(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
       Fields of `ClipConfig`.
 
     Raises:
-      InputError: If a field says what is not built here.
+      InputError: If a field has a value that is not supported.
     """
     fields = Fields(values, what=class_name)
     activations = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
-    settings = {
+    found = {
         "vocab_size": fields.count("vocab_size", 49_408),
         "length": fields.count("max_position_embeddings", 77),
         "width": fields.count("hidden_size", 512),
@@ -245,27 +240,27 @@ def read_clip(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
         "num_heads": fields.count("num_attention_heads", 8),
         "mlp_width": fields.count("intermediate_size", 2048),
         "activation": fields.choice("hidden_act", activations, "quick_gelu"),
-        "epsilon": float(fields.number("layer_norm_eps", 1e-5)),
+        "epsilon": fields.number("layer_norm_eps", 1e-5),
         "projection_width": fields.count("projection_dim", 512),
         "eos_token_id": fields.count("eos_token_id", 49_407, low=0),
         "output": "pooled" if class_name.endswith("Projection") else "last",
     }
     fields.expect(attention_dropout=0.0)
-    return settings
+    return found
 
 
-def read_scheduler(class_name: str, values: Mapping[str, Any]) -> SamplingConfig:
-    """Read the noise levels out of a scheduler's config; the sampler is the user's.
+def read_scheduler(class_name: str, values: Mapping[str, Any]) -> FieldValues:
+    """Read the noise levels from a scheduler's config; the sampler is not read.
 
     Args:
-      class_name: Of the scheduler.
+      class_name: Class of the scheduler.
       values: Its JSON.
 
     Returns:
       Fields of `DiffusionConfig`.
 
     Raises:
-      InputError: If the noise levels are none that is built here.
+      InputError: If the noise levels are not supported.
     """
     fields = Fields(values, what=class_name)
     if class_name == FLOW_SCHEDULER:
@@ -286,8 +281,8 @@ def read_scheduler(class_name: str, values: Mapping[str, Any]) -> SamplingConfig
         raise fields.wrong("rescale_betas_zero_snr", zero_terminal_snr, "true or false")
     return {
         "num_timesteps": fields.count("num_train_timesteps", 1000),
-        "beta_start": float(fields.number("beta_start", 1e-4)),
-        "beta_end": float(fields.number("beta_end", 0.02)),
+        "beta_start": fields.number("beta_start", 1e-4),
+        "beta_end": fields.number("beta_end", 0.02),
         "schedule": fields.choice("beta_schedule", SCHEDULES, "linear"),
         "zero_terminal_snr": zero_terminal_snr,
         "prediction": fields.choice("prediction_type", PREDICTIONS, "epsilon"),

@@ -1,4 +1,4 @@
-"""Diffusers folders: which components there are, their configs and their tensors."""
+"""Diffusers folders: their components, configs and tensors."""
 
 import re
 from collections.abc import Mapping
@@ -6,22 +6,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax.files import printable
-from ldm_jax.pretrained.strict_json import contained, read_json
+from ldm_jax.pretrained.contained_path import contained
+from ldm_jax.pretrained.strict_json import read_json
 from ldm_jax.pretrained.tensors import Tensors, open_tensors
 from ldm_jax.types import InputError
 
+OWN_CONFIG = "ldm_jax.json"
+"""Our config in a folder that `write_folder` wrote."""
+
 PIPELINES = ("StableDiffusionPipeline", "LDMPipeline", "LDMTextToImagePipeline")
-
-MODELS = (
-    "UNet2DConditionModel",
-    "UNet2DModel",
-    "AutoencoderKL",
-    "VQModel",
-    "CLIPTextModel",
-    "CLIPTextModelWithProjection",
-    "LDMBertModel",
-)
-
+AUTOENCODERS = ("AutoencoderKL", "VQModel")
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+MODELS = (*UNETS, *AUTOENCODERS, *TEXT_ENCODERS, "LDMBertModel")
 SCHEDULERS = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -34,23 +31,18 @@ SCHEDULERS = (
     "HeunDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
 )
-
-TOKENIZERS = (
-    "CLIPTokenizer",
-    "CLIPTokenizerFast",
-    "BertTokenizer",
-    "BertTokenizerFast",
-)
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+TOKENIZERS = (*CLIP_TOKENIZERS, "BertTokenizer", "BertTokenizerFast")
 
 CONFIG_NAME_BY_CLASS: Mapping[str, str] = {
     **dict.fromkeys(MODELS, "config.json"),
     **dict.fromkeys(SCHEDULERS, "scheduler_config.json"),
     **dict.fromkeys(TOKENIZERS, "tokenizer_config.json"),
 }
-"""Every class that a component may be of, and the file that configures it."""
+"""Config file of every component class that is accepted."""
 
 IGNORED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
-"""Of no use for drawing from a text: passed over whatever their class."""
+"""Components that text-to-image sampling does not use."""
 
 WEIGHT_NAMES = (
     "diffusion_pytorch_model.safetensors",
@@ -66,7 +58,7 @@ WEIGHT_NAMES = (
     "diffusion_pytorch_model.fp16.bin",
     "pytorch_model.fp16.bin",
 )
-"""Files of weights; the first that is there is read: full precision, then safety."""
+"""Names of weights files in order of preference: full precision, then safetensors."""
 
 
 class Component(NamedTuple):
@@ -79,7 +71,7 @@ class Component(NamedTuple):
     config: dict[str, Any]
     """Its JSON config."""
     directory: Path
-    """Where its files are."""
+    """Its folder."""
 
 
 class Folder(NamedTuple):
@@ -88,48 +80,54 @@ class Folder(NamedTuple):
     root: Path
     """The folder."""
     pipeline: str | None
-    """One of `PIPELINES`; None if the folder is one component."""
+    """One of `PIPELINES`; None for models without a pipeline."""
     components: dict[str, Component]
-    """By name, without the ignored and the empty ones."""
+    """Components by name, without ignored and empty ones."""
+
+    def find(self, classes: tuple[str, ...]) -> Component | None:
+        """Return the component of one of these classes; None if there is none."""
+        for component in self.components.values():
+            if component.class_name in classes:
+                return component
+        return None
+
+    def get(self, classes: tuple[str, ...]) -> Component:
+        """Return the component of one of these classes.
+
+        Raises:
+          InputError: If there is none.
+        """
+        component = self.find(classes)
+        if component is None:
+            raise InputError(
+                f"{self.root}: got {', '.join(self.components) or 'nothing'}, wanted a "
+                f"{' or '.join(classes)} among it; try the folder of the whole pipeline"
+            )
+        return component
 
 
 def open_folder(path: Path) -> Folder:
-    """Read the listing and the configs of a diffusers folder, and no tensor.
+    """Read the index and the configs of a diffusers folder, and no tensor.
 
     Args:
-      path: A folder with `model_index.json`, or of one model with `config.json`.
-
-    Returns:
-      What is in it.
+      path: A pipeline (`model_index.json`), one model (`config.json`), or a folder with
+        `OWN_CONFIG` and models in sub-folders.
 
     Raises:
       InputError: If something is missing, unknown, or leads out of the folder.
     """
     if (path / "model_index.json").exists():
         return _open_pipeline(path)
-    if not (path / "config.json").exists():
-        got = "no config in it" if path.is_dir() else "no folder there"
-        raise InputError(
-            f"{path}: got {got}, wanted model_index.json or config.json; try the "
-            "folder that diffusers' save_pretrained wrote"
-        )
-    name = path.resolve().name
-    config = read_json(contained(path, "config.json"))
-    class_name = config.get("_class_name") or config.get("architectures")
-    if isinstance(class_name, list) and class_name:
-        class_name = class_name[0]
-    component = Component(name, _known(path, class_name, MODELS), config, path)
-    return Folder(path, None, {name: component})
+    if (path / OWN_CONFIG).exists():
+        parts = [p for p in sorted(path.iterdir()) if (p / "config.json").exists()]
+        models = [_open_model(part) for part in parts]
+    else:
+        models = [_open_model(path)]
+    return Folder(path, None, {model.name: model for model in models})
 
 
 def component_tensors(component: Component) -> Tensors:
-    """Open the weights of a component: the first of `WEIGHT_NAMES` that is there.
-
-    Args:
-      component: A model.
-
-    Returns:
-      Its tensors, none of them read yet.
+    """Open the weights of a model: the first of `WEIGHT_NAMES` that is there.
 
     Raises:
       InputError: If there are none, or they cannot be read.
@@ -142,6 +140,21 @@ def component_tensors(component: Component) -> Tensors:
         f"{component.directory}: got a {component.class_name} without weights, wanted "
         f"one of {', '.join(WEIGHT_NAMES)}; try downloading it again"
     )
+
+
+def _open_model(path: Path) -> Component:
+    if not (path / "config.json").exists():
+        got = "no config in it" if path.is_dir() else "no folder there"
+        raise InputError(
+            f"{path}: got {got}, wanted model_index.json or config.json; try the "
+            "folder that diffusers' save_pretrained wrote"
+        )
+    config = read_json(contained(path, "config.json"))
+    class_name = config.get("_class_name") or config.get("architectures")
+    if isinstance(class_name, list) and class_name:
+        class_name = class_name[0]
+    class_name = _known(path, class_name, MODELS)
+    return Component(path.resolve().name, class_name, config, path)
 
 
 def _open_pipeline(path: Path) -> Folder:

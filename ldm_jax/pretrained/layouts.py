@@ -1,16 +1,15 @@
-"""Between our tree of parameters and a stranger's table of tensors, exactly.
+"""Exact conversion between our parameter trees and the tensors of other programs.
 
-A format is a function from the path of one of our leaves to a `Home`: the keys it is
-stored under, and how the numbers are laid out there. Everything else follows from it:
-the table of keys and shapes a file must have, reading, and writing. Reading what was
-written is the identity, bit for bit, since a layout only moves numbers.
+A `Format` maps the path of one of our leaves to the keys it is stored under and its
+layout there. The table of keys and shapes of a file, reading and writing all follow
+from it. A layout only moves numbers, so reading what was written is the identity, bit
+for bit.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
 from ldm_jax.pretrained.tensors import Tensors, match_keys
@@ -22,10 +21,10 @@ Parts = list[np.ndarray]
 
 @runtime_checkable
 class Layout(Protocol):
-    """How one of our leaves is laid out in a stranger's tensors."""
+    """How one of our leaves is stored as one or more tensors."""
 
     def write(self, ours: np.ndarray) -> Parts:
-        """Return the stranger's tensors, as views where possible."""
+        """Return the stored tensors, as views where possible."""
         ...
 
     def read(self, theirs: Parts) -> np.ndarray:
@@ -33,21 +32,21 @@ class Layout(Protocol):
         ...
 
 
-class Home(NamedTuple):
-    """Where one of our leaves lives."""
+class Stored(NamedTuple):
+    """Where and how one of our leaves is stored."""
 
     keys: tuple[str, ...]
-    """The stranger's keys, as many as the layout has parts."""
+    """Keys of the tensors, one for each part of the layout."""
     layout: Layout
-    """How it is laid out there."""
+    """Axis order and packing of the tensors."""
 
 
-Format = Callable[[Path], Home]
+Format = Callable[[Path], Stored]
 
 
 @dataclasses.dataclass(frozen=True)
 class Same:
-    """The same numbers in the same order: norms, biases, tables."""
+    """Store the leaf unchanged: norms, biases, tables."""
 
     def write(self, ours: np.ndarray) -> Parts:
         """Return the leaf itself."""
@@ -60,11 +59,11 @@ class Same:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A matrix or convolution: ours (..., in, out), theirs (out, in, ...)."""
+    """Store a matrix or convolution: ours (..., in, out), theirs (out, in, ...)."""
 
     ones: int = 0
-    """Axes of length 1 that they append to a matrix: 2 where it is stored as a
-    convolution of images, 1 of sequences."""
+    """Trailing axes of length 1 of a stored matrix: 2 as a 1x1 convolution of images,
+    1 as one of sequences."""
 
     def write(self, ours: np.ndarray) -> Parts:
         """Move the channels to the front."""
@@ -82,15 +81,15 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One of our leaves, cut along its last axis into equal parts: q, k, v."""
+    """Store a leaf as equal parts of its last axis: q, k, v."""
 
     parts: int
-    """How many."""
+    """Number of parts."""
     each: Layout
-    """Layout of a part."""
+    """Layout of each part."""
 
     def write(self, ours: np.ndarray) -> Parts:
-        """Cut, then lay out each part."""
+        """Split, then write each part."""
         return [
             self.each.write(part)[0] for part in np.split(ours, self.parts, axis=-1)
         ]
@@ -102,90 +101,86 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class HeadsFirst:
-    """Fused q, k, v whose last axis is packed (head, qkv, d); ours is (qkv, head, d).
+    """Store fused q, k, v packed as (head, qkv, d); ours is (qkv, head, d).
 
     Source:
       latent-diffusion `QKVAttentionLegacy`.
     """
 
     num_heads: int
-    """Heads."""
+    """Attention heads."""
     inner: Layout
-    """Layout after the packing is changed."""
+    """Layout of the repacked leaf."""
 
     def write(self, ours: np.ndarray) -> Parts:
-        """Pack by heads."""
+        """Repack, then write."""
         return self.inner.write(self._swap(ours, 3, self.num_heads))
 
     def read(self, theirs: Parts) -> np.ndarray:
-        """Pack by q, k, v."""
+        """Read, then repack."""
         return self._swap(self.inner.read(theirs), self.num_heads, 3)
 
-    def _swap(self, array: np.ndarray, outer: int, inner: int) -> np.ndarray:
+    @staticmethod
+    def _swap(array: np.ndarray, outer: int, inner: int) -> np.ndarray:
         split = array.reshape(*array.shape[:-1], outer, inner, -1)
         return np.swapaxes(split, -3, -2).reshape(array.shape)
 
 
-def plain(
+def module_leaf(
     path: Path,
     prefix: str,
     *,
     ones: int = 0,
     leaf_names: Mapping[str, str] | None = None,
-) -> Home:
-    """Give a leaf of a plain module its home: a norm, convolution, matrix or table.
+) -> Stored:
+    """Store a leaf of a norm, convolution, matrix or table.
 
     Args:
-      path: Ours; its last name tells the kind.
+      path: Our path; its last name says whether the leaf is a kernel.
       prefix: Their name of the module.
       ones: Trailing axes of length 1, if a matrix is stored as a convolution.
-      leaf_names: Their names of leaves where they are unusual.
-
-    Returns:
-      The home.
+      leaf_names: Their names of leaves other than `weight` and `bias`.
     """
     leaf = path[-1]
     usual = "bias" if leaf == "bias" else "weight"
     key = f"{prefix}.{(leaf_names or {}).get(leaf, usual)}".removeprefix(".")
-    return Home((key,), Kernel(ones) if leaf == "kernel" else Same())
+    return Stored((key,), Kernel(ones) if leaf == "kernel" else Same())
 
 
-def homes(shapes: PyTree, format_: Format) -> dict[Path, Home]:
-    """Find the home of every leaf of a tree of nested dictionaries."""
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    paths = [tuple(str(key.key) for key in path) for path, _ in leaves]
-    return {path: format_(path) for path in paths}
+def own_format(path: Path) -> Stored:
+    """Store every leaf unchanged under its path, joined by slashes."""
+    return Stored(("/".join(path),), Same())
+
+
+def stored_leaves(tree: PyTree, format_: Format) -> Iterator[tuple[str, Any, Stored]]:
+    """Yield the path, joined by slashes, the value and the storage of every leaf."""
+    for name, leaf in sorted(flatten(tree).items()):
+        yield name, leaf, format_(tuple(name.split("/")))
 
 
 def key_shapes(shapes: PyTree, format_: Format) -> dict[str, tuple[int, ...]]:
-    """List the keys and shapes that a file of this format must have.
+    """Return the shape of every key that a file of this format must have.
 
     Args:
       shapes: Our tree, of arrays or of their shapes.
-      format_: The stranger's.
-
-    Returns:
-      Shape by key.
     """
     table: dict[str, tuple[int, ...]] = {}
-    for path, home in homes(shapes, format_).items():
-        # A leaf of one number seen many times: the shapes without the memory.
-        leaf = np.broadcast_to(np.float32(0.0), _get(shapes, path).shape)
-        parts = home.layout.write(leaf)
-        table |= {key: part.shape for key, part in zip(home.keys, parts, strict=True)}
+    for _, leaf, stored in stored_leaves(shapes, format_):
+        # A broadcast scalar has the shape and takes no memory.
+        parts = stored.layout.write(np.broadcast_to(np.float32(0.0), leaf.shape))
+        table |= {k: part.shape for k, part in zip(stored.keys, parts, strict=True)}
     return table
 
 
 def read_tree(
     shapes: PyTree, format_: Format, tensors: Tensors, *, what: str
 ) -> PyTree:
-    """Read our tree from a stranger's tensors.
+    """Read our parameter tree from stored tensors.
 
     Args:
       shapes: Our tree, of arrays or of their shapes.
-      format_: The stranger's.
       tensors: Exactly the tensors of this network.
-      what: What to call it in an error.
+      what: Name of the tensors in an error.
 
     Returns:
       The tree, float32 NumPy arrays.
@@ -194,45 +189,25 @@ def read_tree(
       InputError: If a key is missing, unexpected, or of another shape.
     """
     match_keys(key_shapes(shapes, format_), tensors, what=what)
-    tree: dict[str, PyTree] = {}
-    for path, home in homes(shapes, format_).items():
-        leaf = home.layout.read([tensors[key] for key in home.keys])
-        branch = tree
-        for name in path[:-1]:
-            branch = branch.setdefault(name, {})
-        branch[path[-1]] = np.ascontiguousarray(leaf, np.float32)
-    return tree
+    flat: dict[str, np.ndarray] = {}
+    for name, _, stored in stored_leaves(shapes, format_):
+        leaf = stored.layout.read([tensors[key] for key in stored.keys])
+        flat[name] = np.asarray(leaf, np.float32, order="C")
+    return unflatten(flat)
 
 
 def write_tree(tree: PyTree, format_: Format) -> dict[str, np.ndarray]:
-    """Write our tree as a stranger's tensors.
-
-    Args:
-      tree: Nested dictionaries of arrays.
-      format_: The stranger's.
-
-    Returns:
-      float32 arrays by key.
-    """
+    """Convert our parameter tree to stored tensors, float32 arrays by key."""
     tensors: dict[str, np.ndarray] = {}
-    for path, home in homes(tree, format_).items():
-        leaf = np.asarray(_get(tree, path), np.float32)
-        parts = home.layout.write(leaf)
-        tensors |= {
-            key: np.ascontiguousarray(part)
-            for key, part in zip(home.keys, parts, strict=True)
-        }
+    for _, leaf, stored in stored_leaves(tree, format_):
+        parts = stored.layout.write(np.asarray(leaf, np.float32))
+        for key, part in zip(stored.keys, parts, strict=True):
+            tensors[key] = np.asarray(part, order="C")
     return tensors
 
 
-def _get(tree: PyTree, path: Path) -> PyTree:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
 def flatten(tree: PyTree, prefix: str = "") -> dict[str, PyTree]:
-    """Name every leaf of nested dictionaries by its path, joined by slashes."""
+    """Return every leaf of nested dictionaries under its path, joined by slashes."""
     flat: dict[str, PyTree] = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"
@@ -243,7 +218,7 @@ def flatten(tree: PyTree, prefix: str = "") -> dict[str, PyTree]:
     return flat
 
 
-def unflatten(flat: dict[str, np.ndarray]) -> PyTree:
+def unflatten(flat: Mapping[str, np.ndarray]) -> PyTree:
     """Undo `flatten`."""
     tree: dict[str, PyTree] = {}
     for path, value in flat.items():

@@ -1,4 +1,4 @@
-"""Models read from disk: the checkpoints of a run, or weights from elsewhere."""
+"""Models ready to sample, loaded from a run's folder or from weights."""
 
 import hashlib
 from pathlib import Path
@@ -7,14 +7,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ldm_jax import config as config_lib
 from ldm_jax.build import build_model, shape_of
-from ldm_jax.config import Config
+from ldm_jax.config import Config, read_config
 from ldm_jax.config.run import with_tokenizer
 from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams
-from ldm_jax.pretrained.frozen import load_first_stage, load_frozen, load_stage
-from ldm_jax.pretrained.load_weights import open_weights, to_sample_params
-from ldm_jax.pretrained.model import WEIGHTS_FILE, ModelWeights
+from ldm_jax.pretrained.first_stage import load_first_stage
+from ldm_jax.pretrained.frozen import load_frozen
+from ldm_jax.pretrained.load_stage import load_stage
+from ldm_jax.pretrained.model_weights import WEIGHTS_FILE, ModelWeights
+from ldm_jax.pretrained.open_weights import open_weights, to_sample_params
 from ldm_jax.pretrained.posthoc_ema import make_average
 from ldm_jax.training.diffusion_stage import (
     averages_folder,
@@ -31,19 +32,18 @@ STAGE_NAMES = ("autoencoder", "diffusion")
 
 
 class Run(NamedTuple):
-    """A trained run, ready to sample."""
+    """A trained model, ready to sample."""
 
     config: Config
-    """The config that made it."""
+    """Config that made it."""
     model: LatentDiffusion
-    """Built from it."""
+    """The model that the config builds."""
     params: SampleParams
-    """Averaged parameters of both stages, and the latent scale."""
+    """Averaged parameters of all networks, and the latent scale."""
     digest: str
-    """Of the state the parameters were taken from; that of `final.json` once the run is
-    finished."""
+    """Digest of the parameters' source; that of `final.json` for a finished run."""
     step: int
-    """Diffusion step they were taken at."""
+    """Step of the diffusion stage; 0 for weights."""
 
 
 def load_run(
@@ -53,32 +53,29 @@ def load_run(
     step: int | None = None,
     ema_length: float | None = None,
 ) -> Run:
-    """Load the newest checkpoint of a run for sampling, or an earlier one.
+    """Load a run for sampling.
 
     Args:
-      workdir: The folder that was given to `train.py`.
+      workdir: Folder of the run, or weights in our own format.
       tokenizer: Folder of the tokenizer, if it is not where the config says.
-      step: Of the diffusion stage; None for the newest.
-      ema_length: Relative length of the average of the weights, made of those that the
-        run kept on its way; None for the average that training used.
-
-    Returns:
-      The run.
+      step: Step of the diffusion stage; None for the newest checkpoint.
+      ema_length: Relative length of a post-hoc EMA of the weights, made of the averages
+        that the run kept; None for the EMA of training.
 
     Raises:
-      InputError: If the folder is not a run or has no finished checkpoint, or kept no
-        averages that the length could be made of.
+      InputError: If the folder is not a run, has no finished checkpoint, or kept no
+        averages that the length can be made of.
       RunError: If no checkpoint is intact.
     """
     workdir = Path(workdir)
     if (workdir / WEIGHTS_FILE).exists():
         if ema_length is not None:
             raise InputError(
-                f"--ema-length: got {ema_length:g}, but {workdir} holds weights alone, "
-                "wanted none"
+                f"--ema-length: got {ema_length:g} with {workdir}, which holds weights "
+                "and no averages, wanted none"
             )
         return load_weights(workdir, tokenizer=tokenizer)
-    config = config_lib.read_config(workdir)
+    config = read_config(workdir)
     config = with_tokenizer(with_own_tokenizer(config, workdir), tokenizer)
     if "diffusion" not in config.stages:
         raise InputError(
@@ -88,20 +85,20 @@ def load_run(
     model = build_model(config)
     frozen_weights = load_frozen(config, model, workdir)
     if frozen_weights.first_stage is None:
-        params, scale, digest = load_first_stage(config, workdir)
+        params, scale, first_digest = load_first_stage(config, workdir)
     else:
         params, scale = frozen_weights.first_stage
-        digest = tree_digest(frozen_weights[1:])
+        first_digest = tree_digest(frozen_weights[1:])
     shapes = Frozen(jax.eval_shape(lambda: params), shape_of((), jnp.float32), {})
     stage = diffusion_stage(config, model, shapes, workdir)
-    # Averages outlive the checkpoint of their step.
-    at = step if ema_length is None else None
-    second = load_stage(stage, workdir, config, step=at)
+    # Averages are kept longer than the checkpoint of their step.
+    checkpoint_step = step if ema_length is None else None
+    second = load_stage(stage, workdir, config, step=checkpoint_step)
     scale = second.tree["extra"]["latent_scale"]
     frozen = Frozen(params, scale, frozen_weights.conditioner)
-    trained, of, at = second.tree["state"].ema, second.digest, second.step
+    trained, digest, found_step = second.tree["state"].ema, second.digest, second.step
     if ema_length is not None:
-        made = make_average(
+        average = make_average(
             averages_folder(workdir),
             jax.eval_shape(lambda: init_denoising(config, model)),
             lengths=config.diffusion.average_lengths,
@@ -109,13 +106,14 @@ def load_run(
             step=step,
             newest=second.step,
         )
-        trained, of, at = made.tree, tree_digest(made.tree), made.step
+        trained, found_step = average.tree, average.step
+        digest = tree_digest(average.tree)
     return Run(
         config,
         model,
         jax.device_put(sample_params(frozen, trained)),
-        run_digest({"autoencoder": digest, "diffusion": of}),
-        at,
+        run_digest({"autoencoder": first_digest, "diffusion": digest}),
+        found_step,
     )
 
 
@@ -125,49 +123,40 @@ def load_weights(
     config_file: Path | None = None,
     tokenizer: Path | None = None,
 ) -> Run:
-    """Load weights from elsewhere for sampling.
+    """Load weights of any format for sampling.
 
     Args:
-      path: A diffusers folder, or a file in CompVis naming.
+      path: A diffusers folder, a CompVis file, or a folder of our own format.
       config_file: Config of a file that does not carry one.
-      tokenizer: Folder of the tokenizer, where the weights have none.
-
-    Returns:
-      The run; its step is 0.
+      tokenizer: Folder of the tokenizer, if the weights have none.
 
     Raises:
-      InputError: If the weights are not exactly those of their config.
+      InputError: If the weights do not fit their config exactly.
     """
     opened = open_weights(Path(path), config_file=config_file, tokenizer=tokenizer)
     params = to_sample_params(opened.read())
     return Run(opened.config, opened.model, params, tree_digest(params), 0)
 
 
-def run_model(workdir: Path) -> ModelWeights:
-    """Take the averaged parameters of a run, for writing them elsewhere.
+def run_weights(workdir: Path) -> ModelWeights:
+    """Load the averaged parameters of a run for an export.
 
     Args:
-      workdir: Folder of a run of one stage or both, or of imported weights.
-
-    Returns:
-      The model.
+      workdir: Folder of a run of one stage or both, or weights in our own format.
 
     Raises:
       InputError: If the folder is no run or has no finished checkpoint.
     """
     if (workdir / WEIGHTS_FILE).exists():
         return open_weights(workdir).read()
-    config = config_lib.read_config(workdir)
+    config = read_config(workdir)
     if "diffusion" not in config.stages:
         params, scale, _ = load_first_stage(config, workdir)
-        return ModelWeights(
-            config, params, None, {}, None if scale is None else float(scale)
-        )
+        scale = None if scale is None else float(scale)
+        return ModelWeights(config, params, None, {}, scale)
     run = load_run(workdir)
-    params = run.params
-    scale = float(params.latent_scale)
-    parts = (params.autoencoder, params.unet, params.conditioner)
-    return ModelWeights(run.config, *parts, scale)
+    autoencoder, unet, conditioner, scale = run.params
+    return ModelWeights(run.config, autoencoder, unet, conditioner, float(scale))
 
 
 def run_digest(digest_by_stage: dict[str, str]) -> str:

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Post-hoc EMA: an average of any length, made of the averages that a run kept.
+
+Source: Karras et al., arXiv:2312.02696, section 3.2.
+"""
 
 import functools
 import json
@@ -13,26 +16,26 @@ from ldm_jax.training.ema import (
     DIGESTS,
     Mixture,
     Profile,
-    _digest,
-    _key,
+    array_digest,
     kept_steps,
     mixture,
+    snapshot_key,
 )
 from ldm_jax.types import InputError, PyTree
 
-MOST_ERROR = 0.25
-"""Of a profile, as a share: one that is further off is another length's."""
+MAX_ERROR = 0.25
+"""Largest relative error of the profile of an average."""
 
 
-class Made(NamedTuple):
-    """An average that was made of others."""
+class PosthocAverage(NamedTuple):
+    """An average made of others."""
 
     tree: PyTree
-    """Its parameters, NumPy arrays."""
+    """Parameters, NumPy arrays."""
     step: int
-    """The last one in it."""
+    """Last step in it."""
     mixture: Mixture
-    """How it was made."""
+    """Weights of the kept averages."""
 
 
 def make_average(
@@ -43,47 +46,46 @@ def make_average(
     length: float,
     step: int | None,
     newest: int,
-) -> Made:
-    """Make the average of any relative length of those that were kept.
+) -> PosthocAverage:
+    """Make an average of any relative length from the averages that a run kept.
 
     Args:
-      folder: Of the snapshots.
-      shapes: Of the parameters.
-      lengths: Those that were kept.
-      length: The one to make.
-      step: Its last one, at which there is a snapshot; None for the newest there is.
-      newest: The run's own last step; a snapshot after it is of a run that was killed.
-
-    Returns:
-      The average.
+      folder: Folder of the snapshots.
+      shapes: Shapes of the parameters.
+      lengths: Lengths that the run kept.
+      length: Length to make.
+      step: Last step of the average, at which there is a snapshot; None for the newest.
+      newest: Last step of the run; later snapshots are of a run that was killed.
 
     Raises:
-      InputError: If there is no snapshot, one of them is damaged or of another model,
-        or the length is too far from all that was kept.
+      InputError: If there is no snapshot, one is damaged or of another model, or the
+        length is too far from all that were kept.
     """
     steps = [kept for kept in kept_steps(folder) if kept <= newest]
     if not steps or step not in (None, *steps):
         there = ", ".join(map(str, steps)) or "none yet"
         raise InputError(
-            f"--ema-length: {folder} has no averages of step {step or newest}; there "
-            f"are {there}"
+            f"--ema-length: got no averages of step {step or newest} in {folder}, "
+            f"wanted one of the steps there: {there}"
         )
     end = steps[-1] if step is None else step
     steps = [kept for kept in steps if kept <= end]
     kept = [Profile(one, at) for at in steps for one in lengths]
     found = mixture(kept, Profile(length, end))
-    if found.error > MOST_ERROR:
+    if found.error > MAX_ERROR:
         raise InputError(
             f"--ema-length: got {length:g}, but the nearest average that {len(steps)} "
             f"snapshots of {' and '.join(f'{one:g}' for one in lengths)} make is "
-            f"{100 * found.error:.0f} % off, wanted at most {100 * MOST_ERROR:.0f} %; "
+            f"{100 * found.error:.0f} % off, wanted at most {100 * MAX_ERROR:.0f} %; "
             "try a length nearer to those that were kept"
         )
     files = {at: folder / f"{at:06d}.safetensors" for at in steps}
     opened = {at: open_tensors(path) for at, path in files.items()}
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     for at, path in files.items():
-        wanted = {_key(one, p): leaf.shape for one in lengths for p, leaf in leaves}
+        wanted = {
+            snapshot_key(one, p): leaf.shape for one in lengths for p, leaf in leaves
+        }
         match_keys(wanted, opened[at], what=str(path))
     digests = {at: json.loads(one.metadata[DIGESTS]) for at, one in opened.items()}
     read = functools.partial(_read, files=files, opened=opened, digests=digests)
@@ -92,10 +94,10 @@ def make_average(
         # One leaf at a time: all snapshots together may be larger than memory.
         total = np.zeros(leaf.shape, np.float64)
         for profile, weight in zip(kept, found.weights, strict=True):
-            total += weight * read(profile.step, _key(profile.length, path))
+            total += weight * read(profile.step, snapshot_key(profile.length, path))
         return total.astype(leaf.dtype)
 
-    return Made(jax.tree_util.tree_map_with_path(make, shapes), end, found)
+    return PosthocAverage(jax.tree_util.tree_map_with_path(make, shapes), end, found)
 
 
 def _read(
@@ -107,9 +109,9 @@ def _read(
     digests: dict[int, dict[str, str]],
 ) -> np.ndarray:
     array = opened[step][key]
-    if _digest(array) != digests[step].get(key):
+    if array_digest(array) != digests[step].get(key):
         raise InputError(
-            f"{files[step]}: {key} is not what was saved; try moving the file away: "
-            "the length is made of the others then"
+            f"{files[step]}: {key} is damaged; try moving the file away: the average "
+            "is then made of the others"
         )
     return array

@@ -1,58 +1,49 @@
-"""Weights as files: named arrays, one read at a time, whoever wrote them."""
+"""Tensors of a weights file of any format, by name, each read on access."""
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ldm_jax.files import DTYPE_BY_CODE, _code, printable
-from ldm_jax.pretrained.strict_json import contained, read_json
+from ldm_jax.files import DTYPE_BY_CODE, dtype_code, printable
+from ldm_jax.pretrained.contained_path import contained
+from ldm_jax.pretrained.strict_json import read_json
+from ldm_jax.pretrained.tensor_entry import Entry
 from ldm_jax.pretrained.torch_checkpoint import PICKLE_MAGIC, ZIP_MAGIC, read_checkpoint
 from ldm_jax.types import InputError
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 
 NUM_NAMED = 10
-"""Keys named in an error, of each kind."""
+"""Keys of each fault that an error names."""
 
 _INDEX_NAME = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 
 
 if TYPE_CHECKING:
     _NamedArrays = Mapping[str, np.ndarray]
-else:  # checkers at run time would read a tensor of each mapping to know its type
+else:  # a run-time type checker would read tensors to check the values
     _NamedArrays = Mapping
 
 
-class Entry(NamedTuple):
-    """One tensor that is not read yet."""
-
-    shape: tuple[int, ...]
-    """Its shape."""
-    dtype: str
-    """Its element type in the file, as safetensors names it."""
-    read: Callable[[], np.ndarray]
-    """Reads it, in the dtype of the file."""
-
-
 class Tensors(_NamedArrays):
-    """Named tensors of a file, each read when it is asked for and not kept.
+    """Tensors of a file by name, each read on access and not cached.
 
-    Floating tensors come as float32 whatever the file holds, others as they are.
+    Floating tensors are converted to float32; others keep their dtype.
 
     Attributes:
-      entries: What is known of each without reading it, by key.
-      metadata: Texts that the file carries.
+      entries: Shape, dtype and reader of each tensor, by key.
+      metadata: Metadata of the file.
     """
 
     def __init__(
         self, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Take entries by key."""
+        """Copy entries and metadata."""
         self.entries = dict(entries)
         self.metadata = dict(metadata or {})
 
@@ -64,19 +55,12 @@ class Tensors(_NamedArrays):
     ) -> "Tensors":
         """Wrap arrays in memory.
 
-        Args:
-          arrays: By key.
-          metadata: Texts.
-
-        Returns:
-          The arrays as if from a file.
-
         Raises:
-          InputError: If an array has a dtype that no weight has.
+          InputError: If a dtype is not one of `DTYPE_BY_CODE`.
         """
         return cls(
             {
-                key: Entry(array.shape, _code(key, array), array.view)
+                key: Entry(array.shape, dtype_code(key, array), array.view)
                 for key, array in arrays.items()
             },
             metadata,
@@ -87,11 +71,11 @@ class Tensors(_NamedArrays):
         return self.entries[key].shape
 
     def dtype(self, key: str) -> str:
-        """Return the element type in the file (F32, BF16, I64, ...) without reading."""
+        """Return the element type of a tensor in the file without reading it."""
         return self.entries[key].dtype
 
     def under(self, prefix: str) -> "Tensors":
-        """Return the tensors whose keys start with a prefix, less the prefix."""
+        """Return the tensors whose keys start with a prefix, without the prefix."""
         entries = {
             key.removeprefix(prefix): entry
             for key, entry in self.entries.items()
@@ -103,8 +87,8 @@ class Tensors(_NamedArrays):
         """Read one tensor.
 
         Raises:
-          KeyError: If it is not there.
-          InputError: If it cannot be read, or does not fit float32.
+          KeyError: If there is no such key.
+          InputError: If it cannot be read, or a value exceeds float32.
         """
         entry = self.entries[key]
         if entry.dtype not in DTYPE_BY_CODE:
@@ -125,35 +109,35 @@ class Tensors(_NamedArrays):
             ) from error
 
     def __contains__(self, key: object) -> bool:
-        """Tell whether a tensor is there, without reading it."""
+        """Return whether there is a tensor of this name, without reading it."""
         return key in self.entries
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the keys, in the order of the file."""
+        """Iterate over the keys in the order of the file."""
         return iter(self.entries)
 
     def __len__(self) -> int:
-        """Return how many tensors there are."""
+        """Return the number of tensors."""
         return len(self.entries)
 
 
 def open_tensors(path: Path) -> Tensors:
-    """Open a file of weights; what it is, is told by its content.
+    """Open a weights file; its format is detected from its content.
 
     Args:
       path: A safetensors file, the `*.safetensors.index.json` of a sharded one, or a
         torch checkpoint, zip or legacy.
 
     Returns:
-      Its tensors, none of them read yet. Of a checkpoint, those of the state dict.
+      Its tensors, unread; of a checkpoint, those of the state dict.
 
     Raises:
-      InputError: If it cannot be read, is damaged, or is none of these.
+      InputError: If it cannot be read, is damaged, or has another format.
     """
     try:
         if path.is_dir():
             raise InputError(
-                f"{path}: got a folder, wanted a file of weights; try a .safetensors "
+                f"{path}: got a folder, wanted a weights file; try a .safetensors "
                 "or .ckpt file inside it"
             )
         if path.exists() and not path.is_file():
@@ -165,13 +149,11 @@ def open_tensors(path: Path) -> Tensors:
         if head and (path.suffix == ".safetensors" or head[8:] == b"{"):
             return _open_safetensors(path)
         if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
-            return Tensors(
-                {key: Entry(*tensor) for key, tensor in read_checkpoint(path).items()}
-            )
+            return Tensors(read_checkpoint(path))
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror or printable(str(error))}), "
-            "wanted a file of weights; try another path"
+            "wanted a weights file; try another path"
         ) from error
     got = f"a file that starts with {head!r}" if head else "an empty file"
     raise InputError(
@@ -183,15 +165,15 @@ def open_tensors(path: Path) -> Tensors:
 def match_keys(
     wanted: Mapping[str, tuple[int, ...]], tensors: Tensors, *, what: str
 ) -> None:
-    """Check that tensors are those of a model: equal keys, equal shapes, floating.
+    """Check that tensors are exactly those of a model: keys, shapes, floating.
 
     Args:
-      wanted: Shapes by key.
-      tensors: Of the file; none is read.
-      what: Names both in the error.
+      wanted: Shape of every key.
+      tensors: Tensors of the file; none is read.
+      what: Name of the tensors in an error.
 
     Raises:
-      InputError: If they differ, in one line with counts and the first ten of each.
+      InputError: If they differ, with the count and the first ten keys of each fault.
     """
     shared = [key for key in wanted if key in tensors]
     shapes = {k: (tensors.shape(k), tuple(wanted[k])) for k in shared}
@@ -213,8 +195,8 @@ def match_keys(
     if details:
         raise InputError(
             f"{what}: got {', '.join(details)}, wanted exactly the {len(wanted)} "
-            "tensors of the model; try a config of the widths and depths of this file, "
-            "or the file that belongs to this config"
+            "tensors of the model; try a config with the widths and depths of this "
+            "file, or the file that belongs to this config"
         )
 
 

@@ -1,4 +1,4 @@
-"""Torch checkpoints as files: where the pickle and the bytes of each tensor lie."""
+"""Torch checkpoints: the location of the pickle and of each tensor's bytes."""
 
 import io
 import math
@@ -15,6 +15,7 @@ import numpy as np
 
 from ldm_jax.files import DTYPE_BY_CODE, printable
 from ldm_jax.pretrained import torch_pickle as pickles
+from ldm_jax.pretrained.tensor_entry import Entry
 from ldm_jax.pretrained.torch_pickle import RefusedError, StridedTensor, damaged
 from ldm_jax.types import InputError
 
@@ -37,41 +38,32 @@ _MALFORMED = (
     TypeError,
     ValueError,
 )
-"""What the standard library raises on bytes that are not what they claim."""
-
-
-class CheckpointTensor(NamedTuple):
-    """A tensor in a checkpoint, not yet read."""
-
-    shape: tuple[int, ...]
-    """Its shape."""
-    dtype: str
-    """A key of `DTYPE_BY_CODE`."""
-    read: Callable[[], np.ndarray]
-    """Reads it, in the dtype of the file."""
+"""Exceptions of the standard library on malformed bytes."""
 
 
 class _Blob(NamedTuple):
-    """Bytes in the file: where, how many, and their checksum where there is one."""
+    """A range of bytes in the file, and their checksum if the file has one."""
 
     start: int
     size: int
     crc: int | None
 
 
-def read_checkpoint(path: Path) -> dict[str, CheckpointTensor]:
+def read_checkpoint(path: Path) -> dict[str, Entry]:
     """Find the tensors of a torch checkpoint, zip (torch >= 1.6) or legacy.
+
+    No code in the file is run.
 
     Args:
       path: A file that is not empty.
 
     Returns:
-      The tensors of the state dict, which is the object itself or stands under its
-      key `state_dict` or `weights`. Everything else is ignored.
+      The tensors of the state dict: the object itself, or its value `state_dict` or
+      `model`. Everything else is ignored.
 
     Raises:
-      InputError: If the file is damaged, or wants anything but tensors and containers;
-        nothing in it is run.
+      InputError: If the file is damaged, or asks for anything but tensors and
+        containers.
       OSError: If it cannot be read.
     """
     try:
@@ -81,7 +73,7 @@ def read_checkpoint(path: Path) -> dict[str, CheckpointTensor]:
         content, blobs = read(path, data)
         archive = _Archive(path, data, blobs)
         return {
-            name: CheckpointTensor(
+            name: Entry(
                 tensor.shape, tensor.storage.dtype, archive.reader(name, tensor)
             )
             for name, tensor in _state_dict(content).items()
@@ -94,7 +86,7 @@ def read_checkpoint(path: Path) -> dict[str, CheckpointTensor]:
 
 
 def _state_dict(content: Any) -> dict[str, StridedTensor]:
-    """Find the tensors: under `state_dict`, under `weights`, or at the top."""
+    """Return the tensors under `state_dict`, under `model`, or at the top level."""
     places = [content]
     if isinstance(content, dict):
         places = [content.get("state_dict"), content.get("model"), content]
@@ -114,7 +106,7 @@ def _state_dict(content: Any) -> dict[str, StridedTensor]:
 
 
 class _Archive:
-    """An open checkpoint and where each of its storages lies."""
+    """An open checkpoint and the location of each of its storages."""
 
     def __init__(self, path: Path, data: mmap.mmap, blobs: dict[str, _Blob]) -> None:
         self._path = path
@@ -123,7 +115,7 @@ class _Archive:
         self._verified: set[str] = set()
 
     def reader(self, name: str, tensor: StridedTensor) -> Callable[[], np.ndarray]:
-        """Return what reads a tensor."""
+        """Return a function that reads a tensor."""
         return lambda: self._read(name, tensor)
 
     def _read(self, name: str, tensor: StridedTensor) -> np.ndarray:
@@ -158,7 +150,7 @@ def _verify(data: mmap.mmap, blob: _Blob, what: str) -> None:
 
 
 def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, _Blob]]:
-    """Read the form of torch >= 1.6: a pickle and one member for each storage."""
+    """Read the form of torch >= 1.6: a pickle and one zip member for each storage."""
     members = _zip_members(path, data)
     for name in {"data.pkl", "byteorder"} & set(members):
         _verify(data, members[name], name)
@@ -186,7 +178,7 @@ def _big_endian() -> RefusedError:
 
 
 def _zip_members(path: Path, data: mmap.mmap) -> dict[str, _Blob]:
-    """Locate the members that torch reads, by name below the archive's one folder."""
+    """Locate the members that torch reads, by name inside the archive's folder."""
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
     folders = [
@@ -228,8 +220,8 @@ def _zip_member(info: zipfile.ZipInfo, data: mmap.mmap) -> _Blob:
 def _read_legacy(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, _Blob]]:
     """Read the form of torch < 1.6: five pickles, then every storage's size and bytes.
 
-    The pickles are a magic number, the protocol, the system, the object, and the keys
-    of the storages in their order.
+    The pickles are a magic number, the protocol, the system, the object, and the
+    storages' keys in the order of the file.
     """
     if pickles.load(data).content != LEGACY_MAGIC:
         raise RefusedError(
@@ -238,7 +230,7 @@ def _read_legacy(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, _Blob]]:
         )
     protocol, system = pickles.load(data).content, pickles.load(data).content
     if protocol != LEGACY_PROTOCOL or not isinstance(system, dict):
-        raise damaged("a protocol that torch never had")
+        raise damaged("an unknown torch protocol")
     if system.get("little_endian") is not True:
         raise _big_endian()
     content, storages = pickles.load(data)

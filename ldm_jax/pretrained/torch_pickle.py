@@ -1,8 +1,8 @@
-"""Pickles of tensors, read without torch: they build containers and no more.
+"""Pickles of tensors, read without torch and without running foreign code.
 
-A pickle is a program for a stack machine. It is gone through twice: once as a list of
-instructions, to bound what running it may cost, and once by an unpickler whose every
-name is an inert object of ours, so that no instruction finds anything to call.
+A pickle is a program for a stack machine. It is read twice: first as a list of
+instructions, to bound its cost, then by an unpickler in which every global name is an
+inert object of this module, so that no instruction can call anything else.
 """
 
 import io
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from ldm_jax.files import printable
 
 MAX_PICKLE_BYTES = 64 * 2**20
-"""Of the pickle alone, not of the tensors: Stable Diffusion has 0.2 MiB."""
+"""Limit of the pickle without the tensors' bytes; Stable Diffusion has 0.2 MiB."""
 
 MAX_TUPLE_DEPTH = 64
-"""CPython hashes nested tuples on the C stack, without a limit of its own."""
+"""Limit of nesting: CPython hashes nested tuples on the C stack, without a limit."""
 
 MAX_DIMS = 32
 MAX_ELEMENTS = 2**48
@@ -31,7 +31,7 @@ _OPCODES = frozenset(
     "LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD "
     "BINPERSID".split()
 )
-"""What protocols 2 to 4 write; without extension codes, INST, OBJ and text forms."""
+"""Instructions of protocols 2 to 4, without extension codes, INST, OBJ and text."""
 
 _CODE_BY_STORAGE = {
     "DoubleStorage": "F64",
@@ -48,7 +48,7 @@ _CODE_BY_STORAGE = {
 
 
 class RefusedError(Exception):
-    """A refusal in one line, still without the path."""
+    """A file that is refused: the reason in one line, without the path."""
 
 
 _ADVICE = (
@@ -58,44 +58,44 @@ _ADVICE = (
 
 
 class Storage(NamedTuple):
-    """A stretch of numbers that tensors are views of."""
+    """A flat array of which tensors are views."""
 
     key: str
-    """Its name in the file."""
+    """Name in the file."""
     dtype: str
-    """Its element type, as safetensors names it."""
+    """Element type, in safetensors' notation."""
     total: int
     """Elements of the whole storage."""
     start: int
-    """First element that may be seen; 0 but in files of torch < 0.4."""
+    """First element of the view; above 0 only in files of torch < 0.4."""
     numel: int
-    """Elements that may be seen."""
+    """Elements of the view."""
 
 
 class StridedTensor(NamedTuple):
-    """A tensor that was checked to lie within its storage."""
+    """A tensor, checked to lie within its storage."""
 
     storage: Storage
-    """What it is a view of."""
+    """Its storage."""
     offset: int
-    """Elements before its first."""
+    """Index of its first element."""
     shape: tuple[int, ...]
     """Its shape."""
     strides: tuple[int, ...]
-    """Elements from one index to the next, by axis."""
+    """Elements between neighbours along each axis."""
 
 
-class Loaded(NamedTuple):
-    """What a pickle built."""
+class Unpickled(NamedTuple):
+    """Result of a pickle."""
 
     content: Any
     """Its object."""
     storages: dict[str, Storage]
-    """The storages that it mentions, by key."""
+    """Storages that it refers to, by key."""
 
 
-def load(stream: Any) -> Loaded:
-    """Read one pickle, and leave the stream behind its end.
+def load(stream: Any) -> Unpickled:
+    """Read one pickle and leave the stream after its end.
 
     Args:
       stream: Binary, with `read`, `readline`, `seek` and `tell`.
@@ -104,8 +104,8 @@ def load(stream: Any) -> Loaded:
       Dicts, lists, tuples, strings, numbers and `StridedTensor`s.
 
     Raises:
-      RefusedError: If it wants anything else, or costs too much.
-      Exception: Any of those that the standard library raises on a malformed pickle.
+      RefusedError: If it asks for anything else, or exceeds a limit.
+      Exception: As the standard library raises on a malformed pickle.
     """
     begin = stream.tell()
     _check_program(stream)
@@ -113,11 +113,11 @@ def load(stream: Any) -> Loaded:
     stream.seek(begin)
     unpickler = _WeightsUnpickler(stream.read(size))
     content = unpickler.load()
-    return Loaded(content, unpickler.storages)
+    return Unpickled(content, unpickler.storages)
 
 
 def damaged(got: str) -> RefusedError:
-    """Return the refusal of a file that is not whole."""
+    """Return the error of a damaged file."""
     return RefusedError(
         f"got a damaged torch checkpoint ({got}), wanted a whole one; try downloading "
         "it again"
@@ -125,7 +125,7 @@ def damaged(got: str) -> RefusedError:
 
 
 class _Global:
-    """What a name in a pickle stands for: unchangeable, and of no use as a class."""
+    """Value of a global name in a pickle: immutable, and not usable as a class."""
 
     __slots__ = ("_build", "dtype")
 
@@ -141,25 +141,25 @@ class _Global:
         return self._build(*args)
 
     def __setstate__(self, state: object) -> None:
-        """Take no state: without this, BUILD would set attributes."""
+        """Ignore the state: without this method, BUILD would set attributes."""
 
 
 class _Ignored:
-    """Stands for a value that no weight depends on."""
+    """Placeholder of a value that no tensor depends on."""
 
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        """Take no state."""
+        """Ignore the state."""
 
 
 class _OrderedDict(dict[Any, Any]):
-    """An ordered dict as torch writes state dicts, less the `_metadata` on it."""
+    """An ordered dict as in torch's state dicts, without its `_metadata`."""
 
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        """Take no state."""
+        """Ignore the state."""
 
 
 def _whole(value: object, what: str) -> int:
@@ -177,7 +177,7 @@ def _size(sizes: object = ()) -> tuple[int, ...]:
 def _tensor(
     storage: object, offset: object, shape: object, strides: object
 ) -> StridedTensor:
-    """Check that a tensor lies within its storage, before anything is allocated."""
+    """Check that a tensor lies within its storage before anything is allocated."""
     if type(storage) is not Storage:
         raise damaged("a tensor without a storage")
     tensor = StridedTensor(
@@ -209,7 +209,7 @@ def _tensor_v2(
     hooks: object,
     flags: object = None,
 ) -> StridedTensor:
-    if flags:  # negated or conjugated on reading
+    if flags:  # lazily negated or conjugated
         raise RefusedError(
             "got a tensor with lazy negation or conjugation, wanted plain numbers; try "
             "saving it with torch after resolve_neg()"
@@ -236,7 +236,7 @@ _INERT_NAMES = {
     "lightning.pytorch.callbacks.early_stopping": "EarlyStopping",
     "numpy": "ndarray",
 }
-"""Names that may be mentioned; the callbacks are keys in Lightning's checkpoints."""
+"""Names that may occur but not be called; Lightning uses the callbacks as keys."""
 
 _GLOBALS: Mapping[tuple[str, str], _Global] = {
     ("torch._utils", "_rebuild_tensor"): _Global(_tensor),
@@ -260,23 +260,23 @@ _GLOBALS: Mapping[tuple[str, str], _Global] = {
         for name in names.split()
     },
 }
-"""Every name a pickle may use. A name with a dot in it is none of them."""
+"""Every global name that a pickle may use; none contains a dot."""
 
 
 class _WeightsUnpickler(pickle.Unpickler):
-    """Builds containers and `StridedTensor`s, and remembers the storages it met."""
+    """Builds containers and `StridedTensor`s, and collects the storages."""
 
     def __init__(self, program: bytes) -> None:
-        # Strings of Python 2 are bytes; those that are not text are never a key.
+        # Strings of Python 2 are bytes; invalid UTF-8 is never a key.
         super().__init__(io.BytesIO(program), encoding="utf-8", errors="replace")
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        """Return one of ours, or refuse by name."""
+        """Return the inert object of a name, or refuse it."""
         found = _GLOBALS.get((module_name, global_name))
         if found is None:
             raise RefusedError(
-                f"got a pickle that asks for {printable(module_name)}."
+                f"got a pickle that uses {printable(module_name)}."
                 f"{printable(global_name)}, {_ADVICE}"
             )
         return found
@@ -302,7 +302,7 @@ class _WeightsUnpickler(pickle.Unpickler):
 
 
 def _check_program(stream: Any) -> None:
-    """Go through one pickle without running it, and leave the stream behind its end."""
+    """Check one pickle's instructions and leave the stream after its end."""
     stack: list[int | None] = []  # depth of tuples; None is a mark
     memo: dict[int, int] = {}
     begin = stream.tell()
@@ -328,14 +328,14 @@ def _check_program(stream: Any) -> None:
 
 
 def _apply(op: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
-    """Do to a stack of tuple depths what an instruction does to the values."""
-    num_taken = len(op.stack_before)
+    """Apply an instruction to a stack of tuple depths."""
+    num_popped = len(op.stack_before)
     depth = 0
     if pickletools.markobject in op.stack_before:
         while (item := stack.pop()) is not None:
             depth = max(depth, item)
-        num_taken = op.stack_before.index(pickletools.markobject)
-    for _ in range(num_taken):
+        num_popped = op.stack_before.index(pickletools.markobject)
+    for _ in range(num_popped):
         depth = max(depth, stack.pop() or 0)
     depth += op.name.startswith("TUPLE")
     if depth > MAX_TUPLE_DEPTH:

@@ -151,8 +151,10 @@ def write_snapshot(
     arrays: dict[str, np.ndarray] = {}
     for length, tree in zip(lengths, averages, strict=True):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        arrays |= {_key(length, path): np.asarray(leaf) for path, leaf in leaves}
-    digests = {key: _digest(array) for key, array in arrays.items()}
+        arrays |= {
+            snapshot_key(length, path): np.asarray(leaf) for path, leaf in leaves
+        }
+    digests = {key: array_digest(array) for key, array in arrays.items()}
     texts = {DIGESTS: json.dumps(digests, sort_keys=True)}
     write_safetensors(folder / f"{step:06d}.safetensors", arrays, texts)
 
@@ -163,10 +165,12 @@ def kept_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _key(length: float, path: tuple) -> str:
+def snapshot_key(length: float, path: tuple) -> str:
+    """Return the key of a leaf of an average in a snapshot."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return f"{length!r}/{name}"
 
 
-def _digest(array: np.ndarray) -> str:
+def array_digest(array: np.ndarray) -> str:
+    """Return the sha256 of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,305 +1,351 @@
+"""A folder of images as a data set: its splits, classes, captions and what is wrong."""
+
+import hashlib
+import itertools
 import json
-import os
-import pickle
-from pathlib import Path
+import logging
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from ldm_jax.files import write_safetensors
-from ldm_jax.pretrained.diffusers_folder import (
-    CONFIG_NAME_BY_CLASS,
-    WEIGHT_NAMES,
-    Component,
-    component_tensors,
-    open_folder,
-)
-from ldm_jax.types import InputError
+from ldm_jax.data.folder import FolderExamples, open_folder
+from ldm_jax.data.folder_listing import list_folder, select
+from ldm_jax.data.pipeline import load_all, make_iterator, to_batch
+from ldm_jax.data.sources import open_source, read_captions
+from ldm_jax.types import InputError, RunError
 
-MATRIX = np.arange(6, dtype=np.float32).reshape(2, 3)
-INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.6.0",
-    "feature_extractor": ["transformers", "CLIPImageProcessor"],
-    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-    "image_encoder": [None, None],
-    "requires_safety_checker": True,
-    "scheduler": ["diffusers", "PNDMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+SIDE = 8
 
 
-def write_json(path: Path, content) -> None:
+def level(i):
+    return (37 * i) % 251
+
+
+def write(path, i=0, *, size=(SIDE, SIDE), colour=None):
+    """Write a flat image that says by its level which one it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    mode, value = ("L", level(i)) if colour is None else ("RGB", colour)
+    Image.new(mode, size, value).save(path)
+    return path
 
 
-def write_folder(root: Path, **changes) -> Path:
-    """Write Stable Diffusion's layout, with no weights in it."""
-    write_json(root / "model_index.json", {**INDEX, **changes})
-    for name in PARTS:
-        write_json(root / name / CONFIG_NAME_BY_CLASS[INDEX[name][1]], {"of": name})
-    return root
+@pytest.fixture
+def pool(tmp_path):
+    """Forty images of two classes, and nothing that says which are held out."""
+    for i in range(40):
+        write(tmp_path / "pool" / ("bird", "cat")[i % 2] / f"{i:02d}.png", i)
+    return tmp_path / "pool"
 
 
-def unet(directory: Path) -> Component:
-    directory.mkdir(exist_ok=True)
-    return Component("unet", "UNet2DConditionModel", {}, directory)
+@pytest.fixture
+def captioned(tmp_path):
+    folder = tmp_path / "captioned"
+    for i in range(6):
+        path = write(folder / f"{i}.png", i)
+        path.with_suffix(".txt").write_text(f"image number {i}\n")
+    return folder
 
 
-def refusal(root: Path) -> str:
+def examples_of(folder, split="all", **asked):
+    return open_source(f"folder:{folder}", split, directory=None, **asked)
+
+
+def refused(call, *args, **kwargs):
     with pytest.raises(InputError) as caught:
-        open_folder(root)
-    message = str(caught.value)
-    assert "\n" not in message and "try " in message and str(root) in message
-    return message.replace(str(root), "")
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def test_a_pipeline_is_its_components_with_their_configs(tmp_path):
-    folder = open_folder(write_folder(tmp_path))
-    assert folder.root == tmp_path and folder.pipeline == "StableDiffusionPipeline"
-    assert set(folder.components) == set(PARTS)
-    assert folder.components["vae"] == Component(
-        "vae", "AutoencoderKL", {"of": "vae"}, tmp_path / "vae"
+def digest(name):
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
+
+
+def test_a_twentieth_is_held_out_by_name(pool):
+    listing = list_folder(pool)
+    train, test = select(listing, "train"), select(listing, "test")
+    assert set(test) == {x for x in listing.images if digest(x) < 2**256 // 20}
+    assert sorted(train + test) == list(listing.images) == list(select(listing, "all"))
+    for i in range(40, 400):
+        write(pool / "cat" / f"{i}.png")
+    listing = list_folder(pool)
+    assert set(test) <= set(select(listing, "test"))
+    assert set(train) <= set(select(listing, "train"))
+    assert 10 < len(select(listing, "test")) < 30
+
+
+def test_slices_share_out_a_split_and_each_has_every_class(pool):
+    listing = list_folder(pool)
+    whole = set(select(listing, "train"))
+    for cut in ("90%", "-4", "7", "50%"):
+        parts = [set(select(listing, f"train[{x}]")) for x in (f":{cut}", f"{cut}:")]
+        assert parts[0] | parts[1] == whole and not parts[0] & parts[1]
+    assert len(select(listing, "all[:25%]")) == 10
+    assert {listing.class_of(x) for x in select(listing, "all[:25%]")} == {
+        "bird",
+        "cat",
+    }
+    assert len(select(listing, "all[10%:-10%]")) == 32
+
+
+def test_of_few_images_one_is_held_out_and_of_one_none(tmp_path):
+    write(tmp_path / "a.png")
+    listing = list_folder(tmp_path)
+    assert select(listing, "train") == select(listing, "all") == ("a.png",)
+    assert "try --data.train-split all" in refused(select, listing, "test")
+    write(tmp_path / "b.png")
+    listing = list_folder(tmp_path)
+    assert len(select(listing, "train")) == len(select(listing, "test")) == 1
+
+
+def test_folders_named_as_splits_are_the_splits(tmp_path):
+    for i, split in enumerate(("train", "train", "train", "val")):
+        write(tmp_path / split / ("dog", "ant")[i % 2] / f"{i}.png", i)
+    source = examples_of(tmp_path, "train")
+    assert source.class_names == ("ant", "dog")
+    assert [source.examples[i]["label"] for i in range(3)] == [0, 1, 1]
+    assert len(examples_of(tmp_path, "val").examples) == 1
+    assert len(examples_of(tmp_path, "all[:50%]").examples) == 2
+    message = refused(examples_of, tmp_path, "test")
+    assert "wanted one of train, val, all" in message
+    assert message.endswith("try --data.test-split val")
+
+
+def test_train_alone_is_a_split_and_beside_bus_it_is_a_class(tmp_path):
+    write(tmp_path / "one" / "train" / "a.png")
+    message = refused(examples_of, tmp_path / "one", "test")
+    assert "--data.train-split 'train[5%:]' --data.test-split 'train[:5%]'" in message
+    for name in ("bus", "train"):
+        write(tmp_path / "two" / name / "a.png")
+    assert examples_of(tmp_path / "two").class_names == ("bus", "train")
+
+
+def test_examples_come_in_the_order_of_their_names_with_their_labels(pool):
+    examples = examples_of(pool).examples
+    found = [examples[i] for i in range(40)]
+    wanted = [*range(0, 40, 2), *range(1, 40, 2)]
+    assert [x["image"].shape for x in found] == [(SIDE, SIDE, 1)] * 40
+    assert [x["image"][0, 0, 0] for x in found] == [level(i) for i in wanted]
+    assert [x["label"] for x in found] == [0] * 20 + [1] * 20
+    assert "caption" not in found[0]
+    assert examples_of(pool).channels == 1
+
+
+def test_links_are_followed_but_not_in_circles_and_hidden_files_are_not_seen(pool):
+    (pool / "cat" / "again").symlink_to(pool)
+    (pool / "bird" / "link.png").symlink_to(pool / "bird" / "00.png")
+    write(pool / ".cache" / "a.png")
+    write(pool / "bird" / "._00.png")
+    assert len(list_folder(pool).images) == 41
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x: None, ["is not there, wanted a folder of images"]),
+        (lambda x: x.write_text(""), ["is a file, wanted a folder"]),
+        (lambda x: x.mkdir(), ["holds no images but nothing", ".webp"]),
+        (
+            lambda x: write(x / "a.png").rename(x / "a.heic"),
+            ["holds no images but 1 other files (a.heic)"],
+        ),
+    ],
+)
+def test_what_is_no_folder_of_images_is_told(tmp_path, make, words):
+    make(tmp_path / "x")
+    message = refused(examples_of, tmp_path / "x")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("split", ["tset", "train[", "train[:x]", "train[90%]", ""])
+def test_no_such_split_is_told(pool, split):
+    message = refused(examples_of, pool, split)
+    assert f"no split {split!r}, wanted one of train, test, all" in message
+
+
+def test_classes_are_asked_for_where_they_are_needed(tmp_path):
+    flat, one, mixed = (tmp_path / name for name in ("flat", "one", "mixed"))
+    write(flat / "a.png")
+    write(one / "cat" / "a.png")
+    for name in ("cat/a.png", "dog/b.png", "c.png"):
+        write(mixed / name)
+    assert examples_of(flat).class_names == examples_of(mixed).class_names == ()
+    assert examples_of(one).class_names == ("cat",)
+    for folder, words in (
+        (flat, "lie in no sub-folders"),
+        (one, "has one class only, cat, wanted two or more"),
+        (mixed, "1 of 3 images in"),
+        (mixed, "lie in none of the folders of its 2 classes (cat, dog): c.png"),
+    ):
+        message = refused(examples_of, folder, needs=("label",))
+        assert words in message and "--diffusion.condition.no-label" in message
+
+
+def test_broken_files_stop_a_run_or_are_passed_over_and_named(pool, caplog):
+    (pool / "cat" / "01.png").write_bytes(b"")
+    torn = pool / "bird" / "02.png"
+    torn.write_bytes(torn.read_bytes()[:-30])
+    with pytest.raises(InputError) as caught:
+        examples_of(pool, max_broken_files=1)
+    for word in (
+        "2 of 40 images",
+        "wanted at most 1: ",
+        "bird/02.png (",
+        "cat/01.png (an empty file)",
+        "--data.max-broken-files 2",
+    ):
+        assert word in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        assert len(examples_of(pool, max_broken_files=2).examples) == 38
+        assert len(examples_of(pool, "train", max_broken_files=2).examples) < 38
+    (said,) = caplog.messages
+    assert "2 of 40 images cannot be read, and are passed over" in said
+
+
+def damage(path):
+    """Change bytes in the middle of a file, and leave its head and end as they are."""
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"IDAT") + 4
+    content[middle : middle + 4] = b"\xff\xff\xff\xff"
+    path.write_bytes(content)
+
+
+def test_damage_inside_is_found_at_once_in_a_small_folder(pool):
+    damage(pool / "cat" / "07.png")
+    assert "1 of 40 images" in refused(examples_of, pool)
+
+
+def test_damage_inside_stops_the_stream_and_is_named_in_a_large_one(pool):
+    damage(pool / "cat" / "07.png")
+    asked = {"needs": (), "image_size": 0, "max_broken_files": 0}
+    examples, _ = open_folder(pool, "all", **asked, max_bytes_in_memory=0)
+    assert isinstance(examples, FolderExamples) and len(examples) == 40
+    with pytest.raises(
+        RunError, match=r"cat/07.png: cannot be decoded \(.*check-images"
+    ):
+        list(itertools.islice(stream(examples, batch_size=8), 5))
+
+
+def stream(examples, *, batch_size, process=(0, 1), **asked):
+    return make_iterator(
+        examples,
+        batch_size=batch_size,
+        image_size=SIDE,
+        image_channels=1,
+        seed=3,
+        process_index=process[0],
+        process_count=process[1],
+        **asked,
     )
 
 
-def test_the_pipeline_of_the_first_text_to_image_model_is_known(tmp_path):
-    index = {
-        "_class_name": "LDMTextToImagePipeline",
-        "bert": ["latent_diffusion", "LDMBertModel"],
-        "tokenizer": ["transformers", "BertTokenizer"],
-        "vqvae": ["diffusers", "AutoencoderKL"],
-    }
-    write_json(tmp_path / "model_index.json", index)
-    for path in ("bert/config", "tokenizer/tokenizer_config", "vqvae/config"):
-        write_json(tmp_path / f"{path}.json", {})
-    assert set(open_folder(tmp_path).components) == {"bert", "tokenizer", "vqvae"}
+def test_the_batches_are_the_same_by_any_number_of_threads_and_processes(pool):
+    examples = examples_of(pool).examples
+
+    def images(**asked):
+        rows = itertools.islice(stream(examples, **asked), 12)
+        return np.stack([to_batch(row).image for row in rows])
+
+    whole = images(batch_size=8)
+    assert np.array_equal(images(batch_size=8, num_threads=4), whole)
+    halves = [images(batch_size=8, process=(i, 2)) for i in range(2)]
+    assert all(np.array_equal(halves[i], whole[:, i::2]) for i in range(2))
+    assert set(whole[:5].reshape(40, -1)[:, 0]) == {level(i) for i in range(40)}
 
 
-def test_an_absent_component_is_passed_over(tmp_path):
-    folder = open_folder(write_folder(tmp_path, text_encoder=[None, None]))
-    assert "text_encoder" not in folder.components
+def test_small_images_are_enlarged_and_told_of_once(tmp_path, caplog):
+    write(tmp_path / "a.png", size=(40, 20))
+    write(tmp_path / "b.png", size=(64, 64))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            examples = examples_of(tmp_path, image_size=32).examples
+    (said,) = caplog.messages
+    assert said.endswith(
+        "1 of 2 images are smaller than 32 pixels, and are enlarged: a.png (40x20)"
+    )
+    batch = load_all(examples, image_size=32, image_channels=3)
+    assert batch.image.shape == (2, 32, 32, 3)
+
+
+def captions_of(folder):
+    examples = examples_of(folder, needs=("caption",)).examples
+    found = [examples[i]["caption"] for i in range(len(examples))]
+    assert read_captions(f"folder:{folder}", "all", directory=None) == found
+    return found
+
+
+def test_captions_stand_beside_their_images(captioned):
+    assert captions_of(captioned) == [f"image number {i}" for i in range(6)]
+
+
+def test_captions_stand_in_lines_that_name_their_image(tmp_path):
+    for name in ("a.png", "train/b.png", "train/deep/c.png"):
+        write(tmp_path / "x" / name)
+    rows = [
+        {"file": "a.png", "caption": "größer"},
+        {"file_name": "./train/b.png", "text": ["the first", "another"]},
+    ]
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "x" / "captions.jsonl").write_text(f"\ufeff{lines}\n", encoding="utf-8")
+    others = [{"file_name": "c.png", "text": " c "}, {"file_name": "c.png", "box": 3}]
+    text = "\r\n".join(map(json.dumps, others))
+    (tmp_path / "x" / "train" / "deep" / "metadata.jsonl").write_text(text)
+    write(tmp_path / "x" / "bus" / "d.png").with_suffix(".txt").write_text("")
+    assert captions_of(tmp_path / "x") == ["größer", "", "the first", "c"]
+
+
+def test_images_without_captions_and_captions_without_images_are_told(
+    captioned, caplog
+):
+    (captioned / "readme.txt").write_text("x")
+    (captioned / "captions.jsonl").write_text('{"file": "9.png", "caption": "nine"}')
+    with caplog.at_level(logging.WARNING):
+        assert len(captions_of(captioned)) == 6
+    (said,) = caplog.messages
+    assert "2 captions have no image: captions.jsonl line 1 (9.png), readme.txt" in said
+    for i in range(5):
+        (captioned / f"{i}.txt").unlink()
+    message = refused(captions_of, captioned)
+    assert "5 of 6 images in" in message
+    assert "have no caption: 0.png, 1.png, 2.png and 2 more" in message
+    assert "2 captions have no image" in message
+    assert "caption" not in examples_of(captioned).examples[0]
 
 
 @pytest.mark.parametrize(
-    ("config", "class_name"),
+    ("content", "words"),
     [
-        ({"_class_name": "AutoencoderKL"}, "AutoencoderKL"),
-        ({"architectures": ["CLIPTextModel"]}, "CLIPTextModel"),
+        (b'{"file": "0.png", "caption": "a"}\n{"file"', "line 2: not JSON"),
+        (b'\n{"file": "0.png", "caption": "\xff"}', "line 2: not UTF-8"),
+        (b'{"file": "0.png", "caption": 3}', 'got {"file": "0.png", "caption": 3}'),
+        (b'{"file": "0.png"}', 'wanted {"file": "IMAGE", "caption": "TEXT"}'),
+        (b'{"file": "0.png", "caption": []}', "wanted"),
+        (b'["0.png", "a"]', "line 1: got"),
+        (b'{"file": "0.png", "caption": "\\ud800"}', "not Unicode"),
+        (
+            b'{"file": "0.png", "caption": "a"}\n{"file": "0.png", "caption": "b"}',
+            "0.png has two captions, in captions.jsonl line 1 and in captions.jsonl "
+            "line 2",
+        ),
     ],
 )
-def test_a_folder_may_be_one_component(config, class_name, tmp_path):
-    write_json(tmp_path / "vae" / "config.json", config)
-    folder = open_folder(tmp_path / "vae")
-    assert folder.pipeline is None
-    assert folder.components == {
-        "vae": Component("vae", class_name, config, tmp_path / "vae")
-    }
+def test_a_broken_line_of_captions_is_named_by_file_and_number(
+    tmp_path, content, words
+):
+    write(tmp_path / "0.png")
+    (tmp_path / "captions.jsonl").write_bytes(content)
+    message = refused(captions_of, tmp_path)
+    assert words in message and "captions.jsonl" in message, message
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"_class_name": "StableDiffusionXLPipeline"},
-        {"_class_name": None},
-        {"_class_name": ["StableDiffusionPipeline"]},
-        {"unet": ["diffusers", "UNet3DConditionModel"]},
-        {"unet": ["diffusers", None]},
-        {"unet": ["os", "system"]},
-        {"unet": ["UNet2DConditionModel", "diffusers"]},
-        {"unet": ["UNet2DConditionModel"]},
-        {"unet": ["diffusers", ["UNet2DConditionModel"]]},
-    ],
-)
-def test_an_unknown_class_is_refused(changes, tmp_path):
-    assert "got the class" in refusal(write_folder(tmp_path, **changes))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"_class_name": "DDIMScheduler"}, {"architectures": ["CLIPModel"]}]
-    + [{"architectures": []}, {"_class_name": 3}],
-)
-def test_an_unknown_single_component_is_refused(config, tmp_path):
-    write_json(tmp_path / "config.json", config)
-    assert "got the class" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["../unet", "/unet", "a/b", "..", ".", "", "a\\b", "\0", "ü", "a b", "-x"]
-)
-def test_a_component_must_have_a_plain_name(name, tmp_path):
-    write_json(tmp_path / "unet" / "config.json", {})
-    root = write_folder(tmp_path / "in", **{name: ["diffusers", "UNet2DModel"]})
-    assert "plain folder name" in refusal(root)
-
-
-def test_a_missing_component_folder_is_named(tmp_path):
-    root = write_folder(tmp_path)
-    (root / "vae" / "config.json").rename(root / "config.json")
-    (root / "vae").rmdir()
-    assert "vae" in refusal(root)
-
-
-def test_a_missing_config_is_named(tmp_path):
-    root = write_folder(tmp_path)
-    (root / "scheduler" / "scheduler_config.json").unlink()
-    assert "scheduler_config.json" in refusal(root)
-
-
-def test_a_folder_without_a_config_is_refused(tmp_path):
-    assert "no config" in refusal(tmp_path)
-    assert "no folder" in refusal(tmp_path / "none")
-
-
-@pytest.mark.parametrize(
-    "content", ["[]", "3", "null", "", "{", "[" * 99_999, "\udcff"]
-)
-@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json"])
-def test_json_that_is_not_an_object_is_refused(name, content, tmp_path):
-    root = write_folder(tmp_path)
-    (root / name).write_bytes(content.encode(errors="surrogateescape"))
-    assert name in refusal(root)
-
-
-def test_opening_a_folder_opens_no_tensor(tmp_path):
-    root = write_folder(tmp_path)
-    (root / "unet" / WEIGHT_NAMES[0]).write_bytes(b"damaged")
-    folder = open_folder(root)
-    with pytest.raises(InputError, match="damaged"):
-        component_tensors(folder.components["unet"])
-
-
-@pytest.mark.parametrize(
-    "name", ["model_index.json", "unet", "unet/config.json", "config.json"]
-)
-def test_a_link_that_leaves_the_folder_is_refused(name, tmp_path):
-    root, outside = write_folder(tmp_path / "in"), tmp_path / "out"
-    if name == "config.json":
-        (root / "model_index.json").rename(root / name)
-    (root / name).rename(outside)
-    (root / name).symlink_to(outside)
-    assert "leaves the folder" in refusal(root)
-
-
-def test_weights_behind_a_link_that_leaves_the_folder_are_refused(tmp_path):
-    write_safetensors(tmp_path / "x", {"w": MATRIX})
-    component = unet(tmp_path / "unet")
-    (component.directory / WEIGHT_NAMES[0]).symlink_to(tmp_path / "x")
-    with pytest.raises(InputError, match="leaves the folder"):
-        component_tensors(component)
-
-
-def test_a_link_inside_the_folder_is_followed(tmp_path):
-    root = write_folder(tmp_path)
-    (root / "vae").rename(root / "vae_1")
-    (root / "vae").symlink_to("vae_1")
-    assert open_folder(root).components["vae"].config == {"of": "vae"}
-
-
-def write_cache(cache: Path) -> Path:
-    """Write the layout of the Hugging Face cache: every file is a link to a blob."""
-    snapshot = write_folder(cache / "snapshots" / "abc")
-    write_safetensors(snapshot / "unet" / WEIGHT_NAMES[0], {"w": MATRIX})
-    (cache / "blobs").mkdir()
-    for i, path in enumerate(sorted(snapshot.rglob("*.*"))):
-        path.rename(cache / "blobs" / str(i))
-        up = "../" * len(path.relative_to(cache).parts[:-1])
-        path.symlink_to(f"{up}blobs/{i}")
-    return snapshot
-
-
-def test_the_hugging_face_cache_is_read_through_its_links(tmp_path):
-    folder = open_folder(write_cache(tmp_path))
-    assert folder.components["vae"].config == {"of": "vae"}
-    assert np.array_equal(component_tensors(folder.components["unet"])["w"], MATRIX)
-
-
-def test_one_component_of_the_cache_is_read_through_its_links(tmp_path):
-    snapshot = write_cache(tmp_path)
-    assert np.array_equal(component_tensors(unet(snapshot / "unet"))["w"], MATRIX)
-
-
-def test_shards_in_the_cache_are_read_through_their_links(tmp_path):
-    directory = write_cache(tmp_path) / "unet"
-    (directory / WEIGHT_NAMES[0]).rename(directory / "1.safetensors")
-    write_json(directory / WEIGHT_NAMES[2], {"weight_map": {"w": "1.safetensors"}})
-    assert np.array_equal(component_tensors(unet(directory))["w"], MATRIX)
-
-
-@pytest.mark.parametrize("way", ["blob", "other_cache", "below_blobs", "blobs"])
-def test_a_cache_may_link_to_its_own_blobs_alone(way, tmp_path):
-    cache, outside = tmp_path / "cache", tmp_path / "out"
-    snapshot = write_cache(cache)
-    link = snapshot / "unet" / "config.json"
-    outside.mkdir()
-    write_json(outside / "x", {})
-    if way == "blob":  # a blob that is itself a link
-        (cache / "blobs" / "x").symlink_to(outside / "x")
-        target = cache / "blobs" / "x"
-    elif way == "other_cache":
-        write_json(tmp_path / "other" / "blobs" / "x", {})
-        target = tmp_path / "other" / "blobs" / "x"
-    elif way == "below_blobs":
-        write_json(cache / "blobs" / "deep" / "x", {})
-        target = cache / "blobs" / "deep" / "x"
-    else:
-        (cache / "blobs").rename(tmp_path / "moved")
-        (cache / "blobs").symlink_to(tmp_path / "moved")
-        target = link.resolve()
-    link.unlink()
-    link.symlink_to(target)
-    assert "leaves the folder" in refusal(snapshot)
-
-
-def write_weights(directory: Path, name: str, key: str) -> None:
-    if name.endswith(".json"):
-        shard = f"{key}-1.safetensors"
-        write_safetensors(directory / shard, {key: MATRIX})
-        write_json(directory / name, {"weight_map": {key: shard}})
-    elif name.endswith(".bin"):
-        torch = pytest.importorskip("torch")
-        torch.save({key: torch.from_numpy(MATRIX)}, directory / name)
-    else:
-        write_safetensors(directory / name, {key: MATRIX})
-
-
-@pytest.mark.parametrize("place", range(len(WEIGHT_NAMES)))
-def test_the_first_file_in_the_fixed_order_is_read(place, tmp_path):
-    component = unet(tmp_path / "unet")
-    for i in range(place, len(WEIGHT_NAMES)):
-        write_weights(component.directory, WEIGHT_NAMES[i], f"k{i}")
-    assert list(component_tensors(component)) == [f"k{place}"]
-
-
-def test_safetensors_stand_before_pickles_and_full_before_half_precision():
-    first_pickle = WEIGHT_NAMES.index("diffusion_pytorch_model.bin")
-    assert all(name.endswith(".bin") for name in WEIGHT_NAMES[first_pickle:])
-    assert not any("bin" in name for name in WEIGHT_NAMES[:first_pickle])
-    for names in (WEIGHT_NAMES[:first_pickle], WEIGHT_NAMES[first_pickle:]):
-        halves = ["fp16" in name for name in names]
-        assert halves == sorted(halves)
-
-
-def test_a_component_without_weights_is_refused(tmp_path):
-    with pytest.raises(InputError, match="without weights"):
-        component_tensors(unet(tmp_path / "unet"))
-
-
-def test_a_bin_file_goes_through_the_restricted_unpickler(tmp_path):
-    component, proof = unet(tmp_path / "unet"), tmp_path / "proof"
-
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {proof}",)
-
-    path = component.directory / "diffusion_pytorch_model.bin"
-    path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(InputError, match=r"posix\.system"):
-        component_tensors(component)
-    assert not proof.exists()
+def test_a_text_file_that_is_not_utf8_or_a_second_caption_is_told(captioned):
+    (captioned / "3.txt").write_bytes("groß".encode("latin-1"))
+    message = refused(captions_of, captioned)
+    assert "3.txt: not UTF-8" in message and "at byte 3" in message
+    (captioned / "3.txt").write_text("now it is")
+    assert captions_of(captioned)[3] == "now it is"
+    (captioned / "captions.jsonl").write_text('{"file": "3.png", "caption": "b"}')
+    assert "3.png has two captions, in captions.jsonl line 1 and in 3.txt" in refused(
+        captions_of, captioned
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import Config
-from ldm_jax.pretrained import compvis
+from ldm_jax.pretrained import compvis_names
 from ldm_jax.pretrained.layouts import read_tree, write_tree
 from ldm_jax.pretrained.tensors import Tensors
 from ldm_jax.types import PyTree
@@ -63,7 +63,7 @@ def test_outputs_and_gradients_are_the_originals(family, case):
     format_ = FORMATS[family, kind](config)
     table = stored_table(config, kind, format_)
     tensors = draw_tensors(table, case["seed"], case["gain"])
-    stored = Tensors.from_arrays(compvis.split_in_proj(tensors))
+    stored = Tensors.from_arrays(compvis_names.split_in_proj(tensors))
     params = read_tree(tree_shapes(config, kind), format_, stored, what=kind)
     ours = run_ours(
         config,
@@ -99,13 +99,13 @@ def test_splitting_undoes_joining():
     names = {f"a.{part}_in_proj.weight": (6, 4) for part in "qkv"}
     names |= {f"a.{part}_in_proj.bias": (6,) for part in "qkv"} | {"b.weight": (3, 2)}
     split = random_tensors(names, 0)
-    joined = compvis.join_in_proj(split)
+    joined = compvis_names.join_in_proj(split)
     assert {key: tensor.shape for key, tensor in joined.items()} == {
         "a.in_proj_weight": (18, 4),
         "a.in_proj_bias": (18,),
         "b.weight": (3, 2),
     }
-    back = compvis.split_in_proj(joined)
+    back = compvis_names.split_in_proj(joined)
     assert back.keys() == split.keys()
     for key in split:
         np.testing.assert_array_equal(back[key], split[key])

@@ -7,9 +7,12 @@ import jax
 import numpy as np
 
 from ldm_jax.build import build_model, init_autoencoder, init_unet
-from ldm_jax.pretrained import diffusers as names
-from ldm_jax.pretrained.assemble_config import assemble_config
-from ldm_jax.pretrained.diffusers_configs import read_autoencoder, read_unet
+from ldm_jax.pretrained import diffusers_names as names
+from ldm_jax.pretrained.diffusers_configs import (
+    read_autoencoder,
+    read_unet,
+)
+from ldm_jax.pretrained.diffusers_import import assemble_config
 from ldm_jax.pretrained.layouts import read_tree
 from ldm_jax.pretrained.tensors import Tensors
 from tests.support.golden_cases import Inputs, projections
@@ -137,7 +140,7 @@ def our_unet(config, tensors: dict[str, np.ndarray]):
     """Build our UNet and read its parameters from their tensors."""
     model = build_model(config)
     shapes = jax.eval_shape(lambda: init_unet(config, model))
-    format_ = names.unet_format(config)
+    format_ = names.unet_format(config.diffusion)
     stored = Tensors.from_arrays(tensors)
     params = read_tree(shapes, format_, stored, what="unet")
     return model.unet, jax.device_put(params)
@@ -147,7 +150,7 @@ def our_autoencoder(config, tensors: dict[str, np.ndarray]):
     """Build our autoencoder and read its parameters from their tensors."""
     model = build_model(config)
     shapes = jax.eval_shape(lambda: init_autoencoder(config, model))
-    format_ = names.autoencoder_format(config)
+    format_ = names.autoencoder_format(config.autoencoder)
     stored = Tensors.from_arrays(tensors)
     params = read_tree(shapes, format_, stored, what="vae")
     return model.autoencoder, jax.device_put(params)

@@ -10,10 +10,14 @@ import pytest
 
 from ldm_jax.config import Config
 from ldm_jax.diffusion.timesteps import make_levels
-from ldm_jax.pretrained import load_weights as exchange
-from ldm_jax.pretrained.export import write_folder
+from ldm_jax.pretrained.diffusers_export import write_folder
 from ldm_jax.pretrained.layouts import key_shapes, read_tree
-from ldm_jax.pretrained.model import ModelWeights
+from ldm_jax.pretrained.model_weights import ModelWeights
+from ldm_jax.pretrained.open_weights import (
+    network_shapes,
+    open_weights,
+    to_sample_params,
+)
 from ldm_jax.pretrained.tensors import Tensors
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
 from ldm_jax.sampling.conditions import condition_inputs
@@ -47,9 +51,9 @@ def load_pipeline(name: str, folder):
 
 def diffusers_model(config: Config, seed: int = 0) -> ModelWeights:
     """Draw parameters by diffusers' names, as a network of reasonable gain."""
-    from ldm_jax.pretrained import diffusers as names
+    from ldm_jax.pretrained import diffusers_names as names
 
-    shapes = exchange.network_shapes(config)
+    shapes = network_shapes(config)
 
     def draw(tree, format_, what):
         tensors = random_tensors(key_shapes(tree, format_), seed)
@@ -61,8 +65,8 @@ def diffusers_model(config: Config, seed: int = 0) -> ModelWeights:
         conditioner = {"encoder": draw(encoder, names.clip_format(), "text encoder")}
     return ModelWeights(
         config,
-        draw(shapes.autoencoder, names.autoencoder_format(config), "vae"),
-        draw(shapes.unet, names.unet_format(config), "unet"),
+        draw(shapes.autoencoder, names.autoencoder_format(config.autoencoder), "vae"),
+        draw(shapes.unet, names.unet_format(config.diffusion), "unet"),
         conditioner,
         0.5,
     )
@@ -84,9 +88,9 @@ def test_a_whole_text_to_image_pipeline_is_the_same(kind, tmp_path):
     folder.mkdir()
     write_folder(diffusers_model(config), folder)
 
-    opened = exchange.open_weights(folder)
+    opened = open_weights(folder)
     model = opened.model
-    params = exchange.to_sample_params(opened.read())
+    params = to_sample_params(opened.read())
     keys = image_keys([3, 4])
     sample_fn = make_sample_fn(model, sampler="ddim", num_steps=STEPS)
     rows = [{"prompt": text, "negative_prompt": "at"} for text in TEXTS]
@@ -118,8 +122,8 @@ def test_an_unconditional_pipeline_is_the_same(tmp_path):
     folder.mkdir()
     write_folder(diffusers_model(config), folder)
     pipeline = load_pipeline("LDMPipeline", folder)
-    opened = exchange.open_weights(folder)
-    params = exchange.to_sample_params(opened.read())
+    opened = open_weights(folder)
+    params = to_sample_params(opened.read())
     keys = image_keys([3, 4])
     from ldm_jax.models.conditioning import ConditionInputs
 
@@ -190,7 +194,7 @@ def test_what_diffusers_saves_is_read_whole_or_in_shards(shards, tmp_path):
     pipeline.save_pretrained(again, max_shard_size=shards)
     indices = list(again.rglob("*.index.json"))
     assert bool(indices) == (shards == "100KB")
-    found = exchange.open_weights(again).read()
+    found = open_weights(again).read()
     assert models.same(found.unet, weights.unet)
     assert models.same(found.autoencoder, weights.autoencoder)
     assert models.same(found.conditioner, weights.conditioner)
@@ -212,7 +216,7 @@ def test_a_torch_checkpoint_in_compvis_naming_is_read(zipped, tmp_path):
         "from tests.support.models import config_of\n"
         "def get_config():\n    return config_of('label')\n"
     )
-    found = exchange.open_weights(path, config_file=recipe).read()
+    found = open_weights(path, config_file=recipe).read()
     assert models.same(found.unet, weights.unet)
     assert models.same(found.autoencoder, weights.autoencoder)
     assert found.latent_scale == weights.config.autoencoder.latent_scale

@@ -7,7 +7,7 @@ import pytest
 
 from ldm_jax.build import build_schedule
 from ldm_jax.diffusion.schedules import level_at
-from ldm_jax.pretrained.export_configs import write_scheduler
+from ldm_jax.pretrained.diffusers_export import scheduler_json
 from tests.support.models import config_of
 
 torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
@@ -22,7 +22,7 @@ def theirs(config):
         warnings.simplefilter("ignore")
         import diffusers
 
-    name, values = write_scheduler(config)
+    name, values = scheduler_json(config.diffusion)
     return getattr(diffusers, name).from_config(values)
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from ldm_jax.config import Config
 from ldm_jax.config.flags import load_config_file
-from ldm_jax.pretrained.compvis import ema_key
-from ldm_jax.pretrained.layouts import homes, key_shapes
+from ldm_jax.pretrained.compvis_names import ema_key
+from ldm_jax.pretrained.layouts import key_shapes, stored_leaves
 from tests.support.commands import ROOT
 from tests.support.golden_cases import (
     FORMATS,
@@ -72,9 +72,7 @@ def test_every_number_has_one_place_in_every_format(name):
         numbers = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         for format_ in formats(config, kind):
             stored = key_shapes(shapes, format_)
-            keys = [
-                key for home in homes(shapes, format_).values() for key in home.keys
-            ]
+            keys = [key for *_, x in stored_leaves(shapes, format_) for key in x.keys]
             assert len(keys) == len(set(keys))
             assert set(keys) == set(stored)
             assert sum(map(math.prod, stored.values())) == numbers

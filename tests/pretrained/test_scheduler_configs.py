@@ -6,10 +6,9 @@ import json
 import pytest
 
 from ldm_jax.config import DiffusionConfig
-from ldm_jax.pretrained import load_weights as exchange
 from ldm_jax.pretrained.diffusers_configs import read_scheduler
-from ldm_jax.pretrained.export import write_folder
-from ldm_jax.pretrained.export_configs import write_scheduler
+from ldm_jax.pretrained.diffusers_export import scheduler_json, write_folder
+from ldm_jax.pretrained.open_weights import open_weights
 from ldm_jax.types import InputError
 from tests.support.models import config_of, model_of
 
@@ -28,7 +27,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
 )
 def test_noise_levels_come_back_from_diffusers_as_they_were(fields):
     ours = config_of("none", **fields)
-    name, values = write_scheduler(ours)
+    name, values = scheduler_json(ours.diffusion)
     found = read_scheduler(name, json.loads(json.dumps(values)))
     theirs = dataclasses.replace(DiffusionConfig(), **found)
     for field in (*fields, "zero_terminal_snr"):
@@ -48,7 +47,7 @@ def test_noise_levels_come_back_from_diffusers_as_they_were(fields):
 )
 def test_what_no_scheduler_of_diffusers_holds_is_refused_in_one_line(fields):
     with pytest.raises(InputError) as caught:
-        write_scheduler(config_of("none", **fields))
+        scheduler_json(config_of("none", **fields).diffusion)
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in (*fields.values(), "--format compvis"))
@@ -85,7 +84,7 @@ def test_a_flow_model_is_models_side_by_side_and_comes_back(tmp_path):
     weights = model_of(config_of("none", schedule="flow", prediction="flow"))
     write_folder(weights, tmp_path)
     assert not (tmp_path / "model_index.json").exists()
-    assert exchange.open_weights(tmp_path).config == weights.config
+    assert open_weights(tmp_path).config == weights.config
 
 
 def test_a_pipeline_with_a_scheduler_of_flows_is_a_flow_model(tmp_path):
@@ -96,5 +95,5 @@ def test_a_pipeline_with_a_scheduler_of_flows_is_a_flow_model(tmp_path):
     index.write_text(json.dumps(parts))
     scheduler = tmp_path / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps({"_class_name": FLOW, "shift": 1.0}))
-    found = exchange.open_weights(tmp_path).config.diffusion
+    found = open_weights(tmp_path).config.diffusion
     assert (found.schedule, found.prediction) == ("flow", "flow")

@@ -136,9 +136,9 @@ def test_long_training_is_told_in_cells():
 def test_what_cannot_be_made_is_refused(kept, tmp_path):
     with pytest.raises(InputError, match=r"got 0\.005, but the nearest .* % off"):
         made(kept, 0.005)
-    with pytest.raises(InputError, match="no averages of step 100; there are 38, 75"):
+    with pytest.raises(InputError, match=r"no averages of step 100 .* there: 38, 75"):
         made(kept, 0.07, 100)
-    with pytest.raises(InputError, match="there are none yet"):
+    with pytest.raises(InputError, match="there: none yet"):
         made(tmp_path, 0.07)
     assert made(kept, 0.07, newest=580).step == 562  # later ones are of a killed run
     with pytest.raises(InputError, match="missing"):
@@ -152,7 +152,7 @@ def test_a_damaged_file_is_named(kept, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"000600\.safetensors: 0\.\d+/w is not what"):
+    with pytest.raises(InputError, match=r"000600\.safetensors: 0\.\d+/w is damaged"):
         made(tmp_path, 0.07)
     path.unlink()
     assert made(tmp_path, 0.07).step == 562

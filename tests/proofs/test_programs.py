@@ -11,8 +11,8 @@ import pytest
 
 from ldm_jax.build import build_model
 from ldm_jax.models.conditioning import ConditionInputs
-from ldm_jax.pretrained.load_weights import to_sample_params
-from ldm_jax.pretrained.model import write_native
+from ldm_jax.pretrained.model_weights import write_native
+from ldm_jax.pretrained.open_weights import to_sample_params
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.export import (
     MAGIC,
@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import jax.numpy as jnp
 from ldm_jax.models.conditioning import ConditionInputs
-from ldm_jax.pretrained.load_weights import open_weights, to_sample_params
+from ldm_jax.pretrained.open_weights import open_weights, to_sample_params
 from ldm_jax.sampling.export import load_sample_program
 from ldm_jax.rng import image_keys
 

@@ -15,7 +15,7 @@ from ldm_jax.diffusion.solvers import make_table
 from ldm_jax.diffusion.tables import pad
 from ldm_jax.diffusion.timesteps import make_levels
 from ldm_jax.models.conditioning import ConditionInputs
-from ldm_jax.pretrained.load_weights import to_sample_params
+from ldm_jax.pretrained.open_weights import to_sample_params
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling import any_steps
 from ldm_jax.sampling.any_steps import AnyStepsFn, make_any_steps_fn

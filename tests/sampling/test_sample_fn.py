@@ -19,7 +19,7 @@ from ldm_jax.latent_diffusion import calls_at_once, decode, encode_images, in_ch
 from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.models.tiled_decoding import decode_in_tiles, ramp, tile_starts
 from ldm_jax.parallel.make_layout import PmapLayout
-from ldm_jax.pretrained.load_weights import to_sample_params
+from ldm_jax.pretrained.open_weights import to_sample_params
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling import program as chunk
 from ldm_jax.sampling.editing import Edit, free_latents, make_invert_fn, slerp, start_of

@@ -10,7 +10,7 @@ import pytest
 import sample as sample_program
 from ldm_jax.config import Config, to_json
 from ldm_jax.config.flags import run_main
-from ldm_jax.pretrained.model import write_native
+from ldm_jax.pretrained.model_weights import write_native
 from tests.support.models import model_of
 
 ROOT = Path(__file__).parents[2]

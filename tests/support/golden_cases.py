@@ -27,7 +27,7 @@ from ldm_jax.build import (
 from ldm_jax.config import Config
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.conditioning import Condition, ConditionInputs
-from ldm_jax.pretrained import compvis, diffusers
+from ldm_jax.pretrained import compvis_names, diffusers_names
 from ldm_jax.pretrained.layouts import Format, key_shapes
 from ldm_jax.types import PyTree
 from tests.support.weights import random_tensors
@@ -50,11 +50,15 @@ INIT = {
     "conditioner": init_conditioner,
 }
 FORMATS = {
-    ("compvis", "unet"): compvis.unet_format,
-    ("compvis", "autoencoder"): compvis.autoencoder_format,
-    ("compvis", "conditioner"): compvis.conditioner_format,
-    ("diffusers", "unet"): diffusers.unet_format,
-    ("diffusers", "autoencoder"): diffusers.autoencoder_format,
+    ("compvis", "unet"): lambda c: compvis_names.unet_format(c.diffusion),
+    ("compvis", "autoencoder"): lambda c: compvis_names.autoencoder_format,
+    ("compvis", "conditioner"): lambda c: compvis_names.conditioner_format(
+        c.diffusion.condition
+    ),
+    ("diffusers", "unet"): lambda c: diffusers_names.unet_format(c.diffusion),
+    ("diffusers", "autoencoder"): lambda c: diffusers_names.autoencoder_format(
+        c.autoencoder
+    ),
 }
 
 Table = dict[str, tuple[int, ...]]
@@ -71,7 +75,7 @@ def formats(config: Config, kind: str) -> list[Format]:
         if named == kind and format_ not in without
     ]
     if kind == "conditioner" and config.diffusion.condition.context == "clip":
-        clip = diffusers.clip_format()
+        clip = diffusers_names.clip_format()
         found.append(lambda path: clip(path[1:]))
     return found
 
@@ -121,7 +125,7 @@ def stored_table(config: Config, kind: str, format_: Format) -> Table:
     table = key_shapes(tree_shapes(config, kind), format_)
     # One byte a number: only the shapes are of interest, and the joined are new.
     arrays = {k: np.broadcast_to(np.int8(0), shape) for k, shape in table.items()}
-    return {k: array.shape for k, array in compvis.join_in_proj(arrays).items()}
+    return {k: array.shape for k, array in compvis_names.join_in_proj(arrays).items()}
 
 
 def draw_tensors(table: Table, seed: int, gain: float) -> dict[str, np.ndarray]:

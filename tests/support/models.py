@@ -16,8 +16,8 @@ from ldm_jax.config import (
     TextConfig,
 )
 from ldm_jax.pretrained.layouts import flatten, unflatten
-from ldm_jax.pretrained.load_weights import network_shapes
-from ldm_jax.pretrained.model import ModelWeights
+from ldm_jax.pretrained.model_weights import ModelWeights
+from ldm_jax.pretrained.open_weights import network_shapes
 from tests.support.weights import random_tensors
 
 KL = AutoencoderConfig(

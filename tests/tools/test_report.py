@@ -12,7 +12,7 @@ import pytest
 from ldm_jax.cli.report import main
 from ldm_jax.config import to_json
 from ldm_jax.images import write_png
-from ldm_jax.pretrained.model import write_native
+from ldm_jax.pretrained.model_weights import write_native
 from ldm_jax.tools.report import writing
 from ldm_jax.tools.report.charts import Curve, chart
 from ldm_jax.tools.report.run_summary import read_run_summary
