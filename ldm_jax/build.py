@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_jax.config import ConditionConfig, Config
 from ldm_jax.data.byte_pairs import empty_prompt, load_byte_pairs
-from ldm_jax.data.captions import Tokenized
+from ldm_jax.data.caption_tokens import TokenizedExamples
 from ldm_jax.data.folder import Need
 from ldm_jax.data.pipeline import (
     Augment,
@@ -310,7 +310,7 @@ def open_split(config: Config, split: Split) -> Source:
         if condition.learns_tokenizer:  # there are captions: that is all to check yet
             first = {**first, "tokens": null_tokens(config)}
         else:
-            words = Tokenized(source.examples, open_tokenizer(condition))
+            words = TokenizedExamples(source.examples, open_tokenizer(condition))
             source, first = source._replace(examples=words), words[0]
     check_example(config, first)
     return source

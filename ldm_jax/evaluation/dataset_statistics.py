@@ -7,9 +7,8 @@ from typing import Any
 
 from ldm_jax.build import load_split, open_split
 from ldm_jax.config import Config
-from ldm_jax.data.folder import folder_digest
 from ldm_jax.data.pipeline import load_all
-from ldm_jax.data.sources import FOLDER, folder_path
+from ldm_jax.data.sources import folder_digest
 from ldm_jax.evaluation.adm_reference import is_batch, reference_of_batch
 from ldm_jax.evaluation.classifier import MOST_BYTES, accuracy, train_classifier
 from ldm_jax.evaluation.extractors import (
@@ -42,8 +41,8 @@ def data_digest(config: Config) -> str:
     data = config.data
     facts: list[Any] = [data.source, data.directory, data.train_split, data.image_size]
     facts += [data.image_channels, data.crop, data.num_train_examples]
-    if data.source.startswith(FOLDER):
-        facts.append(folder_digest(folder_path(data.source)))
+    if (folder := folder_digest(data.source)) is not None:
+        facts.append(folder)
     return hashlib.sha256(repr(tuple(facts)).encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from ldm_jax.build import open_tokenizer
 from ldm_jax.config import ConditionConfig
-from ldm_jax.data.captions import count_cut, strange_parts
+from ldm_jax.data.caption_tokens import count_truncated, unknown_parts
 from ldm_jax.data.tokenizer import Tokenizer
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.conditioning import ConditionInputs
@@ -206,9 +206,9 @@ def prompt_warnings(model: LatentDiffusion, prompt: str) -> list[str]:
     """List what a model cannot read of a prompt, each as a predicate."""
     tokenizer = _tokenizer(model.condition)
     found = []
-    if strange := strange_parts(prompt, tokenizer):
+    if strange := unknown_parts(prompt, tokenizer):
         found.append(f"has what the model's texts never had: {' '.join(strange)}")
-    if count_cut([prompt], tokenizer):
+    if count_truncated([prompt], tokenizer):
         found.append(
             f"is longer than the {tokenizer.length} tokens the model reads, and is cut"
         )

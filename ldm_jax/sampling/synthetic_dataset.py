@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldm_jax.config import DataConfig
-from ldm_jax.data.class_names import find_class_names
+from ldm_jax.data.sources import find_class_names
 from ldm_jax.data.tfds_writer import (
     Contents,
     Record,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm_jax.build import build_model, open_split
 from ldm_jax.config import IMAGES_AT_ONCE, Config
-from ldm_jax.data.captions import Tokenized
+from ldm_jax.data.caption_tokens import TokenizedExamples
 from ldm_jax.data.latent_cache import (
     NOTE_FILE,
     NULL_FILE,
@@ -228,7 +228,9 @@ def plan_cache(
 def _words_are_captions(source: Source) -> bool:
     """Say whether captions are kept: a tokenizer makes the tokens, if there are any."""
     first = source.examples[0]
-    has_own_tokens = "tokens" in first and not isinstance(source.examples, Tokenized)
+    has_own_tokens = "tokens" in first and not isinstance(
+        source.examples, TokenizedExamples
+    )
     return "caption" in first and not has_own_tokens
 
 

@@ -14,8 +14,7 @@ from ldm_jax import config as config_lib
 from ldm_jax.build import check_example, null_tokens, open_tokenizer
 from ldm_jax.config import OWN_LATENTS, Config
 from ldm_jax.config.run import with_states
-from ldm_jax.data.captions import Tokenized
-from ldm_jax.data.folder import folder_digest
+from ldm_jax.data.caption_tokens import TokenizedExamples
 from ldm_jax.data.latent_cache import (
     MAKER,
     CacheNote,
@@ -26,7 +25,7 @@ from ldm_jax.data.latent_cache import (
     read_null_state,
 )
 from ldm_jax.data.pipeline import BatchIterator, make_stream
-from ldm_jax.data.sources import FOLDER, Examples, folder_path
+from ldm_jax.data.sources import Examples, folder_digest
 from ldm_jax.parallel.make_layout import Layout
 from ldm_jax.training.autoencoder_stage import SCALE_FILE
 from ldm_jax.training.diffusion_step import FrozenWeights
@@ -75,8 +74,8 @@ def made_of(config: Config) -> dict[str, Any]:
     """
     flat = config_lib.flatten(config)
     facts = {name: flat[name] for name in NUMBERS_DEPEND_ON}
-    if config.data.source.startswith(FOLDER):
-        facts[FILES] = short(folder_digest(folder_path(config.data.source)))
+    if (folder := folder_digest(config.data.source)) is not None:
+        facts[FILES] = short(folder)
     return facts
 
 
@@ -231,7 +230,7 @@ def open_cache(config: Config, params: PyTree, note: CacheNote | None) -> Cache 
     examples: Examples = LatentExamples(folder, note, states=states)
     num_threads = READING_THREADS
     if condition.uses_tokens and not states and note.has_captions:
-        examples = Tokenized(examples, open_tokenizer(condition))
+        examples = TokenizedExamples(examples, open_tokenizer(condition))
     if note.num_examples * note.record_size < MAX_BYTES_IN_MEMORY:
         num_threads = 1
         with ThreadPoolExecutor(READING_THREADS) as pool:

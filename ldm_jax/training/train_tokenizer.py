@@ -9,7 +9,7 @@ from ldm_jax.build import needs_of, open_tokenizer
 from ldm_jax.config import Config
 from ldm_jax.config.run import with_tokenizer
 from ldm_jax.data.byte_pairs import load_byte_pairs, train_byte_pairs, write_byte_pairs
-from ldm_jax.data.captions import count_cut
+from ldm_jax.data.caption_tokens import count_truncated
 from ldm_jax.data.sources import has_captions, read_captions
 from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from ldm_jax.training.checkpoint import notes_digest
@@ -96,7 +96,7 @@ def _warn_of_cut_by_another(config: Config) -> None:
 
 
 def _warn_of_cut(captions: list[str], tokenizer: Tokenizer, remedy: str) -> None:
-    if cut := count_cut(captions, tokenizer):
+    if cut := count_truncated(captions, tokenizer):
         logging.getLogger(__name__).warning(
             "%d of %d captions are longer than the %d tokens of the context, and are "
             "cut; %s",

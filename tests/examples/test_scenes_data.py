@@ -10,8 +10,7 @@ from examples.scenes.draw import make_scene
 from examples.scenes.scenes_dataset_builder import Builder
 from ldm_jax import config as config_lib
 from ldm_jax.config.flags import load_config_file
-from ldm_jax.data.class_names import find_class_names
-from ldm_jax.data.sources import open_source
+from ldm_jax.data.sources import find_class_names, open_source
 from ldm_jax.types import InputError
 from tests.support.commands import ROOT, run, succeeded
 

@@ -9,8 +9,7 @@ import pytest
 from ldm_jax.build import build_model
 from ldm_jax.config import ClipConfig, ConditionConfig
 from ldm_jax.data import tfds_writer as writing
-from ldm_jax.data.class_names import find_class_names
-from ldm_jax.data.sources import open_source
+from ldm_jax.data.sources import find_class_names, open_source
 from ldm_jax.images import read_png
 from ldm_jax.sampling import synthetic_dataset as synthetic
 from ldm_jax.sampling.request import SampleRequest

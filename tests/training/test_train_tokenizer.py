@@ -20,7 +20,7 @@ from ldm_jax.data.byte_pairs import (
     train_byte_pairs,
     write_byte_pairs,
 )
-from ldm_jax.data.captions import count_cut, strange_parts
+from ldm_jax.data.caption_tokens import count_truncated, unknown_parts
 from ldm_jax.data.sources import caption_of, open_source, read_captions
 from ldm_jax.run import load_run, train
 from ldm_jax.sampling.conditions import warn_of_prompts
@@ -85,14 +85,14 @@ def test_upper_and_lower_case_are_one(tokenizer):
 
 def test_a_caption_longer_than_the_context_is_counted_and_cut(tokenizer):
     long = " ".join(["circle"] * 40)
-    assert count_cut([*CAPTIONS, long], tokenizer) == 1
+    assert count_truncated([*CAPTIONS, long], tokenizer) == 1
     (row,) = tokenizer.encode([long])
     assert len(row) == LENGTH and row[-1] == tokenizer.eos_id
 
 
 def test_what_no_caption_had_is_named(tokenizer, caplog, monkeypatch):
-    assert strange_parts("a small red circle", tokenizer) == []
-    assert strange_parts("A SMALL red ж circle7", tokenizer) == ["ж", "7"]
+    assert unknown_parts("a small red circle", tokenizer) == []
+    assert unknown_parts("A SMALL red ж circle7", tokenizer) == ["ж", "7"]
     config = get_config()
     text = dataclasses.replace(config.diffusion.condition, context="text")
     diffusion = dataclasses.replace(
@@ -162,7 +162,7 @@ class Prepared:
 
 
 def opened(monkeypatch, builder, split="train"):
-    monkeypatch.setattr(sources, "_builder", lambda name, where: builder)
+    monkeypatch.setattr(sources, "open_builder", lambda name, where: builder)
     return open_source("tfds:faces", split, directory="folder")
 
 
@@ -224,7 +224,7 @@ def test_a_run_learns_its_words_from_the_captions_it_trains_on(
     assert kept == train_byte_pairs(captions, vocab_size=300)
     opened = with_own_tokenizer(config, tmp_path)
     tokenizer = open_tokenizer(opened.diffusion.condition)
-    cut = count_cut(captions, tokenizer)
+    cut = count_truncated(captions, tokenizer)
     assert 0 < cut < 24
     assert [text.partition(" are longer")[0] for text in caplog.messages] == [
         f"{cut} of 24 captions"

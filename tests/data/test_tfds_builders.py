@@ -6,8 +6,7 @@ import textwrap
 import pytest
 
 from ldm_jax.config import DataConfig
-from ldm_jax.data.class_names import find_class_names
-from ldm_jax.data.sources import open_source, read_captions
+from ldm_jax.data.sources import find_class_names, open_source, read_captions
 from ldm_jax.types import InputError
 
 BUILDER = '''
