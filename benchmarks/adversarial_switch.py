@@ -19,7 +19,7 @@ import numpy as np
 
 from ldm_jax.build import build_model, load_split, open_iterator
 from ldm_jax.config import Config
-from ldm_jax.config.flags import load_config_file
+from ldm_jax.config.load_config import load_config
 from ldm_jax.data.pipeline import to_batch
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.pretrained.metric_networks import load_perceptual
@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    config = load_config_file(arguments.config)
+    config = load_config(arguments.config)
     failed = []
     print("| seed | PSNR before | lowest after | at the end | logits real, made |")
     print("|---:|---:|---:|---:|---:|")

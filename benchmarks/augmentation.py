@@ -38,13 +38,15 @@ from scipy import stats
 from sklearn.svm import SVC
 
 from ldm_jax.build import load_split
+from ldm_jax.cli.exit_codes import run_main
+from ldm_jax.cli.huge_pages import use_huge_pages
 from ldm_jax.config import Config
-from ldm_jax.config.flags import load_config_file, run_main
 from ldm_jax.config.launch import Launch
+from ldm_jax.config.load_config import load_config
 from ldm_jax.data.pipeline import Batch, load_all
 from ldm_jax.data.sources import open_source
 from ldm_jax.files import write_json
-from ldm_jax.parallel.launch import PEER_TIMEOUT, start, use_huge_pages
+from ldm_jax.parallel.launch import PEER_TIMEOUT, start
 from ldm_jax.rng import root_key
 from ldm_jax.run import train
 from ldm_jax.sampling.request import SampleRequest
@@ -84,7 +86,7 @@ def window(n: int, seed: int) -> tuple[int, int]:
 
 def config_of(given: argparse.Namespace, n: int, seed: int) -> Config:
     """Make the config of a run that sees n digits alone."""
-    config = load_config_file(given.config)
+    config = load_config(given.config)
     first, end = window(n, seed)
     stages: dict[str, Any] = {}
     for name in ("autoencoder", "diffusion"):
@@ -283,7 +285,8 @@ def parse(args: list[str]) -> argparse.Namespace:
 def main(args: list[str]) -> None:
     """Measure what is missing, and print all of it."""
     given = parse(args)
-    start(Launch(cache=given.out.absolute() / ".compiled"), peer_timeout=PEER_TIMEOUT)
+    launch = Launch(compilation_cache=str(given.out.absolute() / ".compiled"))
+    start(launch, peer_timeout=PEER_TIMEOUT)
     pairs = [(n, seed) for n in given.sizes for seed in range(given.num_seeds)]
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for n, seed in pairs:

@@ -1,8 +1,17 @@
 """Shared by benchmarks: their commands."""
 
 import argparse
+from typing import NoReturn
 
-from ldm_jax.config.flags import OneLineParser
+from ldm_jax.types import InputError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are `InputError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise InputError(message)
 
 
 def make_parser(prog: str, description: str | None) -> OneLineParser:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ldm_jax.build import build_model, init_autoencoder, open_iterator
 from ldm_jax.config import Config
-from ldm_jax.config.flags import load_config_file
+from ldm_jax.config.load_config import load_config
 from ldm_jax.data.pipeline import BatchIterator, make_iterator
 from ldm_jax.data.sources import open_source
 from ldm_jax.parallel.make_layout import make_layout
@@ -188,9 +188,7 @@ def main() -> int:
         print("\n| stage 2 of | share of the time asking for batches |\n|---|---:|")
         for path in CONFIGS:
             workdir = Path(folder) / Path(path).stem
-            share = waiting_share(
-                load_config_file(path), workdir, steps=arguments.steps
-            )
+            share = waiting_share(load_config(path), workdir, steps=arguments.steps)
             found[f"{path}, waiting"] = share
             print(f"| {path} | {100 * share:.2f} % |")
     if arguments.json:

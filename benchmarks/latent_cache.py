@@ -25,10 +25,11 @@ from typing import Any
 import jax
 
 from ldm_jax.build import build_model, open_iterator
+from ldm_jax.cli.exit_codes import run_main
+from ldm_jax.cli.huge_pages import use_huge_pages
 from ldm_jax.config import Config, read_config
-from ldm_jax.config.flags import load_config_file, run_main
+from ldm_jax.config.load_config import load_config
 from ldm_jax.latent_diffusion import LatentDiffusion
-from ldm_jax.parallel.launch import use_huge_pages
 from ldm_jax.parallel.make_layout import Layout, make_layout
 from ldm_jax.pretrained.frozen import load_finished, open_encoders
 from ldm_jax.rng import root_key
@@ -146,7 +147,7 @@ def count(name: str) -> dict[str, Any]:
     Raises:
       InputError: If there is no such recipe, or it cannot be trained from latents.
     """
-    config = load_config_file(f"configs/ldm/{name}.py")
+    config = load_config(f"configs/ldm/{name}.py")
     ours = reading(dataclasses.replace(config, first_stage="elsewhere"), "elsewhere")
     flops = {}
     for side, each in (("images", config), ("latents", ours)):

@@ -18,7 +18,7 @@ from typing import Any
 
 from command import make_parser
 
-from ldm_jax.config.flags import run_main
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.types import InputError
 
 PROG = "benchmarks/plan_table.py"
@@ -48,7 +48,8 @@ def make(path: Path, out: Path, own: argparse.Namespace, extra: list[str]) -> No
     command = [
         sys.executable,
         "-m",
-        "ldm_jax.cli.plan",
+        "ldm_jax.cli",
+        "plan",
         "--json",
         "--config",
         str(path),
@@ -108,7 +109,7 @@ def main(args: list[str]) -> None:
     parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the plans")
-    add("--topology", default="v5e:4x4", help="as of ldm_jax.cli.plan")
+    add("--topology", default="v5e:4x4", help="as of ldm plan")
     add("--batch-per-device", type=int, default=4, help="images of a chip")
     add("--limit", type=int, default=1800, help="seconds for each recipe")
     add("--only", nargs="+", help="recipes by name, as ldm/sd15; all by default")

@@ -34,8 +34,10 @@ from side_by_side import (
 )
 
 from ldm_jax.build import build_model
+from ldm_jax.cli.exit_codes import run_main
+from ldm_jax.cli.huge_pages import use_huge_pages
 from ldm_jax.config import Config
-from ldm_jax.config.flags import load_config_file, run_main
+from ldm_jax.config.load_config import load_config
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     SampleParams,
@@ -46,7 +48,6 @@ from ldm_jax.latent_diffusion import (
     prepare,
 )
 from ldm_jax.models.conditioning import ConditionInputs
-from ldm_jax.parallel.launch import use_huge_pages
 from ldm_jax.pretrained.diffusers_export import write_folder
 from ldm_jax.pretrained.model_weights import ModelWeights
 from ldm_jax.pretrained.open_weights import to_sample_params
@@ -80,7 +81,7 @@ class Case(NamedTuple):
 
 def config_of(name: str, *, dtype: str | None) -> Config:
     """Return the config of a model as it samples: from vectors where it reads text."""
-    config = text_config() if name == "text" else load_config_file(name)
+    config = text_config() if name == "text" else load_config(name)
     second = dataclasses.replace(config.diffusion, remat=False)
     if second.condition.freezes_text:
         second = dataclasses.replace(second, condition=second.condition.as_vectors())

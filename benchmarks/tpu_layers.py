@@ -19,7 +19,7 @@ from command import make_parser
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
-from ldm_jax.config.flags import run_main
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.models.attention import attend_plainly
 from ldm_jax.models.kernels.convolution import convolve
 from ldm_jax.models.kernels.packed_heads import attend_in_lanes
@@ -126,7 +126,7 @@ def measure(fn: Callable[..., Array], layer: Layer, device: Any) -> dict[str, fl
 def main(args: list[str]) -> None:
     """Compile every layer both ways, and print a table."""
     parser = make_parser(PROG, __doc__)
-    parser.add_argument("--topology", default="v6e:2x2", help="as of ldm_jax.cli.plan")
+    parser.add_argument("--topology", default="v6e:2x2", help="as of ldm plan")
     parser.add_argument("--json", type=Path, help="file to write")
     given = parser.parse_args(args)
     prepare_environment()

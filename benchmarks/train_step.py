@@ -36,10 +36,12 @@ from side_by_side import (
 )
 
 from ldm_jax.build import build_model
+from ldm_jax.cli.exit_codes import run_main
+from ldm_jax.cli.huge_pages import use_huge_pages
 from ldm_jax.config import Config
-from ldm_jax.config.flags import load_config_file, run_main
 from ldm_jax.config.launch import Launch
-from ldm_jax.parallel.launch import start, use_huge_pages
+from ldm_jax.config.load_config import load_config
+from ldm_jax.parallel.launch import start
 from ldm_jax.parallel.make_layout import make_layout
 from ldm_jax.pretrained.diffusers_export import write_folder
 from ldm_jax.pretrained.model_weights import ModelWeights
@@ -341,7 +343,7 @@ def main(arguments: list[str]) -> None:
         raise InputError("--batches, --dispatch, --rounds: wanted 1 or more")
     name = args.config or args.model
     if args.config or args.model == "digits":
-        config = load_config_file(args.config or "configs/digits.py")
+        config = load_config(args.config or "configs/digits.py")
     else:
         config = text_config()
     parallel = config.parallel

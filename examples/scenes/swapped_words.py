@@ -9,7 +9,6 @@ noise, shapes in the middle. One that costs nothing anywhere is not read. Works 
 that is still being trained.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from examples.scenes.things import COLOURS, SHAPES
 from ldm_jax.build import open_tokenizer
-from ldm_jax.config.flags import OneLineParser, run_main
+from ldm_jax.cli.exit_codes import run_main
+from ldm_jax.config.flags import parse_flags
+from ldm_jax.config.validation import checked_dataclass
 from ldm_jax.data.sources import open_source
 from ldm_jax.diffusion.losses import denoising_loss
 from ldm_jax.diffusion.schedules import Level, level_at
@@ -51,6 +52,18 @@ class Captioned(NamedTuple):
     """As they are drawn, in [-1, 1]."""
     captions: dict[str, list[str]]
     """By what is wrong in them; `nothing` has the true ones."""
+
+
+@checked_dataclass
+class Flags:
+    """Measure what a wrong word costs a run of scenes, at each noise level."""
+
+    workdir: Path
+    """Folder of the run."""
+    num: int = 128
+    """Captions."""
+    json: Path | None = None
+    """File to write."""
 
 
 def following(names: tuple[str, ...]) -> dict[str, str]:
@@ -151,18 +164,9 @@ def costs(run: Run, captioned: Captioned) -> list[dict[str, float]]:
 
 def main(args: list[str]) -> None:
     """Measure and print a table."""
-    parser = OneLineParser(
-        prog=PROG,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
-    parser.add_argument("--num", type=int, default=128, help="captions")
-    parser.add_argument("--json", type=Path, help="file to write")
-    given = parser.parse_args(args)
-    run = load_run(given.workdir)
-    rows = costs(run, read(run, given.num))
+    flags = parse_flags(Flags, args, prog=PROG)
+    run = load_run(flags.workdir)
+    rows = costs(run, read(run, flags.num))
     names = list(rows[0])[3:]
     print(f"| noise | SNR | loss | {' | '.join(f'wrong {n}' for n in names)} |")
     print("|---:" * (3 + len(names)) + "|")
@@ -170,8 +174,8 @@ def main(args: list[str]) -> None:
         added = " | ".join(f"{row[name]:+.1%}" for name in names)
         noise = f"{row['position']:.0f} | {row['snr']:.4f} | {row['loss']:.4f}"
         print(f"| {noise} | {added} |")
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if flags.json:
+        flags.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

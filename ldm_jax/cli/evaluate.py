@@ -1,46 +1,159 @@
-"""How good is a run? Its samples against real images, by a named protocol.
+"""`ldm evaluate`."""
 
-    ldm evaluate --workdir runs/digits --num-images 1500
-    ldm evaluate --workdir runs/digits --guidance-scale 1 1.5 2 3
-    ldm evaluate --workdir RUN --ema-lengths 0.03 0.05 0.1 0.2
-    ldm evaluate --workdir RUN --protocol adm --inception FILE.pth
-    ldm evaluate --workdir runs/digits --reconstructions
+from pathlib import Path
+from typing import Annotated, cast
 
-Draws seeds 0, 1, 2 ... over all devices and prints FID, KID, Inception Score,
-precision, recall, density and coverage, beside those of held-out real images. What
-looks at the images is FID's Inception network, from a file, or a classifier taught on
-the data set's own labels. An interrupted command, given again, goes on. metrics.json
-has the scores and all that it takes to repeat them.
-"""
-
-from ldm_jax.config.flags import run_main
-from ldm_jax.evaluation.request import PROG, parse
-from ldm_jax.parallel.launch import PEER_TIMEOUT, start, use_huge_pages
+from ldm_jax.cli.sample import read_scales
+from ldm_jax.config import read_config
+from ldm_jax.config.flags import Inline, as_flag, parse_flags
+from ldm_jax.config.launch import Launch, check_local
+from ldm_jax.config.validation import checked_dataclass
+from ldm_jax.evaluation.protocols import protocol_of
+from ldm_jax.evaluation.request import (
+    EvaluationRequest,
+    check_network,
+    check_run,
+)
+from ldm_jax.parallel.launch import PEER_TIMEOUT, start
+from ldm_jax.sampling.request import MAX_SEED
 from ldm_jax.sampling.sampling_config import SamplingConfig
+from ldm_jax.types import InputError, ProtocolName, SamplerName, SpacingName
 
 
-def in_words(settings: SamplingConfig) -> str:
-    """Say how samples were made, above their column."""
-    scale = ",".join(f"{value:g}" for value in settings.guidance_scale)
-    text = f"{settings.sampler} {settings.steps}, guidance {scale}"
-    length = settings.ema_length
-    return text if length is None else f"{text}, EMA {length:g}"
+@checked_dataclass
+class Flags:
+    """Measure a run's samples against real images, by a named protocol.
+
+        ldm evaluate --workdir runs/digits --num-images 1500
+        ldm evaluate --workdir runs/digits --guidance-scale 1 1.5 2 3
+        ldm evaluate --workdir RUN --ema-lengths 0.03 0.05 0.1 0.2
+        ldm evaluate --workdir RUN --protocol adm --inception FILE.pth
+        ldm evaluate --workdir runs/digits --reconstructions
+
+    Makes the images of seeds 0, 1, 2 ... over all devices and prints FID, KID,
+    Inception Score, precision, recall, density and coverage, beside those of held-out
+    real images. Features come from FID's Inception network, read from a file, or from a
+    classifier trained on the data set's own labels. An interrupted command, given
+    again, goes on. metrics.json has the scores and all that it takes to repeat them.
+    """
+
+    workdir: Path
+    """Folder of the run."""
+    step: int | None = None
+    """Checkpoint to take; the newest by default."""
+    protocol: ProtocolName | None = None
+    """How images are measured; dataset-classifier by default, adm with --inception."""
+    inception: Path | None = None
+    """Weights of FID's Inception network (.pth, safetensors)."""
+    reference: Path | None = None
+    """Statistics of real images, or a reference batch of ADM's; those of the run's own
+    images by default."""
+    num_images: int | None = None
+    """Samples; the protocol's number by default."""
+    sampler: SamplerName = "ddim"
+    """Of the samples."""
+    steps: tuple[int, ...] = (50,)
+    """Of each sample; several are measured one after the other."""
+    spacing: SpacingName | None = None
+    """Of the steps; the run's by default."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise."""
+    guidance_scale: tuple[str, ...] = ("1",)
+    """1 is none; several are measured one after the other."""
+    ema_lengths: tuple[float, ...] = ()
+    """Of the average of the weights, as shares of training, where the run kept
+    averages; several are measured one after the other."""
+    reconstructions: bool = False
+    """Measure the first stage on held-out images, not samples."""
+    lpips: tuple[Path, ...] = ()
+    """Weights of VGG16 and of LPIPS' heads, for --reconstructions."""
+    out: Path | None = None
+    """Folder for the results; WORKDIR/evaluation by default."""
+    launch: Annotated[Launch, Inline] = Launch()
+    """How the program starts."""
+
+    def _check(self) -> None:
+        for flag in ("steps", "guidance_scale"):
+            if not getattr(self, flag):
+                raise InputError(f"{flag}: got no value, wanted one or several")
+        if self.lpips and not self.reconstructions:
+            raise InputError("lpips: got it without --reconstructions, wanted none")
+        number = self.num_images
+        if number is not None and not 2 <= number <= MAX_SEED:
+            raise InputError(f"num_images: got {number}, wanted 2 or more")
+        check_local(self.workdir, "--workdir")
+
+
+def parse(args: list[str]) -> tuple[EvaluationRequest, Launch]:
+    """Read the command line, as far as the run's config tells without JAX.
+
+    Raises:
+      InputError: If it is wrong.
+      SystemExit: After printing the help.
+    """
+    flags = parse_flags(Flags, args, prog="ldm evaluate")
+    name = flags.protocol or ("adm" if flags.inception else "dataset-classifier")
+    protocol = protocol_of(name)
+    check_network(protocol, flags.inception)
+    config = read_config(flags.workdir)
+    if not flags.reconstructions:
+        check_run(config, flags.workdir)
+    out = flags.out or flags.workdir / "evaluation"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file, wanted a folder")
+    settings = (
+        _settings(flags, steps, scale, length)
+        for length in dict.fromkeys(flags.ema_lengths or (None,))
+        for steps in dict.fromkeys(flags.steps)
+        for scale in dict.fromkeys(flags.guidance_scale)
+    )
+    return EvaluationRequest(
+        protocol=protocol,
+        settings=() if flags.reconstructions else tuple(settings),
+        num_images=flags.num_images or protocol.num_images,
+        inception=flags.inception,
+        reference=flags.reference,
+        out=out,
+        workdir=flags.workdir,
+        reconstructions=flags.reconstructions,
+        lpips=tuple(map(str, flags.lpips)),
+    ), flags.launch
+
+
+def _settings(
+    flags: Flags, steps: int, scale: str, ema_length: float | None
+) -> SamplingConfig:
+    try:
+        scales = read_scales(scale)
+    except InputError as error:
+        raise InputError(f"--guidance-scale: {error}") from None
+    try:
+        return SamplingConfig(
+            workdir=str(flags.workdir),
+            step=flags.step,
+            sampler=cast(SamplerName, flags.sampler),
+            spacing=flags.spacing,
+            steps=steps,
+            eta=flags.eta,
+            guidance_scale=scales,
+            ema_length=ema_length,
+        )
+    except InputError as error:
+        raise as_flag(error) from None
 
 
 def main(args: list[str]) -> None:
-    """Parse, measure, say what was found."""
-    request = parse(args, about=__doc__)
-    start(request.launch, peer_timeout=PEER_TIMEOUT)
-    # Only now: help and bad input need not wait for JAX.
+    """Measure, and print the scores."""
+    request, launch = parse(args)
+    start(launch, beside=request.workdir, peer_timeout=PEER_TIMEOUT)
     from ldm_jax.evaluation.evaluate import evaluate, evaluate_first_stage
 
     if request.reconstructions:
         found = evaluate_first_stage(request)
         if found is not None:
             for name, value in found.quality._asdict().items():
-                details = "not measured" if value is None else f"{value:.4g}"
-                print(f"{name} {details}")  # noqa: T201
-            print(found.path)  # noqa: T201
+                print(f"{name} {_number(value) or 'not measured'}")
+            print(found.path)
         return
     outcomes = evaluate(request)
     if not outcomes:
@@ -48,16 +161,22 @@ def main(args: list[str]) -> None:
     columns = {in_words(one.settings): one.scores for one in outcomes}
     if outcomes[0].held_out is not None:
         columns["held-out real"] = outcomes[0].held_out
-    print(f"| {request.protocol.name} | {' | '.join(columns)} |")  # noqa: T201
-    print(f"|---|{'---:|' * len(columns)}")  # noqa: T201
+    print(f"| {request.protocol.name} | {' | '.join(columns)} |")
+    print(f"|---|{'---:|' * len(columns)}")
     for name in outcomes[0].scores:
-        values = [scores.get(name) for scores in columns.values()]
-        texts = ["" if value is None else f"{value:.4g}" for value in values]
-        print(f"| {name} | {' | '.join(texts)} |")  # noqa: T201
+        texts = [_number(scores.get(name)) for scores in columns.values()]
+        print(f"| {name} | {' | '.join(texts)} |")
     for outcome in outcomes:
-        print(outcome.path)  # noqa: T201
+        print(outcome.path)
 
 
-if __name__ == "__main__":
-    use_huge_pages()
-    run_main(main, PROG)
+def in_words(settings: SamplingConfig) -> str:
+    """Name the settings of samples, above their column."""
+    scale = ",".join(f"{value:g}" for value in settings.guidance_scale)
+    text = f"{settings.sampler} {settings.steps}, guidance {scale}"
+    length = settings.ema_length
+    return text if length is None else f"{text}, EMA {length:g}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

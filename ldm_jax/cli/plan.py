@@ -1,105 +1,102 @@
-r"""What would a step take on chips that are not here? Compiled, never run.
+"""`ldm plan`."""
 
-    ldm plan --config configs/ldm/text2img256_kl8_1p4b.py \
-        --topology v5e:16x16 --layout fsdp --batch-per-device 4
-
-Says of each chip whether the training step fits and by how much, what fills its
-memory, how long the compiler expects it to take, and what goes over the links; with
---sample, the same of a call of the sampler. Planning for a TPU needs the extra `plan`
-(libtpu) and no TPU. Reads no data and writes no run. Every field of the config is a
-flag, as in train.py.
-"""
-
-import argparse
 import json
 import sys
-from typing import get_args
+from typing import Annotated, cast
+
+import tyro
 
 from ldm_jax.config import Config, LayoutName
-from ldm_jax.config.flags import OneLineParser, load_config_file, parse_flags, run_main
+from ldm_jax.config.flags import Inline, parse_flags_with_config
+from ldm_jax.config.validation import checked_dataclass, require_at_least
 from ldm_jax.tools.plan.arguments import Request, WorkName, change
-from ldm_jax.tools.plan.topology import EXAMPLES, parse_topology, prepare_environment
-from ldm_jax.types import SAMPLER_NAMES, InputError, choices
-
-PROG = "ldm plan"
+from ldm_jax.tools.plan.topology import parse_topology, prepare_environment
+from ldm_jax.types import InputError, SamplerName, choices
 
 
-def parse(args: list[str]) -> tuple[Request, argparse.Namespace]:
+@checked_dataclass
+class Flags:
+    r"""Compile a training step for chips that are not here, and never run it.
+
+        ldm plan --config ldm/text2img256_kl8_1p4b \
+            --topology v5e:16x16 --layout fsdp --batch-per-device 4
+
+    Says of each chip whether the training step fits and by how much, what fills its
+    memory, how long the compiler expects it to take, and what goes over the links; with
+    --sample, the same of a call of the sampler. Planning for a TPU needs the extra
+    `plan` (libtpu) and no TPU. Reads no data and writes no run. Every field of the
+    config is a flag, as in `ldm train`.
+    """
+
+    config_name: Annotated[str | None, tyro.conf.arg(name="config")] = None
+    """A shipped config, or a file with get_config()."""
+    topology: str | None = None
+    """What it runs on: local, or a TPU slice as v5e:4x4, v6e:2x2 or v4:2x2x1."""
+    layout: LayoutName | None = None
+    """How the state is spread; the config's by default."""
+    accumulate: int | None = None
+    """Parts a batch is computed in; the config's by default."""
+    batch_per_device: int | None = None
+    """Images of a chip; the config's share by default."""
+    stage: str | None = None
+    """autoencoder or diffusion; the last that the config trains by default."""
+    sample: bool = False
+    """Plan a call of the sampler, not a step."""
+    sampler: SamplerName = "ddim"
+    """Of the call."""
+    steps: int = 50
+    """Of the sampler."""
+    suggest: bool = True
+    """Look for what would fit where this does not."""
+    scale: bool = False
+    """Add a table of a step on 4 to 4096 chips, by formula."""
+    json: bool = False
+    """Print JSON."""
+    config: Annotated[Config, Inline] = Config()
+    """What is planned."""
+
+    def _check(self) -> None:
+        require_at_least(self, 1, "batch_per_device", "accumulate", "steps")
+
+
+def parse(args: list[str]) -> tuple[Request, Flags]:
     """Read the command line.
 
     Returns:
-      The question; and how to answer: as `json`, with a table of `scale`.
+      The question, and the flags, which say how to answer.
 
     Raises:
       InputError: If it is wrong.
       SystemExit: After printing the help.
     """
-    parser = _parser()
-    own, rest = parser.parse_known_args(args)
-    wants_help = not {"-h", "--help"}.isdisjoint(rest)
-    if wants_help:
-        parser.print_help()
-        print("\nand every field of the config:")  # noqa: T201
-    for name in ("config", "topology"):
-        if getattr(own, name) is None and not wants_help:
-            raise InputError(f"--{name}: not given; see --help")
-    default = load_config_file(own.config) if own.config else Config()
-    config = parse_flags(Config, rest, default=default, prog=PROG, own=parser)
-    topology = parse_topology(own.topology)
-    for name in ("batch_per_device", "accumulate", "steps"):
-        value = getattr(own, name)
-        if value is not None and value < 1:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag}: got {value}, wanted 1 or more")
-    if own.sampler not in SAMPLER_NAMES:
-        raise InputError(f"--sampler: {choices(own.sampler, SAMPLER_NAMES)}")
-    work = _work(config, own)
-    spread = {"layout": own.layout, "accumulate": own.accumulate}
+    flags = parse_flags_with_config(Flags, args, prog="ldm plan")
+    if flags.config_name is None or flags.topology is None:
+        flag = "--config" if flags.config_name is None else "--topology"
+        raise InputError(f"{flag}: not given; see --help")
+    topology = parse_topology(flags.topology)
+    work = _work(flags)
+    spread = {"layout": flags.layout, "accumulate": flags.accumulate}
     given = {name: value for name, value in spread.items() if value is not None}
     return Request(
-        config=change(config, work, **given),
+        config=change(flags.config, work, **given),
         topology=topology,
         work=work,
-        batch_per_device=own.batch_per_device,
-        sampler=own.sampler,
-        num_steps=own.steps,
-        suggest=not own.no_suggest,
-    ), own
+        batch_per_device=flags.batch_per_device,
+        sampler=cast(SamplerName, flags.sampler),
+        num_steps=flags.steps,
+        suggest=flags.suggest,
+    ), flags
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog=PROG,
-        description=__doc__,
-        add_help=False,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--config", metavar="FILE.py", help="file with get_config()")
-    add("--topology", help=f"local, or as {', '.join(EXAMPLES)}")
-    add("--layout", help=f"one of {', '.join(get_args(LayoutName))}; the config's")
-    add("--accumulate", type=int, help="parts a batch is computed in; the config's")
-    add("--batch-per-device", type=int, help="images of a chip; the config's share")
-    add("--stage", help="autoencoder or diffusion; the last that the config trains")
-    add("--sample", action="store_true", help="a call of the sampler, not a step")
-    add("--sampler", default="ddim", help=f"one of {', '.join(SAMPLER_NAMES)}")
-    add("--steps", type=int, default=50, help="of the sampler; 50")
-    add("--no-suggest", action="store_true", help="do not look for what would fit")
-    add("--scale", action="store_true", help="a step on 4 to 4096 chips, by formula")
-    add("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def _work(config: Config, own: argparse.Namespace) -> WorkName:
-    stages = config.stages
-    if own.stage is not None and own.stage not in stages:
-        raise InputError(f"--stage: {choices(own.stage, stages)}")
-    if not own.sample:
-        return own.stage or stages[-1]
-    if own.stage is not None:
+def _work(flags: Flags) -> WorkName:
+    stages = flags.config.stages
+    if flags.stage is not None and flags.stage not in stages:
+        raise InputError(f"--stage: {choices(flags.stage, stages)}")
+    if not flags.sample:
+        return cast(WorkName, flags.stage or stages[-1])
+    if flags.stage is not None:
         raise InputError(
-            f"--stage: got {own.stage!r} with --sample; wanted one of both"
+            f"--stage: got {flags.stage!r} with --sample; wanted one of both"
         )
     if "diffusion" not in stages:
         raise InputError("--sample: this config trains an autoencoder alone")
@@ -107,24 +104,16 @@ def _work(config: Config, own: argparse.Namespace) -> WorkName:
 
 
 def main(args: list[str]) -> None:
-    """Parse, compile, print what was found."""
-    request, answer = parse(args)
+    """Compile, and print what was found."""
+    request, flags = parse(args)
     if request.topology is not None:
         prepare_environment()
-    # Only now: it reads its environment when it is imported.
+    # Only now: JAX reads its environment when it is imported.
     from ldm_jax.tools.plan.planner import plan
     from ldm_jax.tools.plan.report import in_words
 
-    def say(line: str) -> None:
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
-
-    found = plan(request, say)
-    if answer.json:
-        print(json.dumps(found, allow_nan=False))  # noqa: T201
+    found = plan(request, lambda line: print(line, file=sys.stderr, flush=True))
+    if flags.json:
+        print(json.dumps(found, allow_nan=False))
     else:
-        print(in_words(found, scale=answer.scale))  # noqa: T201
-
-
-if __name__ == "__main__":
-    run_main(main, PROG)
+        print(in_words(found, scale=flags.scale))

@@ -1,48 +1,45 @@
-"""A run on one page: what was trained, how it went, what it draws, how good it is.
+"""`ldm report`."""
 
-    ldm report --workdir runs/digits
-
-Writes WORKDIR/report.html, complete in itself: it can be mailed, and opened without a
-network. What `ldm evaluate` and `ldm steps`
-found of the run is in it; a run that is not finished has one too.
-"""
-
-import argparse
 from pathlib import Path
+from typing import Annotated
 
-from ldm_jax.config.flags import OneLineParser, run_main
-from ldm_jax.config.launch import add_flags, check_launch
+from ldm_jax.config.flags import Inline, parse_flags
+from ldm_jax.config.launch import Launch
+from ldm_jax.config.validation import checked_dataclass
 from ldm_jax.parallel.launch import PEER_TIMEOUT, start
-from ldm_jax.tools.report.run_summary import check_out, read_run_summary
 
-PROG = "ldm report"
+
+@checked_dataclass
+class Flags:
+    """Write a run on one page: what was trained, how it went, what it draws.
+
+        ldm report --workdir runs/digits
+
+    Writes WORKDIR/report.html, complete in itself: it can be mailed, and opened without
+    a network. What `ldm evaluate` and `ldm steps` found of the run is in it; a run that
+    is not finished has one too.
+    """
+
+    workdir: Path
+    """Folder of the run."""
+    out: Path | None = None
+    """File to write; WORKDIR/report.html by default."""
+    samples: bool = True
+    """Draw samples; without, nothing is computed."""
+    launch: Annotated[Launch, Inline] = Launch()
+    """How the program starts."""
 
 
 def main(args: list[str]) -> None:
-    """Read, draw, write."""
-    parser = OneLineParser(
-        prog=PROG,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
-    parser.add_argument("--out", type=Path, help="file; WORKDIR/report.html by default")
-    parser.add_argument(
-        "--no-samples", action="store_true", help="draw nothing, only tell"
-    )
-    add_flags(parser)
-    given = parser.parse_args(args)
-    summary = read_run_summary(given.workdir)
-    out = given.out or given.workdir / "report.html"
+    """Write the report, and print where it is."""
+    flags = parse_flags(Flags, args, prog="ldm report")
+    from ldm_jax.tools.report.run_summary import check_out, read_run_summary
+
+    summary = read_run_summary(flags.workdir)
+    out = flags.out or flags.workdir / "report.html"
     check_out(out)
-    start(check_launch(given, beside=given.workdir), peer_timeout=PEER_TIMEOUT)
-    # Only now: help and bad input need not wait for JAX.
+    start(flags.launch, beside=flags.workdir, peer_timeout=PEER_TIMEOUT)
     from ldm_jax.tools.report.writing import write_report
 
-    write_report(summary, out, draws=not given.no_samples)
-    print(out)  # noqa: T201
-
-
-if __name__ == "__main__":
-    run_main(main, PROG)
+    write_report(summary, out, draws=flags.samples)
+    print(out)

@@ -1,15 +1,17 @@
-"""The command line of `sample.py`; imports no JAX."""
+"""`ldm sample`."""
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from ldm_jax.config import Config, read_config
-from ldm_jax.config.flags import parse_flags, parse_list
-from ldm_jax.config.launch import Launch, check_launch, check_local
+from ldm_jax.config.flags import Inline, as_flag, parse_flags, parse_list
+from ldm_jax.config.launch import Launch, check_local
+from ldm_jax.parallel.launch import PEER_TIMEOUT, start
 from ldm_jax.sampling.request import (
     MAX_SEED,
     ReplayRequest,
@@ -19,7 +21,7 @@ from ldm_jax.sampling.request import (
     number_text,
 )
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.types import InputError
+from ldm_jax.types import InputError, RunError
 
 PLACES = ("workdir", "weights", "tokenizer", "autoguidance", "image", "mask")
 """Settings that --replay takes: where files are that have moved."""
@@ -36,7 +38,8 @@ class SampleCommand(NamedTuple):
     """How the program starts."""
 
 
-def _scales(text: str) -> tuple[float, ...]:
+def read_scales(text: str) -> tuple[float, ...]:
+    """Read guidance scales: one, or several as in 1,4,1."""
     try:
         scales = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -90,7 +93,9 @@ class SampleArguments(SampleRequest, SamplingConfig):
     config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
     guidance_scale: Annotated[
         tuple[float, ...],
-        _one_word(_scales, lambda given: ",".join(map(number_text, given)), "SCALES"),
+        _one_word(
+            read_scales, lambda given: ",".join(map(number_text, given)), "SCALES"
+        ),
     ] = ()
     guidance_low: tyro.conf.Suppress[float] = 0.0
     guidance_high: tyro.conf.Suppress[float | None] = None
@@ -111,24 +116,15 @@ class SampleArguments(SampleRequest, SamplingConfig):
     be inf."""
     replay: Path | None = None
     """Make an image again from the metadata in its PNG, and compare every pixel."""
-    pod: bool = False
-    """Join the other processes of a TPU pod, SLURM step or Kubernetes job and share the
-    images with them."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, to join by hand."""
-    num_processes: int | None = None
-    """How many processes there are."""
-    process_id: int | None = None
-    """Which one this is, from 0."""
-    compilation_cache: str | None = None
-    """Folder of compiled programs, or none; beside --workdir by default."""
+    launch: Annotated[Launch, Inline] = Launch()
+    """How the program starts; the processes of a pod share the images."""
 
     def __post_init__(self) -> None:
         """Check nothing: the parts that are made of the flags check themselves."""
 
 
 def parse_sample(args: list[str]) -> SampleCommand | ReplayRequest:
-    """Read the command line of `sample.py`.
+    """Read the command line.
 
     Returns:
       The command; for a run, checked against its config.
@@ -137,7 +133,7 @@ def parse_sample(args: list[str]) -> SampleCommand | ReplayRequest:
       InputError: If a flag is unknown, a value is wrong, or the folder is no run.
       SystemExit: After printing the help.
     """
-    given = parse_flags(SampleArguments, args, default=None, prog="sample.py")
+    given = parse_flags(SampleArguments, args, prog="ldm sample")
     if given.replay is not None:
         return _replay(given)
     if (given.workdir is None) == (given.weights is None):
@@ -177,19 +173,12 @@ def parse_sample(args: list[str]) -> SampleCommand | ReplayRequest:
     if workdir is not None:
         check_local(workdir, "--workdir")
         _check_run(read_config(workdir), settings, request)
-    launch = check_launch(given, beside=workdir)
-    if launch.pod and request.process[1] > 1:
+    if given.launch.joins and request.process[1] > 1:
         raise InputError(
             f"--process: got {'/'.join(map(str, request.process))} in a pod, wanted "
             "none: its processes share the images by themselves"
         )
-    return SampleCommand(settings, request, launch)
-
-
-def as_flag(error: InputError) -> InputError:
-    """Name the flag in the place of the field of an error."""
-    field, colon, details = str(error).partition(":")
-    return InputError(f"--{field.replace('_', '-')}{colon}{details}")
+    return SampleCommand(settings, request, given.launch)
 
 
 def _values(cls: type[Any], given: SampleArguments) -> dict[str, Any]:
@@ -209,7 +198,7 @@ def _replay(given: SampleArguments) -> ReplayRequest:
         raise InputError("--weights: got it beside --workdir, wanted one of the two")
     image = Path(str(given.replay))
     if not image.is_file():
-        raise InputError(f"--replay: no file {image}; wanted a PNG of sample.py")
+        raise InputError(f"--replay: no file {image}; wanted a PNG of ldm sample")
     moved = {name: getattr(given, name) for name in PLACES}
     moved = {name: place for name, place in moved.items() if place is not None}
     models: dict[str, str | None] = {"workdir": None, "weights": None}
@@ -236,10 +225,51 @@ def _check_run(
     if settings.ema_length is not None and not config.diffusion.average_lengths:
         raise InputError(
             f"--ema-length: got {settings.ema_length:g}, but the run kept no averages "
-            "of its weights, wanted none; try train.py --diffusion.average-lengths "
+            "of its weights, wanted none; try ldm train --diffusion.average-lengths "
             "0.05 0.1 in another --workdir"
         )
     top = config.data.num_classes - 1
     if request.labels is not None and config.diffusion.condition.uses_classes:
         if outside := [label for label in request.labels if label > top]:
             raise InputError(f"--labels: got {outside[0]}, wanted 0 to {top}")
+
+
+def main(args: list[str]) -> None:
+    """Make images, and print the files that were written."""
+    command = parse_sample(args)
+    if isinstance(command, ReplayRequest):
+        compare(command)
+        return
+    settings, request, launch = command
+    workdir = None if settings.workdir is None else Path(settings.workdir)
+    start(launch, beside=workdir, peer_timeout=PEER_TIMEOUT)
+    if request.as_dataset is not None:
+        from ldm_jax.sampling.synthetic_dataset import write_dataset
+
+        outcome = write_dataset(settings, request)
+        for line in (*outcome.written, *outcome.notes):
+            print(line)
+        return
+    from ldm_jax.sampling.outputs import write_images
+
+    for path in write_images(settings, request):
+        print(path)
+
+
+def compare(request: ReplayRequest) -> None:
+    """Make an image again, and print whether every pixel is the same.
+
+    Raises:
+      RunError: If one differs.
+    """
+    from ldm_jax.sampling.metadata import replay
+
+    found = replay(request)
+    for warning in found.warnings:
+        print(f"ldm sample: warning: {warning}", file=sys.stderr)
+    if found.num_different:
+        raise RunError(
+            f"--replay: {found.num_different} of {found.num_pixels} pixels differ, by "
+            f"at most {found.largest} grey levels"
+        )
+    print(f"{request.image}: every one of {found.num_pixels} pixels is the same")

@@ -1,44 +1,123 @@
-"""A run looked through by hand: seed, class or text, guidance and steps as knobs.
+"""`ldm serve`."""
 
-    ldm serve runs/digits
-
-Serves a page on this machine (127.0.0.1, unless --host says otherwise). One program is
-compiled at the start, and moving a knob compiles nothing. Under the images stands the
-command of sample.py that makes them, and each is saved with its recipe.
-"""
-
+import importlib.util
 import logging
+from pathlib import Path
+from typing import Annotated, cast
 
-from ldm_jax.config.flags import run_main
-from ldm_jax.parallel.launch import PEER_TIMEOUT, start, use_huge_pages
-from ldm_jax.tools.demo.arguments import PROG, parse
+import tyro
+
+from ldm_jax.config.flags import Positional, as_flag, parse_flags
+from ldm_jax.config.launch import Launch, check_local
+from ldm_jax.config.validation import checked_dataclass, require
+from ldm_jax.parallel.launch import PEER_TIMEOUT, start
+from ldm_jax.sampling.sampling_config import SamplingConfig
+from ldm_jax.tools.demo.arguments import (
+    LOOPBACK,
+    MAX_PORT,
+    MOST_IMAGES,
+    MOST_STEPS,
+    PORT,
+    STEPS_AT_FIRST,
+    BrowseRequest,
+    read_run,
+)
 from ldm_jax.tools.demo.server import LOOPBACKS, address_of, open_socket, serve
+from ldm_jax.types import InputError, SamplerName, SpacingName
+
+
+@checked_dataclass
+class Flags:
+    """Try a run on a web page: seed, class or text, guidance and steps are controls.
+
+        ldm serve runs/digits
+
+    Serves a page on this machine (127.0.0.1, unless --host says otherwise). One program
+    is compiled at the start, and moving a control compiles nothing. Under the images is
+    the `ldm sample` command that makes them, and each is saved with its metadata.
+    """
+
+    workdir: Positional[Annotated[Path, tyro.conf.arg(metavar="WORKDIR")]]
+    """Folder of the run."""
+    step: int | None = None
+    """Checkpoint to take; the newest by default."""
+    sampler: SamplerName = "ddim"
+    """Of every image; see ldm sample --help."""
+    spacing: SpacingName | None = None
+    """Of the steps; the run's by default."""
+    max_steps: int | None = None
+    """Of the page; 100 by default, or all there are."""
+    max_images: int = 16
+    """At a time."""
+    host: str = LOOPBACK
+    """Address to listen at; this machine's alone by default."""
+    port: int = PORT
+    """Where; 0 for any that is free."""
+    compilation_cache: str | None = None
+    """Folder of compiled programs, or none; beside the run by default."""
+
+    def _check(self) -> None:
+        require(self, "port", 0 <= self.port <= MAX_PORT, f"0 to {MAX_PORT}")
+        few = 1 <= self.max_images <= MOST_IMAGES
+        require(self, "max_images", few, f"1 to {MOST_IMAGES}")
+        check_local(self.workdir, "WORKDIR")
+        if self.spacing == "ldm":
+            raise InputError(
+                "spacing: got 'ldm', which has not the steps asked for; wanted "
+                "trailing, leading, linspace or karras"
+            )
+
+
+def parse(args: list[str]) -> tuple[BrowseRequest, Flags]:
+    """Read the command line, as far as the run's config tells without JAX.
+
+    Raises:
+      InputError: If it is wrong, or the package of the page is not installed.
+      SystemExit: After printing the help.
+    """
+    flags = parse_flags(Flags, args, prog="ldm serve")
+    config = read_run(flags.workdir)
+    top = config.diffusion.num_timesteps
+    most = min(MOST_STEPS, top) if flags.max_steps is None else flags.max_steps
+    if not 1 <= most <= top:
+        raise InputError(f"--max-steps: got {most}, wanted 1 to {top}")
+    try:
+        settings = SamplingConfig(
+            workdir=str(flags.workdir),
+            step=flags.step,
+            sampler=cast(SamplerName, flags.sampler),
+            spacing=flags.spacing,
+            steps=min(STEPS_AT_FIRST, most),
+        )
+    except InputError as error:
+        raise as_flag(error) from None
+    if importlib.util.find_spec("nicegui") is None:
+        raise InputError(
+            "nicegui: not installed, and the page needs it; try pip install "
+            "'ldm_jax[browse]'"
+        )
+    return BrowseRequest(
+        settings=settings, max_steps=most, max_images=flags.max_images
+    ), flags
 
 
 def main(args: list[str]) -> None:
     """Listen, load, compile, serve."""
-    request = parse(args, about=__doc__)
-    port_in_use = open_socket(request.host, request.port)
-    start(request.launch, peer_timeout=PEER_TIMEOUT)
-    print("loading the run and compiling one program ...", flush=True)  # noqa: T201
-    # Only now: help and bad input need not wait for JAX.
+    request, flags = parse(args)
+    port_in_use = open_socket(flags.host, flags.port)
+    launch = Launch(compilation_cache=flags.compilation_cache)
+    start(launch, beside=flags.workdir, peer_timeout=PEER_TIMEOUT)
+    print("loading the run and compiling one program ...", flush=True)
     from ldm_jax.tools.demo.page import make_page
     from ldm_jax.tools.demo.renderer import set_up
 
-    renderer = set_up(request)
-    app = make_page(renderer)
+    app = make_page(set_up(request))
     if port_in_use.getsockname()[0] not in LOOPBACKS:
         logging.getLogger(__name__).warning(
             "--host: whoever reaches this address may use the page"
         )
-    where = address_of(port_in_use)
-    print(f"{where} (Ctrl-C ends it)", flush=True)  # noqa: T201
+    print(f"{address_of(port_in_use)} (Ctrl-C ends it)", flush=True)
     try:
         serve(app, port_in_use)
     except KeyboardInterrupt:
-        print()  # noqa: T201
-
-
-if __name__ == "__main__":
-    use_huge_pages()
-    run_main(main, PROG)
+        print()

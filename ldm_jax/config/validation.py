@@ -4,6 +4,7 @@ import dataclasses
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ldm_jax.types import InputError, choices
@@ -103,14 +104,21 @@ def as_type(field: str, annotation: Any, value: Any) -> Any:
     return value
 
 
-def in_words(annotation: Any) -> str:
+def in_words(annotation: Any, *, many: bool = False) -> str:
     """Say what values an annotation allows."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Annotated, *UNIONS):
-        return in_words(args[0])
+        return in_words(args[0], many=many)
     if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
+        return f"{'some' if many else 'one'} of {', '.join(map(str, args))}"
     if origin is tuple:
-        return "a list" if ... in args else f"{len(args)} values"
-    words = {int: "a whole number", float: "a finite number", bool: "True or False"}
-    return words.get(annotation) or getattr(annotation, "__name__", str(annotation))
+        values = in_words(args[0], many=True)
+        return values if ... in args else f"{len(args)} {values}"
+    words = {
+        int: ("a whole number", "whole numbers"),
+        float: ("a finite number", "finite numbers"),
+        bool: ("True or False", "switches"),
+        str: ("a text", "texts"),
+        Path: ("a path", "paths"),
+    }
+    return words.get(annotation, (annotation.__name__,) * 2)[many]

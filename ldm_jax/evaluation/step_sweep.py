@@ -1,5 +1,6 @@
 """Samplers compared on a run: the same seeds drawn by each, timed and measured."""
 
+import json
 import math
 import statistics
 import time
@@ -25,7 +26,13 @@ from ldm_jax.evaluation.extractors import extract_all
 from ldm_jax.evaluation.fid import Moments, frechet_distance, moments
 from ldm_jax.evaluation.measure_dataset import ROWS
 from ldm_jax.evaluation.samples import conditions_by_seed
-from ldm_jax.evaluation.trade_off import LIMIT_SAMPLER, Measured, StepsRequest
+from ldm_jax.evaluation.trade_off import (
+    LIMIT_SAMPLER,
+    Measured,
+    StepsRequest,
+    cheapest,
+    plot,
+)
 from ldm_jax.images import to_uint8
 from ldm_jax.pretrained.load_run import Run, load_run
 from ldm_jax.rng import image_keys
@@ -133,6 +140,35 @@ def compare(request: StepsRequest) -> Comparison:
         jax.default_backend(),
         limit_steps,
     )
+
+
+def write_comparison(found: Comparison, request: StepsRequest) -> Measured:
+    """Write steps.json and steps.png.
+
+    Returns:
+      The cheapest setting that is as good as the best.
+
+    Raises:
+      OSError: If they cannot be written.
+    """
+    chosen = cheapest(found.rows)
+    tree = {
+        "checkpoint": found.digest,
+        "platform": found.platform,
+        "num_images": request.num_images,
+        "guidance_scale": request.guidance_scale,
+        "protocol": request.protocol and request.protocol.name,
+        "spacing": request.spacing,
+        "limit": {"sampler": LIMIT_SAMPLER, "steps": found.limit_steps},
+        "held_out_distance": found.floor,
+        "num_held_out": found.num_held_out,
+        "cheapest": chosen._asdict(),
+        "settings": [row._asdict() for row in found.rows],
+    }
+    text = json.dumps(tree, indent=2, allow_nan=False) + "\n"
+    (request.out / "steps.json").write_text(text)
+    plot(found.rows, chosen, request.out / "steps.png", floor=found.floor)
+    return chosen
 
 
 def open_space(request: StepsRequest, config: Config) -> Space:

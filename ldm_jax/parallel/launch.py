@@ -1,11 +1,10 @@
-"""How a program starts: its memory, its fellow processes, and the compiled programs.
+"""How a program starts: its devices, its fellow processes, and the compiled programs.
 
 Nothing here imports JAX before `start`: help and bad input answer at once.
 """
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 from ldm_jax.config.launch import Launch
@@ -17,35 +16,6 @@ PEER_TIMEOUT = 100
 """Seconds without a sign of life after which a process counts as dead."""
 JOIN_TIMEOUT = 300
 """Seconds to wait for the others when joining."""
-
-TUNABLES = "GLIBC_TUNABLES"
-HUGE_PAGES = "glibc.malloc.hugetlb"
-"""Asks the system for huge pages where set to 1 (glibc 2.35 and later)."""
-PAGES_FILE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-"""Says what Linux does: `always`, `madvise` (for who asks) or `never`, in brackets."""
-
-
-def use_huge_pages() -> None:
-    """Start this program again with its memory in huge pages, where Linux has them.
-
-    On a CPU every training step takes fresh memory for its intermediate results. In
-    pages of 4 KiB, asking for it was a fifth of the step of a small model
-    (docs/benchmarks.md). The C library reads this setting once, when a process starts;
-    the process stays the same one. To be called before anything is done. A setting that
-    the user made is left as it is.
-    """
-    given = os.environ.get(TUNABLES, "")
-    if HUGE_PAGES in given or not sys.executable or not _waits_to_be_asked():
-        return
-    os.environ[TUNABLES] = ":".join(filter(None, (given, f"{HUGE_PAGES}=1")))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _waits_to_be_asked() -> bool:
-    try:
-        return "[madvise]" in PAGES_FILE.read_text()
-    except OSError:  # another system, or one without them
-        return False
 
 
 def num_cores() -> int:
@@ -64,11 +34,19 @@ def cpu_devices_are_given() -> bool:
     )
 
 
-def start(launch: Launch, *, peer_timeout: int, cpu_devices: int = 1) -> None:
+def start(
+    launch: Launch,
+    *,
+    peer_timeout: int,
+    beside: Path | None = None,
+    cpu_devices: int = 1,
+) -> None:
     """Start JAX: set the cache and what a CPU counts as, join the others.
 
     Args:
       launch: How.
+      beside: The run whose neighbour is the folder of compiled programs, where the
+        launch names none; None keeps none.
       cpu_devices: Devices that a CPU counts as, if it has the cores and the user did
         not say otherwise.
       peer_timeout: Seconds without a sign of life after which a process counts as
@@ -79,15 +57,16 @@ def start(launch: Launch, *, peer_timeout: int, cpu_devices: int = 1) -> None:
     """
     import jax
 
-    if launch.cache is not None and CACHE_VARIABLE not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(launch.cache))
+    cache = launch.cache_folder(beside=beside)
+    if cache is not None and CACHE_VARIABLE not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
         seconds = "jax_persistent_cache_min_compile_time_secs"
         jax.config.update(seconds, MIN_COMPILE_SECONDS)
     devices = min(cpu_devices, num_cores())
     if devices > 1 and not cpu_devices_are_given():
         with contextlib.suppress(RuntimeError):  # JAX runs already, with what it has
             jax.config.update("jax_num_cpu_devices", devices)
-    if not launch.pod or jax.distributed.is_initialized():
+    if not launch.joins or jax.distributed.is_initialized():
         return
     try:
         jax.distributed.initialize(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ldm_jax.build import build_model, init_unet
 from ldm_jax.config import CONFIG_FILE, Config, read_config
-from ldm_jax.config.flags import load_config_file
+from ldm_jax.config.load_config import load_config
 from ldm_jax.config.run import with_tokenizer
 from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams
 from ldm_jax.pretrained.compvis_import import is_first_stage, read_compvis
@@ -81,17 +81,17 @@ def _open_compvis(
     tensors = open_tensors(path)
     config = file_config(tensors)
     if config_file is not None:
-        config = load_config_file(str(config_file))
+        config = load_config(str(config_file))
     if config is None:
         raise InputError(
-            f"--weights: {path} does not carry its config; try --config with the "
-            "model's config file, such as configs/ldm/sd15.py"
+            f"--weights: {path} does not carry its config; try that of the "
+            "model, such as --config ldm/sd15"
         )
     if is_first_stage(tensors) and "diffusion" in config.stages:
         raise InputError(
             f"--weights: got an autoencoder alone in {path} and a config with a UNet, "
-            "wanted stages = autoencoder; try --config with a file of "
-            "configs/autoencoder, such as configs/autoencoder/kl_f8.py"
+            "wanted stages = autoencoder; try a config of an autoencoder, "
+            "such as --config autoencoder/kl_f8"
         )
 
     def read(config: Config, shapes: NetworkShapes) -> ModelWeights:

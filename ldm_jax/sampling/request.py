@@ -102,7 +102,7 @@ def check_request(settings: SamplingConfig, request: SampleRequest) -> None:
 
 def command_line(settings: SamplingConfig, request: SampleRequest) -> str:
     """Write the command that makes the images of a request."""
-    words = ["python sample.py"]
+    words = ["ldm sample"]
     for name, values in _flags(settings, request):
         # Joined by = where the value would be taken for another flag.
         joint = "=" if values and values[0].startswith("-") else " "

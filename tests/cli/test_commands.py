@@ -9,10 +9,11 @@ import pytest
 
 from ldm_jax.images import read_png, to_uint8
 from tests.support.commands import (
+    LDM,
     ROOT,
     error_line,
+    ldm,
     refusal,
-    run,
     sample,
     start,
     succeeded,
@@ -87,7 +88,7 @@ def test_another_seed_gives_another_digest(finished, tmp_path):
 
 
 def test_a_dry_run_ends_with_one_line_of_json_and_writes_nothing(tmp_path):
-    result = run("train.py", "--config", "configs/digits.py", "--dry-run", devices=4)
+    result = ldm("train", "--config", "digits", "--dry-run", devices=4)
     report = json.loads(succeeded(result).splitlines()[-1])
     assert set(report["parameters"]) == {"autoencoder", "unet"}
     assert report["batch_per_device"] == {"autoencoder": 4, "diffusion": 8}
@@ -100,7 +101,7 @@ def test_a_dry_run_ends_with_one_line_of_json_and_writes_nothing(tmp_path):
 
 
 def test_help_names_every_kind_of_flag():
-    text = succeeded(run("train.py", "--help"))
+    text = succeeded(ldm("train", "--help"))
     for flag in ("--config", "--workdir", "--dry-run", "--diffusion.optim.lr"):
         assert flag in text
 
@@ -139,7 +140,7 @@ def test_an_image_alone_has_the_bytes_it_has_in_a_batch(finished, samples, tmp_p
 def test_an_image_is_made_again_by_another_process(samples):
     path = samples / "000007.png"
     assert f"{path}: every one of 64 pixels is the same" in succeeded(
-        run("sample.py", "--replay", path)
+        ldm("sample", "--replay", path)
     )
 
 
@@ -202,13 +203,13 @@ def test_sampling_an_unfinished_run_is_refused(finished, capsys, tmp_path):
 
 def test_two_trainings_in_one_workdir_are_refused(tmp_path):
     args = ["--config", "tests/support/tiny.py", "--workdir", tmp_path / "run"]
-    first = start("train.py", *args)
+    first = start(*LDM, "train", *args)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "run/config.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert "another process" in error_line(run("train.py", *args))
+        assert "another process" in error_line(ldm("train", *args))
     finally:
         first.kill()
         first.communicate()

@@ -17,14 +17,14 @@ from ldm_jax.build import (
     init_unet,
 )
 from ldm_jax.config import Config
-from ldm_jax.config.flags import load_config_file
+from ldm_jax.config.load_config import load_config
 from ldm_jax.config.presets import (
     RDM_LATENT_SCALE,
     SD_LATENT_SCALE,
     first_stage,
 )
 from ldm_jax.types import PyTree
-from tests.support.commands import ROOT, run, succeeded
+from tests.support.commands import LDM, ROOT, run, succeeded
 from tests.support.counts import AUTOENCODERS, LDMS
 
 RECIPES = sorted((ROOT / "configs").glob("*/*.py"))
@@ -46,7 +46,7 @@ sys.exit(code)
 
 def load(name: str) -> Config:
     (path,) = (path for path in RECIPES if path.stem == name)
-    return load_config_file(str(path))
+    return load_config(str(path))
 
 
 def count(tree: PyTree) -> int:
@@ -55,7 +55,7 @@ def count(tree: PyTree) -> int:
 
 def dry_run(path: Path) -> tuple[dict, int]:
     """Dry-run a recipe; return what it says and its peak of memory, in bytes."""
-    command = ["train.py", "--config", path.relative_to(ROOT), "--dry-run"]
+    command = [*LDM, "train", "--config", path.relative_to(ROOT), "--dry-run"]
     result = run("-c", LAUNCHER, sys.executable, *command)
     return json.loads(succeeded(result)), int(result.stderr.splitlines()[-1])
 
@@ -66,7 +66,7 @@ def test_every_published_model_has_a_recipe_and_every_recipe_a_count():
 
 @every_recipe
 def test_a_recipe_reads_back_from_json_equal(path):
-    config = load_config_file(str(path))
+    config = load_config(str(path))
     assert config_lib.from_json(config_lib.to_json(config)) == config
 
 
@@ -83,7 +83,7 @@ def test_a_recipe_says_how_to_run_it_and_what_to_expect(path):
 
 @every_recipe
 def test_a_recipe_names_its_batch_learning_rate_and_steps_in_words(path):
-    config = load_config_file(str(path))
+    config = load_config(str(path))
     stage = config.diffusion if "diffusion" in config.stages else config.autoencoder
     text = path.read_text().split('"""')[1]
     words = " ".join(text.split())
@@ -179,7 +179,7 @@ def table_rows() -> dict[str, list[str]]:
 
 @every_recipe
 def test_the_table_of_models_says_what_the_recipe_is(path):
-    config, cells = load_config_file(str(path)), table_rows()[path.stem]
+    config, cells = load_config(str(path)), table_rows()[path.stem]
     latent = "x".join(map(str, config.latent_shape))
     if path.stem in AUTOENCODERS:
         stage = config.autoencoder

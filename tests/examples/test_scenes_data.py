@@ -9,7 +9,7 @@ import pytest
 from examples.scenes.draw import make_scene
 from examples.scenes.scenes_dataset_builder import Builder
 from ldm_jax import config as config_lib
-from ldm_jax.config.flags import load_config_file
+from ldm_jax.config.load_config import load_config
 from ldm_jax.data.sources import find_class_names, open_source
 from ldm_jax.types import InputError
 from tests.support.commands import ROOT, run, succeeded
@@ -45,7 +45,7 @@ def test_its_classes_are_pairs_and_its_configs_numbers(tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_reads_back_from_json_and_says_how_to_run_it(name):
     path = ROOT / f"examples/scenes/{name}.py"
-    config = load_config_file(str(path))
+    config = load_config(str(path))
     assert config_lib.from_json(config_lib.to_json(config)) == config
     assert config.data.source == f"{SOURCE}/{RECIPES[name]}"
     assert f"--config examples/scenes/{name}.py" in path.read_text()

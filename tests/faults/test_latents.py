@@ -8,9 +8,9 @@ import time
 import pytest
 
 from tests.faults.test_two_hosts import TORTURE, ended
-from tests.support.commands import TINY, error_line, run, start, succeeded, train
+from tests.support.commands import LDM, TINY, error_line, run, start, succeeded, train
 
-MAKER = ("-m", "ldm_jax.tools.cache_latents")
+MAKER = (*LDM, "cache-latents")
 FLAGS = ("--diffusion.steps", 20, "--log.images-every", 100)
 
 
@@ -92,7 +92,7 @@ def test_two_hosts_make_the_bytes_of_one_also_when_one_is_killed(finished, tmp_p
 @pytest.mark.timeout(600)
 def test_a_run_begun_on_images_goes_on_from_latents(finished, tmp_path):
     workdir = tmp_path / "run"
-    begun = start("train.py", "--config", TINY, "--workdir", workdir, *FLAGS)
+    begun = start(*LDM, "train", "--config", TINY, "--workdir", workdir, *FLAGS)
     while not (workdir / "diffusion/checkpoints/4").exists():
         assert begun.poll() is None
         time.sleep(0.01)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import ParallelConfig
-from ldm_jax.config.flags import run_main
 from ldm_jax.data import pipeline
 from tests.support.commands import ROOT, environment, error_line, train
 from tests.support.pods import digest_of, ended

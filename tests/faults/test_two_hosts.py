@@ -11,7 +11,15 @@ import pytest
 
 from ldm_jax.evaluation.features import read_reference
 from ldm_jax.training.metrics import read_metrics
-from tests.support.commands import TIMEOUT, TINY, error_line, start, succeeded, train
+from tests.support.commands import (
+    LDM,
+    TIMEOUT,
+    TINY,
+    error_line,
+    start,
+    succeeded,
+    train,
+)
 
 TORTURE = int(os.environ.get("LDM_JAX_KILLS", "0")) > 20
 FLAGS = ("--diffusion.steps", 20, "--log.images-every", 100)
@@ -27,21 +35,21 @@ def ended(processes):
     ]
 
 
-def two(*command, of_the_second=()):
+def two(command, *flags, of_the_second=()):
     """Start a command in two processes of four devices, the second with more flags."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     together = ("--coordinator", f"localhost:{port}", "--num-processes", 2)
     return [
-        start(*command, *together, "--process-id", this, *extra, devices=4)
+        start(*LDM, command, *flags, *together, "--process-id", this, *extra, devices=4)
         for this, extra in enumerate([(), of_the_second])
     ]
 
 
 def two_of_train(workdir, *flags, of_the_second=()):
     flags = ("--config", TINY, "--workdir", workdir, *flags)
-    return two("train.py", *flags, of_the_second=of_the_second)
+    return two("train", *flags, of_the_second=of_the_second)
 
 
 def losses(workdir):
@@ -107,7 +115,7 @@ def test_two_hosts_share_an_evaluation(run_of_one, tmp_path):
     flags = ("--workdir", run_of_one, "--num-images", 300, "--steps", 2)
     out = ("--out", tmp_path / "out")
     shutil.copytree(run_of_one / "evaluation", tmp_path / "out")
-    for done in ended(two("-m", "ldm_jax.cli.evaluate", *flags, *out)):
+    for done in ended(two("evaluate", *flags, *out)):
         succeeded(done)
     (path,) = (tmp_path / "out").glob("*/metrics.json")
     assert len(list(path.parent.glob("features_*.npz"))) == 2

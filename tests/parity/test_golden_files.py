@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from ldm_jax.config.flags import load_config_file
+from ldm_jax.config.load_config import load_config
 from tests.parity import compvis_models, diffusers_models
 from tests.support.commands import ROOT
 from tests.support.golden_cases import (
@@ -260,7 +260,7 @@ def golden_compvis(name: str) -> dict:
 
 
 def golden_tables(path) -> dict:
-    config = load_config_file(str(path))
+    config = load_config(str(path))
     kinds = ["autoencoder"]
     if "diffusion" in config.stages:
         kinds = ["unet", "conditioner"]

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from ldm_jax.config import Config
-from ldm_jax.config.flags import load_config_file
+from ldm_jax.config.load_config import load_config
 from ldm_jax.pretrained.compvis_names import ema_key
 from ldm_jax.pretrained.layouts import key_shapes, stored_leaves
 from tests.support.commands import ROOT
@@ -49,7 +49,7 @@ every_recipe = pytest.mark.parametrize(
 
 @functools.cache
 def load(name: str) -> Config:
-    return load_config_file(str(RECIPES[name]))
+    return load_config(str(RECIPES[name]))
 
 
 def kinds(name: str) -> list[str]:

@@ -481,7 +481,7 @@ SD2_SCHEDULER = {
 
 @pytest.mark.parametrize("recipe", ["sd15", "sd21_v"])
 def test_the_published_folders_of_stable_diffusion_are_our_recipes(recipe):
-    from ldm_jax.config.flags import load_config_file
+    from ldm_jax.config.load_config import load_config
 
     two = recipe == "sd21_v"
     unet = SD2_UNET if two else SD_UNET
@@ -506,7 +506,7 @@ def test_the_published_folders_of_stable_diffusion_are_our_recipes(recipe):
         clip=read_clip("CLIPTextModel", clip),
         scheduler=read_scheduler(scheduler["_class_name"], scheduler),
     )
-    ours = load_config_file(f"configs/ldm/{recipe}.py")
+    ours = load_config(f"configs/ldm/{recipe}.py")
     assert found.latent_shape == ours.latent_shape
     assert found.autoencoder.latent_scale == ours.autoencoder.latent_scale
     assert found.diffusion.prediction == ours.diffusion.prediction
@@ -869,12 +869,12 @@ def test_a_tokenizer_is_of_the_class_of_its_encoder(kind, name, tmp_path):
 
 
 def test_an_export_leaves_the_folders_of_others_alone(tmp_path):
-    from ldm_jax.cli.export import main
+    from ldm_jax.pretrained.convert import export_run
 
     source, out = native(config_of("label"), tmp_path / "in"), tmp_path / "out"
     (mine := tmp_path / "out.part").mkdir()
     (mine / "mine").write_text("mine")
-    main(["export", str(source), "--out", str(out)])
+    export_run(source, out, layout="diffusers")
     assert (mine / "mine").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "out.part"]
     # Others may read it, as they may any new folder here.
@@ -885,11 +885,10 @@ def test_an_export_leaves_the_folders_of_others_alone(tmp_path):
 
 @pytest.mark.parametrize("format_", ["diffusers", "compvis"])
 def test_an_export_of_what_is_no_run_speaks_of_its_path(format_, tmp_path):
-    from ldm_jax.cli.export import main
+    from ldm_jax.pretrained.convert import export_run
 
     out = tmp_path / "out.safetensors"
-    args = ["export", str(tmp_path), "--out", str(out), "--format", format_]
-    message = refusal(main, args)
+    message = refusal(export_run, tmp_path, out, layout=format_)
     assert message.startswith(f"{tmp_path}: not a run") and "--workdir" not in message
     assert not list(tmp_path.iterdir())
 

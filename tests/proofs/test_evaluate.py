@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax.cli.evaluate import main
+from ldm_jax.cli.evaluate import main, parse
 from ldm_jax.config import ConditionConfig
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.evaluation import dataset_statistics as real
@@ -39,16 +39,13 @@ from ldm_jax.evaluation.features import (
 )
 from ldm_jax.evaluation.fid import moments
 from ldm_jax.evaluation.protocols import PROTOCOLS
-from ldm_jax.evaluation.request import parse
 from ldm_jax.images import write_png
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.pretrained.metric_networks import inception_shapes
 from ldm_jax.training.latent_cache import made_of
 from ldm_jax.types import InputError
 from tests.support import tiny
-from tests.support.commands import run, succeeded, train, write_run
-
-DOOR = "ldm_jax.cli.evaluate"
+from tests.support.commands import ldm, succeeded, train, write_run
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +430,7 @@ def test_what_is_kept_of_one_data_set_is_not_taken_for_another(tiny_run, tmp_pat
 )
 def test_bad_flags_are_one_line(tiny_run, flags, wanted):
     with pytest.raises(InputError, match=wanted) as caught:
-        parse(["--workdir", str(tiny_run), *flags], about=None)
+        parse(["--workdir", str(tiny_run), *flags])
     assert "\n" not in str(caught.value)
 
 
@@ -454,12 +451,6 @@ def test_what_is_not_a_file_of_statistics(tmp_path, content):
 
 
 def test_the_command_tells_of_a_folder_that_is_no_run(tmp_path):
-    found = run("-m", DOOR, "--workdir", tmp_path)
+    found = ldm("evaluate", "--workdir", tmp_path)
     assert found.returncode != 0
     assert "is not a run" in found.stderr and found.stderr.count("\n") <= 2
-
-
-def test_help_needs_no_jax():
-    found = run("-m", DOOR, "--help")
-    assert found.returncode == 0
-    assert "--protocol" in found.stdout

@@ -12,8 +12,8 @@ from ldm_jax.pretrained.tensors import open_tensors
 from tests.data.test_tokenizer import write_clip
 from tests.support.commands import (
     error_line,
+    ldm,
     refusal,
-    run,
     sample_here,
     succeeded,
     write_run,
@@ -22,10 +22,6 @@ from tests.support.models import config_of
 from tests.support.pngs import read_texts
 
 STEPS = ["--steps", 2, "--seeds", "0-1"]
-
-
-def interop(*args):
-    return run("-m", "ldm_jax.cli.export", *args)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +38,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "diffusers"
-    assert str(out) in succeeded(interop("export", folder, "--out", out))
+    assert str(out) in succeeded(ldm("export", folder, "--out", out))
     return out
 
 
@@ -69,9 +65,9 @@ def test_a_run_a_folder_and_a_file_draw_the_same_bytes(
     folder, exported, pictures, tmp_path
 ):
     file = tmp_path / "model.safetensors"
-    succeeded(interop("export", folder, "--out", file, "--format", "compvis"))
+    succeeded(ldm("export", folder, "--out", file, "--format", "compvis"))
     imported = tmp_path / "imported"
-    succeeded(interop("import", exported, "--out", imported))
+    succeeded(ldm("import", exported, "--out", imported))
     sources = {
         "file": ["--weights", file, "--tokenizer", folder / "tokenizer"],
         "imported": ["--workdir", imported],
@@ -85,7 +81,7 @@ def test_a_run_a_folder_and_a_file_draw_the_same_bytes(
 
 
 def test_an_inspection_is_json(exported):
-    report = json.loads(succeeded(interop("inspect", exported)))
+    report = json.loads(succeeded(ldm("inspect", exported)))
     assert report["pipeline"] == "StableDiffusionPipeline"
     assert set(report["parts"]) == {
         "vae",
@@ -132,13 +128,13 @@ def test_a_bad_import_leaves_nothing_and_harms_nothing(exported, tmp_path):
     tensors.pop("conv_in.bias")
     write_safetensors(file, tensors)
     out = tmp_path / "out"
-    message = error_line(interop("import", broken, "--out", out))
+    message = error_line(ldm("import", broken, "--out", out))
     assert "conv_in.bias" in message and "1 missing" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine").write_text("mine")
-    message = error_line(interop("import", exported, "--out", full))
+    message = error_line(ldm("import", exported, "--out", full))
     assert "not empty" in message
     assert [path.name for path in full.iterdir()] == ["mine"]
 
@@ -155,8 +151,8 @@ def test_a_pickle_that_calls_something_is_refused_and_does_not_run(capsys, tmp_p
     file.write_bytes(pickle.dumps({"state_dict": Evil()}))
     config = ["--config", "configs/digits.py"]
     for command in (
-        interop("inspect", file),
-        interop("import", file, "--out", tmp_path / "out", *config),
+        ldm("inspect", file),
+        ldm("import", file, "--out", tmp_path / "out", *config),
     ):
         error_line(command)
     refusal(capsys, "--weights", file, *config, "--out", tmp_path / "out")
@@ -168,12 +164,12 @@ def test_a_first_stage_is_taken_from_another_run_and_kept(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     config = ["--config", "tests/support/tiny.py", "--autoencoder.steps", 2]
     alone = ["--stages", "autoencoder", "--workdir", first]
-    assert "finished" in succeeded(run("train.py", *config, *alone))
+    assert "finished" in succeeded(ldm("train", *config, *alone))
     taken = ["--first-stage", first, "--diffusion.steps", 2, "--workdir"]
     wider = [*config, *taken, tmp_path / "wider", "--autoencoder.channels", 16]
-    assert "channels (8 there, 16 here)" in error_line(run("train.py", *wider))
+    assert "channels (8 there, 16 here)" in error_line(ldm("train", *wider))
     assert not (tmp_path / "wider").exists()
-    assert "finished" in succeeded(run("train.py", *config, *taken, second))
+    assert "finished" in succeeded(ldm("train", *config, *taken, second))
     finals = [json.loads((path / "final.json").read_text()) for path in (first, second)]
     assert finals[0]["latent_scale"] == finals[1]["latent_scale"]
     assert finals[1]["seconds_by_stage"]["autoencoder"] == 0
@@ -181,7 +177,7 @@ def test_a_first_stage_is_taken_from_another_run_and_kept(tmp_path):
 
     # From here on the run stands alone: what it took is kept in its folder.
     shutil.rmtree(first)
-    assert "finished" in succeeded(run("train.py", *config, *taken, second))
+    assert "finished" in succeeded(ldm("train", *config, *taken, second))
     args = ["--workdir", second, "--labels", "1", "--out", tmp_path / "out"]
     sample_here(*args, *STEPS)
     texts = read_texts(tmp_path / "out" / "000000.png")

@@ -14,6 +14,7 @@ from examples.scenes.scenes_dataset_builder import Builder
 from ldm_jax import config as config_lib
 from ldm_jax import run
 from ldm_jax.build import build_model, open_iterator, open_split
+from ldm_jax.cli.cache_latents import parse
 from ldm_jax.config import ConditionConfig
 from ldm_jax.data.latent_cache import (
     CacheNote,
@@ -30,7 +31,6 @@ from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.parallel.reduce import average_here
 from ldm_jax.pretrained.frozen import load_frozen, open_encoders, save_frozen
 from ldm_jax.rng import root_key
-from ldm_jax.tools.cache_latents import parse
 from ldm_jax.training import encode_latents as making
 from ldm_jax.training import latent_cache as reading
 from ldm_jax.training.diffusion_stage import diffusion_stage
@@ -487,10 +487,13 @@ TINY = ("--config", "tests/support/tiny.py")
         (("--workdir", "x", *TINY, "--out", "y"), "--workdir: wanted it"),
         (("--workdir", "x"), "--out: not given"),
         (("--workdir", "x", "--out", "y"), "x is not a run"),
-        ((*TINY, "--out", "y"), "first_stage: not given"),
+        ((*TINY, "--out", "y"), "--first-stage: not given"),
         ((*TINY, "--out", "y", "--sharts", "3"), "did you mean --shards"),
-        ((*TINY, "--out", "y", "--shards", "0"), "--shards: got 0, wanted 1 or more"),
-        (("--workdir", "x", "--seed", "3", "--out", "y"), "--seed: no such flag"),
+        ((*TINY, "--out", "y", "--shards", "0"), "--shards: got 0, wanted at least 1"),
+        (
+            ("--workdir", "x", "--seed", "3", "--out", "y"),
+            "--seed: got it beside --workdir",
+        ),
         ((*TINY, "--out", "gs://bucket/x"), "--out: got gs:/bucket/x, wanted a folder"),
     ],
 )
@@ -501,8 +504,8 @@ def test_bad_input_gets_one_line(args, message):
 
 
 def test_flags_of_the_config_and_of_the_launch_are_read():
-    asked = parse(
+    flags, out, config = parse(
         [*TINY, "--first-stage", "there", "--out", "y", "--seed", "5", "--pod"]
     )
-    assert (asked.config.first_stage, asked.config.seed) == ("there", 5)
-    assert asked.launch.pod and asked.states and asked.num_shards is None
+    assert (config.first_stage, config.seed, str(out)) == ("there", 5, "y")
+    assert flags.launch.joins and flags.states and flags.shards is None

@@ -13,10 +13,9 @@ from ldm_jax.evaluation.trade_off import Measured, cheapest, in_words, to_table
 from ldm_jax.images import read_png
 from ldm_jax.types import InputError
 from tests.support import tiny
-from tests.support.commands import run, succeeded, write_run
+from tests.support.commands import ldm, succeeded, write_run
 from tests.support.models import config_of
 
-DOOR = "ldm_jax.cli.steps"
 ROWS = [
     Measured("ddim", 20, 20, 0.2, 1.04, 3.0),
     Measured("heun", 10, 19, 0.4, 1.04, 1.0),
@@ -74,7 +73,7 @@ def test_the_command_compares_samplers_and_names_the_cheapest(tiny_run, tmp_path
     out = tmp_path / "out"
     args = ["--samplers", "ddim", "euler_ancestral", "--steps", 2, 3, "--out", out]
     few = ["--num-images", 8, "--limit-steps", 9]
-    done = run("-m", DOOR, "--workdir", tiny_run, *few, *args)
+    done = ldm("steps", "--workdir", tiny_run, *few, *args)
     text = succeeded(done)
     report = json.loads((out / "steps.json").read_text())
     rows = [Measured(**row) for row in report["settings"]]
@@ -95,13 +94,13 @@ def test_distances_are_those_of_a_protocol_where_one_is_named(tiny_run, tmp_path
     args = ["--samplers", "ddim", "--steps", 2, "--limit-steps", 2]
     looks = ["--protocol", "dataset-classifier", "--num-images", 160]
     out = tmp_path / "out"
-    succeeded(run("-m", DOOR, "--workdir", tiny_run, "--out", out, *args, *looks))
+    succeeded(ldm("steps", "--workdir", tiny_run, "--out", out, *args, *looks))
     report = json.loads((out / "steps.json").read_text())
     assert report["protocol"] == "dataset-classifier"
     (row,) = report["settings"]
     # The same seeds by the evaluation, and the same statistics of real images.
     flags = ("--steps", 2, "--num-images", 160)
-    succeeded(run("-m", "ldm_jax.cli.evaluate", "--workdir", tiny_run, *flags))
+    succeeded(ldm("evaluate", "--workdir", tiny_run, *flags))
     (path,) = (tiny_run / "evaluation").glob("*/metrics.json")
     scores = json.loads(path.read_text())
     assert row["distance"] == pytest.approx(scores["scores"]["fid"], rel=1e-4)
@@ -116,14 +115,14 @@ def test_distances_are_those_of_a_protocol_where_one_is_named(tiny_run, tmp_path
         (["--spacing", "trail"], "--spacing: .*did you mean trailing"),
         (["--steps", "5", "0"], "--steps: got 0, wanted 1 to 1000"),
         (["--steps", "1001"], "--steps: got 1001, wanted 1 to 1000"),
-        (["--steps", "many"], "--steps: invalid int value"),
+        (["--steps", "many"], "--steps: got 'many', wanted whole"),
         (["--limit-steps", "0"], "--limit-steps: got 0"),
         (["--num-images", "1"], "--num-images: got 1"),
         (["--guidance-scale", "-1"], "--guidance-scale: got -1"),
         (["--guidance-scale", "nan"], "--guidance-scale: got nan"),
         (["--out", "README.md"], "--out: README.md is a file"),
         (["--workdir", "tests"], "--workdir: tests is not a run"),
-        (["--sampler", "ddim"], "unrecognized arguments: --sampler"),
+        (["--sampler", "ddim"], "--sampler: no such flag; did you mean --samplers"),
         (["--protocol", "adn"], "--protocol: .*did you mean adm"),
         (["--protocol", "adm"], "--inception: not given"),
         (["--inception", "i.pth"], "--inception: got it without --protocol"),

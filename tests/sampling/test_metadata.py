@@ -135,7 +135,9 @@ def test_what_was_otherwise_when_it_was_made_is_told(plain, capsys):
     sample_here("--replay", plain)
     said = capsys.readouterr()
     assert "is the same" in said.out
-    told = [line.removeprefix("sample.py: warning: ") for line in said.err.splitlines()]
+    told = [
+        line.removeprefix("ldm sample: warning: ") for line in said.err.splitlines()
+    ]
     assert told == [
         f"checkpoint: {'f' * 64} when it was made, here {texts['checkpoint']}",
         f"jax: 0.1 when it was made, here {json.loads(texts['versions'])['jax']}",
@@ -194,7 +196,7 @@ DAMAGES = [
 def test_a_damaged_metadata_is_one_line(plain, capsys, harm, words):
     rewrite(plain, **harm(read_texts(plain)))
     line = refusal(capsys, "--replay", plain)
-    assert line.startswith("sample.py: error: --replay: ") and words in line, line
+    assert line.startswith("ldm sample: error: --replay: ") and words in line, line
 
 
 def test_a_model_that_has_moved_is_found_where_it_is_said_to_be(

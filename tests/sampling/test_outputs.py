@@ -93,7 +93,7 @@ def test_interrupted_anywhere_it_ends_as_if_never_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "sample_images", interrupted)
         line = refusal(capsys, "--workdir", run, "--out", tmp_path, *REQUEST)
-    assert line == "sample.py: error: interrupted; the same command resumes"
+    assert line == "ldm sample: error: interrupted; the same command resumes"
     assert sorted(path.name for path in tmp_path.iterdir()) == NAMES[:num]
     sample_here("--workdir", run, "--out", tmp_path, *REQUEST)
     assert contents(tmp_path) == contents(whole)

@@ -367,6 +367,6 @@ def test_what_a_model_cannot_do_is_one_line_and_writes_nothing(
     given = [names.get(word, word) for word in flags.split()]
     out = [] if "--replay" in flags else ["--out", tmp_path / "out"]
     message = refusal(capsys, "--workdir", runs / run, *out, *given)
-    assert message.startswith("sample.py: error: ")
+    assert message.startswith("ldm sample: error: ")
     assert all(word in message for word in words), message
     assert list(tmp_path.iterdir()) == []

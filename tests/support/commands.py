@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-import sample as sample_program
+from ldm_jax.cli import main
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import Config, to_json
-from ldm_jax.config.flags import run_main
 from ldm_jax.pretrained.model_weights import write_native
 from tests.support.models import model_of
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 240
+TIMEOUT = 1800
+"""Seconds after which a command counts as hung; a busy machine is slow, not wrong."""
+LDM = ("-m", "ldm_jax.cli")
 TINY = Path("tests/support/tiny.py")
 
 
@@ -23,9 +25,10 @@ def environment(devices: int = 1) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONWARNINGS": "default"}
 
 
-def start(program: str, *args: object, devices: int = 1) -> subprocess.Popen[str]:
+def start(*args: object, devices: int = 1) -> subprocess.Popen[str]:
+    """Start Python with these arguments, as in `*LDM, "train"`, or a script."""
     return subprocess.Popen(
-        [sys.executable, program, *map(str, args)],
+        [sys.executable, *map(str, args)],
         cwd=ROOT,
         env=environment(devices),
         stdout=subprocess.PIPE,
@@ -34,22 +37,23 @@ def start(program: str, *args: object, devices: int = 1) -> subprocess.Popen[str
     )
 
 
-def run(
-    program: str, *args: object, devices: int = 1
-) -> subprocess.CompletedProcess[str]:
-    process = start(program, *args, devices=devices)
+def run(*args: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    process = start(*args, devices=devices)
     out, err = process.communicate(timeout=TIMEOUT)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def ldm(*args: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    return run(*LDM, *args, devices=devices)
+
+
 def train(workdir: Path, *args: object, devices: int = 1):
-    return run(
-        "train.py", "--config", TINY, "--workdir", workdir, *args, devices=devices
-    )
+    flags = ("--config", TINY, "--workdir", workdir, *args)
+    return ldm("train", *flags, devices=devices)
 
 
 def sample(workdir: Path, out: Path, *args: object):
-    return run("sample.py", "--workdir", workdir, "--out", out, *args)
+    return ldm("sample", "--workdir", workdir, "--out", out, *args)
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> str:
@@ -75,19 +79,22 @@ def write_run(config: Config, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def ldm_here(*args: object) -> None:
+    """Run `ldm` in this process, which knows JAX already."""
+    main.run(list(map(str, args)))
+
+
 def sample_here(*args: object) -> None:
-    """Run `sample.py` in this process, which knows JAX already."""
-    sample_program.main(list(map(str, args)))
+    ldm_here("sample", *args)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """Assert that `sample.py` ends with one clear line, in this process; return it."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["sample.py", *map(str, args)])
-        run_main(sample_program.main, "sample.py")
+    """Assert that `ldm sample` ends with one clear line, in this process; return it."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(main.run, "ldm sample", ["sample", *map(str, args)])
     said = capsys.readouterr()
     code = stop.value.code
     assert isinstance(code, int)
     return error_line(
-        subprocess.CompletedProcess("sample.py", code, said.out, said.err)
+        subprocess.CompletedProcess("ldm sample", code, said.out, said.err)
     )

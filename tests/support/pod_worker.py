@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from ldm_jax.config.flags import run_main
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config.launch import Launch
 from ldm_jax.parallel.launch import start
 
@@ -18,7 +18,11 @@ def main(args):
     workdir, layout, num_steps, coordinator, num, this = args[:6]
     slow = float(args[6]) if len(args) > 6 else 0.0
     together = coordinator != "none"
-    launch = Launch(True, coordinator, int(num), int(this)) if together else Launch()
+    launch = Launch()
+    if together:
+        launch = Launch(
+            coordinator=coordinator, num_processes=int(num), process_id=int(this)
+        )
     start(launch, peer_timeout=10)
     from ldm_jax.config import CheckpointConfig, ParallelConfig
     from ldm_jax.parallel.make_layout import FsdpLayout, PmapLayout

@@ -7,7 +7,7 @@ import sys
 
 from tests.support.commands import ROOT, environment
 
-TIMEOUT = 120
+TIMEOUT = 1800
 
 
 def pair(workdir, layout, num_steps, *args):

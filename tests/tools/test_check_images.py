@@ -5,19 +5,18 @@ import json
 import logging
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm_jax.build import open_iterator, open_split
+from ldm_jax.cli import check_images
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import ConditionConfig, DataConfig, TextConfig
-from ldm_jax.config.flags import run_main
 from ldm_jax.data.byte_pairs import train_byte_pairs, write_byte_pairs
 from ldm_jax.data.pipeline import to_batch
 from ldm_jax.parallel.make_layout import make_layout
-from ldm_jax.tools.check_images import check
 from ldm_jax.tools.check_images.contact_sheet import TILE, choose, draw_sheet
 from ldm_jax.training.train_tokenizer import keep_tokenizer
 from ldm_jax.types import InputError
@@ -57,9 +56,8 @@ def odd(whole, tmp_path):
 
 def report(capsys, *args):
     """Run the command; return its exit code and what it printed."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["check", *map(str, args)])
-        run_main(check.main, check.PROG)
+    with pytest.raises(SystemExit) as stop:
+        run_main(check_images.main, "ldm check-images", [str(arg) for arg in args])
     said = capsys.readouterr()
     return stop.value.code, said.out, said.err
 
@@ -124,9 +122,9 @@ def test_a_picture_on_both_sides_is_told(whole, tmp_path, capsys):
         (["{}", "--out", "{}/sheet.png"], "where it would count as one of its images"),
         (["{}", "--out", "sheet.jpg"], "wanted a name that ends in .png"),
         (["{}", "--out", "nowhere/sheet.png"], "no folder nowhere"),
-        (["{}", "--image-size", "0"], "--image-size: got 0, wanted 1 or more"),
+        (["{}", "--image-size", "0"], "--image-size: got 0, wanted at least 1"),
         (["{}", "--test-split", "val"], "no split 'val', wanted one of train, test"),
-        ([], "path"),
+        ([], "PATH: not given"),
     ],
 )
 def test_a_question_that_cannot_be_answered_is_one_line(whole, capsys, args, words):

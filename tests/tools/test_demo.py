@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from ldm_jax.cli.sample import parse_sample
+from ldm_jax.cli.serve import parse
 from ldm_jax.config import to_json
 from ldm_jax.sampling.request import MAX_SEED, command_line
-from ldm_jax.tools.demo.arguments import PROG, parse
 from ldm_jax.tools.demo.controls import (
     MAX_LETTERS,
     Limits,
@@ -36,10 +36,9 @@ from ldm_jax.types import InputError
 from tests.data.test_tokenizer import write_clip
 from tests.support import tiny
 from tests.support.browser import CHROMIUM, open_tab
-from tests.support.commands import ROOT, environment, error_line, run, write_run
+from tests.support.commands import LDM, ROOT, environment, error_line, ldm, write_run
 from tests.support.models import config_of
 
-DOOR = ("-m", "ldm_jax.cli.serve")
 CLASSES = Limits(max_steps=9, max_images=4, num_classes=10, reads_text=False)
 TEXTS = Limits(max_steps=9, max_images=4, num_classes=0, reads_text=True)
 GIVEN = {
@@ -65,7 +64,8 @@ def workdir(tmp_path):
 
 
 def parsed(*args):
-    return parse([str(arg) for arg in args], about="")
+    request, _ = parse([str(arg) for arg in args])
+    return request
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_command_asks_for_what_was_wished_for(workdir, limits, num_images):
     controls = check_controls({**GIVEN, "num_images": num_images}, limits)
     asked = sampling_of(controls, settings), request_of(controls)
     words = shlex.split(command_line(*asked))
-    assert words[:2] == ["python", "sample.py"]
+    assert words[:2] == ["ldm", "sample"]
     assert parse_sample(words[2:])[:2] == asked
 
 
@@ -181,16 +181,16 @@ def test_it_listens_to_this_machine_alone_unless_told_otherwise(workdir):
 
 def test_bad_input_is_one_line(workdir, tmp_path, monkeypatch):
     cases = (
-        ((tmp_path,), r"DIR: .* is not a run \(no config.json\); try"),
-        ((tmp_path / "none",), "DIR: .* is not a run"),
-        ((), "the following arguments are required: DIR"),
+        ((tmp_path,), r"WORKDIR: .* is not a run \(no config.json\); try"),
+        ((tmp_path / "none",), "WORKDIR: .* is not a run"),
+        ((), "WORKDIR: not given"),
         ((workdir, "--port", "70000"), "--port: got 70000, wanted 0 to 65535"),
-        ((workdir, "--port", "x"), "argument --port: invalid int value: 'x'"),
+        ((workdir, "--port", "x"), "--port: got 'x', wanted a whole number"),
         ((workdir, "--max-steps", "0"), "--max-steps: got 0, wanted 1 to 1000"),
         ((workdir, "--max-images", "65"), "--max-images: got 65, wanted 1 to 64"),
         ((workdir, "--sampler", "dim"), "--sampler: got 'dim'.* did you mean ddim"),
         ((workdir, "--spacing", "ldm"), "--spacing: got 'ldm'.*wanted trailing"),
-        ((workdir, "--share"), "unrecognized arguments: --share"),
+        ((workdir, "--share"), "--share: no such flag"),
     )
     for args, message in cases:
         with pytest.raises(InputError, match=message):
@@ -205,9 +205,7 @@ def test_bad_input_is_one_line(workdir, tmp_path, monkeypatch):
 
 def test_without_the_library_its_extra_is_named(workdir, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match=r"nicegui, which is not installed; try .*brow"
-    ):
+    with pytest.raises(InputError, match=r"nicegui: not installed.* try .*browse"):
         parsed(workdir)
 
 
@@ -217,8 +215,8 @@ def test_a_port_in_use_ends_the_command_before_anything_is_loaded(workdir):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        line = error_line(run(*DOOR, workdir, "--port", port))
-    assert line.startswith(f"{PROG}: error: --port: {port} is in use")
+        line = error_line(ldm("serve", workdir, "--port", port))
+    assert line.startswith(f"ldm serve: error: --port: {port} is in use")
 
 
 def test_help_is_fast_and_without_jax():
@@ -240,7 +238,7 @@ def page_of(config, folder):
     write_run(config, folder)
     flags = ("--port", "0", "--max-steps", "9", "--max-images", "4")
     with subprocess.Popen(
-        [sys.executable, *DOOR, str(folder), *flags],
+        [sys.executable, *LDM, "serve", str(folder), *flags],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,

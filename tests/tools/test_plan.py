@@ -30,7 +30,7 @@ from ldm_jax.tools.plan.remedies import remedies
 from ldm_jax.tools.plan.report import collective_rows, in_words
 from ldm_jax.tools.plan.topology import AXES_BY_CHIP, EXAMPLES, parse_topology
 from ldm_jax.types import InputError
-from tests.support.commands import run, succeeded
+from tests.support.commands import ldm, succeeded
 from tests.support.tiny import get_config
 
 TINY = ["--config", "tests/support/tiny.py"]
@@ -492,9 +492,7 @@ def test_a_step_is_compiled_for_a_pod_that_is_not_here():
     small = "--autoencoder.channel-multipliers 1 --autoencoder.no-mid-attention"
     wide = "--stage autoencoder --autoencoder.channels 32"
     flags = f"--topology v5e:2x2 --layout fsdp --json {wide} {small}"
-    found = json.loads(
-        succeeded(run("-m", "ldm_jax.cli.plan", *TINY, *flags.split(), devices=1))
-    )
+    found = json.loads(succeeded(ldm("plan", *TINY, *flags.split(), devices=1)))
     assert found["fits"] is True
     assert found["num_devices"] == 4
     assert 0.0 < found["estimate"]["mfu"] < 1.0

@@ -19,7 +19,7 @@ from ldm_jax.tools.report.run_summary import read_run_summary
 from ldm_jax.tools.report.scores import _sweep, best_by_way
 from ldm_jax.types import InputError
 from tests.support import tiny
-from tests.support.commands import error_line, run
+from tests.support.commands import error_line, ldm
 from tests.support.models import model_of
 
 VOID = {"meta", "img", "br", "line", "circle", "polyline"}
@@ -147,7 +147,7 @@ def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
         "unipc, 10 steps",
         "d" * 64,
         '"num_timesteps": 1000',
-        "python train.py --config",
+        "ldm train --config",
         "ldm evaluate",
         f"--workdir '{workdir}' --step 8 --protocol dataset-classifier",
         "prefers-color-scheme: dark",
@@ -189,8 +189,7 @@ def test_a_torn_line_and_half_a_file_are_left_out(tmp_path):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    door = ("-m", "ldm_jax.cli.report")
-    assert "is not a run" in error_line(run(*door, "--workdir", tmp_path))
+    assert "is not a run" in error_line(ldm("report", "--workdir", tmp_path))
     workdir = make_run(tmp_path / "run", trained=False)
     with pytest.raises(InputError, match="is a folder, wanted a file"):
         main(["--workdir", str(workdir), "--out", str(tmp_path)])

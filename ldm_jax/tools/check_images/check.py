@@ -1,96 +1,52 @@
-"""What is in a folder of images, before a model is trained on it.
+"""A folder of images checked, its contact sheet drawn, the findings in words."""
 
-    ldm check-images pictures
-
-Decodes every file and says how many there are in each class and split, their sizes and
-modes, what cannot be read, which are the same picture, and what has no caption; and
-draws a contact sheet. Exit code 1 if files cannot be read, else 0.
-"""
-
-import argparse
-import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.config.flags import FAILED_RUN_EXIT_CODE, OneLineParser, run_main
-from ldm_jax.types import InputError
+from ldm_jax.images import write_png
+from ldm_jax.tools.check_images.contact_sheet import choose, draw_sheet
+from ldm_jax.tools.check_images.survey import survey, to_tree
 
-PROG = "ldm check-images"
-DEFAULT_OUT = Path("contact_sheet.png")
 NAMED = 10
 """How many files of a kind are named; `--json` names all."""
 MAX_CLASSES = 40
 
 
-def parse(args: list[str]) -> argparse.Namespace:
-    """Read the command line.
+def check_images(
+    folder: Path,
+    out: Path,
+    *,
+    image_size: int | None = None,
+    train_split: str = "train",
+    test_split: str | None = None,
+) -> dict[str, Any]:
+    """Decode every image of a folder, and draw a contact sheet.
+
+    Args:
+      folder: Where the images are.
+      out: PNG of the contact sheet; not written where no image can be read.
+      image_size: Name images smaller than so many pixels.
+      train_split: Split trained on.
+      test_split: Split held out; None for test, where there is one.
 
     Returns:
-      `path`, `out`, `image_size`, `train_split`, `test_split` and `json`.
+      What `to_tree` makes of a survey, and the path of the `contact_sheet`.
 
     Raises:
-      InputError: If it is wrong.
-      SystemExit: After printing the help.
+      InputError: If it is no folder of images.
+      OSError: If the sheet cannot be written.
     """
-    parser = OneLineParser(
-        prog=PROG,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("path", type=Path, help="the folder")
-    add("--out", type=Path, default=DEFAULT_OUT, help=f"PNG to draw; {DEFAULT_OUT}")
-    add("--image-size", type=int, help="name images smaller than so many pixels")
-    add("--train-split", default="train", help="as --data.train-split; train")
-    add("--test-split", help="as --data.test-split; test, if there is one")
-    add("--json", action="store_true", help="print JSON, with all names")
-    given = parser.parse_args(args)
-    given.path = given.path.expanduser()
-    if given.image_size is not None and given.image_size < 1:
-        raise InputError(f"--image-size: got {given.image_size}, wanted 1 or more")
-    if given.out.suffix.lower() != ".png":
-        raise InputError(f"--out: got {given.out}, wanted a name that ends in .png")
-    if given.path.resolve() in given.out.resolve().parents:
-        raise InputError(
-            f"--out: {given.out} lies in {given.path}, where it would count as one of "
-            "its images; try --out with a file elsewhere"
-        )
-    if not given.out.absolute().parent.is_dir():
-        raise InputError(f"--out: no folder {given.out.parent} to write to")
-    return given
-
-
-def main(args: list[str]) -> None:
-    """Parse, look at everything, say what is there.
-
-    Raises:
-      SystemExit: With code 1, if there are broken files.
-    """
-    given = parse(args)
-    # Only now: help and bad input need not wait for these.
-    from ldm_jax.images import write_png
-    from ldm_jax.tools.check_images.contact_sheet import choose, draw_sheet
-    from ldm_jax.tools.check_images.survey import survey, to_tree
-
-    found = survey(
-        given.path, train_split=given.train_split, test_split=given.test_split
-    )
-    tree = to_tree(found, image_size=given.image_size)
+    found = survey(folder, train_split=train_split, test_split=test_split)
+    tree = to_tree(found, image_size=image_size)
     tree["contact_sheet"] = None
     if chosen := choose(tuple(found.facts)):
         labels = {name: found.listing.class_of(name) or name for name in chosen}
         labels |= {name: text for name, text in found.captions.by_image.items() if text}
-        title = f"{len(chosen)} of {len(found.listing.images)} images in {given.path}"
-        page = draw_sheet(given.path, chosen, title=title, labels=labels)
-        write_png(given.out, page)
-        tree["contact_sheet"] = str(given.out)
-    text = json.dumps(tree) if given.json else "\n".join(in_words(tree))
-    print(text.encode("utf-8", "backslashreplace").decode())  # noqa: T201
-    if found.broken:
-        sys.exit(FAILED_RUN_EXIT_CODE)
+        title = f"{len(chosen)} of {len(found.listing.images)} images in {folder}"
+        write_png(out, draw_sheet(folder, chosen, title=title, labels=labels))
+        tree["contact_sheet"] = str(out)
+    return tree
 
 
 def in_words(tree: dict[str, Any]) -> Iterator[str]:
@@ -181,7 +137,3 @@ def _some(lines: Iterable[str]) -> Iterator[str]:
 
 def _counts(number_by_word: dict[str, int]) -> str:
     return ", ".join(f"{word} {number:,}" for word, number in number_by_word.items())
-
-
-if __name__ == "__main__":
-    run_main(main, PROG)

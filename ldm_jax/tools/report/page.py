@@ -193,8 +193,7 @@ def _steps(summary: RunSummary) -> str:
     text = (
         f"Cheapest within 5 % of the best: <strong>{escaped(chosen['sampler'])}, "
         f"{chosen['steps']} steps</strong>, by the Fréchet distance of "
-        f"{summary.steps['num_images']:,} images' small pixels (python -m "
-        "ldm_jax.cli.steps)."
+        f"{summary.steps['num_images']:,} images' small pixels (ldm steps)."
     )
     return section(
         "How many steps?", figure(_file(summary.steps_picture), "") + f"<p>{text}</p>"
@@ -205,9 +204,9 @@ def _making(summary: RunSummary, facts: dict[str, str]) -> str:
     place = summary.workdir
     again, name = f"{place}_again", shlex.quote(str(place))
     commands = [
-        f"python train.py --config {shlex.quote(f'{place}/config.json')} --workdir "
+        f"ldm train --config {shlex.quote(f'{place}/config.json')} --workdir "
         f"{shlex.quote(again)}",
-        f"python sample.py --workdir {name}",
+        f"ldm sample --workdir {name}",
         *(_evaluation_command(summary, one) for one in summary.metrics),
         f"ldm report --workdir {name}",
     ]

@@ -1,0 +1,69 @@
+"""`ldm check-images`."""
+
+import json
+import sys
+from pathlib import Path
+
+from ldm_jax.cli.exit_codes import FAILED_RUN
+from ldm_jax.config.flags import Positional, parse_flags
+from ldm_jax.config.validation import checked_dataclass, require_at_least
+from ldm_jax.types import InputError
+
+
+@checked_dataclass
+class Flags:
+    """Check a folder of images before a model is trained on it.
+
+        ldm check-images pictures
+
+    Decodes every file and counts images by class and split, their sizes and modes;
+    names files that cannot be read, images that are the same, and images without a
+    caption; and draws a contact sheet. Exit code 1 if files cannot be read, else 0.
+    """
+
+    path: Positional[Path]
+    """The folder."""
+    out: Path = Path("contact_sheet.png")
+    """PNG to draw."""
+    image_size: int | None = None
+    """Name images smaller than so many pixels."""
+    train_split: str = "train"
+    """As --data.train-split."""
+    test_split: str | None = None
+    """As --data.test-split; test by default, where there is one."""
+    json: bool = False
+    """Print JSON, with all names."""
+
+    def _check(self) -> None:
+        require_at_least(self, 1, "image_size")
+        if self.out.suffix.lower() != ".png":
+            raise InputError(f"out: got {self.out}, wanted a name that ends in .png")
+        if self.path.expanduser().resolve() in self.out.resolve().parents:
+            raise InputError(
+                f"out: {self.out} lies in {self.path}, where it would count as one of "
+                "its images; try --out with a file elsewhere"
+            )
+        if not self.out.absolute().parent.is_dir():
+            raise InputError(f"out: no folder {self.out.parent} to write to")
+
+
+def main(args: list[str]) -> None:
+    """Check everything, and print what was found.
+
+    Raises:
+      SystemExit: With code 1, if there are broken files.
+    """
+    flags = parse_flags(Flags, args, prog="ldm check-images")
+    from ldm_jax.tools.check_images.check import check_images, in_words
+
+    found = check_images(
+        flags.path.expanduser(),
+        flags.out,
+        image_size=flags.image_size,
+        train_split=flags.train_split,
+        test_split=flags.test_split,
+    )
+    text = json.dumps(found) if flags.json else "\n".join(in_words(found))
+    print(text.encode("utf-8", "backslashreplace").decode())
+    if found["broken"]:
+        sys.exit(FAILED_RUN)
