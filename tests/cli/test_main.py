@@ -1,0 +1,94 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ldm_jax.cli import main
+from ldm_jax.cli.exit_codes import run_main
+from ldm_jax.config.load_config import shipped_configs
+from ldm_jax.types import InputError
+from tests.support.commands import LDM, ROOT, error_line, run, succeeded
+
+HELP = """
+import resource, sys
+from ldm_jax.cli.main import run
+try:
+    run({args!r})
+except SystemExit as stop:
+    assert not stop.code, stop.code
+heavy = {{"jax", "flax", "numpy", "matplotlib", "tensorflow", "nicegui"}}
+print("imported:", sorted(heavy & sys.modules.keys()))
+print("seconds:", resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+"""
+MOST_SECONDS = 1.0
+"""Of CPU, not of the clock, for a command's help."""
+
+
+@pytest.mark.parametrize("command", ["", *main.COMMANDS])
+def test_help_of_each_command_is_fast_and_imports_no_numerics(command):
+    args = [command, "--help"] if command else ["--help"]
+    text = succeeded(run("-c", HELP.format(args=args)))
+    assert f"usage: ldm {command}".strip() in text
+    assert "imported: []" in text
+    assert float(text.split("seconds:")[1]) < MOST_SECONDS
+
+
+def test_help_lists_every_command():
+    text = succeeded(run(*LDM, "--help"))
+    assert all(f"\n  {name} " in text for name in main.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "command: not given"),
+        (["trian"], "command: got 'trian', wanted one of train, "),
+        (["trian"], "did you mean train?"),
+        (["steps", "--sampler", "ddim"], "--sampler: no such flag; did you mean --sam"),
+        (["inspect"], "PATH: not given"),
+        (["inspect", "--deep", "x"], "--deep: no such flag"),
+        (["import", "x"], "--out: not given"),
+        (["export", "x", "--out", "y", "--format", "comvis"], "did you mean compvis?"),
+        (["train", "--config", "digts", "--workdir", "x"], "did you mean digits?"),
+        (["train", "--config", "configs/ldm/sd51.py", "--workdir", "x"], "ldm/sd15?"),
+        (["plan", "--config", "ldm/sd15", "--diffusion.remt"], "--diffusion.remat?"),
+    ],
+)
+def test_a_mistyped_word_is_answered_by_the_nearest(args, words):
+    with pytest.raises(InputError) as caught:
+        main.run(args)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_error_is_one_line_under_the_name_of_the_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main(main.run, "ldm inspect", ["inspect", "nowhere"])
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    done = subprocess.CompletedProcess("ldm", 2, said.out, said.err)
+    assert error_line(done).startswith("ldm inspect: error: nowhere: ")
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_the_scripts_are_the_sub_commands(script):
+    by_script = error_line(run(script, "--seeed", 3))
+    by_command = error_line(run(*LDM, script.removesuffix(".py"), "--seeed", 3))
+    assert by_script == by_command
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path):
+    assert {"digits", "ldm/sd15", "autoencoder/kl_f8"} <= shipped_configs().keys()
+    (tmp_path / "configs").mkdir()  # of someone else
+    code = (
+        "from ldm_jax.config.load_config import load_config\n"
+        "print(load_config('digits').seed)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
