@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import re
 import sys
 import typing
@@ -90,13 +91,13 @@ def parse_flags_with_config(cls: type[T], args: list[str], *, prog: str) -> T:
       InputError: If a flag is unknown or a value is wrong, or the config file is.
       SystemExit: After printing the help.
     """
-    named = None
-    for arg, after in zip(args, [*args[1:], None], strict=True):
+    named = ""
+    for arg, after in itertools.pairwise([*args, ""]):
         flag, equals, value = arg.partition("=")
         if flag == "--config":
             named = value if equals else after
     wants_help = not {"-h", "--help"}.isdisjoint(args)
-    if named is None or wants_help:
+    if not named or wants_help:
         return parse_flags(cls, args, prog=prog)
     kwargs: dict[str, Any] = {"config": load_config(named)}
     return parse_flags(cls, args, prog=prog, default=cls(**kwargs))

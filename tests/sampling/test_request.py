@@ -190,7 +190,7 @@ def test_a_command_line_makes_the_request_that_it_was_written_for(
         settings = {**settings, "image": str(workdir / "i.png")}
     asked = SamplingConfig(workdir=str(workdir), **settings), SampleRequest(**request_)
     words = shlex.split(command_line(*asked))
-    assert words[:2] == ["python", "sample.py"]
+    assert words[:2] == ["ldm", "sample"]
     assert command_of(*words[2:])[:2] == asked
 
 

@@ -171,12 +171,12 @@ def test_the_gate_lets_in_reading_from_this_machine_alone(
 
 
 def test_it_listens_to_this_machine_alone_unless_told_otherwise(workdir):
-    request = parsed(workdir, "--port", "0")
-    with open_socket(request.host, request.port) as taken:
+    _, flags = parse([str(workdir), "--port", "0"])
+    with open_socket(flags.host, flags.port) as taken:
         host, port = taken.getsockname()
         assert host == "127.0.0.1" and address_of(taken) == f"http://127.0.0.1:{port}/"
         with pytest.raises(InputError, match=f"--port: {port} is in use.* --port 0"):
-            open_socket(request.host, port)
+            open_socket(flags.host, port)
 
 
 def test_bad_input_is_one_line(workdir, tmp_path, monkeypatch):
