@@ -25,6 +25,7 @@ from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
 from ldm_jax.run import Run, load_run
 from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.autoencoder_stage import make_reconstruct
 
 NUM_COMPONENTS = 32
@@ -45,13 +46,12 @@ def shrink(images: np.ndarray) -> np.ndarray:
 
 def draw(run: Run, per_class: int, steps: int, scale: float) -> Batch:
     """Sample every class with the seeds 0, 1, 2 ..., label by label."""
-    sample_fn = make_sample_fn(
-        run.model, sampler="ddim", num_steps=steps, guided=scale != 1.0
-    )
+    settings = SamplingConfig(steps=steps, guidance_scale=(scale,))
+    sample_fn = make_sample_fn(run.model, guided=settings.guided)
     seeds = list(range(per_class)) * 10
     labels = np.repeat(np.arange(10), per_class).astype(np.int32)
     cond = ConditionInputs(label=jnp.asarray(labels))
-    samples = sample_fn(run.params, image_keys(seeds), cond, scale, 0.0)
+    samples = sample_fn(run.params, image_keys(seeds), cond, settings)
     images = to_uint8(np.asarray(samples.images))
     return Batch(images, labels, np.arange(len(labels), dtype=np.uint32))
 

@@ -27,6 +27,7 @@ from ldm_jax.rng import Stream, example_keys, image_keys, root_key
 from ldm_jax.run import Run, load_run
 from ldm_jax.sampling.editing import Edit, masked_inputs
 from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.conditions import HOLE_VALUE, low_resolution, random_holes
 
 MIN_GAIN = {"low_resolution": 1.5, "masked_image": 5.0}
@@ -115,10 +116,12 @@ def psnr(task: Task, images: Images | Float[np.ndarray, "b h w c"]) -> float:
 
 def restore(run: Run, task: Task, *, steps: int, seed: int) -> Images:
     """Draw one answer for each image."""
-    sample_fn = make_sample_fn(run.model, sampler="ddim", num_steps=steps, guided=False)
+    sample_fn = make_sample_fn(run.model, guided=False)
     first = seed * len(task.truth)
     keys = image_keys(list(range(first, first + len(task.truth))))
-    images: Array = sample_fn(run.params, keys, task.cond, edit=task.edit).images
+    images: Array = sample_fn(
+        run.params, keys, task.cond, SamplingConfig(steps=steps), edit=task.edit
+    ).images
     return to_uint8(np.asarray(images))
 
 

@@ -53,6 +53,7 @@ from ldm_jax.pretrained.model_weights import ModelWeights
 from ldm_jax.pretrained.open_weights import to_sample_params
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
 from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
 PROG = "benchmarks/sampling.py"
@@ -112,11 +113,12 @@ def make_case(config: Config, weights: ModelWeights, *, batch: int, steps: int) 
 def our_sample(case: Case) -> Draw:
     """Make what draws a batch with this package."""
     batch = len(case.noise)
-    sample_fn = make_sample_fn(case.model, sampler="ddim", num_steps=case.steps)
+    sample_fn = make_sample_fn(case.model, guided=True)
+    settings = SamplingConfig(steps=case.steps, guidance_scale=(SCALE,))
 
     def draw() -> np.ndarray:
         keys = image_keys(list(range(batch)))
-        return np.asarray(sample_fn(case.params, keys, case.cond, SCALE).images)
+        return np.asarray(sample_fn(case.params, keys, case.cond, settings).images)
 
     return draw
 

@@ -30,7 +30,8 @@ from ldm_jax.images import to_uint8, write_png
 from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.rng import image_keys
 from ldm_jax.run import Run, load_run
-from ldm_jax.sampling.sample_fn import EVERYWHERE, make_sample_fn
+from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.autoencoder_stage import make_reconstruct
 from ldm_jax.types import SAMPLER_NAMES, SamplerName
 
@@ -98,7 +99,7 @@ class How(NamedTuple):
     """Of guidance."""
     eta: float
     """Of DDIM: 0 draws no noise on the way, 1 as much as DDPM."""
-    interval: tuple[float, float] = EVERYWHERE
+    interval: tuple[float, float] = (0.0, float("inf"))
     """Of sigma / alpha, in which there is guidance."""
     first_seed: int = 0
     """Of the first caption; the others follow."""
@@ -107,22 +108,19 @@ class How(NamedTuple):
 def draw(run: Run, captions: list[str], how: How) -> Images:
     """Draw each caption once, every one with a seed of its own."""
     tokens = open_tokenizer(run.config.diffusion.condition).encode(captions)
-    sample_fn = make_sample_fn(
-        run.model,
+    low, high = how.interval
+    settings = SamplingConfig(
         sampler=how.sampler,
-        num_steps=how.steps,
-        guided=how.scale != 1.0,
+        steps=how.steps,
+        eta=how.eta,
+        guidance_scale=(how.scale,),
+        guidance_low=low,
+        guidance_high=None if high == float("inf") else high,
     )
+    sample_fn = make_sample_fn(run.model, guided=settings.guided)
     cond = ConditionInputs(tokens=jnp.asarray(tokens))
     keys = image_keys([how.first_seed + i for i in range(len(captions))])
-    samples = sample_fn(
-        run.params,
-        keys,
-        cond,
-        how.scale,
-        how.eta,
-        guidance_interval=how.interval,
-    )
+    samples = sample_fn(run.params, keys, cond, settings)
     return to_uint8(np.asarray(samples.images))
 
 

@@ -4,11 +4,12 @@ Every kind of guidance here goes from a worse prediction through a better one an
 beyond: `worse + scale (better - worse)`. 0 is the worse one, 1 the better one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from ldm_jax.types import PyTree
@@ -49,7 +50,6 @@ def ask(
 
 
 TINY = 1e-12
-UNGUIDED_SCALE = 1.0
 
 
 def unguided(denoise: Denoiser) -> Predictor:
@@ -175,9 +175,9 @@ def rescaled(
 
 
 def spread_scale(
-    scale: Real[Array, "*k"] | float | int, *, num_steps: int
-) -> Float[Array, " t"]:
-    """Give every step its guidance scale, so that all calls have one shape.
+    scale: Real[Any, "*k"] | Sequence[float | int] | float | int, *, num_steps: int
+) -> Float[np.ndarray, " t"]:
+    """Give every step its guidance scale.
 
     Args:
       scale: One for all steps; or several, spread evenly from the first step to the
@@ -187,20 +187,22 @@ def spread_scale(
     Returns:
       A scale per step, float32.
     """
-    knots = jnp.atleast_1d(jnp.asarray(scale, jnp.float32))
-    places = jnp.linspace(0.0, 1.0, knots.shape[0], dtype=jnp.float32)
+    knots = np.atleast_1d(np.asarray(scale, np.float32))
+    if len(knots) == 1:
+        return np.full(num_steps, knots[0])
+    places = jnp.linspace(0.0, 1.0, len(knots), dtype=jnp.float32)
     steps = jnp.linspace(0.0, 1.0, num_steps, dtype=jnp.float32)
-    return jnp.interp(steps, places, knots)
+    return np.asarray(jnp.interp(steps, places, knots))
 
 
-def scales_of_calls(
-    scales: Float[Array, " t"],
+def call_scales(
+    scales: Float[np.ndarray, " t"],
     *,
-    step: Int[Any, " n"],
-    ratio: Float[Any, " n"],
-    interval: Float[Array, "2"],
-) -> Float[Array, " n"]:
-    """Say how strongly each network call is guided.
+    step: Int[np.ndarray, " n"],
+    ratio: Float[np.ndarray, " n"],
+    interval: tuple[float, float],
+) -> Float[np.ndarray, " n"]:
+    """Return the guidance scale of each network call.
 
     Args:
       scales: Of each step.
@@ -208,13 +210,9 @@ def scales_of_calls(
       ratio: Noise-to-signal ratio sigma / alpha at each call.
       interval: Guide only where `low <= ratio <= high`; elsewhere the scale is 1.
 
-    Returns:
-      A scale per call.
-
     Source:
       Kynkäänniemi et al., arXiv:2404.07724, eq. 5 (interval).
     """
-    by_call = scales[step]
-    ratio = jnp.asarray(ratio, scales.dtype)
-    inside = (ratio >= interval[0]) & (ratio <= interval[1])
-    return jnp.where(inside, by_call, jnp.asarray(UNGUIDED_SCALE, by_call.dtype))
+    low, high = np.asarray(interval, np.float32)
+    ratio = np.asarray(ratio, np.float32)
+    return np.where((ratio >= low) & (ratio <= high), scales[step], np.float32(1.0))

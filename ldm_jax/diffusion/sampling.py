@@ -1,6 +1,8 @@
 """Reverse diffusion: the one scan that drives every sampler."""
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ldm_jax.diffusion.guidance import Call, Predictor
-from ldm_jax.diffusion.solvers import Table
+from ldm_jax.diffusion.tables import BLOCK, Padded, Table, unpadded
 from ldm_jax.rng import Stream, image_step_keys, normal
 from ldm_jax.types import PyTree
 
@@ -58,8 +60,7 @@ def sample(
     keys: Key[Array, " b"],
     cond: PyTree,
     *,
-    table: Table,
-    live: Bool[Any, " n"] | None = None,
+    table: Table | Padded,
     known: Known | None = None,
     num_frames: int = 0,
 ) -> Trajectory:
@@ -70,14 +71,14 @@ def sample(
 
     Args:
       predict: The network, guided or not.
-      x_start: Latents at the first level, what is known included.
+      x_start: Latents at the first level, known parts included.
       keys: One per image, for the noise on the way.
       cond: Condition of each image.
-      table: The sampler, its levels, and what the network predicts. Its arrays may be
-        traced, but for `step` where frames are kept.
-      live: Whether each call takes place, see `tables.pad`; None where all do.
+      table: The sampler, its levels, and what the network predicts. Padded, its arrays
+        may be traced.
       known: What is not to change; None makes everything.
-      num_frames: Frames to keep, at most one more than there are steps. Static.
+      num_frames: Frames to keep, at most one more than there are steps; of a padded
+        table, as many as it was padded for. Static.
 
     Returns:
       The latents at the end and the kept frames.
@@ -85,29 +86,26 @@ def sample(
     Source:
       Lugmayr et al., RePaint, arXiv:2201.09865, eq. 8 (known parts).
     """
-    rows = jax.tree.map(jnp.asarray, table)
-    slots = jnp.zeros(table.num_calls, jnp.int32)
-    if num_frames:
-        slots = jnp.asarray(frame_slots(np.asarray(table.step), num_frames))
+    if not isinstance(table, Padded):
+        table = unpadded(table, num_frames=num_frames)
     frames = jnp.zeros((num_frames, *x_start.shape), x_start.dtype)
     if num_frames:
         frames = frames.at[0].set(x_start)
     start = State(
-        registers=(x_start,) * table.num_registers,
-        signals=(jnp.zeros_like(x_start),) * (table.num_signals - 1),
+        registers=(x_start,) * table.table.num_registers,
+        signals=(jnp.zeros_like(x_start),) * (table.table.num_signals - 1),
         frames=frames,
     )
-    may_draw = not isinstance(table.noise, np.ndarray) or bool(table.noise.any())
+    noise_weights = table.table.noise
+    may_draw = not isinstance(noise_weights, np.ndarray) or bool(noise_weights.any())
 
-    def body(
-        state: State, xs: tuple[Int[Array, ""], Int[Array, ""], Table]
-    ) -> tuple[State, None]:
-        index, slot, row = xs
-        x_t = state.registers[0]
+    def step(state: State, xs: tuple[Int[Array, ""], Padded]) -> tuple[State, None]:
+        index, call = xs
+        row, x_t = call.table, state.registers[0]
         output = predict(x_t, Call(index, row.t), cond)
         signal = row.read[0] * x_t + row.read[1] * output
         signals = (signal, *state.signals)
-        registers = _mix((*state.registers, *signals), row)
+        registers = _mix(_terms(state.registers, signals, two=call.two), row)
         if may_draw:
             noise = _fresh_noise(keys, index, x_t, drawn=row.noise.any())
             registers = [x + row.noise[i] * noise for i, x in enumerate(registers)]
@@ -118,20 +116,51 @@ def sample(
             ]
         frames = state.frames
         if num_frames:
-            frames = frames.at[slot].set(registers[0])
+            frames = frames.at[call.slot].set(registers[0])
         return State(tuple(registers), signals[:-1], frames), None
 
-    def body_if_live(
-        state: State, xs: tuple[Bool[Array, ""], PyTree]
-    ) -> tuple[State, None]:
-        return jax.lax.cond(xs[0], body, lambda state, _: (state, None), state, xs[1])
-
-    xs = (jnp.arange(table.num_calls), slots, rows)
-    if live is None:
-        end, _ = jax.lax.scan(body, start, xs)
-    else:
-        end, _ = jax.lax.scan(body_if_live, start, (jnp.asarray(live), xs))
+    xs = (jnp.arange(table.table.num_calls), jax.tree.map(jnp.asarray, table))
+    scan = jax.lax.scan if table.live is None else _scan_live
+    end, _ = scan(step, start, xs)
     return Trajectory(end.registers[0], end.frames)
+
+
+def _scan_live(
+    step: Callable[[State, PyTree], tuple[State, None]], start: State, xs: PyTree
+) -> tuple[State, None]:
+    """Scan over the live calls; pass by the others, a block at a time."""
+
+    def unless(live: Bool[Array, ""], fn: Callable, state: State, xs: PyTree) -> State:
+        return jax.lax.cond(live, lambda state: fn(state, xs)[0], lambda s: s, state)
+
+    def call(state: State, xs: PyTree) -> tuple[State, None]:
+        return unless(xs[1].live, step, state, xs), None
+
+    def block(state: State, xs: PyTree) -> tuple[State, None]:
+        several = functools.partial(jax.lax.scan, call)
+        return unless(xs[1].live.any(), several, state, xs), None
+
+    blocks = jax.tree.map(lambda x: x.reshape(-1, BLOCK, *x.shape[1:]), xs)
+    return jax.lax.scan(block, start, blocks)
+
+
+def _terms(
+    registers: tuple[Float[Array, "b h w c"], ...],
+    signals: tuple[Float[Array, "b h w c"], ...],
+    *,
+    two: Bool[Array, ""] | None,
+) -> tuple[Float[Array, "b h w c"], ...]:
+    """Put the terms of a sum in the order of the sampler's own table.
+
+    A sampler of one register has its signals next to it. The second register in between
+    would have weight 0, and change the last bits of the sum all the same: a compiler
+    fuses each product with the sum before it.
+    """
+    if two is None:
+        return (*registers, *signals)
+    first, second = registers
+    pairs = zip((second, *signals), (*signals, second), strict=True)
+    return (first, *(jnp.where(two, a, b) for a, b in pairs))
 
 
 def _mix(
@@ -173,19 +202,3 @@ def keep_known(
       Lugmayr et al., RePaint, arXiv:2201.09865, eq. 8.
     """
     return jnp.where(known.free == 1.0, x, alpha * known.x_0 + sigma * known.eps)
-
-
-def frame_slots(step: Int[np.ndarray, " n"], num_frames: int) -> np.ndarray:
-    """Say in which frame the result of each network call is kept.
-
-    Args:
-      step: Step of each call, rising from 0.
-      num_frames: Frames, the start (slot 0) among them; 0 keeps none.
-
-    Returns:
-      A slot per call, int32. Calls that share a slot overwrite each other in order, so
-      that the last slot ends with the last call; memory stays `num_frames` latents
-      whatever the number of steps.
-    """
-    done = step + 1
-    return np.ceil(done * max(num_frames - 1, 0) / done[-1]).astype(np.int32)

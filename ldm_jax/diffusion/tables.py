@@ -4,7 +4,7 @@ Samplers of diffusion models differ in nothing but numbers. Each asks the networ
 known level, reads one signal out of the answer (the clean latent, the noise or the
 flow), and goes on with a weighted sum of what it has: one or two latents, the last few
 signals, fresh noise. So a sampler is a `Table` of those weights, worked out in float64
-before the network runs, and one scan drives them all (`samplers.sample`).
+before the network runs, and one scan drives them all (`sampling.sample`).
 
 Deterministic steps from a level t to a cleaner level s follow the same flow:
 `x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x_0`.
@@ -55,18 +55,36 @@ class Table(NamedTuple):
         return self.mix.shape[1]
 
     @property
+    def num_terms(self) -> int:
+        """Terms of a sum: the registers, then the signals."""
+        return self.mix.shape[2]
+
+    @property
     def num_signals(self) -> int:
         """Signals it remembers, the newest included."""
         return self.mix.shape[2] - self.num_registers
 
 
+MOST_REGISTERS = 2
+MOST_SIGNALS = 5
+"""PLMS remembers the first step's second slope and four others."""
+MOST_CALLS_PER_STEP = 2
+BLOCK = 32
+"""Network calls that the scan passes by at once where none of them takes place."""
+
+
 class Padded(NamedTuple):
-    """A table filled up to the shape of a longer one."""
+    """A table in the one shape that holds those of all samplers, call by call."""
 
     table: Table
     """Its rows first, then others that nothing reads."""
-    live: Bool[Any, " n"]
-    """Whether each network call takes place."""
+    live: Bool[Any, " n"] | None
+    """Whether each network call takes place; None where all do."""
+    two: Bool[Any, " n"] | None
+    """Whether the sampler has two registers; with one, its signals come second. None
+    where the table has its own shape."""
+    slot: Int[Any, " n"] | None
+    """The frame in which the result of each call is kept; None where none are."""
 
 
 class Row(NamedTuple):
@@ -130,37 +148,71 @@ def tabulate(
     )
 
 
-def pad(table: Table, *, num_calls: int, num_signals: int) -> Padded:
-    """Fill a table up to the shape of a longer one, so that one program runs both.
+def pad(table: Table, *, max_steps: int, num_frames: int = 0) -> Padded:
+    """Fill a table up to a shape that depends on the number of steps alone.
 
-    The calls that are added are not live: the scan passes them by, the network is not
-    asked, and nothing changes. Signals that are added have weight 0.
+    One compiled program then runs every sampler: the calls that are added are not live,
+    the scan passes them by, and the terms that are added have weight 0.
 
     Args:
-      table: Of NumPy arrays.
-      num_calls: Network calls of the longer one.
-      num_signals: Signals that it remembers.
-
-    Returns:
-      The filled table, and which of its calls are live.
+      table: A sampler, of NumPy arrays.
+      max_steps: The most steps that the program can make.
+      num_frames: Frames that the program keeps.
 
     Raises:
-      ValueError: If the table is the longer one.
+      ValueError: If the table has more calls than so many steps make.
     """
-    more = num_calls - table.num_calls
-    if more < 0 or num_signals < table.num_signals:
+    most = MOST_CALLS_PER_STEP * max_steps
+    if table.num_calls > most:
         raise ValueError(
-            f"table: got {table.num_calls} calls of {table.num_signals} signals, "
-            f"wanted at most {num_calls} of {num_signals}"
+            f"steps: got {table.num_calls} network calls, wanted at most {most}"
         )
-    unread = ((0, 0), (0, 0), (0, num_signals - table.num_signals))
-    table = table._replace(mix=np.pad(table.mix, unread))
-    # With the last row again, in which no number is strange.
-    filled = (
-        np.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
-        for leaf in table
+    num_rows = -(-most // BLOCK) * BLOCK
+    num_terms = MOST_REGISTERS + MOST_SIGNALS
+    registers = MOST_REGISTERS - table.num_registers
+    wide = table._replace(
+        mix=np.pad(
+            table.mix, [(0, 0), (0, registers), (0, num_terms - table.num_terms)]
+        ),
+        noise=np.pad(table.noise, [(0, 0), (0, registers)]),
+        alpha=np.pad(table.alpha, [(0, 0), (0, registers)], mode="edge"),
+        sigma=np.pad(table.sigma, [(0, 0), (0, registers)], mode="edge"),
     )
-    return Padded(Table(*filled), np.arange(num_calls) < table.num_calls)
+
+    def longer(leaf: np.ndarray) -> np.ndarray:
+        # With the last row again, in which no number is strange.
+        more = [(0, num_rows - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)
+        return np.pad(leaf, more, mode="edge")
+
+    slots = frame_slots(table.step, num_frames) if num_frames else table.step
+    return Padded(
+        table=Table(*map(longer, wide)),
+        live=np.arange(num_rows) < table.num_calls,
+        two=np.full(num_rows, table.num_registers == MOST_REGISTERS),
+        slot=longer(slots) if num_frames else None,
+    )
+
+
+def unpadded(table: Table, *, num_frames: int = 0) -> Padded:
+    """Return a table of its own shape in the form of a padded one."""
+    slot = frame_slots(table.step, num_frames) if num_frames else None
+    return Padded(table, live=None, two=None, slot=slot)
+
+
+def frame_slots(step: Int[np.ndarray, " n"], num_frames: int) -> np.ndarray:
+    """Return in which frame the result of each network call is kept.
+
+    Args:
+      step: Step of each call, rising from 0.
+      num_frames: Frames, at least 2, the start (slot 0) among them.
+
+    Returns:
+      A slot per call, int32. Calls that share a slot overwrite each other in order, so
+      that the last slot ends with the last call; memory stays `num_frames` latents
+      whatever the number of steps.
+    """
+    done = step + 1
+    return np.ceil(done * (num_frames - 1) / done[-1]).astype(np.int32)
 
 
 def towards_clean(levels: Levels, here: int, there: int) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Samplers compared on a run: the same seeds drawn by each, timed and measured."""
 
+import functools
 import json
 import math
 import statistics
@@ -37,7 +38,8 @@ from ldm_jax.images import to_uint8
 from ldm_jax.pretrained.load_run import Run, load_run
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.conditions import condition_inputs
-from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.sampling.sample_fn import SampleFn, make_sample_fn
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError, SamplerName
 
 MAX_REAL_IMAGES = 10_000
@@ -102,10 +104,13 @@ def compare(request: StepsRequest) -> Comparison:
     """
     run = load_run(request.workdir)
     limit_steps = min(request.limit_steps, run.model.schedule.num_timesteps)
+    # One program for all: samplers and steps are its inputs.
+    sample_fn = make_sample_fn(run.model, guided=request.guidance_scale != 1.0)
+    setting_of = functools.partial(make_setting, request, run, sample_fn)
     try:
-        limit = make_setting(request, run, LIMIT_SAMPLER, limit_steps)
+        limit = setting_of(LIMIT_SAMPLER, limit_steps)
         settings = [
-            make_setting(request, run, sampler, steps)
+            setting_of(sampler, steps)
             for sampler in request.samplers
             for steps in request.steps
         ]
@@ -206,7 +211,11 @@ def open_space(request: StepsRequest, config: Config) -> Space:
 
 
 def make_setting(
-    request: StepsRequest, run: Run, sampler: SamplerName, steps: int
+    request: StepsRequest,
+    run: Run,
+    sample_fn: SampleFn,
+    sampler: SamplerName,
+    steps: int,
 ) -> Setting:
     """Make what draws the seeds of a request with a sampler.
 
@@ -224,14 +233,12 @@ def make_setting(
     model = run.model
     levels = make_levels(model.schedule, steps, spacing=request.spacing)
     table = make_table(sampler, levels, prediction=model.prediction)
-    sample_fn = make_sample_fn(
-        model,
+    config = SamplingConfig(
         sampler=sampler,
-        num_steps=steps,
+        steps=steps,
         spacing=request.spacing,
-        guided=request.guidance_scale != 1.0,
+        guidance_scale=(request.guidance_scale,),
     )
-
     condition_texts = conditions_by_seed(model, run.config.data, request.num_images)
 
     def draw(start: int) -> np.ndarray:
@@ -239,8 +246,7 @@ def make_setting(
         cond, uncond = condition_inputs(
             model, [condition_texts[i % len(condition_texts)] for i in seeds]
         )
-        keys, scale = image_keys(seeds), request.guidance_scale
-        made = sample_fn(run.params, keys, cond, scale, uncond=uncond)
+        made = sample_fn(run.params, image_keys(seeds), cond, config, uncond=uncond)
         return np.asarray(made.images)
 
     return Setting(sampler, steps, table.num_calls, bool(table.noise.any()), draw)

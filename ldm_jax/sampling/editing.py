@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from ldm_jax.diffusion.guidance import unguided
 from ldm_jax.diffusion.parameterization import add_noise
@@ -123,6 +123,17 @@ class Edit(NamedTuple):
     """Where between: 0 is the first, 1 the second."""
 
 
+class FirstLevel(NamedTuple):
+    """The noise level at which a sampler starts."""
+
+    level: Level
+    """It."""
+    spread: Float[Any, ""]
+    """Standard deviation of the latents there."""
+    is_whole: Bool[Any, ""]
+    """Whether the sampler takes all its steps; False where an edit begins later."""
+
+
 class Start(NamedTuple):
     """Where a sampler begins."""
 
@@ -138,19 +149,17 @@ def start_of(
     keys: Key[Array, " b"],
     edit: Edit,
     *,
-    levels: Levels,
-    whole: bool,
+    first: FirstLevel,
 ) -> Start:
-    """Make the latents at the first level that is visited.
+    """Make the latents at the first level.
+
+    A hole is filled from noise alone where the sampler takes all its steps, else from
+    the noised picture.
 
     Args:
       keys: One per image.
       edit: What to start from.
-      levels: The levels to visit.
-      whole: Whether every level is visited, so that a hole starts from noise alone.
-
-    Returns:
-      The start.
+      first: The level.
 
     Source:
       Meng et al., SDEdit, arXiv:2108.01073, algorithm 1; Lugmayr et al., RePaint,
@@ -160,28 +169,31 @@ def start_of(
     noise = starting_noise(keys, shape)
     if edit.other_keys is not None and edit.weight is not None:
         noise = slerp(noise, starting_noise(edit.other_keys, shape), edit.weight)
-    spread = spread_of(model, levels)
-    x_start = spread * noise if edit.latents is None else edit.latents
+    x_start = first.spread * noise if edit.latents is None else edit.latents
     if edit.image is None:
         return Start(x_start, None)
     x_0 = encode_images(model, params, edit.image)
-    rows = (levels.t, levels.alpha, levels.sigma)
-    first = Level(*(jnp.full(x_0.shape[:1], row[0], x_0.dtype) for row in rows))
-    hole_from_noise = whole and edit.mask is not None
-    if edit.latents is None and not hole_from_noise:
-        x_start = add_noise(x_0, noise, first)
+    level = Level(*(jnp.full(x_0.shape[:1], row, x_0.dtype) for row in first.level))
+    if edit.latents is None:
+        noised = add_noise(x_0, noise, level)
+        from_noise = first.is_whole if edit.mask is not None else False
+        x_start = jnp.where(from_noise, x_start, noised)
     if edit.mask is None:
         return Start(x_start, None)
     known = Known(x_0, noise, free_latents(edit.mask, shape))
-    return Start(keep_known(x_start, known, first.alpha[0], first.sigma[0]), known)
+    return Start(keep_known(x_start, known, level.alpha[0], level.sigma[0]), known)
 
 
-def spread_of(model: LatentDiffusion, levels: Levels) -> float:
-    """Return what latents have as deviation at the first level: below 1 in flows only.
+def first_level(levels: Levels, *, sigma_data: float, is_whole: bool) -> FirstLevel:
+    """Collect what `start_of` needs to know of the first level.
 
-    There a sample starts from this much noise.
+    The spread is that of `alpha x_0 + sigma eps`; it is below 1 in flows only.
     """
-    return float(np.hypot(model.sigma_data * levels.alpha[0], levels.sigma[0]))
+    rows = (levels.t[0], levels.alpha[0], levels.sigma[0])
+    spread = np.hypot(sigma_data * levels.alpha[0], levels.sigma[0])
+    return FirstLevel(
+        Level(*map(np.asarray, rows)), np.asarray(spread), np.asarray(is_whole)
+    )
 
 
 def free_latents(

@@ -1,9 +1,9 @@
-"""Sample functions compiled ahead of time: bytes that draw without our networks.
+"""Sample programs as bytes, which run without the networks of this package.
 
-A program is one line that says what it is, one of JSON that says what it needs to be
-called, and a module that `jax.export` wrote. Parameters, keys, conditions and knobs are
-inputs, each under its own name, so that no container of ours is written; a key travels
-as its words.
+A file is one line that names the format, one of JSON that says how the program is
+called, and a module of `jax.export`. Parameters, keys, conditions and the sampler's
+table are inputs, each under its own name, so that no container of this package is
+written; a key is written as its words.
 """
 
 import contextlib
@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
-from jaxtyping import Array, Float, Key, Real
+from jaxtyping import Array, Float, Key
 
+from ldm_jax.diffusion.schedules import DiscreteSchedule, EdmSchedule, FlowSchedule
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     SampleParams,
@@ -28,36 +30,37 @@ from ldm_jax.latent_diffusion import (
 from ldm_jax.models.conditioning import ConditionInputs, null_inputs
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.editing import Edit
-from ldm_jax.sampling.program import Inputs, Knobs, Models, Plan, sample_chunk
+from ldm_jax.sampling.program import (
+    ImageInputs,
+    Models,
+    SampleProgram,
+    SolverInputs,
+    SolverSpec,
+    sample_chunk,
+)
 from ldm_jax.sampling.sample_fn import (
-    EVERYWHERE,
     Samples,
     check_inputs,
-    make_knobs,
-    make_plan,
+    make_program,
+    make_solver_inputs,
 )
-from ldm_jax.types import (
-    InputError,
-    PyTree,
-    SamplerName,
-    SpacingName,
-)
+from ldm_jax.sampling.sampling_config import SamplingConfig
+from ldm_jax.types import InputError, PyTree
 
-MAGIC = b"ldm_jax sample program 1\n"
+MAGIC = b"ldm_jax sample program 2\n"
+SCHEDULE_BY_NAME = {
+    kind.__name__: kind for kind in (DiscreteSchedule, FlowSchedule, EdmSchedule)
+}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 class Header(NamedTuple):
     """What is known of a program without reading its module."""
 
-    sampler: SamplerName
-    """Which sampler."""
-    num_steps: int
-    """Denoising steps."""
-    guided: bool
-    """Whether `guidance_scale` has effect."""
     batch: int
-    """Images a call; any number is drawn, the last call filled up."""
+    """Images a call; any number is made, the last call filled up."""
+    solver: dict[str, Any]
+    """What its tables depend on: the fields of a `SolverSpec`."""
     num_classes: int
     """Real classes; the null class has this index."""
     null_tokens: list[int]
@@ -67,7 +70,7 @@ class Header(NamedTuple):
     platforms: list[str]
     """Where it runs, in JAX's words: cpu, cuda, rocm, tpu."""
     jax_version: str
-    """What wrote it."""
+    """The version of JAX that wrote it."""
     sha256: str
     """Of the module."""
 
@@ -76,25 +79,21 @@ def export_sample_program(
     model: LatentDiffusion,
     params: SampleParams,
     *,
-    sampler: SamplerName,
-    num_steps: int,
-    spacing: SpacingName | None = None,
-    guided: bool = True,
+    max_steps: int | None = None,
+    guided: bool | None = None,
     batch: int | None = None,
     cond: ConditionInputs | None = None,
     platforms: Sequence[str] | None = None,
 ) -> bytes:
     """Write a sample function as bytes that any process with JAX can run.
 
-    What they draw equals, bit for bit, what `make_sample_fn` draws on the same machine.
+    Its images equal, bit for bit, those of `make_sample_fn` on the same machine.
 
     Args:
       model: What to sample with.
       params: Only their shapes are taken; the values stay inputs.
-      sampler: One of `SAMPLER_NAMES`.
-      num_steps: Denoising steps, 1 to T.
-      spacing: One of `SPACING_NAMES`; None for the schedule's default.
-      guided: Whether `guidance_scale` has effect; False saves half of the work.
+      max_steps: The most steps there may be; None for as many as the schedule has.
+      guided: Whether calls are guided; None leaves it to the settings of each call.
       batch: Images the network sees at once; None for `model.chunk`, and for one
         where a CPU is among the platforms.
       cond: Conditions of one image or more, whose shapes by image are taken. None
@@ -117,20 +116,16 @@ def export_sample_program(
         raise ValueError(
             f"platforms: got {unknown[0]!r}, wanted some of {', '.join(PLATFORMS)}"
         )
-    plan = make_plan(
-        model, sampler=sampler, num_steps=num_steps, spacing=spacing, guided=guided
-    )
+    program = make_program(model, guided=guided, max_steps=max_steps)
     key_impl = str(jax.random.key_impl(image_keys([0])))
-    call = blank_call(model, params, cond, batch=batch, num_steps=plan.levels.num_steps)
-    program = jax.jit(flat_program(plan, call, key_impl))
+    call = blank_call(program, params, cond, batch=batch)
+    flat = jax.jit(flat_program(program, call, key_impl))
     with no_locations():
-        exported = export.export(program, platforms=list(platforms))(by_name(call))
+        exported = export.export(flat, platforms=list(platforms))(by_name(call))
         module = bytes(exported.serialize())
     header = Header(
-        sampler=sampler,
-        num_steps=plan.levels.num_steps,
-        guided=guided,
         batch=batch,
+        solver=solver_to_json(program.solver),
         num_classes=model.num_classes,
         null_tokens=list(model.null_tokens),
         key_impl=key_impl,
@@ -151,8 +146,7 @@ def load_sample_program(data: bytes) -> Callable[..., Samples]:
       data: The program.
 
     Returns:
-      `fn(params, keys, cond, guidance_scale, eta, uncond, *, guidance_rescale,
-      guidance_interval)` for any number of images.
+      `fn(params, keys, cond, settings, *, uncond)` for any number of images.
 
     Raises:
       InputError: If the bytes are no program, are damaged, or are for another
@@ -174,12 +168,13 @@ def load_sample_program(data: bytes) -> Callable[..., Samples]:
         ) from None
     run = jax.jit(exported.call)
     wanted = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0][0]
+    spec = solver_from_json(header.solver)
 
     def call_program(
-        params: SampleParams, knobs: Knobs, inputs: Inputs
+        params: SampleParams, solver: SolverInputs, inputs: ImageInputs
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b f h w c"]]:
         words = jax.random.key_data(inputs.keys)
-        call = Call(params, knobs, words, inputs.cond, inputs.uncond)
+        call = Call(params, solver, words, inputs.cond, inputs.uncond)
         arrays = by_name(call)
         check_arrays(arrays, wanted)
         return run(arrays)
@@ -188,12 +183,9 @@ def load_sample_program(data: bytes) -> Callable[..., Samples]:
         params: SampleParams,
         keys: Key[Array, " b"],
         cond: ConditionInputs,
-        guidance_scale: Real[Array, "*k"] | float | int = 1.0,
-        eta: Float[Array, ""] | float | int = 0.0,
-        uncond: ConditionInputs | None = None,
+        settings: SamplingConfig,
         *,
-        guidance_rescale: Float[Array, ""] | float | int = 0.0,
-        guidance_interval: tuple[float, float] | Float[Array, "2"] = EVERYWHERE,
+        uncond: ConditionInputs | None = None,
     ) -> Samples:
         if (impl := str(jax.random.key_impl(keys))) != header.key_impl:
             raise InputError(f"keys: got {impl}, wanted {header.key_impl}")
@@ -203,18 +195,11 @@ def load_sample_program(data: bytes) -> Callable[..., Samples]:
                 num_classes=header.num_classes,
                 null_tokens=tuple(header.null_tokens),
             )
-        inputs = Inputs(keys, cond, uncond, Edit())
+        inputs = ImageInputs(keys, cond, uncond, Edit())
         check_inputs(inputs, num_classes=header.num_classes)
-        knobs = make_knobs(
-            guidance_scale,
-            guidance_rescale,
-            guidance_interval,
-            eta,
-            sampler=header.sampler,
-            num_steps=header.num_steps,
-        )
         params = jax.tree.map(jnp.asarray, params)
-        call = functools.partial(call_program, params, knobs)
+        solver = make_solver_inputs(spec, settings)
+        call = functools.partial(call_program, params, solver)
         images, frames = in_chunks(call, inputs, size=header.batch)
         return Samples(images, jnp.moveaxis(frames, 1, 0))
 
@@ -226,12 +211,12 @@ class Call(NamedTuple):
 
     params: SampleParams
     """Of the model."""
-    knobs: Knobs
+    solver: SolverInputs
     """What holds for all images."""
     keys: PyTree
     """Words of the key of each image; typed keys cannot be written."""
     cond: ConditionInputs
-    """What each image shows."""
+    """Condition of each image."""
     uncond: ConditionInputs
     """What each is guided away from."""
 
@@ -246,27 +231,42 @@ def by_name(call: Call) -> dict[str, Any]:
 
 
 def flat_program(
-    plan: Plan, like: Call, key_impl: str
+    program: SampleProgram, like: Call, key_impl: str
 ) -> Callable[[dict[str, Array]], tuple[Array, Array]]:
-    """Make the program of a plan as a function of named arrays."""
+    """Make a sample program a function of named arrays."""
     names, structure = list(by_name(like)), jax.tree.structure(like)
 
-    def program(arrays: dict[str, Array]) -> tuple[Array, Array]:
+    def flat(arrays: dict[str, Array]) -> tuple[Array, Array]:
         call: Call = jax.tree.unflatten(structure, [arrays[name] for name in names])
         keys = jax.random.wrap_key_data(call.keys, impl=key_impl)
-        inputs = Inputs(keys, call.cond, call.uncond, Edit())
-        return sample_chunk(plan, Models(call.params, None), call.knobs, inputs)
+        inputs = ImageInputs(keys, call.cond, call.uncond, Edit())
+        return sample_chunk(program, Models(call.params, None), call.solver, inputs)
 
-    return program
+    return flat
+
+
+def solver_to_json(spec: SolverSpec) -> dict[str, Any]:
+    """Write what tables depend on as JSON; float64 numbers come back as they were."""
+    schedule = {k: np.asarray(v).tolist() for k, v in spec.schedule._asdict().items()}
+    kind = type(spec.schedule).__name__
+    return {**spec._asdict(), "schedule": {"kind": kind, **schedule}}
+
+
+def solver_from_json(fields: dict[str, Any]) -> SolverSpec:
+    """Read what `solver_to_json` wrote."""
+    schedule: dict[str, Any] = dict(fields["schedule"])
+    kind = SCHEDULE_BY_NAME[schedule.pop("kind")]
+    if kind is DiscreteSchedule:
+        schedule = {name: np.asarray(value) for name, value in schedule.items()}
+    return SolverSpec(**{**fields, "schedule": kind(**schedule)})
 
 
 def blank_call(
-    model: LatentDiffusion,
+    program: SampleProgram,
     params: SampleParams,
     cond: ConditionInputs | None,
     *,
     batch: int,
-    num_steps: int,
 ) -> Call:
     """Make inputs of the right shapes, none of whose values matters.
 
@@ -274,6 +274,7 @@ def blank_call(
       ValueError: If no condition is given and the model reads vectors or a picture,
         whose size is the data's.
     """
+    model = program.model
     conditioner = model.conditioner
     if cond is None:
         stacked = params.unet["conv_in"]["kernel"].shape[2] > model.latent_shape[2]
@@ -294,7 +295,7 @@ def blank_call(
     cond = ConditionInputs(*(None if x is None else several(x) for x in cond))
     return Call(
         jax.eval_shape(lambda: params),
-        Knobs(*(jnp.zeros(shape) for shape in ((num_steps,), (), (2,), ()))),
+        make_solver_inputs(program.solver, SamplingConfig(steps=1)),
         jax.random.key_data(image_keys([0] * batch)),
         cond,
         null_condition(model, cond),
@@ -305,7 +306,7 @@ def blank_call(
 def no_locations() -> Iterator[None]:
     """Leave the paths of our files out of what is lowered within.
 
-    They would tell strangers of the machine, and make two programs of one model differ.
+    They name this machine's folders, and make two programs of one model differ.
     """
     name = "jax_traceback_in_locations_limit"
     limit = getattr(jax.config, name)

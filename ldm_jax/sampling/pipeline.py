@@ -28,7 +28,12 @@ from ldm_jax.sampling.conditions import (
 )
 from ldm_jax.sampling.editing import Edit, InvertFn, make_invert_fn, masked_inputs
 from ldm_jax.sampling.input_images import InputImages, read_input_images
-from ldm_jax.sampling.sample_fn import EVERYWHERE, SampleFn, make_sample_fn
+from ldm_jax.sampling.sample_fn import (
+    SampleFn,
+    make_program,
+    make_sample_fn,
+    make_solver_inputs,
+)
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError, PyTree
 
@@ -110,7 +115,8 @@ def make_pipeline(run: Run, settings: SamplingConfig) -> Pipeline:
     }
     pipeline = Pipeline(run, weak, model, inputs, settings, layout, made_with)
     try:
-        make_fn(pipeline, guided=True, num_frames=0)
+        program = make_program(model, weak=_weak_model(pipeline), tile=settings.tile)
+        make_solver_inputs(program.solver, settings)
     except ValueError as error:
         raise InputError(f"--{error}") from None
     return pipeline
@@ -203,25 +209,24 @@ def _same_arrays(ours: PyTree, theirs: PyTree) -> bool:
 
 
 def make_fn(pipeline: Pipeline, *, guided: bool, num_frames: int) -> SampleFn:
-    """Make the sample function of a pipeline.
-
-    Raises:
-      ValueError: If the settings have no meaning for the model.
-    """
-    settings, weak = pipeline.settings, pipeline.weak
-    shape = pipeline.model.latent_shape
+    """Make the sample function of a pipeline."""
+    settings = pipeline.settings
     return make_sample_fn(
         pipeline.model,
-        sampler=settings.sampler,
-        num_steps=settings.steps,
-        spacing=settings.spacing,
         guided=guided and settings.guided,
-        weak=weak.model._replace(latent_shape=shape) if weak else None,
-        strength=1.0 if settings.strength is None else settings.strength,
+        weak=_weak_model(pipeline),
         num_frames=num_frames,
         tile=settings.tile,
         layout=_split_layout(pipeline),
     )
+
+
+def _weak_model(pipeline: Pipeline) -> LatentDiffusion | None:
+    """Return the worse model of autoguidance, at the size of the images to make."""
+    if pipeline.weak is None:
+        return None
+    shape = pipeline.model.latent_shape
+    return pipeline.weak.model._replace(latent_shape=shape)
 
 
 def platform_text(layout: PmapLayout) -> str:
@@ -285,8 +290,6 @@ def sample_images(
     if layout is not None:
         params, weak_params = layout.place((params, weak_params))
     concat, invert_fn = _concat_input(pipeline), _invert_fn(pipeline)
-    scale = settings.guidance_scale
-    high = EVERYWHERE[1] if settings.guidance_high is None else settings.guidance_high
     size = images_at_once(pipeline)
     for start in range(0, len(specs), size):
         part = specs[start : start + size]
@@ -296,11 +299,8 @@ def sample_images(
             params,
             image_keys([spec.seed for spec in part]),
             _with_image(cond, concat, len(part)),
-            jnp.asarray(scale[0] if len(scale) == 1 else scale, jnp.float32),
-            settings.eta,
-            None if uncond is None else _with_image(uncond, concat, len(part)),
-            guidance_rescale=settings.guidance_rescale,
-            guidance_interval=(settings.guidance_low, high),
+            settings,
+            uncond=None if uncond is None else _with_image(uncond, concat, len(part)),
             weak_params=weak_params,
             edit=_edit(pipeline, part, invert_fn),
         )

@@ -14,6 +14,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.rng import Stream, example_keys, image_keys, root_key
 from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.diffusion_stage import sample_params
 from ldm_jax.training.diffusion_step import Denoising, Frozen, inputs_of
 
@@ -42,7 +43,10 @@ def make_preview(
     Returns:
       A function of the averaged parameters and the step.
     """
-    sample_fn = make_sample_fn(model, sampler="ddim", num_steps=preview.grid_steps)
+    settings = SamplingConfig(
+        steps=preview.grid_steps, guidance_scale=(preview.grid_guidance_scale,)
+    )
+    sample_fn = make_sample_fn(model, guided=settings.guided)
 
     def write_grid(ema: Denoising, step_number: int) -> None:
         cond, columns = _grid_inputs(model, frozen, load_test=load_test, seed=seed)
@@ -51,8 +55,7 @@ def make_preview(
             sample_params(frozen, ema),
             image_keys([row for row in range(GRID_SEEDS) for _ in range(columns)]),
             cond,
-            preview.grid_guidance_scale,
-            0.0,
+            settings,
         )
         name = f"samples_{step_number:06d}.png"
         images = grid(to_uint8(np.asarray(samples.images)), columns=columns)

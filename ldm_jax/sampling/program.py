@@ -1,24 +1,22 @@
-"""The program that makes a chunk of images: what `make_sample_fn` compiles."""
+"""The sample program: what is compiled, once for all settings."""
 
 import functools
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from ldm_jax.diffusion.guidance import (
-    UNGUIDED_SCALE,
     Predictor,
     autoguidance,
     classifier_free,
-    scales_of_calls,
     unguided,
 )
-from ldm_jax.diffusion.sampling import sample, starting_noise
-from ldm_jax.diffusion.solvers import Table, make_table
+from ldm_jax.diffusion.parameterization import PredictionName
+from ldm_jax.diffusion.sampling import Trajectory, sample
+from ldm_jax.diffusion.schedules import Schedule
 from ldm_jax.diffusion.tables import Padded
-from ldm_jax.diffusion.timesteps import Levels
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     SampleParams,
@@ -27,12 +25,64 @@ from ldm_jax.latent_diffusion import (
     prepare,
 )
 from ldm_jax.models.conditioning import Condition, ConditionInputs
-from ldm_jax.sampling.editing import Edit, mix_conditions, paste, soften, start_of
-from ldm_jax.types import SamplerName
+from ldm_jax.sampling.editing import (
+    Edit,
+    FirstLevel,
+    mix_conditions,
+    paste,
+    soften,
+    start_of,
+)
+
+
+class SolverSpec(NamedTuple):
+    """What tables of samplers depend on beside the settings."""
+
+    schedule: Schedule
+    """The noise levels that the network was trained on."""
+    prediction: PredictionName
+    """What the network predicts."""
+    sigma_data: float
+    """Standard deviation of the scaled latents, where it predicts EDM's F."""
+    max_steps: int
+    """The most steps there may be."""
+    num_frames: int
+    """Latents to keep on the way."""
+    asks_if_guided: bool
+    """Whether the settings of each call say if it is guided."""
+
+
+class SampleProgram(NamedTuple):
+    """The static part of a sample function."""
+
+    model: LatentDiffusion
+    """What samples."""
+    weak: LatentDiffusion | None
+    """The worse model of autoguidance, or None."""
+    guided: bool | None
+    """Whether calls are guided; None where the settings of each call say."""
+    max_steps: int
+    """The most steps there may be."""
+    num_frames: int
+    """Latents to keep on the way."""
+    tile: int
+    """Side of the decoder's tiles, in latents; 0 decodes at once."""
+
+    @property
+    def solver(self) -> SolverSpec:
+        """What its tables depend on."""
+        return SolverSpec(
+            schedule=self.model.schedule,
+            prediction=self.model.prediction,
+            sigma_data=self.model.sigma_data,
+            max_steps=self.max_steps,
+            num_frames=self.num_frames,
+            asks_if_guided=self.guided is None and self.weak is None,
+        )
 
 
 class Models(NamedTuple):
-    """The arrays of the models that a sample function asks."""
+    """The arrays of the models that a sample function calls."""
 
     params: SampleParams
     """Of the model."""
@@ -40,154 +90,97 @@ class Models(NamedTuple):
     """Of the worse model of autoguidance, or None."""
 
 
-class Knobs(NamedTuple):
-    """What may be turned without compiling anew, for all images alike."""
+class SolverInputs(NamedTuple):
+    """A sampler, its levels and its guidance, for all images alike."""
 
-    scale: Float[Array, " t"]
-    """Guidance scale of each step."""
-    rescale: Float[Array, ""]
+    table: Padded
+    """The sampler."""
+    first: FirstLevel
+    """The level it starts at."""
+    is_guided: Bool[Any, ""] | None
+    """Whether any guidance scale is other than 1; None where that is not asked."""
+    scales: Float[Any, " n"]
+    """Guidance scale of each network call."""
+    rescale: Float[Any, ""]
     """Share of the contrast's correction, in [0, 1]."""
-    interval: Float[Array, "2"]
-    """Noise-to-signal ratios between which there is guidance."""
-    eta: Float[Array, ""]
-    """DDIM's share of renewed noise, in [0, 1]."""
 
 
-class Inputs(NamedTuple):
+class ImageInputs(NamedTuple):
     """What makes an image, for each image."""
 
     keys: Key[Array, " b"]
     """All of its randomness."""
     cond: ConditionInputs
-    """What it shows."""
+    """Its condition."""
     uncond: ConditionInputs
     """What it is guided away from."""
     edit: Edit
     """What it starts from."""
 
 
-class Plan(NamedTuple):
-    """What is compiled into a sample function."""
-
-    model: LatentDiffusion
-    """What to sample with."""
-    sampler: SamplerName
-    """Which sampler."""
-    levels: Levels
-    """The noise levels it visits."""
-    whole: bool
-    """Whether those are all; False where an edit begins later."""
-    guided: bool
-    """Whether a sample is guided, by its condition or by a worse model."""
-    weak: LatentDiffusion | None
-    """The worse model of autoguidance, or None."""
-    num_frames: int
-    """Latents to keep on the way."""
-    tile: int
-    """Side of the decoder's tiles, in latents; 0 decodes at once."""
-
-
-class Course(NamedTuple):
-    """A sampler of any number of steps, as an input: see `any_steps`."""
-
-    padded: Padded
-    """The sampler, filled up to the most steps there may be."""
-    spread: Float[Array, ""]
-    """Deviation of the noise it starts from."""
-
-
 def sample_chunk(
-    plan: Plan, models: Models, knobs: Knobs, inputs: Inputs
+    program: SampleProgram, models: Models, solver: SolverInputs, inputs: ImageInputs
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b f h w c"]]:
-    """Make the images of one call, and their frames: the program that is compiled."""
-    params, edit = models.params, inputs.edit
-    model = plan.model
-    table = make_table(
-        plan.sampler,
-        plan.levels,
-        prediction=model.prediction,
-        sigma_data=model.sigma_data,
-        eta=knobs.eta,
-    )
-    start = start_of(
-        model, params, inputs.keys, edit, levels=plan.levels, whole=plan.whole
-    )
-    trajectory = sample(
-        _predictor(plan, models, knobs, inputs, table),
-        start.x_start,
-        inputs.keys,
-        _prepare_mixed(model, params, inputs),
-        table=table,
-        known=start.known,
-        num_frames=plan.num_frames,
-    )
-    images = paste(decode(model, params, trajectory.x_0, tile=plan.tile), edit)
+    """Make the images of one call, and their frames."""
+    model, params, edit = program.model, models.params, inputs.edit
+    start = start_of(model, params, inputs.keys, edit, first=solver.first)
+    cond = _prepare_mixed(model, params, inputs)
+
+    def follow(predict: Predictor) -> Trajectory:
+        return sample(
+            predict,
+            start.x_start,
+            inputs.keys,
+            cond,
+            table=solver.table,
+            known=start.known,
+            num_frames=program.num_frames,
+        )
+
+    plain = functools.partial(follow, unguided(denoiser_of(model, params)))
+    if program.guided is False:
+        end = plain()
+    elif solver.is_guided is None:
+        end = follow(_guided(program, models, solver, inputs))
+    else:
+        # A scan without guidance asks the network for half as much.
+        end = jax.lax.cond(
+            solver.is_guided,
+            lambda: follow(_guided(program, models, solver, inputs)),
+            plain,
+        )
+    images = paste(decode(model, params, end.x_0, tile=program.tile), edit)
     frames = jnp.zeros((0, *images.shape), images.dtype)
-    if plan.num_frames:
-        show = functools.partial(decode, model, params, tile=plan.tile)
-        frames = jax.lax.map(show, trajectory.frames)
+    if program.num_frames:
+        show = functools.partial(decode, model, params, tile=program.tile)
+        frames = jax.lax.map(show, end.frames)
     return images, jnp.moveaxis(frames, 0, 1)
 
 
-def sample_course(
-    plan: Plan, models: Models, knobs: Knobs, course: Course, inputs: Inputs
-) -> Float[Array, "b h w c"]:
-    """Make the images of one call from noise alone, in as many steps as are asked for.
-
-    `plan` is that of the most steps; what it says of levels is not looked at.
-    """
-    model, params = plan.model, models.params
-    noise = starting_noise(inputs.keys, model.latent_shape)
-    cond = _prepare_mixed(model, params, inputs)
-    table, live = course.padded
-
-    def follow(predict: Predictor) -> Float[Array, "b h w c"]:
-        x_start, keys = course.spread * noise, inputs.keys
-        return sample(predict, x_start, keys, cond, table=table, live=live).x_0
-
-    predict = _predictor(plan, models, knobs, inputs, table)
-    if not plan.guided:
-        return decode(model, params, follow(predict), tile=plan.tile)
-    # Of one scale for all steps. A program without guidance, half as long, makes other
-    # last bits: so both are in here, whole, and what is drawn is what they draw.
-    x_0 = jax.lax.cond(
-        knobs.scale[0] == UNGUIDED_SCALE,
-        lambda: follow(unguided(denoiser_of(model, params))),
-        lambda: follow(predict),
-    )
-    return decode(model, params, x_0, tile=plan.tile)
-
-
-def _predictor(
-    plan: Plan, models: Models, knobs: Knobs, inputs: Inputs, table: Table
+def _guided(
+    program: SampleProgram, models: Models, solver: SolverInputs, inputs: ImageInputs
 ) -> Predictor:
-    """Make what the sampler asks: the network, guided if it is to be."""
-    model, params = plan.model, models.params
+    model, params = program.model, models.params
     denoise = denoiser_of(model, params)
-    if not plan.guided:
-        return unguided(denoise)
-    scales = scales_of_calls(
-        knobs.scale, step=table.step, ratio=table.ratio, interval=knobs.interval
-    )
-    if plan.weak is not None:
+    if program.weak is not None:
         weak = cast(SampleParams, models.weak)
         return autoguidance(
             denoise,
-            denoiser_of(plan.weak, weak),
-            weak_cond=_prepare_mixed(plan.weak, weak, inputs),
-            scales=scales,
-            rescale=knobs.rescale,
+            denoiser_of(program.weak, weak),
+            weak_cond=_prepare_mixed(program.weak, weak, inputs),
+            scales=solver.scales,
+            rescale=solver.rescale,
         )
     null_cond = prepare(model, params, inputs.uncond)
     if inputs.edit.other_cond is not None:
         null_cond = soften(null_cond, num_classes=model.num_classes)
     return classifier_free(
-        denoise, null_cond=null_cond, scales=scales, rescale=knobs.rescale
+        denoise, null_cond=null_cond, scales=solver.scales, rescale=solver.rescale
     )
 
 
 def _prepare_mixed(
-    model: LatentDiffusion, params: SampleParams, inputs: Inputs
+    model: LatentDiffusion, params: SampleParams, inputs: ImageInputs
 ) -> Condition:
     """Prepare the condition, or one between two."""
     edit = inputs.edit

@@ -1,17 +1,18 @@
-"""Images from keys: the sample function."""
+"""The sample function: one program for all settings, called as often as needed."""
 
 import functools
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key, Real
+from jaxtyping import Array, Float, Key
 
-from ldm_jax.diffusion.guidance import spread_scale
+from ldm_jax.diffusion.guidance import call_scales, spread_scale
 from ldm_jax.diffusion.solvers import make_table
-from ldm_jax.diffusion.timesteps import make_levels
+from ldm_jax.diffusion.tables import Table, pad
+from ldm_jax.diffusion.timesteps import Levels, make_levels
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     SampleParams,
@@ -22,12 +23,21 @@ from ldm_jax.latent_diffusion import (
 )
 from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.models.tiled_decoding import MIN_TILE
-from ldm_jax.parallel.make_layout import PmapLayout
-from ldm_jax.sampling.editing import Edit
-from ldm_jax.sampling.program import Inputs, Knobs, Models, Plan, sample_chunk
-from ldm_jax.types import TAKES_ETA, InputError, SamplerName, SpacingName
+from ldm_jax.parallel.pmap import PmapLayout
+from ldm_jax.sampling.editing import Edit, first_level
+from ldm_jax.sampling.program import (
+    ImageInputs,
+    Models,
+    SampleProgram,
+    SolverInputs,
+    SolverSpec,
+    sample_chunk,
+)
+from ldm_jax.sampling.sampling_config import SamplingConfig
+from ldm_jax.types import InputError, SamplerName, SpacingName
 
-EVERYWHERE = (0.0, float("inf"))
+NUM_CACHED = 64
+"""Settings whose tables are kept."""
 
 
 class Samples(NamedTuple):
@@ -36,8 +46,7 @@ class Samples(NamedTuple):
     images: Float[Array, "b h w c"]
     """In [-1, 1], clipped."""
     frames: Float[Array, "f b h w c"]
-    """The decoded latents on the way, `f` of them, the start first; empty when none
-    were asked for."""
+    """Decoded latents on the way, the start first; empty when none were asked for."""
 
 
 @runtime_checkable
@@ -49,12 +58,9 @@ class SampleFn(Protocol):
         params: SampleParams,
         keys: Key[Array, " b"],
         cond: ConditionInputs,
-        guidance_scale: Real[Array, "*k"] | float | int = 1.0,
-        eta: Float[Array, ""] | float | int = 0.0,
-        uncond: ConditionInputs | None = None,
+        settings: SamplingConfig,
         *,
-        guidance_rescale: Float[Array, ""] | float | int = 0.0,
-        guidance_interval: tuple[float, float] | Float[Array, "2"] = EVERYWHERE,
+        uncond: ConditionInputs | None = None,
         weak_params: SampleParams | None = None,
         edit: Edit | None = None,
     ) -> Samples:
@@ -65,185 +71,179 @@ class SampleFn(Protocol):
 def make_sample_fn(
     model: LatentDiffusion,
     *,
-    sampler: SamplerName,
-    num_steps: int,
-    spacing: SpacingName | None = None,
-    guided: bool = True,
+    guided: bool | None = None,
     weak: LatentDiffusion | None = None,
-    strength: float = 1.0,
+    max_steps: int | None = None,
     num_frames: int = 0,
     tile: int = 0,
     layout: PmapLayout | None = None,
 ) -> SampleFn:
-    """Make a jitted `sample_fn(params, keys, cond, guidance_scale, eta, uncond, ...)`.
+    """Make a jitted `sample_fn(params, keys, cond, settings, ...)`.
 
     Image i is a function of the parameters, key i, condition i and the settings alone,
     bit for bit: alone, in any batch, in any order, on any number of devices. (Programs
     of different batch sizes differ in their last bits. So one program of `chunk` images
     makes them all, the last chunk filled up; on a CPU, of one image.)
 
-    Compiled once for each kind of edit, whatever the number of images; keys,
-    conditions, guidance scale, rescale and interval, eta and pictures are inputs.
+    It is compiled once for each kind of edit. Sampler, steps, spacing, eta, guidance,
+    strength, keys, conditions and pictures are inputs.
 
     Args:
-      model: What to sample with. With another `latent_shape` it makes images of
-        other sizes than it was trained on.
-      sampler: One of `SAMPLER_NAMES`.
-      num_steps: Denoising steps, 1 to T, exactly (but for spacing `ldm`).
-      spacing: One of `SPACING_NAMES`; None for the schedule's default.
-      guided: Whether `guidance_scale` has effect. False saves half of the work; it is
-        what scale 1 means.
+      model: With another `latent_shape` it makes images of other sizes than it was
+        trained on.
+      guided: Whether calls are guided; None leaves it to the settings of each call, and
+        compiles the network twice: a call without guidance takes half the time.
       weak: A worse model to be guided away from, instead of "no condition".
-      strength: Share of the steps that an edited picture goes through, in (0, 1].
+      max_steps: The most steps there may be; None for as many as the schedule has.
       num_frames: Latents to keep on the way, 0 or 2 to the number of steps + 1.
       tile: Decode in tiles of this many latents; 0 decodes at once.
-      layout: Split the images over its devices by `pmap`; `params` (and `weak_params`)
+      layout: Split the images over its devices by `pmap`; `params` and `weak_params`
         are then given as `layout.place` makes them, once.
 
     Returns:
-      The function. Its `cond` holds what the model reads, by image; `uncond` what it
-      is guided away from, by default the null condition; `edit` what it starts from.
+      The function. Its `cond` holds what the model reads, by image; `uncond` what it is
+      guided away from, by default the null condition; `edit` what it starts from. It
+      raises `InputError` where the settings or the inputs have no meaning.
 
     Raises:
-      ValueError: If a number is out of range, a name unknown, or the worse model was
-        trained otherwise.
+      ValueError: If a number is out of range, or the worse model was trained otherwise.
     """
-    plan = make_plan(
+    program = make_program(
         model,
-        sampler=sampler,
-        num_steps=num_steps,
-        spacing=spacing,
         guided=guided,
         weak=weak,
-        strength=strength,
+        max_steps=max_steps,
         num_frames=num_frames,
         tile=tile,
     )
-    fn = functools.partial(sample_chunk, plan)
+    fn = functools.partial(sample_chunk, program)
     run = jax.jit(fn) if layout is None else layout.map_images(fn)
     devices = 1 if layout is None else len(layout.devices)
     platform = jax.default_backend() if layout is None else layout.platform
     size = images_per_call(model, platform) * devices
     at_once = calls_at_once(model, platform) if devices == 1 else 1
+    solver_of = functools.lru_cache(NUM_CACHED)(
+        functools.partial(make_solver_inputs, program.solver)
+    )
 
     def sample_fn(
         params: SampleParams,
         keys: Key[Array, " b"],
         cond: ConditionInputs,
-        guidance_scale: Real[Array, "*k"] | float | int = 1.0,
-        eta: Float[Array, ""] | float | int = 0.0,
-        uncond: ConditionInputs | None = None,
+        settings: SamplingConfig,
         *,
-        guidance_rescale: Float[Array, ""] | float | int = 0.0,
-        guidance_interval: tuple[float, float] | Float[Array, "2"] = EVERYWHERE,
+        uncond: ConditionInputs | None = None,
         weak_params: SampleParams | None = None,
         edit: Edit | None = None,
     ) -> Samples:
         if uncond is None:
             uncond = null_condition(model, cond)
-        inputs = Inputs(keys, cond, uncond, edit or Edit())
+        inputs = ImageInputs(keys, cond, uncond, edit or Edit())
         check_inputs(inputs, num_classes=model.num_classes)
-        check_plan(plan, inputs, weak_params)
-        knobs = make_knobs(
-            guidance_scale,
-            guidance_rescale,
-            guidance_interval,
-            eta,
-            sampler=sampler,
-            num_steps=plan.levels.num_steps,
-        )
-        call = functools.partial(run, Models(params, weak_params), knobs)
+        check_edit(inputs.edit, settings)
+        if (weak is None) != (weak_params is None):
+            raise InputError("weak_params: wanted with `weak`, and only with it")
+        with jax.ensure_compile_time_eval():  # it is kept, and must hold no tracer
+            solver = solver_of(settings)
+        call = functools.partial(run, Models(params, weak_params), solver)
         images, frames = in_chunks(call, inputs, size=size, at_once=at_once)
         return Samples(images, jnp.moveaxis(frames, 1, 0))
 
     return sample_fn
 
 
-def make_plan(
+def make_program(
     model: LatentDiffusion,
     *,
-    sampler: SamplerName,
-    num_steps: int,
-    spacing: SpacingName | None = None,
-    guided: bool = True,
+    guided: bool | None = None,
     weak: LatentDiffusion | None = None,
-    strength: float = 1.0,
+    max_steps: int | None = None,
     num_frames: int = 0,
     tile: int = 0,
-) -> Plan:
-    """Decide what is compiled into a sample function; see `make_sample_fn`.
-
-    Raises:
-      ValueError: As there.
-    """
-    whole = make_levels(model.schedule, num_steps, spacing=spacing)
-    levels = whole.tail(steps_of_strength(strength, whole.num_steps))
-    most = levels.num_steps + 1
-    if num_frames and not 2 <= num_frames <= most:
-        raise ValueError(f"num_frames: got {num_frames}, wanted 0 or 2 to {most}")
+) -> SampleProgram:
+    """Check and collect the static part of a sample function; see `make_sample_fn`."""
+    most = model.schedule.num_timesteps
+    max_steps = most if max_steps is None else max_steps
+    if not 1 <= max_steps <= most:
+        raise ValueError(f"max_steps: got {max_steps}, wanted 1 to {most}")
+    if num_frames and not 2 <= num_frames <= max_steps + 1:
+        raise ValueError(
+            f"num_frames: got {num_frames}, wanted 0 or 2 to {max_steps + 1}"
+        )
     if tile and tile < MIN_TILE:
         raise ValueError(f"tile: got {tile}, wanted 0, or at least {MIN_TILE} latents")
     if weak is not None:
         check_weak(model, weak)
-    make_table(sampler, levels, prediction=model.prediction)  # refuses what is bad
-    return Plan(
-        model=model,
-        sampler=sampler,
-        levels=levels,
-        whole=levels.num_steps == whole.num_steps,
-        guided=guided or weak is not None,
-        weak=weak,
-        num_frames=num_frames,
-        tile=tile,
-    )
+    return SampleProgram(model, weak, guided, max_steps, num_frames, tile)
 
 
-def steps_of_strength(strength: float, num_steps: int) -> int:
-    """Return how many of the last steps a picture of an edit goes through.
+def make_solver_inputs(spec: SolverSpec, settings: SamplingConfig) -> SolverInputs:
+    """Tabulate a sampler and its guidance, in the one shape that a program takes.
 
     Raises:
-      ValueError: If the strength is outside (0, 1].
+      ValueError: If the settings have no meaning for the schedule.
     """
-    if not 0.0 < strength <= 1.0:
-        raise ValueError(f"strength: got {strength}, wanted above 0, at most 1")
-    return max(1, round(strength * num_steps))
-
-
-def make_knobs(
-    scale: Real[Array, "*k"] | float | int,
-    rescale: Float[Array, ""] | float | int,
-    interval: tuple[float, float] | Float[Array, "2"],
-    eta: Float[Array, ""] | float | int,
-    *,
-    sampler: SamplerName,
-    num_steps: int,
-) -> Knobs:
-    """Check the knobs of a call, as far as they are not traced, and shape them.
-
-    Raises:
-      InputError: If one is out of range, or has no meaning for the sampler.
-    """
-    if not isinstance(eta, Tracer):
-        if not 0.0 <= float(eta) <= 1.0:
-            raise InputError(f"eta: got {float(eta)}, wanted 0 to 1")
-        if eta and sampler not in TAKES_ETA:
-            raise InputError(f"eta: got {float(eta)} with {sampler}, which has none")
-    if not isinstance(rescale, Tracer) and not 0.0 <= float(rescale) <= 1.0:
-        raise InputError(f"guidance_rescale: got {float(rescale)}, wanted 0 to 1")
-    if not isinstance(interval, Tracer) and not interval[0] <= interval[1]:
-        raise InputError(
-            f"guidance_interval: got {float(interval[0])} to {float(interval[1])}, "
-            "wanted the smaller ratio first"
-        )
-    return Knobs(
-        scale=spread_scale(scale, num_steps=num_steps),
-        rescale=jnp.asarray(rescale, jnp.float32),
-        interval=jnp.asarray(interval, jnp.float32),
-        eta=jnp.asarray(eta, jnp.float32),
+    if settings.steps > spec.max_steps:
+        raise ValueError(f"steps: got {settings.steps}, wanted 1 to {spec.max_steps}")
+    spacing = cast(SpacingName | None, settings.spacing)
+    whole = make_levels(spec.schedule, settings.steps, spacing=spacing)
+    levels = whole.tail(steps_of_strength(settings.strength, whole.num_steps))
+    most = levels.num_steps + 1
+    if spec.num_frames > most:
+        raise ValueError(f"num_frames: got {spec.num_frames}, wanted 0 or 2 to {most}")
+    table = pad(
+        make_sampler_table(spec, levels, settings),
+        max_steps=spec.max_steps,
+        num_frames=spec.num_frames,
     )
+    is_whole = levels.num_steps == whole.num_steps
+    solver = SolverInputs(
+        table=table,
+        first=first_level(levels, sigma_data=spec.sigma_data, is_whole=is_whole),
+        is_guided=np.asarray(settings.guided) if spec.asks_if_guided else None,
+        scales=call_scales(
+            spread_scale(settings.guidance_scale, num_steps=levels.num_steps),
+            step=table.table.step,
+            ratio=table.table.ratio,
+            interval=settings.guided_ratios,
+        ),
+        rescale=np.asarray(settings.guidance_rescale),
+    )
+    return jax.tree.map(_single_precision, solver)
 
 
-def check_inputs(inputs: Inputs, *, num_classes: int) -> None:
+def make_sampler_table(
+    spec: SolverSpec, levels: Levels, settings: SamplingConfig
+) -> Table:
+    """Tabulate the sampler of the settings over some levels."""
+    tabulate = functools.partial(
+        make_table,
+        cast(SamplerName, settings.sampler),
+        levels,
+        prediction=spec.prediction,
+        sigma_data=spec.sigma_data,
+    )
+    if not settings.eta:
+        return tabulate()
+    # In float32 by the compiler: images drawn with eta keep the bits they always had.
+    table = jax.jit(lambda eta: tabulate(eta=eta))(jnp.float32(settings.eta))
+    return jax.tree.map(np.asarray, table)
+
+
+def _single_precision(leaf: np.ndarray) -> Array:
+    is_float = np.issubdtype(leaf.dtype, np.floating)
+    return jnp.asarray(np.asarray(leaf, np.float32) if is_float else leaf)
+
+
+def steps_of_strength(strength: float | None, num_steps: int) -> int:
+    """Return how many of the last steps an edited picture goes through; None is all."""
+    share = 1.0 if strength is None else strength
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"strength: got {share}, wanted above 0, at most 1")
+    return max(1, round(share * num_steps))
+
+
+def check_inputs(inputs: ImageInputs, *, num_classes: int) -> None:
     """Raise `InputError` if the inputs of a call do not fit each other."""
     num = inputs.keys.shape[0]
     if not num:
@@ -263,11 +263,8 @@ def check_inputs(inputs: Inputs, *, num_classes: int) -> None:
             )
 
 
-def check_plan(plan: Plan, inputs: Inputs, weak_params: SampleParams | None) -> None:
-    """Raise `InputError` if the inputs of a call do not fit what was compiled."""
-    edit = inputs.edit
-    if (plan.weak is None) != (weak_params is None):
-        raise InputError("weak_params: wanted with `weak`, and only with it")
+def check_edit(edit: Edit, settings: SamplingConfig) -> None:
+    """Raise `InputError` if parts of an edit are missing."""
     if edit.mask is not None and edit.image is None:
         raise InputError("edit.mask: got it without edit.image")
     between = edit.other_keys is not None or edit.other_cond is not None
@@ -275,7 +272,8 @@ def check_plan(plan: Plan, inputs: Inputs, weak_params: SampleParams | None) -> 
         raise InputError(
             "edit.weight: wanted with a second key or condition, and only with one"
         )
-    if not plan.whole and edit.image is None and edit.latents is None:
+    is_partial = settings.strength not in (None, 1.0)
+    if is_partial and edit.image is None and edit.latents is None:
         raise InputError("strength: got below 1 without edit.image or edit.latents")
 
 

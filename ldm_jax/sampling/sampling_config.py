@@ -1,5 +1,7 @@
 """How images are made: the settings that a PNG's metadata holds."""
 
+import math
+
 from ldm_jax.config.diffusion import LONGEST_AVERAGE
 from ldm_jax.config.validation import checked_dataclass, require
 from ldm_jax.types import TAKES_ETA, InputError, SamplerName, SpacingName
@@ -78,6 +80,12 @@ class SamplingConfig:
     (--diffusion.average-lengths); the one of optim.ema_decay by default."""
 
     @property
+    def guided_ratios(self) -> tuple[float, float]:
+        """Noise-to-signal ratios between which guidance acts."""
+        high = self.guidance_high
+        return self.guidance_low, math.inf if high is None else high
+
+    @property
     def guided(self) -> bool:
         """Whether guidance has any effect."""
         return self.autoguidance is not None or set(self.guidance_scale) != {1.0}
@@ -132,7 +140,7 @@ class SamplingConfig:
 
     def _check_edit(self) -> None:
         """Refuse settings of an edit that need, or exclude, another setting."""
-        for name in ("mask", "strength", "invert", "outpaint"):
+        for name in ("mask", "invert", "outpaint"):
             if getattr(self, name) not in (None, False) and self.image is None:
                 raise InputError(f"{name}: got it without --image, wanted an image")
         for first, second in EXCLUSIVE:

@@ -6,10 +6,10 @@ import pytest
 from ldm_jax.diffusion.guidance import (
     Call,
     autoguidance,
+    call_scales,
     classifier_free,
     extrapolate,
     rescaled,
-    scales_of_calls,
     spread_scale,
     unguided,
 )
@@ -63,10 +63,9 @@ def by_a_worse_one(scales):
 def spread(scale, step, ratio, interval=EVERYWHERE):
     """Steps are given by their places from 0 to 1; every step has a call or more."""
     places, index = np.unique(step, return_inverse=True)
-    scales = spread_scale(jnp.asarray(scale, jnp.float32), num_steps=len(places))
-    within = jnp.asarray(interval, jnp.float32)
+    scales = spread_scale(scale, num_steps=len(places))
     ratio = np.asarray(ratio, np.float64)
-    return np.asarray(scales_of_calls(scales, step=index, ratio=ratio, interval=within))
+    return call_scales(scales, step=index, ratio=ratio, interval=interval)
 
 
 def test_a_network_is_asked_at_the_calls_level_for_every_image():
@@ -101,7 +100,7 @@ def test_each_call_is_guided_by_its_own_scale():
 
 
 def test_an_interval_guides_as_if_the_scale_were_one_outside():
-    scales = spread(3.0, [0, 0.5, 1], [10, 1, 0.1], interval=(0.5, 2))
+    scales = spread(3.0, [0, 0.5, 1], [10, 1, 0.1], interval=(0.5, 2.0))
     for index, scale in enumerate([1.0, 3.0, 1.0]):
         found = free(scales)(random(0), call(index), COND)
         assert np.array_equal(found, free([scale])(random(0), call(), COND))
@@ -164,22 +163,21 @@ def test_several_scales_are_spread_from_the_first_step_to_the_last():
 
 def test_guidance_is_on_within_its_interval_and_at_its_ends():
     ratio = [80, 2, 1, 0.5, 0.49]
-    found = spread(3.0, np.linspace(0, 1, 5), ratio, interval=(0.5, 2))
+    found = spread(3.0, np.linspace(0, 1, 5), ratio, interval=(0.5, 2.0))
     assert found.tolist() == [1, 3, 3, 3, 1]
     # A level without signal has an infinite ratio, and everywhere is everywhere.
     assert spread(3.0, [0, 1], [np.inf, 0.1]).tolist() == [3, 3]
 
 
-def test_scale_interval_and_rescale_may_be_traced():
-    x, step, ratio = random(0), np.asarray([0, 1]), np.asarray([2.0, 0.5])
+def test_scales_and_rescale_may_be_traced():
+    x = random(0)
 
-    def guide(scale, rescale, interval):
-        scales = scales_of_calls(scale, step=step, ratio=ratio, interval=interval)
+    def guide(scales, rescale):
         predict = classifier_free(
             strong, null_cond=NULL, scales=scales, rescale=rescale
         )
         return predict(x, call(1), COND)
 
-    args = jnp.asarray([2.0, 4.0]), jnp.asarray(0.5), jnp.asarray([0.1, 1.0])
+    args = jnp.asarray([2.0, 4.0]), jnp.asarray(0.5)
     found = jax.jit(guide)(*args)
     assert found == pytest.approx(np.asarray(guide(*args)), rel=1e-5, abs=1e-5)

@@ -22,6 +22,7 @@ from ldm_jax.pretrained.tensors import Tensors
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
 from ldm_jax.sampling.conditions import condition_inputs
 from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from tests.data.test_tokenizer import write_clip
 from tests.parity.diffusers_models import from_torch, relative, to_torch
 from tests.support import models
@@ -92,10 +93,16 @@ def test_a_whole_text_to_image_pipeline_is_the_same(kind, tmp_path):
     model = opened.model
     params = to_sample_params(opened.read())
     keys = image_keys([3, 4])
-    sample_fn = make_sample_fn(model, sampler="ddim", num_steps=STEPS)
+    sample_fn = make_sample_fn(model, guided=True)
     rows = [{"prompt": text, "negative_prompt": "at"} for text in TEXTS]
     cond, uncond = condition_inputs(model, rows)
-    ours = sample_fn(params, keys, cond, SCALE, 0.0, uncond).images
+    ours = sample_fn(
+        params,
+        keys,
+        cond,
+        SamplingConfig(steps=STEPS, guidance_scale=(SCALE,)),
+        uncond=uncond,
+    ).images
 
     pipeline = load_pipeline("StableDiffusionPipeline", folder)
     noise = normal(image_step_keys(keys, Stream.SAMPLE_START), model.latent_shape)
@@ -127,10 +134,9 @@ def test_an_unconditional_pipeline_is_the_same(tmp_path):
     keys = image_keys([3, 4])
     from ldm_jax.models.conditioning import ConditionInputs
 
-    sample_fn = make_sample_fn(
-        opened.model, sampler="ddim", num_steps=STEPS, guided=False
-    )
-    ours = np.asarray(sample_fn(params, keys, ConditionInputs()).images)
+    sample_fn = make_sample_fn(opened.model, guided=False)
+    settings = SamplingConfig(steps=STEPS)
+    ours = np.asarray(sample_fn(params, keys, ConditionInputs(), settings).images)
 
     shape = opened.model.latent_shape
     noise = normal(image_step_keys(keys, Stream.SAMPLE_START), shape)

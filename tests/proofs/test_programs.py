@@ -21,6 +21,7 @@ from ldm_jax.sampling.export import (
     load_sample_program,
 )
 from ldm_jax.sampling.sample_fn import make_sample_fn
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 from tests.support.commands import ROOT, TIMEOUT
 from tests.support.models import config_of, model_of
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.pretrained.open_weights import open_weights, to_sample_params
 from ldm_jax.sampling.export import load_sample_program
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.rng import image_keys
 
 folder = Path(sys.argv[1])
@@ -41,7 +43,8 @@ params = to_sample_params(open_weights(folder).read())
 cond = ConditionInputs(label=jnp.asarray({LABELS}, jnp.int32))
 for path in sorted(folder.glob("*.program")):
     draw = load_sample_program(path.read_bytes())
-    images = draw(params, image_keys({SEEDS}), cond, {SCALE}).images
+    settings = SamplingConfig(sampler=path.stem, steps=2, guidance_scale=({SCALE},))
+    images = draw(params, image_keys({SEEDS}), cond, settings).images
     np.save(path.with_suffix(".npy"), np.asarray(images))
 """
 
@@ -56,7 +59,7 @@ def tiny_model():
 def program(tiny_model):
     _, model, weights = tiny_model
     params = to_sample_params(weights)
-    return export_sample_program(model, params, sampler="ddim", num_steps=2)
+    return export_sample_program(model, params, max_steps=2, guided=True)
 
 
 def test_a_fresh_process_draws_the_same_bits_from_the_program(
@@ -69,9 +72,7 @@ def test_a_fresh_process_draws_the_same_bits_from_the_program(
     write_native(weights, tmp_path)
     (tmp_path / "config.json").write_text(to_json(config))
     params = to_sample_params(weights)
-    noisy = export_sample_program(
-        model, params, sampler="euler_ancestral", num_steps=2, guided=False
-    )
+    noisy = export_sample_program(model, params, max_steps=3, guided=False)
     (tmp_path / "ddim.program").write_bytes(program)
     (tmp_path / "euler_ancestral.program").write_bytes(noisy)
     command = [sys.executable, "-c", FRESH, str(tmp_path)]
@@ -83,8 +84,9 @@ def test_a_fresh_process_draws_the_same_bits_from_the_program(
     cond = ConditionInputs(label=jnp.asarray(LABELS, jnp.int32))
     drawn = []
     for name, guided in (("ddim", True), ("euler_ancestral", False)):
-        ours = make_sample_fn(model, sampler=name, num_steps=2, guided=guided)
-        images = np.asarray(ours(params, image_keys(SEEDS), cond, SCALE).images)
+        ours = make_sample_fn(model, guided=guided)
+        how = SamplingConfig(sampler=name, steps=2, guidance_scale=(SCALE,))
+        images = np.asarray(ours(params, image_keys(SEEDS), cond, how).images)
         assert np.load(tmp_path / f"{name}.npy").tobytes() == images.tobytes()
         drawn.append(images)
     assert not np.array_equal(*drawn)
@@ -98,7 +100,7 @@ def test_parameters_are_inputs_and_not_part_of_the_program(tiny_model, program):
     _, model, weights = tiny_model
     params = to_sample_params(weights)
     doubled = jax.tree.map(lambda x: 2 * x, params)
-    again = export_sample_program(model, doubled, sampler="ddim", num_steps=2)
+    again = export_sample_program(model, doubled, max_steps=2, guided=True)
     assert again == program
     assert len(again) < sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert str(ROOT).encode() not in again
@@ -124,11 +126,7 @@ def test_what_is_no_program_is_told_in_one_line(program, change, words):
 def test_a_program_for_another_platform_names_both(tiny_model):
     _, model, weights = tiny_model
     data = export_sample_program(
-        model,
-        to_sample_params(weights),
-        sampler="ddim",
-        num_steps=1,
-        platforms=["tpu"],
+        model, to_sample_params(weights), max_steps=1, guided=False, platforms=["tpu"]
     )
     with pytest.raises(InputError, match=r"made for tpu, but this is cpu; .*'cpu'"):
         load_sample_program(data)
@@ -153,10 +151,13 @@ def test_wrong_shapes_are_named_before_anything_is_drawn(tiny_model, program):
     ]
     for words, *arguments in calls:
         with pytest.raises(InputError, match=words) as caught:
-            draw(*arguments)
+            draw(*arguments, SamplingConfig(steps=2))
         assert "\n" not in str(caught.value)
     # A list of scales is none of these: it is spread over the steps.
-    one, three = (draw(params, keys, cond, x).images for x in (2.0, jnp.full(3, 2.0)))
+    one, three = (
+        draw(params, keys, cond, SamplingConfig(steps=2, guidance_scale=scales)).images
+        for scales in ((2.0,), (2.0, 2.0, 2.0))
+    )
     assert np.array_equal(one, three)
     with pytest.raises(InputError, match="got a, which it does not read"):
         check_arrays({"a": jnp.zeros(1)}, {})
@@ -166,17 +167,15 @@ def test_what_cannot_be_exported_is_told(tiny_model):
     _, model, weights = tiny_model
     params = to_sample_params(weights)
     bad = [
-        ({"num_steps": 0}, "steps: got 0"),
+        ({"max_steps": 0}, "max_steps: got 0"),
         ({"batch": 0}, "batch: got 0"),
         ({"platforms": ["gpu"]}, "platforms: got 'gpu', wanted some of cpu"),
     ]
     for changed, words in bad:
         with pytest.raises(ValueError, match=words):
-            export_sample_program(
-                model, params, **{"sampler": "ddim", "num_steps": 1, **changed}
-            )
+            export_sample_program(model, params, **{"max_steps": 1, **changed})
     for kind in ("embedding", "masked_image"):
         other = config_of(kind)
         model, params = build_model(other), to_sample_params(model_of(other))
         with pytest.raises(ValueError, match="cond: not given"):
-            export_sample_program(model, params, sampler="ddim", num_steps=1)
+            export_sample_program(model, params, max_steps=1)

@@ -21,10 +21,18 @@ from ldm_jax.models.tiled_decoding import decode_in_tiles, ramp, tile_starts
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.pretrained.open_weights import to_sample_params
 from ldm_jax.rng import image_keys
-from ldm_jax.sampling import program as chunk
-from ldm_jax.sampling.editing import Edit, free_latents, make_invert_fn, slerp, start_of
+from ldm_jax.sampling import program
+from ldm_jax.sampling.editing import (
+    Edit,
+    first_level,
+    free_latents,
+    make_invert_fn,
+    slerp,
+    start_of,
+)
 from ldm_jax.sampling.sample_fn import make_sample_fn, steps_of_strength
-from ldm_jax.types import TAKES_ETA
+from ldm_jax.sampling.sampling_config import SamplingConfig
+from ldm_jax.types import SAMPLER_NAMES, TAKES_ETA
 from tests.support import tiny
 from tests.support.models import config_of, model_of
 
@@ -48,10 +56,15 @@ def tiny_model(kind="label"):
 
 
 @functools.cache
-def sampler_fn(sampler="ddim", num_steps=3, **settings):
-    return make_sample_fn(
-        tiny_model("tiny")[0], sampler=sampler, num_steps=num_steps, **settings
-    )
+def sampler_fn(**options):
+    return make_sample_fn(tiny_model("tiny")[0], **options)
+
+
+def settings(sampler="ddim", steps=3, scale=2.0, **more):
+    scales = (scale,) if isinstance(scale, float) else scale
+    eta = 0.5 if sampler in TAKES_ETA else 0.0
+    given = {"sampler": sampler, "steps": steps, "guidance_scale": scales, "eta": eta}
+    return SamplingConfig(**{**given, **more})
 
 
 def labels(*numbers):
@@ -63,11 +76,10 @@ def pictures(num=1, side=8, seed=0):
     return jnp.asarray(values, jnp.float32)
 
 
-def images(seeds, numbers, sampler="ddim", scale=2.0, params=None, **knobs):
-    fn, eta = sampler_fn(sampler), 0.5 if sampler in TAKES_ETA else 0.0
-    params = params or tiny_model("tiny")[1]
+def images(seeds, numbers, sampler="ddim", *, edit=None, **more):
+    inputs = (tiny_model("tiny")[1], image_keys(seeds), labels(*numbers))
     return np.asarray(
-        fn(params, image_keys(seeds), labels(*numbers), scale, eta, **knobs).images
+        sampler_fn()(*inputs, settings(sampler, **more), edit=edit).images
     )
 
 
@@ -147,69 +159,96 @@ def test_one_device_and_eight_draw_the_same_bits():
     one = images(seeds, numbers, sampler)
     for devices in (jax.devices()[:1], jax.devices()):
         layout = PmapLayout(devices)
-        fn = make_sample_fn(
-            tiny_model("tiny")[0], sampler=sampler, num_steps=3, layout=layout
-        )
+        fn = make_sample_fn(tiny_model("tiny")[0], layout=layout)
         args = (
             layout.place(tiny_model("tiny")[1]),
             image_keys(seeds),
             labels(*numbers),
         )
-        assert np.array_equal(fn(*args, 2.0).images, one)
+        assert np.array_equal(fn(*args, settings(sampler)).images, one)
 
 
 @pytest.fixture
 def traces(monkeypatch):
     """Grows by one each time a sample function is traced."""
-    times, traced = [], chunk.decode
+    times, traced = [], program.decode
 
     def counted(*args, **kwargs):
         times.append(1)
         return traced(*args, **kwargs)
 
-    monkeypatch.setattr(chunk, "decode", counted)
+    monkeypatch.setattr(program, "decode", counted)
     return times
 
 
-def test_turning_any_knob_compiles_nothing(traces):
+def random_settings(rng, i):
+    sampler = SAMPLER_NAMES[i % len(SAMPLER_NAMES)]
+    scales = [(1.0,), (float(rng.uniform(0, 9)),), tuple(rng.uniform(0, 9, 3).tolist())]
+    low = float(rng.uniform(0, 1))
+    return SamplingConfig(
+        sampler=sampler,
+        steps=int(rng.randint(1, 9)),
+        spacing=["trailing", "leading", "linspace", "karras", None][i % 5],
+        eta=float(rng.uniform(0, 1)) if sampler in TAKES_ETA else 0.0,
+        guidance_scale=scales[i % 3],
+        guidance_rescale=float(rng.uniform(0, 1)),
+        guidance_low=low,
+        guidance_high=low + float(rng.uniform(0, 50)),
+    )
+
+
+def test_one_program_serves_twenty_random_settings(traces):
     model, params = tiny_model("tiny")
-    fn = make_sample_fn(model, sampler="ddim", num_steps=2)
+    fn = make_sample_fn(model, max_steps=8)
     rng, drawn = np.random.RandomState(0), []
     for i in range(20):
-        num = int(rng.randint(1, 9))
+        num = int(rng.randint(1, 4))
         result = fn(
             params,
             image_keys([int(seed) for seed in rng.randint(0, 2**31, num)]),
             labels(*(int(label) for label in rng.randint(0, 10, num))),
-            [3, float(rng.uniform(0, 9)), jnp.asarray(rng.rand(i + 1))][i % 3],
-            float(rng.uniform(0, 1)),
-            labels(*(int(label) for label in rng.randint(0, 11, num))),
-            guidance_rescale=float(rng.uniform(0, 1)),
-            guidance_interval=(float(rng.uniform(0, 1)), float(rng.uniform(1, 50))),
+            random_settings(rng, i),
+            uncond=labels(*(int(label) for label in rng.randint(0, 11, num))),
         )
         drawn.append(float(np.asarray(result.images).sum()))
     assert len(traces) == 1
     assert len(set(drawn)) == 20
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_the_program_for_all_settings_has_the_bits_of_one_for_its_guidance(scale):
+    model, params = tiny_model("tiny")
+    given = (params, image_keys([7]), labels(3), settings("unipc", scale=scale))
+    alone = make_sample_fn(model, guided=scale != 1.0)(*given).images
+    assert np.array_equal(sampler_fn()(*given).images, alone)
+
+
+def test_the_most_steps_do_not_change_an_image():
+    model, params = tiny_model("tiny")
+    given = (params, image_keys([7]), labels(3), settings("heun", steps=5))
+    few = make_sample_fn(model, max_steps=5)(*given).images
+    assert np.array_equal(sampler_fn()(*given).images, few)
+
+
 def test_prompts_are_inputs_too(traces):
     model, params = tiny_model("text")
-    fn = make_sample_fn(model, sampler="ddim", num_steps=1)
+    fn = make_sample_fn(model)
+    how = settings(steps=1, scale=7.5)
     for i in range(3):
         cond = ConditionInputs(tokens=jnp.full((CHUNK, 6), i, jnp.int32))
         # Traced, not compiled: the calls share the program if they share its trace.
-        jax.eval_shape(lambda c: fn(params, image_keys([0] * CHUNK), c, 7.5), cond)
+        jax.eval_shape(lambda c: fn(params, image_keys([0] * CHUNK), c, how), cond)
     assert len(traces) == 1
 
 
-def test_inside_another_jitted_function_it_draws_the_same_images():
+def test_inside_another_jitted_function_it_makes_the_same_images():
     params = tiny_model("tiny")[1]
 
     @jax.jit
-    def mine(keys, cond, scale):
-        return sampler_fn()(params, keys, cond, scale, 0.5).images
+    def mine(keys, cond):
+        return sampler_fn()(params, keys, cond, settings()).images
 
-    inside = mine(image_keys(list(range(6))), labels(*range(6)), jnp.asarray(2.0))
+    inside = mine(image_keys(list(range(6))), labels(*range(6)))
     outside = images(list(range(6)), range(6))
     assert np.asarray(inside) == pytest.approx(outside, abs=1e-5)
 
@@ -217,34 +256,35 @@ def test_inside_another_jitted_function_it_draws_the_same_images():
 def test_memory_does_not_grow_with_the_steps():
     def temporary_bytes(num_steps):
         model, params = tiny_model("tiny")
-        fn = make_sample_fn(model, sampler="heun", num_steps=num_steps)
-        call = jax.jit(lambda keys, cond: fn(params, keys, cond, 2.0).images)
+        fn = make_sample_fn(model, max_steps=num_steps)
+        how = settings("heun", steps=num_steps)
+        call = jax.jit(lambda keys, cond: fn(params, keys, cond, how).images)
         keys = image_keys(list(range(CHUNK)))
         compiled = call.lower(keys, labels(*range(CHUNK))).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # A few numbers a step, not a latent: 4 x 4 x 4 x 2 floats would be 512 bytes.
-    assert temporary_bytes(60) - temporary_bytes(10) < 50 * 128
+    # A few numbers a call, not a latent: 4 x 4 x 4 x 2 floats would be 512 bytes.
+    assert temporary_bytes(60) - temporary_bytes(10) < 50 * 2 * 256
 
 
 def test_guidance_has_no_say_outside_its_interval_and_follows_its_schedule():
     seeds, numbers = [0, 1], [2, 3]
     guided, plain = images(seeds, numbers), images(seeds, numbers, scale=1.0)
-    assert not np.array_equal(guided, plain)
-    nowhere = images(seeds, numbers, guidance_interval=(1e5, 1e6))
-    assert np.array_equal(nowhere, plain)
-    everywhere = images(seeds, numbers, guidance_interval=(0.0, 1e6))
+    assert not np.allclose(guided, plain, atol=1e-3)
+    nowhere = images(seeds, numbers, guidance_low=1e5)
+    assert nowhere == pytest.approx(plain, abs=1e-5)
+    everywhere = images(seeds, numbers, guidance_high=1e6)
     assert np.array_equal(everywhere, guided)
-    flat = images(seeds, numbers, scale=jnp.asarray([2.0, 2.0, 2.0]))
+    flat = images(seeds, numbers, scale=(2.0, 2.0, 2.0))
     assert np.array_equal(flat, guided)
-    rising = images(seeds, numbers, scale=jnp.asarray([1.0, 2.0, 3.0]))
+    rising = images(seeds, numbers, scale=(1.0, 2.0, 3.0))
     assert not np.array_equal(rising, guided)
 
 
 def test_a_model_that_guides_itself_away_from_itself_is_unguided():
     model, params = tiny_model("tiny")
-    fn = make_sample_fn(model, sampler="ddim", num_steps=3, weak=model)
-    args = (params, image_keys([0, 1]), labels(2, 3), 3.0, 0.5)
+    fn = make_sample_fn(model, weak=model)
+    args = (params, image_keys([0, 1]), labels(2, 3), settings(scale=3.0))
     same = np.asarray(fn(*args, weak_params=params).images)
     assert same == pytest.approx(images([0, 1], [2, 3], scale=1.0), abs=1e-5)
     worse = jax.tree.map(lambda x: 0.9 * x, params)
@@ -254,63 +294,37 @@ def test_a_model_that_guides_itself_away_from_itself_is_unguided():
 def test_a_worse_model_of_another_kind_is_refused():
     model, _ = tiny_model("tiny")
     with pytest.raises(ValueError, match="trained alike"):
-        make_sample_fn(
-            model,
-            sampler="ddim",
-            num_steps=2,
-            weak=model._replace(prediction="v"),
-        )
+        make_sample_fn(model, weak=model._replace(prediction="v"))
 
 
 def test_what_a_sample_function_cannot_do_is_refused():
-    make = functools.partial(make_sample_fn, tiny_model("tiny")[0], num_steps=4)
-    for settings, message in (
-        ({"sampler": "ddim", "num_frames": 6}, "num_frames: got 6, wanted 0 or 2 to 5"),
-        ({"sampler": "ddim", "strength": 0.0}, "strength: got 0.0"),
-        ({"sampler": "lcm", "tile": 2}, "tile: got 2, wanted 0, or at least 4"),
+    model, params = tiny_model("tiny")
+    for options, message in (
+        ({"max_steps": 2000}, "max_steps: got 2000, wanted 1 to 1000"),
+        ({"max_steps": 4, "num_frames": 6}, "num_frames: got 6, wanted 0 or 2 to 5"),
+        ({"tile": 2}, "tile: got 2, wanted 0, or at least 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            make(**settings)
-    fn = sampler_fn("plms")
-    with pytest.raises(ValueError, match=r"eta: got 0\.3 with plms, which has none"):
-        fn(tiny_model("tiny")[1], image_keys([0]), labels(0), 1.0, 0.3)
+            make_sample_fn(model, **options)
+    given = (params, image_keys([0]), labels(0))
+    with pytest.raises(ValueError, match="steps: got 5, wanted 1 to 4"):
+        make_sample_fn(model, max_steps=4)(*given, settings(steps=5))
+    with pytest.raises(ValueError, match="num_frames: got 4, wanted 0 or 2 to 3"):
+        make_sample_fn(model, num_frames=4)(*given, settings(steps=2))
 
 
 def test_inputs_that_do_not_fit_each_other_are_refused():
     params = tiny_model("tiny")[1]
-    fn, keys, tail = sampler_fn(), image_keys([0, 1]), {"strength": 0.5}
-    mask = jnp.ones((2, 8, 8, 1))
+    fn, keys, how, two = sampler_fn(), image_keys([0, 1]), settings(), labels(1, 2)
+    mask, part = jnp.ones((2, 8, 8, 1)), settings(strength=0.5)
     cases = (
-        (
-            lambda: fn(params, keys, labels(1)),
-            "cond: got 1 for 2 keys, wanted one each",
-        ),
-        (lambda: fn(params, keys[:0], labels()), "keys: got none"),
-        (lambda: fn(params, keys, labels(1, 77)), "cond.label: got 77, wanted 0 to 10"),
-        (
-            lambda: fn(params, keys, labels(1, 2), weak_params=params),
-            "weak_params: wanted with `weak`",
-        ),
-        (
-            lambda: fn(params, keys, labels(1, 2), guidance_rescale=7),
-            "guidance_rescale: got 7",
-        ),
-        (
-            lambda: fn(params, keys, labels(1, 2), guidance_interval=(2.0, 1.0)),
-            "guidance_interval",
-        ),
-        (
-            lambda: fn(params, keys, labels(1, 2), edit=Edit(weight=jnp.ones(2))),
-            "edit.weight",
-        ),
-        (
-            lambda: fn(params, keys, labels(1, 2), edit=Edit(mask=mask)),
-            "edit.mask",
-        ),
-        (
-            lambda: sampler_fn(num_steps=4, **tail)(params, keys, labels(1, 2)),
-            "strength: got below 1",
-        ),
+        (lambda: fn(params, keys, labels(1), how), "cond: got 1 for 2 keys"),
+        (lambda: fn(params, keys[:0], labels(), how), "keys: got none"),
+        (lambda: fn(params, keys, labels(1, 77), how), "cond.label: got 77"),
+        (lambda: fn(params, keys, two, how, weak_params=params), "weak_params: wanted"),
+        (lambda: fn(params, keys, two, how, edit=Edit(weight=mask)), "edit.weight"),
+        (lambda: fn(params, keys, two, how, edit=Edit(mask=mask)), "edit.mask"),
+        (lambda: fn(params, keys, two, part), "strength: got below 1"),
     )
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -324,9 +338,8 @@ def test_a_picture_starts_as_noisy_as_the_strength_says():
     noise = np.asarray(starting_noise(keys, model.latent_shape))
     levels = make_levels(model.schedule, 50).tail(steps_of_strength(0.3, 50))
     assert levels.num_steps == 15
-    start = start_of(
-        model, params, keys, Edit(image=picture), levels=levels, whole=False
-    )
+    first = first_level(levels, sigma_data=model.sigma_data, is_whole=False)
+    start = start_of(model, params, keys, Edit(image=picture), first=first)
     wanted = levels.alpha[0] * x_0 + levels.sigma[0] * noise
     assert np.asarray(start.x_start) == pytest.approx(wanted, abs=1e-6)
     assert levels.t[0] == 299 and start.known is None
@@ -383,9 +396,9 @@ def test_the_noise_of_an_inversion_gives_the_latent_back():
     picture, cond = pictures(2), labels(3, 4)
     invert = make_invert_fn(model, num_steps=20, iterations=30)
     latents = invert(params, picture, cond)
-    fn = make_sample_fn(model, sampler="ddim", num_steps=20, guided=False)
-    edit = Edit(latents=latents)
-    back = fn(params, image_keys([0, 1]), cond, edit=edit).images
+    fn = make_sample_fn(model, guided=False)
+    how = SamplingConfig(steps=20)
+    back = fn(params, image_keys([0, 1]), cond, how, edit=Edit(latents=latents)).images
     kept = decode(model, params, encode_images(model, params, picture))
     assert np.asarray(back) == pytest.approx(np.asarray(kept), abs=1e-3)
     alone = invert(params, picture[1:], labels(4))

@@ -9,10 +9,10 @@ import numpy as np
 from ldm_jax.images import encode_png, to_uint8
 from ldm_jax.latent_diffusion import calls_at_once, images_per_call
 from ldm_jax.rng import image_keys
-from ldm_jax.sampling.any_steps import AnyStepsFn, make_any_steps_fn
 from ldm_jax.sampling.conditions import condition_inputs, image_specs, prompt_warnings
 from ldm_jax.sampling.metadata import make_metadata
 from ldm_jax.sampling.pipeline import Pipeline, open_pipeline
+from ldm_jax.sampling.sample_fn import SampleFn, make_sample_fn
 from ldm_jax.sampling.synthetic_dataset import class_names_of
 from ldm_jax.tools.demo.arguments import BrowseRequest
 from ldm_jax.tools.demo.controls import (
@@ -30,7 +30,7 @@ class Renderer(NamedTuple):
 
     pipeline: Pipeline
     """The model, and the settings that no knob moves."""
-    fn: AnyStepsFn
+    fn: SampleFn
     """The program."""
     limits: Limits
     """What may be wished for."""
@@ -60,12 +60,10 @@ def set_up(request: BrowseRequest) -> Renderer:
         pipeline.model, max_steps=request.max_steps, max_images=request.max_images
     )
     try:
-        fn = make_any_steps_fn(
+        fn = make_sample_fn(
             pipeline.model,
-            sampler=settings.sampler,
+            guided=None if limits.guided else False,
             max_steps=limits.max_steps,
-            spacing=settings.spacing,
-            guided=limits.guided,
         )
     except ValueError as error:
         raise InputError(f"--{error}") from None
@@ -120,14 +118,8 @@ def draw(renderer: Renderer, controls: Controls) -> Iterator[Drawn]:
         cond, uncond = condition_inputs(
             pipeline.model, [spec.condition_texts for spec in call]
         )
-        images = renderer.fn(
-            params,
-            image_keys([spec.seed for spec in call]),
-            cond,
-            controls.steps,
-            controls.guidance_scale,
-            uncond,
-        )
+        keys = image_keys([spec.seed for spec in call])
+        images = renderer.fn(params, keys, cond, settings, uncond=uncond).images
         for spec, image in zip(part, to_uint8(np.asarray(images)), strict=False):
             recipe = make_metadata(spec, settings, pipeline.made_with)
             yield Drawn(spec.seed, encode_png(image, recipe))

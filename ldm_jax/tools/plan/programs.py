@@ -12,14 +12,21 @@ from jax.sharding import SingleDeviceSharding
 
 from ldm_jax.build import blank_inputs, build_model, init_unet, shape_of
 from ldm_jax.config import Config
+from ldm_jax.diffusion.tables import unpadded
+from ldm_jax.diffusion.timesteps import make_levels
 from ldm_jax.latent_diffusion import SampleParams, images_per_call, null_condition
 from ldm_jax.models.attention import for_chip
 from ldm_jax.parallel.make_layout import Layout, make_layout
 from ldm_jax.parallel.reduce import average_here
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.editing import Edit
-from ldm_jax.sampling.program import Inputs, Knobs, Models, sample_chunk
-from ldm_jax.sampling.sample_fn import make_plan
+from ldm_jax.sampling.program import ImageInputs, Models, sample_chunk
+from ldm_jax.sampling.sample_fn import (
+    make_program,
+    make_sampler_table,
+    make_solver_inputs,
+)
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.tools.plan.arguments import Request, batch_size_of, change
 from ldm_jax.tools.plan.flops import count_flops
 from ldm_jax.tools.plan.topology import Topology
@@ -145,12 +152,19 @@ def sample_work(config: Config, request: Request, devices: list[Any] | None) -> 
     layout = make_layout(config.parallel, devices)
     model = build_model(config)
     images = request.batch_per_device or images_per_call(model, layout.platform)
+    program = make_program(model, guided=True, max_steps=request.num_steps)
+    settings = SamplingConfig(sampler=request.sampler, steps=request.num_steps)
     try:
-        plan = make_plan(
-            model, sampler=request.sampler, num_steps=request.num_steps, guided=True
-        )
+        solver = make_solver_inputs(program.solver, settings)
+        levels = make_levels(model.schedule, request.num_steps)
+        table = make_sampler_table(program.solver, levels, settings)
     except ValueError as error:
         raise InputError(f"--sample: {error}") from None
+    # Of its own length, so that calls that never take place are not counted.
+    solver = solver._replace(
+        table=jax.tree.map(jnp.asarray, unpadded(table)),
+        scales=solver.scales[: table.num_calls],
+    )
     cond = jax.eval_shape(lambda: blank_inputs(config, batch_size=images))
     models = Models(
         SampleParams(
@@ -161,21 +175,19 @@ def sample_work(config: Config, request: Request, devices: list[Any] | None) -> 
         ),
         None,
     )
-    shapes = ((plan.levels.num_steps,), (), (2,), ())
-    knobs = Knobs(*(shape_of(shape, jnp.float32) for shape in shapes))
-    inputs = Inputs(
+    inputs = ImageInputs(
         jax.eval_shape(lambda: image_keys([0] * images)),
         cond,
         jax.eval_shape(lambda c: null_condition(model, c), cond),
         Edit(),
     )
-    fn = functools.partial(sample_chunk, plan)
+    fn = functools.partial(sample_chunk, program)
     here = SingleDeviceSharding(layout.devices[0])
 
     def on_device(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
-    args = jax.tree.map(on_device, (models, knobs, inputs))
+    args = jax.tree.map(on_device, (models, solver, inputs))
 
     def lower() -> jax.stages.Lowered:
         with for_chip(layout.devices[0].device_kind):
@@ -189,7 +201,7 @@ def sample_work(config: Config, request: Request, devices: list[Any] | None) -> 
         frozen_bytes=tree_bytes(models),
         input_bytes=tree_bytes(inputs.cond),
         gradient_bytes=0,
-        flops=count_flops(fn, models, knobs, inputs),
+        flops=count_flops(fn, models, solver, inputs),
     )
 
 

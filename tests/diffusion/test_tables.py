@@ -1,0 +1,68 @@
+"""Tables of samplers, padded to the one shape that a program takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.diffusion.guidance import unguided
+from ldm_jax.diffusion.sampling import sample
+from ldm_jax.diffusion.solvers import make_table
+from ldm_jax.diffusion.tables import pad
+from ldm_jax.diffusion.timesteps import make_levels
+from ldm_jax.rng import image_keys
+from ldm_jax.types import SAMPLER_NAMES
+from tests.support.gaussian import SCHEDULES
+
+MAX_STEPS = 12
+
+
+def table_of(sampler, num_steps, schedule="ldm_linear"):
+    levels = make_levels(SCHEDULES[schedule], num_steps)
+    return make_table(sampler, levels, prediction="v")
+
+
+@pytest.mark.parametrize("schedule", ["ldm_linear", "zero_snr"])
+def test_all_tables_have_one_shape_when_padded(schedule):
+    shapes = set()
+    for sampler in SAMPLER_NAMES:
+        for num_steps in range(1, MAX_STEPS + 1):
+            table = table_of(sampler, num_steps, schedule)
+            padded = pad(table, max_steps=MAX_STEPS)
+            shapes.add(tuple(leaf.shape for leaf in jax.tree.leaves(padded)))
+            assert padded.live.sum() == padded.live[: table.num_calls].sum()
+            assert padded.live.sum() == table.num_calls
+            mix = padded.table.mix[padded.live]
+            kept = mix[:, : table.num_registers, : table.num_terms]
+            assert np.array_equal(kept, table.mix)
+            assert np.count_nonzero(mix) == np.count_nonzero(table.mix)
+            assert all(np.isfinite(x).all() for x in (mix, padded.table.read))
+    assert len(shapes) == 1
+
+
+def test_a_table_that_is_too_long_is_refused():
+    with pytest.raises(ValueError, match="got 6 network calls, wanted at most 4"):
+        pad(table_of("ddim", 6), max_steps=2)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "plms", "dpmpp_2m", "unipc"])
+def test_calls_that_are_not_live_ask_nothing_and_change_nothing(sampler):
+    table, asked = table_of(sampler, 3), []
+
+    def denoise(x_t, t, cond):
+        jax.debug.callback(lambda: asked.append(1))
+        return jnp.tanh(x_t) * (1.0 + t[:, None, None, None] / 1000.0)
+
+    keys = image_keys([1, 2])
+    x_start = jax.random.normal(jax.random.key(0), (2, 3, 3, 2))
+
+    def end(table):
+        made = sample(unguided(denoise), x_start, keys, None, table=table).x_0
+        jax.effects_barrier()
+        return np.asarray(made)
+
+    plain, num_asked = end(table), len(asked)
+    padded = end(pad(table, max_steps=40))
+    assert num_asked == table.num_calls and len(asked) == 2 * num_asked
+    # The weights are the same; a branch is compiled by itself, and may round otherwise.
+    assert padded == pytest.approx(plain, abs=1e-6)
