@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import ConditionConfig, Config
-from ldm_jax.data.byte_pairs import empty_prompt, load_byte_pairs
+from ldm_jax.data.bert_tokenizer import load_bert_tokenizer
+from ldm_jax.data.byte_pair_tokenizer import empty_prompt, load_byte_pairs
 from ldm_jax.data.caption_tokens import TokenizedExamples
+from ldm_jax.data.clip_tokenizer import load_clip_tokenizer
 from ldm_jax.data.folder import Need
 from ldm_jax.data.pipeline import (
     Augment,
@@ -21,13 +23,7 @@ from ldm_jax.data.pipeline import (
     make_iterator,
 )
 from ldm_jax.data.sources import Source, open_source, reading_threads
-from ldm_jax.data.tokenizer import (
-    TOKENIZER_FILE,
-    WORDPIECE_FILE,
-    Tokenizer,
-    load_bert_tokenizer,
-    load_clip_tokenizer,
-)
+from ldm_jax.data.tokenizer import TOKENIZER_FILE, WORDPIECE_FILE, Tokenizer
 from ldm_jax.diffusion.schedules import (
     EdmSchedule,
     FlowSchedule,

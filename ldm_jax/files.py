@@ -50,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
     """
     part = path.with_name(path.name + ".part")
     with naming(part):
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

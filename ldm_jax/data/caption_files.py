@@ -1,9 +1,9 @@
 """Captions of a folder of images: `.txt` files beside them, or lines of JSON.
 
-A line of `captions.jsonl` is {"file": "a.png", "caption": "a red bird"}, and one of
-`metadata.jsonl`, as other programs write it, {"file_name": "a.png", "text": ...}; each
-file may use either pair of words. Paths are those from the folder the file lies in.
-Of a list of captions the first one counts.
+A line of `captions.jsonl` is {"file": "a.png", "caption": "a red bird"}; one of
+`metadata.jsonl`, as other programs write it, is {"file_name": "a.png", "text": ...}.
+Both files may use either pair of keys. Paths start at the file's folder. Of a list of
+captions the first is read.
 """
 
 import functools
@@ -25,36 +25,30 @@ class Captions(NamedTuple):
     """The captions of a folder."""
 
     by_image: dict[str, str]
-    """By the name of the image."""
+    """Captions by the name of the image."""
     orphans: tuple[str, ...]
-    """Where captions stand that have no image."""
+    """Locations of captions without an image."""
     files: frozenset[str]
-    """Names of the files that captions were found in."""
+    """Names of the files with captions."""
 
 
 class Line(NamedTuple):
-    """A line of JSON that holds a caption."""
+    """A line of JSON with a caption."""
 
     number: int
-    """Of the line, from 1."""
+    """Line number, from 1."""
     file: str
-    """The image, as the line names it."""
+    """Path of the image from the file's folder."""
     caption: str
-    """The first, if there are several."""
+    """The caption; the first of a list."""
 
 
 def read_caption_files(listing: Listing) -> Captions:
-    """Read every caption in a folder.
-
-    Args:
-      listing: The folder.
-
-    Returns:
-      The captions.
+    """Read every caption of a folder.
 
     Raises:
-      InputError: If one is not UTF-8, a line is not what it should be, or an image
-        has two captions.
+      InputError: If a file is not UTF-8, a line is malformed, or an image has two
+        captions.
       OSError: If a file cannot be read.
     """
     place_by_image: dict[str, str] = {}
@@ -73,12 +67,12 @@ def read_caption_files(listing: Listing) -> Captions:
             if image not in images:
                 orphans.append(f"{place} ({line.file})")
                 continue
-            _check_only(listing.root, image, place, place_by_image.get(image))
+            _check_single(listing.root, image, place, place_by_image.get(image))
             place_by_image[image], by_image[image] = place, line.caption
     for image in listing.images:
         name = posixpath.splitext(image)[0] + TEXT_SUFFIX
         if stamp := listing.stamps.get(name):
-            _check_only(listing.root, image, name, place_by_image.get(image))
+            _check_single(listing.root, image, name, place_by_image.get(image))
             by_image[image] = _read_text(listing.root / name, stamp)
             files.add(name)
     orphans += [
@@ -89,7 +83,7 @@ def read_caption_files(listing: Listing) -> Captions:
     return Captions(by_image, tuple(orphans), frozenset(files))
 
 
-def _check_only(root: Path, image: str, place: str, other: str | None) -> None:
+def _check_single(root: Path, image: str, place: str, other: str | None) -> None:
     if other is not None:
         raise InputError(
             f"{root}: {image} has two captions, in {other} and in {place}, wanted one; "
@@ -99,13 +93,13 @@ def _check_only(root: Path, image: str, place: str, other: str | None) -> None:
 
 @functools.lru_cache(maxsize=2**20)
 def _read_text(path: Path, stamp: Stamp) -> str:
-    """Read a text file, again only once its stamp has changed."""
+    """Read a text file, cached by its stamp."""
     return _decoded(path.read_bytes(), f"{path}").strip()
 
 
 @functools.lru_cache(maxsize=64)
 def _read_lines(path: Path, stamp: Stamp) -> tuple[Line, ...]:
-    """Read the captions of a file, again only once its stamp has changed."""
+    """Read the captions of a file, cached by its stamp."""
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         where = f"{path} line {number}"
@@ -123,7 +117,7 @@ def _read_lines(path: Path, stamp: Stamp) -> tuple[Line, ...]:
 
 
 def _checked(row: Any, number: int, where: str) -> Line:
-    """Take the image and the caption from what a line holds."""
+    """Return the image and the caption of a line, checked."""
     if not isinstance(row, dict):
         row = {}
     file = next((row[key] for key in FILE_KEYS if key in row), None)
@@ -144,7 +138,7 @@ def _checked(row: Any, number: int, where: str) -> Line:
 
 def _decoded(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8-sig")  # some editors begin a file with a mark
+        return data.decode("utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where}: not UTF-8 ({error.reason} at byte {error.start}); try saving it "

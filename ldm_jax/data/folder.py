@@ -1,8 +1,8 @@
-"""A folder of images as a data set: all files are looked at before one is trained on.
+"""A folder of images as a data set, checked before training.
 
-Files that cannot be read stop the run, or are passed over up to a limit. What is in a
-file but not in its head is seen when it is decoded: at once where all of them fit into
-memory, else when its turn comes, where a damaged one stops the run and is named.
+Unreadable files stop the run, or are skipped up to a limit. Damage after a file's
+header shows when it is decoded: at once if all images fit into memory, otherwise during
+training, where it stops the run with the file's name.
 """
 
 import concurrent.futures
@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_jax.data.caption_files import Captions, read_caption_files
-from ldm_jax.data.folder_listing import Listing, digest_of, list_folder, select, some
+from ldm_jax.data.folder_listing import Listing, list_folder, select, some
 from ldm_jax.data.image_files import (
     BrokenImageError,
     Header,
@@ -33,13 +33,13 @@ T = TypeVar("T")
 Need = Literal["label", "caption"]
 
 MAX_THREADS = 16
-AT_ONCE = 512
-"""Images that wait for a thread: enough to keep all busy, and soon done if told to."""
+BATCH = 512
+"""Images queued for the threads: enough to keep them busy, few enough to stop soon."""
 SECONDS_BEFORE_BAR = 3.0
 
 
 class FolderExamples:
-    """Images of a folder, decoded on access; small folders are decoded once."""
+    """Images of a folder, decoded on access; those of small folders are kept."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class FolderExamples:
         channels: int,
         keeps: bool,
     ) -> None:
-        """Keep what is known of each; `labels` and `captions` have all or none."""
+        """Wrap images by name; `labels` and `captions` hold all of them or none."""
         self.channels = channels
         self._root, self._names = root, names
         self._labels, self._captions = labels, captions
@@ -65,7 +65,7 @@ class FolderExamples:
         """Return one example: `image`, and `label` and `caption` if there are any.
 
         Raises:
-          RunError: If its file turns out to be damaged.
+          RunError: If its file is damaged.
         """
         name = self._names[record]
         example: dict[str, Any] = {"image": self._image(name)}
@@ -83,7 +83,7 @@ class FolderExamples:
         except BrokenImageError as error:
             raise RunError(
                 f"{self._root / name}: cannot be decoded ({error}); try "
-                f"ldm check-images {self._root}, and take away what it names"
+                f"ldm check-images {self._root}, and remove the files that it names"
             ) from None
         if self._kept is not None:
             self._kept[name] = image
@@ -99,30 +99,29 @@ def open_folder(
     max_broken_files: int,
     max_bytes_in_memory: int,
 ) -> tuple[FolderExamples, tuple[str, ...]]:
-    """Open a split of a folder of images; says once what is odd about it.
+    """Open a split of a folder of images; warns once of what may be a mistake.
 
-    All of the folder is looked at, so that what is wrong with one split is known before
-    the other is trained on.
+    All splits are checked, so that an error in one is found before training on another.
 
     Args:
       root: The folder.
-      split: Which part, as `select` reads it.
-      needs: What every example must have; captions are read only if they are asked for.
-      image_size: Side that images are made into, in pixels; smaller ones are told of.
-      max_broken_files: How many files that cannot be read are passed over.
-      max_bytes_in_memory: Of pixels, up to which all are decoded now and kept.
+      split: Part of the folder in the notation of `select`.
+      needs: What every example must have; captions are read only if needed.
+      image_size: Side of the training images, in pixels; a warning names smaller ones.
+      max_broken_files: Unreadable files that are skipped.
+      max_bytes_in_memory: Bytes of pixels up to which all images are decoded and kept.
 
     Returns:
-      The examples, in the order of their names; and the names of their classes.
+      The examples in the order of their names, and the names of their classes.
 
     Raises:
-      InputError: If the folder has no such split, too many broken files, or not what
-        is needed.
+      InputError: If the folder has no such split, too many unreadable files, or lacks
+        what is needed.
       OSError: If a file cannot be opened.
     """
     listing = list_folder(root)
     chosen = select(listing, split)
-    headers, broken = look_at(listing, max_bytes_in_memory=max_bytes_in_memory)
+    headers, broken = check_files(listing, max_bytes_in_memory=max_bytes_in_memory)
     _check_broken(listing, broken, max_broken_files)
     names = tuple(name for name in chosen if name in headers)
     if not names:
@@ -143,17 +142,8 @@ def open_folder(
     return examples, classes
 
 
-def folder_digest(root: Path) -> str:
-    """Tell two states of a folder apart, by names and sizes of its files.
-
-    Raises:
-      InputError: If it is no folder, or holds no images.
-    """
-    return digest_of(list_folder(root))
-
-
 def folder_captions(root: Path, split: str) -> list[str]:
-    """Read the captions of a split of a folder, without looking at its images.
+    """Read the captions of a split of a folder without reading its images.
 
     Raises:
       InputError: As `open_folder` for one that needs captions.
@@ -163,17 +153,13 @@ def folder_captions(root: Path, split: str) -> list[str]:
     return [captions[name] for name in select(listing, split)]
 
 
-def look_at(
+def check_files(
     listing: Listing, *, max_bytes_in_memory: int
 ) -> tuple[dict[str, Header], dict[str, str]]:
-    """Look at every file of a folder; decode them too if all fit into memory.
-
-    Args:
-      listing: The folder.
-      max_bytes_in_memory: Of pixels.
+    """Read the header of every image of a folder; decode all if they fit into memory.
 
     Returns:
-      The headers of what can be read, and why the others cannot.
+      The headers of the readable files, and the reason why each other one is not.
 
     Raises:
       OSError: If a file cannot be opened.
@@ -186,7 +172,7 @@ def look_at(
     def whole(name: str) -> None:
         check_image(listing.root / name, stamps[name])
 
-    found, broken = in_threads(header, listing.images, doing="looking at images")
+    found, broken = in_threads(header, listing.images, doing="reading headers")
     if sum(header.num_bytes for header in found.values()) < max_bytes_in_memory:
         _, damaged = in_threads(whole, tuple(found), doing="decoding images")
         broken = dict(sorted((broken | damaged).items()))
@@ -196,15 +182,15 @@ def look_at(
 def in_threads(
     do: Callable[[str], T], names: tuple[str, ...], *, doing: str
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """Do something with every image; a bar tells of it if it takes long.
+    """Apply a function to every image in threads; a progress bar appears after 3 s.
 
     Args:
-      do: What, with the name of one; raises `BrokenImageError` for a broken one.
-      names: Of the images.
-      doing: What to call it.
+      do: Function of an image's name; raises `BrokenImageError` for a broken image.
+      names: Names of the images.
+      doing: Label of the progress bar.
 
     Returns:
-      What it returned for each, and why it failed for the others.
+      Its results by name, and the reasons of its failures by name.
     """
 
     def attempt(name: str) -> tuple[T | None, str]:
@@ -221,10 +207,10 @@ def in_threads(
         warnings.catch_warnings(),
     ):
         bar.mininterval = 0.2 if sys.stderr.isatty() else 10.0
-        # What Pillow only warns of is refused here.
+        # Our own size limit is stricter than the one that Pillow warns of.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for start in range(0, len(names), AT_ONCE):
-            part = names[start : start + AT_ONCE]
+        for start in range(0, len(names), BATCH):
+            part = names[start : start + BATCH]
             for name, (value, reason) in zip(
                 part, pool.map(attempt, part), strict=True
             ):
@@ -237,7 +223,7 @@ def in_threads(
 
 
 def num_threads() -> int:
-    """Return how many threads read images."""
+    """Return the number of threads that read images."""
     return min(os.cpu_count() or 1, MAX_THREADS)
 
 
@@ -249,17 +235,17 @@ def _check_broken(listing: Listing, broken: dict[str, str], limit: int) -> None:
         raise InputError(
             f"data.max_broken_files: {len(broken):,} of {len(listing.images):,} images "
             f"in {listing.root} cannot be read, wanted at most {limit}: {details}; try "
-            f"ldm check-images {listing.root}, and take them away, or "
-            f"--data.max-broken-files {len(broken)} to pass them over"
+            f"ldm check-images {listing.root} and removing them, or "
+            f"--data.max-broken-files {len(broken)} to skip them"
         )
-    _say_once(
+    _warn_once(
         f"{listing.root}: {len(broken):,} of {len(listing.images):,} images cannot be "
-        f"read, and are passed over: {details}"
+        f"read and are skipped: {details}"
     )
 
 
 def _classes(listing: Listing, *, needed: bool) -> tuple[str, ...]:
-    """Return the names of the classes; none where not all images lie in one."""
+    """Return the names of the classes; () if some image lies in none."""
     names = listing.class_names
     outside = [x for x in listing.images if listing.class_of(x) not in names]
     if not outside and (len(names) > 1 or not needed):
@@ -287,7 +273,7 @@ def _classes(listing: Listing, *, needed: bool) -> tuple[str, ...]:
 
 
 def _captions(listing: Listing) -> dict[str, str]:
-    """Return a caption for each image; tell of captions without one."""
+    """Return a caption for each image; warn of captions without an image."""
     found: Captions = read_caption_files(listing)
     without = [name for name in listing.images if name not in found.by_image]
     orphans = f"{len(found.orphans):,} captions have no image: {some(found.orphans)}"
@@ -296,10 +282,10 @@ def _captions(listing: Listing) -> dict[str, str]:
         raise InputError(
             f"data.source: {len(without):,} of {len(listing.images):,} images in "
             f"{listing.root} have no caption: {some(without)}{also}; try a .txt file "
-            "beside each, or a line of captions.jsonl; an empty one says nothing"
+            "beside each, or a line of captions.jsonl; a caption may be empty"
         )
     if found.orphans:
-        _say_once(f"{listing.root}: {orphans}")
+        _warn_once(f"{listing.root}: {orphans}")
     return found.by_image
 
 
@@ -310,13 +296,13 @@ def _warn_of_small(root: Path, headers: dict[str, Header], image_size: int) -> N
         if min(header.width, header.height) < image_size
     ]
     if small:
-        _say_once(
+        _warn_once(
             f"{root}: {len(small):,} of {len(headers):,} images are smaller than "
-            f"{image_size} pixels, and are enlarged: {some(small)}"
+            f"{image_size} pixels and are enlarged: {some(small)}"
         )
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    """Say something once, however often a folder is opened."""
+def _warn_once(message: str) -> None:
+    """Warn once, however often the folder is opened."""
     logging.getLogger(__name__).warning("%s", message)

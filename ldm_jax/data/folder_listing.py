@@ -1,11 +1,11 @@
-"""What a folder of images holds, by names alone: images, splits and classes.
+"""Images, splits and classes of a folder, by the names of its files.
 
-A folder is laid out in one of two ways. With sub-folders named as splits (`train`, and
-`test` or `val`), these are its splits. Without, its images are one pool, of which a
-twentieth is held out as `test` and the others are `train`: which, is a hash of each
-image's name, so that an image stays on its side when others come or go. `all` is both.
+If a folder has sub-folders named as splits (`train`, and `test` or `val`), these are
+its splits. Otherwise a twentieth of its images is held out as `test` and the rest is
+`train`: a hash of each image's name decides, so that an image stays in its split when
+others are added or removed. `all` is both.
 
-Inside a split or the pool, sub-folders are classes, in the order of their names.
+Inside a split, or of a folder without splits, sub-folders are classes, sorted by name.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ CAPTION_SUFFIXES = (".txt", ".jsonl")
 TRAIN, TEST, ALL = "train", "test", "all"
 SPLIT_FOLDERS = frozenset({TRAIN, TEST, "val", "valid", "validation"})
 HELD_OUT_PART = 20
-"""One image in so many is held out of a folder that has no splits."""
-NAMED = 3
-"""How many of many a message names."""
+"""One image in this many is held out of a folder without splits."""
+NUM_NAMED = 3
+"""Files that a message names."""
 
 SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d*%?):(?P<stop>-?\d*%?)\])?")
 
@@ -35,39 +35,33 @@ class Listing(NamedTuple):
     root: Path
     """The folder."""
     stamps: dict[str, Stamp]
-    """Of every file, by its path from the root, with slashes."""
+    """Size and time of every file, by its path from the root, with slashes."""
     images: tuple[str, ...]
-    """Those of images in a split, sorted."""
+    """Paths of the images of all splits, sorted."""
     by_split: dict[str, tuple[str, ...]]
-    """The images of each split, sorted."""
+    """Paths of the images of each split, sorted."""
     has_splits: bool
     """Whether the splits are sub-folders."""
 
     def class_of(self, name: str) -> str | None:
-        """Return the class that an image lies in; None if it lies in none."""
+        """Return the class of an image; None if it lies in no class folder."""
         *folders, _ = name.split("/")[1 if self.has_splits else 0 :]
         return folders[0] if folders else None
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Return the classes there are images of, sorted; those to train on."""
+        """Return the classes of the training images, sorted."""
         names = self.by_split[TRAIN] if self.has_splits else self.images
         classes = {self.class_of(name) for name in names}
         return tuple(sorted(name for name in classes if name is not None))
 
 
 def list_folder(root: Path) -> Listing:
-    """List a folder; hidden files and folders are passed over, links are followed.
-
-    Args:
-      root: The folder.
-
-    Returns:
-      What it holds.
+    """List a folder; hidden files are skipped, links are followed.
 
     Raises:
       InputError: If it is no folder, or holds no images.
-      OSError: If a part of it cannot be listed.
+      OSError: If a sub-folder cannot be listed.
     """
     if not root.is_dir():
         what = "is a file" if root.exists() else "is not there"
@@ -81,7 +75,7 @@ def list_folder(root: Path) -> Listing:
             f"files that end in {', '.join(SUFFIXES)}"
         )
     tops = {name.partition("/")[0] for name in images if "/" in name}
-    # A class may be called `train`, beside `bus`; beside `test` it is a split.
+    # `train` beside `bus` is a class; beside `test` it is a split.
     splits = tops & SPLIT_FOLDERS
     has_splits = TRAIN in splits and (tops == splits or len(splits) > 1)
     if has_splits:
@@ -91,7 +85,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def digest_of(listing: Listing) -> str:
-    """Tell two states of a folder apart by names and sizes of images and captions."""
+    """Return a digest of the names and sizes of images and caption files."""
     files = [
         (name, stamp.size)
         for name, stamp in sorted(listing.stamps.items())
@@ -101,19 +95,16 @@ def digest_of(listing: Listing) -> str:
 
 
 def select(listing: Listing, split: str) -> tuple[str, ...]:
-    """Choose the images of a split, or of a slice of it.
+    """Return the images of a split, or of a slice of it, sorted.
 
-    Slices cut a shuffled order, a hash of the names, so that each has all classes.
+    A slice cuts the images in the order of a hash of their names, so that it has images
+    of all classes.
 
     Args:
-      listing: The folder.
-      split: As in TFDS: `train`, `train[:90%]`, `train[-100:]`; or `all`.
-
-    Returns:
-      Their names, sorted.
+      split: In TFDS' notation: `train`, `train[:90%]`, `train[-100:]`; or `all`.
 
     Raises:
-      InputError: If there is no such split, or it holds nothing.
+      InputError: If there is no such split, or it is empty.
     """
     found = SPLIT.fullmatch(split)
     name = found["name"] if found else split
@@ -124,11 +115,11 @@ def select(listing: Listing, split: str) -> tuple[str, ...]:
             f"data: {listing.root} has no split {split!r}, wanted one of "
             f"{', '.join(known)}, or a slice such as train[:90%]{instead}"
         )
-    everyone = tuple(x for names in listing.by_split.values() for x in names)
-    images = listing.by_split.get(name, everyone)
+    everything = tuple(x for names in listing.by_split.values() for x in names)
+    images = listing.by_split.get(name, everything)
     if found["start"] is not None:
-        start = _place(found["start"], len(images), default=0)
-        stop = _place(found["stop"], len(images), default=len(images))
+        start = _index(found["start"], len(images), default=0)
+        stop = _index(found["stop"], len(images), default=len(images))
         images = tuple(sorted(images, key=_hash)[start:stop])
     if not images:
         raise InputError(
@@ -140,16 +131,16 @@ def select(listing: Listing, split: str) -> tuple[str, ...]:
 
 
 def some(names: list[str] | tuple[str, ...]) -> str:
-    """Name the first few of many."""
-    first = ", ".join(names[:NAMED])
-    more = len(names) - NAMED
+    """Join the first few names, and count the rest."""
+    first = ", ".join(names[:NUM_NAMED])
+    more = len(names) - NUM_NAMED
     return f"{first} and {more:,} more" if more > 0 else first
 
 
 def _walk(
     root: Path, inside: str, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, Stamp]]:
-    """Yield every file below a folder; a link back to a folder above ends there."""
+    """Yield every file below a folder; a link to a folder above it is not followed."""
     here = os.stat(root)
     identity = (here.st_dev, here.st_ino)
     if identity in above:
@@ -174,7 +165,7 @@ def _by_folder(images: tuple[str, ...], tops: set[str]) -> dict[str, tuple[str, 
 
 
 def _held_out(images: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Hold out those whose hash is small: at least one, unless there is only one."""
+    """Hold out images with a small hash: at least one, unless there is only one."""
     limit = 2**256 // HELD_OUT_PART
     held_out = {name for name in images if _hash(name) < limit}
     if not held_out or len(held_out) == len(images):
@@ -189,18 +180,18 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest(), "big")
 
 
-def _place(text: str, total: int, *, default: int) -> int:
-    """Read where a slice starts or stops: a number or per cent, from the end if < 0."""
+def _index(text: str, total: int, *, default: int) -> int:
+    """Read a bound of a slice: a number or a percentage, from the end if negative."""
     if not text.strip("-%"):
         return default
     if not text.endswith("%"):
         return int(text)
-    place = round(int(text[:-1]) * total / 100)
-    return place + total if text.startswith("-") else place
+    index = round(int(text[:-1]) * total / 100)
+    return index + total if text.startswith("-") else index
 
 
 def _instead(listing: Listing, name: str) -> str:
-    """Suggest what to hold out where the split for it has another name, or is not."""
+    """Suggest a split to hold out if there is none named `test`."""
     if not listing.has_splits or name != TEST:
         return ""
     others = [split for split in listing.by_split if split != TRAIN]

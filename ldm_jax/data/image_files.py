@@ -1,8 +1,8 @@
-"""Files of images: looked at before they are decoded, then read as plain pixels.
+"""Image files: their headers, and their pixels as an image viewer shows them.
 
-A header tells format, mode and size, so that a decompression bomb is refused before
-memory is given to it. What is read is what a viewer shows: turned as its EXIF says,
-transparency on white, eight bits a channel. Colour profiles are not applied.
+The header states format, mode and size, so that a decompression bomb is refused before
+memory is allocated. Pixels are oriented by EXIF, with transparency on white, in eight
+bits a channel. Colour profiles are not applied.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What a file may be, whatever it is called."""
+"""Accepted formats, by content, not by name."""
 
 MAX_PIXELS = 2**26
-"""Of an image: 192 MiB as RGB."""
+"""Largest image: 192 MiB as RGB."""
 MAX_SIDE = 16_384
 MAX_ASPECT = 20
-"""Longer side over the shorter: what is left of a longer strip is no image of it."""
+"""Largest ratio of the sides: of longer strips, the square crop keeps too little."""
 
 GREY_MODES = ("1", "L", "LA", "La")
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-"""Grey of 16 bits."""
+"""Modes of 16-bit grey."""
 WHITE = 255
 WIDE_WHITE = 65_535
 WIDE_STEP = WIDE_WHITE // WHITE
@@ -43,60 +43,56 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each orientation of EXIF; 1 is upright."""
+"""Transposition that undoes each EXIF orientation; 1 is upright."""
 
 PNG_SIGNATURE, JPEG_END = 8, b"\xff\xd9"
 
 
 class BrokenImageError(Exception):
-    """An image that cannot be read, or is refused: why, in a few words."""
+    """An image that is unreadable or refused; the message is the reason."""
 
 
 class Stamp(NamedTuple):
-    """What tells that a file was written anew."""
+    """Size and time of a file, which change when it is rewritten."""
 
     size: int
-    """In bytes."""
+    """Bytes."""
     changed: int
-    """Time of its last change, in nanoseconds."""
+    """Time of the last change, in nanoseconds."""
 
 
 class Header(NamedTuple):
-    """What is known of an image before it is decoded."""
+    """Header of an image file."""
 
     height: int
-    """In pixels, as stored: before its EXIF turns it."""
+    """Stored height in pixels, before the EXIF orientation."""
     width: int
-    """Likewise."""
+    """Stored width in pixels."""
     mode: str
-    """Pillow's name for its channels."""
+    """Pillow's name of the channels."""
     format: str
-    """Of the file, by its content."""
+    """Pillow's name of the file format."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its pixels once they are read."""
+        """Bytes of the pixels as `read_image` returns them."""
         return self.height * self.width * (1 if self.is_grey else 3)
 
     @property
     def is_grey(self) -> bool:
-        """Whether it is read as one channel."""
+        """Whether the image has one channel."""
         return self.mode in GREY_MODES + WIDE_MODES
 
 
 @functools.lru_cache(maxsize=2**20)
 def read_header(path: Path, stamp: Stamp) -> Header:
-    """Read an image's header and see that its file does not end early.
+    """Read an image's header, and check that its file is not truncated.
 
     Args:
-      path: The file.
-      stamp: Of it; a file is looked at again only once this has changed.
-
-    Returns:
-      The header.
+      stamp: Stamp of the file: the result is cached until it changes.
 
     Raises:
-      BrokenImageError: If it is no image, is too large, or ends early.
+      BrokenImageError: If it is no image, too large, or truncated.
       OSError: If the file cannot be opened.
     """
     with _opened(path) as picture:
@@ -104,18 +100,17 @@ def read_header(path: Path, stamp: Stamp) -> Header:
         header = Header(height, width, picture.mode, str(picture.format))
     with path.open("rb") as file:
         ends = _ends(file, header.format, stamp.size)
-    if not ends:  # it may still be whole: the decoder knows
+    if not ends:  # may still be whole: the decoder decides
         read_image(path)
     return header
 
 
 @functools.lru_cache(maxsize=2**20)
 def check_image(path: Path, stamp: Stamp) -> None:
-    """Decode an image, to see that it can be.
+    """Check that an image can be decoded.
 
     Args:
-      path: The file.
-      stamp: Of it; a file is looked at again only once this has changed.
+      stamp: Stamp of the file: the result is cached until it changes.
 
     Raises:
       BrokenImageError: If it cannot.
@@ -125,17 +120,13 @@ def check_image(path: Path, stamp: Stamp) -> None:
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "h w c"]:
-    """Read an image as a viewer shows it.
-
-    Args:
-      path: The file; of an animation, the first frame is read.
+    """Read an image as a viewer shows it; of an animation, the first frame.
 
     Returns:
-      Grey or RGB. Sixteen bits of grey are scaled to eight and rounded.
+      Grey or RGB. Sixteen-bit grey is scaled to eight bits and rounded.
 
     Raises:
-      BrokenImageError: If it cannot be read, is too large, or has channels that have
-        no colour by themselves.
+      BrokenImageError: If it cannot be decoded, is too large, or has floating values.
       OSError: If the file cannot be opened.
     """
     with _opened(path) as picture:
@@ -146,7 +137,7 @@ def read_image(path: Path) -> UInt8[np.ndarray, "h w c"]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image of an allowed format and size; name whatever is wrong with it."""
+    """Open an image of an accepted format and size, with any error as a reason."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             _check_size(*picture.size)
@@ -159,7 +150,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise BrokenImageError(reason) from None
     except Image.DecompressionBombError:
         raise BrokenImageError(f"more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # Pillow raises nearly anything for a damaged file
+    except Exception as error:  # Pillow raises many types for damaged files
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -177,7 +168,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _ends(file: BinaryIO, image_format: str, size: int) -> bool:
-    """Say whether a file ends as its format does; False where that is not known."""
+    """Return whether a file ends as its format does; False if that is not known."""
     match image_format:
         case "PNG":
             file.seek(PNG_SIGNATURE)
@@ -200,7 +191,7 @@ def _ends(file: BinaryIO, image_format: str, size: int) -> bool:
 def _orientation(picture: Image.Image) -> int:
     try:
         return int(picture.getexif().get(ORIENTATION, 1))
-    except Exception:  # an image with damaged EXIF is shown as it is stored
+    except Exception:  # viewers ignore damaged EXIF
         return 1
 
 

@@ -1,9 +1,9 @@
-"""Latents on disk: what the first stage made of each example, as `array_record`.
+"""The files of a latent cache: the first stage's output for every example.
 
-A folder holds the shards and `cache.json`, which says what they were made of and names
-them once all of them stand. A record is the bytes of its arrays, one after the other,
-and then its caption. `array_record` keeps a hash of every block, so that a flipped bit
-is found where it is read.
+A folder holds the shards, in the `array_record` format, and `cache.json`, which states
+what they were made of and, once they are complete, lists them. A record is the bytes of
+its arrays, one after the other, and then its caption. `array_record` stores a hash of
+every block, so that a damaged one is found when it is read.
 """
 
 import dataclasses
@@ -30,59 +30,59 @@ AGAIN = f"give the same command of {MAKER} again"
 
 
 class Field(NamedTuple):
-    """An array that every record has."""
+    """An array of every record."""
 
     name: str
     """`moments`, `states`, `label`, `tokens`, `embedding` or `segmentation`."""
     dtype: str
-    """As NumPy writes it with the order of the bytes, such as `<f4`."""
+    """NumPy's dtype string with the byte order, such as `<f4`."""
     shape: tuple[int, ...]
-    """Its shape."""
+    """Shape of the array."""
 
     @property
     def numbers(self) -> int:
-        """How many are in it."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def size(self) -> int:
-        """Bytes of it."""
+        """Bytes of the array."""
         return self.numbers * np.dtype(self.dtype).itemsize
 
 
 class Shard(NamedTuple):
-    """What is known of a file of records that is whole."""
+    """A complete shard."""
 
     size: int
-    """Its bytes."""
+    """Bytes of the file."""
     sha256: str
-    """Of them."""
+    """Digest of the file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheNote:
-    """What a cache was made of, and its files."""
+    """The content of `cache.json`."""
 
     made_of: dict[str, Any]
-    """Fields of the config that its numbers depend on, by name."""
+    """Config fields that the cached numbers depend on, by name."""
     first_stage: str
     """Digest of the first stage's parameters."""
     text_encoder: str | None
-    """Digest of the frozen text encoder; None if there are no text states."""
+    """Digest of the frozen text encoder; None without text embeddings."""
     null_state: str | None
-    """sha256 of the file of what it says of the empty prompt; likewise."""
+    """sha256 of the file of the empty prompt's embedding; None without."""
     num_examples: int
-    """Of the split."""
+    """Examples of the split."""
     num_classes: int
-    """Of the data set."""
+    """Classes of the data set."""
     fields: tuple[Field, ...]
-    """Arrays of a record, in their order."""
+    """Arrays of a record, in order."""
     has_captions: bool
     """Whether each record ends with a caption."""
     num_shards: int
-    """Files of records."""
+    """Number of shards."""
     shards: tuple[Shard, ...] = ()
-    """What is known of each; () until all of them stand."""
+    """The shards; () until all are complete."""
 
     @property
     def record_size(self) -> int:
@@ -91,18 +91,18 @@ class CacheNote:
 
 
 def shard_name(shard: int, num_shards: int) -> str:
-    """Return the name of a file of records."""
+    """Return the file name of a shard."""
     return f"latents-{shard:05d}-of-{num_shards:05d}.array_record"
 
 
 def shard_range(shard: int, note: CacheNote) -> range:
-    """Return the examples of a file of records, in the order of the split."""
+    """Return the examples of a shard, in the order of the split."""
     total, num = note.num_examples, note.num_shards
     return range(total * shard // num, total * (shard + 1) // num)
 
 
 def to_json(note: CacheNote) -> dict[str, Any]:
-    """Write a note as what JSON can hold."""
+    """Convert a note to JSON-compatible values."""
     return {
         "format": FORMAT,
         **dataclasses.asdict(note),
@@ -112,7 +112,7 @@ def to_json(note: CacheNote) -> dict[str, Any]:
 
 
 def read_note(folder: Path) -> CacheNote:
-    """Read what a cache was made of.
+    """Read `cache.json`.
 
     Raises:
       InputError: If the folder is no cache, or one of another version.
@@ -144,7 +144,7 @@ def read_note(folder: Path) -> CacheNote:
 
 
 def check_files(folder: Path, note: CacheNote) -> None:
-    """Check that a cache is finished and each of its files there, by its size.
+    """Check that a cache is finished and that each shard has its size.
 
     Raises:
       InputError: If not.
@@ -163,7 +163,7 @@ def check_files(folder: Path, note: CacheNote) -> None:
 
 
 def read_null_state(folder: Path, note: CacheNote) -> Float[np.ndarray, "n d"] | None:
-    """Read what the text encoder says of the empty prompt; None without text states.
+    """Read the text embedding of the empty prompt; None without text embeddings.
 
     Raises:
       InputError: If it is damaged.
@@ -181,15 +181,15 @@ def read_null_state(folder: Path, note: CacheNote) -> Float[np.ndarray, "n d"] |
 
 
 def pack(example: Mapping[str, Any], note: CacheNote, *, where: str) -> bytes:
-    """Write an example as a record.
+    """Convert an example to a record.
 
     Args:
-      example: Arrays of the note's fields; a `caption`, text or bytes, where there
-        are captions.
-      where: What to call the example.
+      example: Arrays of the note's fields, and a `caption` (text or bytes) if the note
+        has captions.
+      where: Name of the example in an error.
 
     Raises:
-      InputError: If an array has not the shape of the first example's.
+      InputError: If an array has another shape than in the first example.
     """
     parts = []
     for field in note.fields:
@@ -207,10 +207,10 @@ def pack(example: Mapping[str, Any], note: CacheNote, *, where: str) -> bytes:
 
 
 def unpack(record: bytes, note: CacheNote) -> dict[str, Any]:
-    """Read a record.
+    """Convert a record to an example.
 
     Raises:
-      ValueError: If it has another length than its arrays.
+      ValueError: If its length is wrong.
     """
     rest = len(record) - note.record_size
     if rest < 0 or (rest and not note.has_captions):
@@ -229,19 +229,19 @@ def unpack(record: bytes, note: CacheNote) -> dict[str, Any]:
 class LatentExamples:
     """Random access to the examples of a finished cache.
 
-    Each has `moments` and what else the data set had; the image is left out. Text
-    states, where they are read, are its `embedding`.
+    An example has `moments` instead of an `image`, and the other arrays of the data
+    set. Text embeddings, if they are read, are its `embedding`.
     """
 
     def __init__(self, folder: Path, note: CacheNote, *, states: bool) -> None:
-        """Open every file of records.
+        """Open every shard.
 
         Args:
-          note: Read from it.
-          states: Whether the text states are read.
+          note: Content of the folder's `cache.json`.
+          states: Whether to read the text embeddings.
 
         Raises:
-          InputError: If the cache is not finished, or a file is missing or damaged.
+          InputError: If the cache is not finished, or a shard is missing or damaged.
         """
         check_files(folder, note)
         self._folder, self._note, self._states = folder, note, states
@@ -281,7 +281,7 @@ class LatentExamples:
 
 
 def prepare_latents(example: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Take of a cached example what a batch holds, under the names of the stream."""
+    """Convert a cached example to the arrays of a stream's element."""
     prepared = {
         "moments": np.asarray(example["moments"], np.float32),
         "label": np.asarray(example.get("label", 0), np.int32),

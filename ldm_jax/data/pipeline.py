@@ -1,4 +1,4 @@
-"""From examples to batches: order, resize, batch, shard; all of it resumable."""
+"""Batches of examples: shuffled, resized, sharded and resumable."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -19,49 +19,49 @@ class Batch(NamedTuple):
     """Examples of one step: NumPy arrays on the host, JAX arrays on a device."""
 
     image: UInt8[Any, "b h w c"]
-    """uint8 images."""
+    """8-bit images."""
     label: Int[Any, " b"]
-    """Class of each, in [0, num_classes)."""
+    """Class, in [0, num_classes)."""
     example_index: UInt32[Any, " b"]
-    """Position in the endless shuffled stream of all processes, so that an example met
-    again in a later epoch draws new noise. Modulo 2**32."""
+    """Position in the endless shuffled stream of all processes, modulo 2**32, so that
+    an example draws new noise in every epoch."""
     tokens: Int[Any, "b n"] | None = None
-    """Token ids, where the data set has any."""
+    """Token ids, if the model reads text."""
     embedding: Float[Any, "b n d"] | None = None
-    """Vectors of another network, where the data set has any."""
+    """Vectors of another network, if the data set has them."""
     segmentation: Int[Any, "b h w"] | None = None
-    """Class of each pixel, where the data set has any."""
+    """Class of each pixel, if the data set has them."""
 
 
 class LatentBatch(NamedTuple):
-    """As `Batch`, with what the first stage made of the images in their place."""
+    """A batch with cached latents in place of images; other fields as in `Batch`."""
 
     moments: Float[Any, "b h w e"]
-    """Of the posterior of each latent, as `nn.bottleneck.read_moments` takes them."""
+    """Moments of each latent's posterior, for `models.bottleneck.read_moments`."""
     label: Int[Any, " b"]
-    """As of `Batch`; so are the others."""
+    """Class, in [0, num_classes)."""
     example_index: UInt32[Any, " b"]
-    """Likewise."""
+    """Position in the stream, modulo 2**32."""
     tokens: Int[Any, "b n"] | None = None
-    """Likewise."""
+    """Token ids, if the model reads text."""
     embedding: Float[Any, "b n d"] | None = None
-    """Likewise; or what a frozen text encoder says of the caption."""
+    """Vectors of another network, or of a frozen text encoder."""
     segmentation: Int[Any, "b h w"] | None = None
-    """Likewise."""
+    """Class of each pixel, if the data set has them."""
 
 
 class Augment(NamedTuple):
-    """How training examples vary from one epoch to the next.
+    """Random variation of training examples.
 
-    What is drawn is a function of the seed and of the example's index in the stream.
+    Draws are a function of the seed and of the example's index in the stream.
     """
 
     seed: int
-    """Of the run, in [0, 2**32)."""
+    """Seed of the run, in [0, 2**32)."""
     crop: bool
-    """Whether the square is cut anywhere along the longer side, not its middle."""
+    """Crop the square at random along the longer side instead of in its middle."""
     flip: bool
-    """Whether left and right are exchanged in half of the examples."""
+    """Flip half of the examples left to right."""
 
 
 @runtime_checkable
@@ -73,11 +73,11 @@ class BatchIterator(Protocol):
         ...
 
     def get_state(self) -> Any:
-        """Return the position, as JSON-compatible values."""
+        """Return the position as JSON-compatible values."""
         ...
 
     def set_state(self, state: Any) -> None:
-        """Go to a position."""
+        """Move to a position."""
         ...
 
     def close(self) -> None:
@@ -100,14 +100,13 @@ def make_iterator(
     """Make an endless, shuffled, resumable stream of batches of images.
 
     Args:
-      examples: Where to read.
-      batch_size: As of `make_stream`, like the others.
-      image_size: Height and width that images are resized to, in pixels.
+      image_size: Height and width of the resized images, in pixels.
       image_channels: 1 or 3.
-      augment: How examples vary; None: they do not.
+      augment: Random variation; None for none. The other arguments are those of
+        `make_stream`.
 
     Returns:
-      The stream; its elements become `Batch`es through `to_batch`.
+      The stream; `to_batch` converts its elements.
 
     Raises:
       ValueError: If `process_count` does not divide `batch_size`.
@@ -143,19 +142,15 @@ def make_stream(
 
     Each epoch has its own order, a function of `seed` and the number of examples alone.
     A process reads every `process_count`-th example of the common stream, so that the
-    batches of all processes together are the same for any number of them.
+    batches of all processes together do not depend on their number.
 
     Args:
-      examples: Where to read.
-      prepare: Makes an example, with its `index` in the endless stream, into arrays.
+      prepare: Converts an example, with its `index` in the endless stream, to arrays.
       batch_size: Examples a step, over all processes.
-      seed: Of the order, in [0, 2**32).
-      process_index: Which process this is.
-      process_count: How many there are; must divide `batch_size`.
-      num_threads: That read; several where decoding takes long. Batches stay the same.
-
-    Returns:
-      The stream.
+      seed: Seed of the order, in [0, 2**32).
+      process_index: Index of this process.
+      process_count: Number of processes; must divide `batch_size`.
+      num_threads: Reading threads; batches do not depend on it.
 
     Raises:
       ValueError: If `process_count` does not divide `batch_size`.
@@ -186,9 +181,9 @@ def prepare_example(
     image_channels: int,
     augment: Augment | None = None,
 ) -> dict[str, np.ndarray]:
-    """Resize one example's image and map; keep its label, tokens, vectors and index."""
+    """Convert an example to arrays, its image and segmentation resized."""
     index = example["index"] % INDEX_MODULUS
-    place, flipped = draw_view(augment, index)
+    place, flipped = draw_augmentation(augment, index)
     image = resize(example["image"], image_size, channels=image_channels, place=place)
     prepared = {
         "image": image[:, ::-1] if flipped else image,
@@ -206,16 +201,15 @@ def prepare_example(
     return prepared
 
 
-def draw_view(augment: Augment | None, index: int) -> tuple[float | None, bool]:
-    """Draw where an example's square is cut, and whether it is flipped.
+def draw_augmentation(augment: Augment | None, index: int) -> tuple[float | None, bool]:
+    """Draw the crop and the flip of an example.
 
     Args:
-      augment: What varies.
-      index: Of the example in the stream, in [0, 2**32).
+      index: Index of the example in the stream, in [0, 2**32).
 
     Returns:
-      The place along the longer side, in [0, 1), or None for the middle; and whether
-      left and right are exchanged.
+      The place of the square along the longer side, in [0, 1), or None for the middle;
+      and whether the example is flipped left to right.
     """
     if augment is None:
         return None, False
@@ -229,7 +223,7 @@ def draw_view(augment: Augment | None, index: int) -> tuple[float | None, bool]:
 def resize_segments(
     segments: Int[np.ndarray, "h w"], size: int, *, place: float | None = None
 ) -> Int[np.ndarray, "s s"]:
-    """Cut and resize a map of classes as its image, by its nearest pixels."""
+    """Crop and resize a segmentation map like its image, by nearest pixels."""
     left, top, right, bottom = _square(*segments.shape, place=place)
     square = segments[top:bottom, left:right]
     places = np.arange(size) * len(square) // size
@@ -243,16 +237,13 @@ def resize(
     channels: int,
     place: float | None = None,
 ) -> UInt8[np.ndarray, "s s d"]:
-    """Cut the largest square and resize it; grey to colour or back.
+    """Crop the largest square, resize it (bicubic), and convert its channels.
 
     Args:
       image: Grey or RGB.
-      size: Side, in pixels.
+      size: Side of the result, in pixels.
       channels: 1 or 3.
-      place: Of the square along the longer side, in [0, 1); None: its middle.
-
-    Returns:
-      The resized image (bicubic), rounded to uint8.
+      place: Place of the square along the longer side, in [0, 1); None for the middle.
     """
     mode = "L" if channels == 1 else "RGB"
     grey = image.shape[-1] == 1
@@ -268,7 +259,7 @@ def resize(
 def _square(
     height: int, width: int, *, place: float | None
 ) -> tuple[int, int, int, int]:
-    """Return the largest square at a place: left, top, right, bottom."""
+    """Return the left, top, right and bottom of the largest square at a place."""
     side = min(height, width)
     spare = (width - side, height - side)  # one of them is 0
     left, top = (
@@ -278,36 +269,23 @@ def _square(
 
 
 def to_batch(element: Mapping[str, np.ndarray]) -> Batch | LatentBatch:
-    """Name the arrays of one element of the stream, of images or of latents."""
+    """Convert an element of a stream of images or of cached latents to a batch."""
+    shared = {
+        "label": element["label"],
+        "example_index": element["index"],
+        "tokens": element.get("tokens"),
+        "embedding": element.get("embedding"),
+        "segmentation": element.get("segmentation"),
+    }
     if "moments" in element:
-        return LatentBatch(
-            moments=element["moments"],
-            label=element["label"],
-            example_index=element["index"],
-            tokens=element.get("tokens"),
-            embedding=element.get("embedding"),
-            segmentation=element.get("segmentation"),
-        )
-    return Batch(
-        image=element["image"],
-        label=element["label"],
-        example_index=element["index"],
-        tokens=element.get("tokens"),
-        embedding=element.get("embedding"),
-        segmentation=element.get("segmentation"),
-    )
+        return LatentBatch(moments=element["moments"], **shared)
+    return Batch(image=element["image"], **shared)
 
 
-def scattered(num: int) -> Int[np.ndarray, " n"]:
-    """Return an order of examples in which any first part stands for all of them.
+def shuffled_order(num: int) -> Int[np.ndarray, " n"]:
+    """Return a fixed random order of `num` examples.
 
-    Data sets come class by class: the first thousand show two of ten.
-
-    Args:
-      num: Examples there are.
-
-    Returns:
-      Their places, always the same for as many.
+    Its first examples represent all: data sets are often sorted by class.
     """
     return np.random.RandomState(0).permutation(num)
 
@@ -322,17 +300,16 @@ def load_all(
     """Read a whole split in order, for a small data set or an evaluation.
 
     Args:
-      examples: The split.
-      image_size: Side, in pixels.
+      image_size: Side of the resized images, in pixels.
       image_channels: 1 or 3.
-      limit: Read only so many, from all over the split.
+      limit: Largest number of examples, spread over the split; None for all.
 
     Returns:
-      The examples, the index of each the position in the split, rising.
+      The examples; `example_index` is the index in the split.
     """
     chosen = range(len(examples))
     if limit is not None and limit < len(examples):
-        chosen = sorted(map(int, scattered(len(examples))[:limit]))
+        chosen = sorted(map(int, shuffled_order(len(examples))[:limit]))
     rows: Iterator[dict[str, np.ndarray]] = (
         prepare_example(
             {**examples[i], "index": i},

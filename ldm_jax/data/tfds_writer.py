@@ -1,8 +1,8 @@
-"""A data set of PNGs, written as TFDS keeps one: array_record files and what they are.
+"""A data set of PNG files in TFDS' format: array_record files and their metadata.
 
-A TFDS builder is not used, since it writes the features of a record in an order that
-changes from one process to the next. Here record i is image i, and the same images make
-the same bytes. A record holds a PNG as it is, its recipe included.
+TFDS' own builder writes the features of a record in an order that differs between
+processes. Here record i is image i, and the same images give the same bytes. A record
+holds the PNG file unchanged, with its metadata.
 """
 
 import hashlib
@@ -20,37 +20,37 @@ VERSION = "1.0.0"
 SPLIT = "train"
 FILE_FORMAT = "array_record"
 DIGEST = "sha256"
-"""What a data set's metadata calls the digest of what it holds."""
+"""Key of the content's digest in the metadata of a data set."""
 METADATA_FILE = "metadata.json"
 MAX_SHARD_BYTES = 2**28
 ONE_RECORD_A_GROUP = "group_size:1"
-"""How TFDS has array_record written: every record is read by itself."""
+"""TFDS' option of array_record: every record can be read by itself."""
 
 
 class Record(NamedTuple):
     """One example."""
 
     png: Path
-    """Its image."""
+    """Image file."""
     label: int | None
-    """Its class, or None; all records have one, or none has."""
+    """Class; None in all records of a data set without classes."""
     caption: str | None
-    """Its text, or None; likewise."""
+    """Caption; None in all records of a data set without captions."""
 
 
 class Contents(NamedTuple):
-    """What a data set holds."""
+    """Content of a data set."""
 
     records: Sequence[Record]
-    """In order; at least one."""
+    """Records in order; at least one."""
     class_names: tuple[str, ...]
-    """Of the labels; () if there are none."""
+    """Names of the classes; () if there are none."""
     shape: tuple[int, int, int]
     """Height, width and channels of every image."""
 
 
 def digest_of(contents: Contents) -> str:
-    """Compute the sha256 of all that a data set holds, in order.
+    """Return the sha256 of the content of a data set, in order.
 
     Raises:
       OSError: If an image cannot be read.
@@ -63,13 +63,10 @@ def digest_of(contents: Contents) -> str:
 
 
 def written_digest(folder: Path) -> str | None:
-    """Return the digest of what was written to a folder.
-
-    Args:
-      folder: As `data_set_folder` names it.
+    """Return the digest of the data set in a folder of `data_set_folder`.
 
     Returns:
-      The digest; "" where something else is, and None where nothing is.
+      The digest; "" if the folder holds something else, None if it does not exist.
     """
     if not folder.exists():
         return None
@@ -81,35 +78,33 @@ def written_digest(folder: Path) -> str | None:
 
 
 def data_set_folder(root: Path, name: str) -> Path:
-    """Return where TFDS looks for a data set below the folder of all of them."""
+    """Return the folder of a data set below TFDS' data folder."""
     return root / name / VERSION
 
 
 def write_data_set(
     contents: Contents, root: Path, *, name: str, description: str
 ) -> None:
-    """Write a data set whole or not at all, in the place of what is there.
+    """Write a data set atomically; it replaces an existing one.
 
     Args:
-      contents: What it holds.
-      root: The folder of all data sets, TFDS' `data_dir`; `ROOT.part` is made beside
-        it and removed.
-      name: Lower-case, as TFDS wants it.
-      description: For people.
+      root: TFDS' `data_dir`; `ROOT.part` is made beside it and removed.
+      name: Name of the data set, in lower case.
+      description: Description in the metadata.
 
     Raises:
-      OSError: If an image cannot be read, or something cannot be written.
-      RunError: If the records cannot be written; array_record says so in its own way.
+      OSError: If an image cannot be read, or a file cannot be written.
+      RunError: If the records cannot be written.
     """
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    folder, place = data_set_folder(part, name), data_set_folder(root, name)
+    folder, final = data_set_folder(part, name), data_set_folder(root, name)
     folder.mkdir(parents=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
     _write_files(contents, folder, name=name, description=description)
-    if place.exists():
-        os.replace(place, part / "replaced")
-    os.replace(folder, place)
+    if final.exists():
+        os.replace(final, part / "replaced")
+    os.replace(folder, final)
     shutil.rmtree(part)
 
 
@@ -173,7 +168,7 @@ def _features(contents: Contents) -> dict[str, Any]:
 
 
 def _write_records(path: Path, records: Iterable[bytes]) -> int:
-    """Write one file of records; return how many bytes they have."""
+    """Write a shard; return the bytes of its records."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     num_bytes = 0

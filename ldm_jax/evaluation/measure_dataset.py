@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 
 from ldm_jax.build import open_split
 from ldm_jax.config import Config
-from ldm_jax.data.pipeline import prepare_example, scattered
+from ldm_jax.data.pipeline import prepare_example, shuffled_order
 from ldm_jax.data.sources import Examples
 from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.features import (
@@ -126,7 +126,7 @@ def _join(
         data=data.hexdigest(),
     )
     # In an order in which the first ones stand for all.
-    rank = np.argsort(scattered(num))
+    rank = np.argsort(shuffled_order(num))
     numbers = np.concatenate([share.numbers for share in shares])
     kept = np.concatenate([share.kept for share in shares if len(share.kept)])
     return reference_of(
@@ -140,7 +140,7 @@ def _join(
 def _look(config: Config, examples: Examples, extractor: Extractor) -> Share:
     """Measure this process' blocks."""
     is_kept = np.zeros(len(examples), bool)
-    is_kept[scattered(len(examples))[:MOST_KEPT]] = True
+    is_kept[shuffled_order(len(examples))[:MOST_KEPT]] = True
     pooled: list[Sums] = []
     spatial: list[Sums] = []
     kept: list[np.ndarray] = []

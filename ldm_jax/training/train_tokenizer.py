@@ -8,7 +8,11 @@ from pathlib import Path
 from ldm_jax.build import needs_of, open_tokenizer
 from ldm_jax.config import Config
 from ldm_jax.config.run import with_tokenizer
-from ldm_jax.data.byte_pairs import load_byte_pairs, train_byte_pairs, write_byte_pairs
+from ldm_jax.data.byte_pair_tokenizer import (
+    load_byte_pairs,
+    train_byte_pairs,
+    write_byte_pairs,
+)
 from ldm_jax.data.caption_tokens import count_truncated
 from ldm_jax.data.sources import has_captions, read_captions
 from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer

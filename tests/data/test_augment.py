@@ -8,7 +8,7 @@ import pytest
 
 from ldm_jax.data.pipeline import (
     Augment,
-    draw_view,
+    draw_augmentation,
     load_all,
     make_iterator,
     prepare_example,
@@ -119,11 +119,11 @@ def test_without_it_examples_are_what_they_were():
 
 
 def test_either_can_be_had_alone():
-    views = [draw_view(BOTH, i) for i in range(20)]
-    assert [draw_view(BOTH._replace(flip=False), i)[0] for i in range(20)] == [
+    views = [draw_augmentation(BOTH, i) for i in range(20)]
+    assert [draw_augmentation(BOTH._replace(flip=False), i)[0] for i in range(20)] == [
         place for place, _ in views
     ]
-    assert [draw_view(BOTH._replace(crop=False), i) for i in range(20)] == [
+    assert [draw_augmentation(BOTH._replace(crop=False), i) for i in range(20)] == [
         (None, flipped) for _, flipped in views
     ]
 

@@ -200,7 +200,7 @@ def test_broken_files_stop_a_run_or_are_passed_over_and_named(pool, caplog):
         assert len(examples_of(pool, max_broken_files=2).examples) == 38
         assert len(examples_of(pool, "train", max_broken_files=2).examples) < 38
     (said,) = caplog.messages
-    assert "2 of 40 images cannot be read, and are passed over" in said
+    assert "2 of 40 images cannot be read and are skipped" in said
 
 
 def damage(path):
@@ -262,7 +262,7 @@ def test_small_images_are_enlarged_and_told_of_once(tmp_path, caplog):
             examples = examples_of(tmp_path, image_size=32).examples
     (said,) = caplog.messages
     assert said.endswith(
-        "1 of 2 images are smaller than 32 pixels, and are enlarged: a.png (40x20)"
+        "1 of 2 images are smaller than 32 pixels and are enlarged: a.png (40x20)"
     )
     batch = load_all(examples, image_size=32, image_channels=3)
     assert batch.image.shape == (2, 32, 32, 3)

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from ldm_jax.data.tokenizer import (
-    copy_tokenizer,
-    load_bert_tokenizer,
-    load_clip_tokenizer,
-)
+from ldm_jax.data.bert_tokenizer import load_bert_tokenizer
+from ldm_jax.data.clip_tokenizer import load_clip_tokenizer
+from ldm_jax.data.tokenizer import copy_tokenizer
 from ldm_jax.types import InputError
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

@@ -14,7 +14,7 @@ from ldm_jax.build import open_iterator, open_split
 from ldm_jax.cli import check_images
 from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import ConditionConfig, DataConfig, TextConfig
-from ldm_jax.data.byte_pairs import train_byte_pairs, write_byte_pairs
+from ldm_jax.data.byte_pair_tokenizer import train_byte_pairs, write_byte_pairs
 from ldm_jax.data.pipeline import to_batch
 from ldm_jax.parallel.make_layout import make_layout
 from ldm_jax.tools.check_images.contact_sheet import TILE, choose, draw_sheet

@@ -14,8 +14,8 @@ from ldm_jax.build import build_model, null_tokens, open_split, open_tokenizer
 from ldm_jax.config import ConditionConfig, DataConfig, TextConfig
 from ldm_jax.config.run import without_tokenizer
 from ldm_jax.data import sources
-from ldm_jax.data.byte_pairs import (
-    SMALLEST,
+from ldm_jax.data.byte_pair_tokenizer import (
+    MIN_VOCAB_SIZE,
     load_byte_pairs,
     train_byte_pairs,
     write_byte_pairs,
@@ -113,7 +113,7 @@ def test_what_no_caption_had_is_named(tokenizer, caplog, monkeypatch):
 
 def test_too_few_tokens_are_refused():
     with pytest.raises(InputError, match=r"vocab_size: got 258, wanted at least 259"):
-        train_byte_pairs(CAPTIONS, vocab_size=SMALLEST - 1)
+        train_byte_pairs(CAPTIONS, vocab_size=MIN_VOCAB_SIZE - 1)
 
 
 def test_a_file_that_is_no_tokenizer_is_told(tmp_path):

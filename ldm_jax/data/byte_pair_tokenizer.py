@@ -1,9 +1,8 @@
-"""A tokenizer learned from a data set's own captions, kept in the run's folder.
+"""A byte-level BPE tokenizer, trained on the captions of a data set.
 
-Byte-level: every text has tokens, none is unknown. Learned and run by `tokenizers`.
+Every text has tokens; none is unknown.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,34 +10,33 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, finish
+from ldm_jax.files import write_text
 from ldm_jax.types import InputError
 
 PAD, BEGIN, END = "[PAD]", "[BEGIN]", "[END]"
 NUM_BYTES = 256
-SMALLEST = NUM_BYTES + 3
+MIN_VOCAB_SIZE = NUM_BYTES + 3
+"""Bytes, begin, end and padding."""
 
 
 def train_byte_pairs(captions: Iterable[str], *, vocab_size: int) -> str:
-    """Learn which pairs of bytes to join from texts.
+    """Train a tokenizer and return the text of its file.
 
     Args:
-      captions: The texts; their order has no influence.
-      vocab_size: Most tokens to have, at least 259: bytes, begin, end and padding.
-        Fewer are had where the texts have no more to join.
-
-    Returns:
-      The tokenizer, as the text of its file.
+      captions: Training texts; their order does not matter.
+      vocab_size: Largest number of tokens, at least `MIN_VOCAB_SIZE`; texts with few
+        repeated pairs give fewer.
 
     Raises:
-      InputError: If there are too few tokens to tell the bytes apart.
+      InputError: If `vocab_size` is too small.
 
     Source:
       Sennrich et al., arXiv:1508.07909; Radford et al., GPT-2 (on bytes).
     """
-    if vocab_size < SMALLEST:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise InputError(
             f"diffusion.condition.text.vocab_size: got {vocab_size}, wanted at least "
-            f"{SMALLEST} for a tokenizer of bytes and their pairs"
+            f"{MIN_VOCAB_SIZE} for a tokenizer of bytes and their pairs"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence(
@@ -58,39 +56,36 @@ def train_byte_pairs(captions: Iterable[str], *, vocab_size: int) -> str:
 
 
 def empty_prompt(length: int) -> tuple[int, ...]:
-    """Return the tokens of the empty prompt: the same of every tokenizer made here."""
+    """Return the tokens of the empty prompt, the same for every trained tokenizer."""
     return (1, 2, *(0,) * (length - 2))  # the special tokens are the first three
 
 
 def write_byte_pairs(text: str, folder: Path) -> None:
-    """Write the file of a tokenizer, whole or not at all.
+    """Write the file of a tokenizer atomically.
 
     Raises:
       OSError: If it cannot be written.
     """
     folder.mkdir(exist_ok=True)
-    part = folder / f"{TOKENIZER_FILE}.part"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, folder / TOKENIZER_FILE)
+    write_text(folder / TOKENIZER_FILE, text)
 
 
 def load_byte_pairs(folder: Path, *, length: int) -> Tokenizer:
-    """Load a tokenizer that was learned from captions.
+    """Load a tokenizer that was trained on captions.
+
+    A row is `[BEGIN]`, the tokens of the text, `[END]`, and `[PAD]` to the end.
 
     Args:
-      folder: Holds its file.
+      folder: Folder of its file.
       length: Tokens of every row, at least 2.
 
-    Returns:
-      The tokenizer; a text is `[BEGIN]`, its tokens, `[END]`, and `[PAD]` to the end.
-
     Raises:
-      InputError: If the file is missing or is not what `train_byte_pairs` makes.
+      InputError: If the file is missing or not one of `train_byte_pairs`.
     """
     path = folder / TOKENIZER_FILE
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare ones
+    except Exception as error:  # the library raises nothing narrower
         raise InputError(
             f"{path}: not a tokenizer ({' '.join(str(error).split())[:120]}); try the "
             "folder of a run that was trained on captions"
@@ -98,7 +93,7 @@ def load_byte_pairs(folder: Path, *, length: int) -> Tokenizer:
     ids = backend.get_vocab()
     if missing := [token for token in (PAD, BEGIN, END) if token not in ids]:
         raise InputError(
-            f"{path}: got no {', '.join(missing)}, wanted a tokenizer learned from "
+            f"{path}: got no {', '.join(missing)}, wanted a tokenizer trained on "
             "captions; try the folder of a run that was trained on them"
         )
     return finish(backend, bos=BEGIN, eos=END, pad=PAD, length=length)
