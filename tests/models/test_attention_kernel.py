@@ -28,16 +28,22 @@ KERNEL = "tpu_custom_call"
 
 
 def arrays(shape: Shape, *, heads: int = 2, batch: int = 2, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(3), 4)
+    normal = np.random.RandomState(3).normal
     tokens = (shape.queries, shape.keys, shape.keys, shape.queries)
-    return [
-        jax.random.normal(key, (batch, n, heads, shape.width), dtype)
-        for key, n in zip(keys, tokens, strict=True)
-    ]
+    sizes = [(batch, n, heads, shape.width) for n in tokens]
+    return [jnp.asarray(normal(size=size), dtype) for size in sizes]
+
+
+def drawn(shapes, seed=0):
+    """Numbers of a tree's shapes: no initialisation is compiled."""
+    normal = np.random.RandomState(seed).normal
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.1 * normal(size=x.shape), x.dtype), shapes
+    )
 
 
 def interpreted(q, k, v):
-    """Pack heads, run the kernel and take them apart again."""
+    """Pack heads, run the kernel, take them apart again; and what ought to be zero."""
     b, n, heads, width = q.shape
     packing = packing_of(heads, width)
     packed = (
@@ -47,10 +53,25 @@ def interpreted(q, k, v):
     assert mixed.shape == (b, n, packing.groups * packing.lanes)
     used = packing.together * width
     groups = mixed.reshape(b, n, packing.groups, packing.lanes)
-    assert not groups[..., used:].any()
     slots = groups[..., :used].reshape(b, n, -1, width)
-    assert not slots[:, :, heads:].any()
-    return slots[:, :, :heads]
+    return slots[:, :, :heads], (groups[..., used:], slots[:, :, heads:])
+
+
+def plainly(q, k, v):
+    return attend_plainly(q, k, v), ()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled(fn, q, k, v, slope):
+    values, pull, zeros = jax.vjp(fn, q, k, v, has_aux=True)
+    return (values, *pull(slope)), zeros
+
+
+def with_gradients(fn, *given):
+    """Values and gradients of a way of attending, as one program."""
+    found, zeros = compiled(fn, *given)
+    assert not any(x.any() for x in jax.device_get(zeros))
+    return found
 
 
 def distance(one, other):
@@ -71,12 +92,10 @@ def distance(one, other):
     ],
 )
 def test_values_and_gradients_are_those_of_the_plain_one(shape, heads):
-    q, k, v, slope = arrays(shape, heads=heads)
-    values, pull = jax.vjp(interpreted, q, k, v)
-    plain, pull_plainly = jax.vjp(attend_plainly, q, k, v)
-    assert distance(values, plain) < 3e-6
-    for ours, theirs in zip(pull(slope), pull_plainly(slope), strict=True):
-        assert distance(ours, theirs) < 3e-6
+    given = arrays(shape, heads=heads)
+    ours, plain = (with_gradients(fn, *given) for fn in (interpreted, plainly))
+    for one, other in zip(ours, plain, strict=True):
+        assert distance(one, other) < 3e-6
 
 
 def test_in_16_bits_it_is_no_further_from_the_truth_than_the_plain_one():
@@ -84,23 +103,22 @@ def test_in_16_bits_it_is_no_further_from_the_truth_than_the_plain_one():
     exact = arrays(shape)
     rounded = [x.astype(jnp.bfloat16) for x in exact]
     exact = [x.astype(jnp.float32) for x in rounded]
-    truth, pull_exactly = jax.vjp(attend_plainly, *exact[:3])
+    truth = with_gradients(plainly, *exact)
     errors = []
-    for attention_fn in (interpreted, attend_plainly):
-        values, pull = jax.vjp(attention_fn, *rounded[:3])
-        assert values.dtype == jnp.bfloat16
-        slopes = zip(pull(rounded[3]), pull_exactly(exact[3]), strict=True)
-        errors.append([distance(values, truth), *(distance(a, b) for a, b in slopes)])
+    for attention_fn in (interpreted, plainly):
+        found = with_gradients(attention_fn, *rounded)
+        assert found[0].dtype == jnp.bfloat16
+        errors.append([distance(a, b) for a, b in zip(found, truth, strict=True)])
     assert max(errors[0]) < 0.01
     assert all(ours <= 1.1 * plain for ours, plain in zip(*errors, strict=True))
 
 
 def test_large_logits_do_not_overflow():
     q, k, v, slope = arrays(Shape(256, 256, 16))
-    values, pull = jax.vjp(interpreted, 1e3 * q, k, v)
-    plain, _ = jax.vjp(attend_plainly, 1e3 * q, k, v)
+    values, *slopes = with_gradients(interpreted, 1e3 * q, k, v, slope)
+    plain, *_ = with_gradients(plainly, 1e3 * q, k, v, slope)
     assert distance(values, plain) < 1e-4
-    assert all(bool(jnp.isfinite(x).all()) for x in pull(slope))
+    assert all(np.isfinite(x).all() for x in jax.device_get(slopes))
 
 
 @pytest.mark.parametrize(
@@ -162,12 +180,12 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_between_its_projections_is_the_plain_one(name, monkeypatch):
     layer, shape, read = LAYERS[name]
-    keys = jax.random.split(jax.random.key(5), 4)
-    args = [jax.random.normal(keys[0], shape)]
+    normal = np.random.RandomState(5).normal
+    args = [jnp.asarray(normal(size=shape), jnp.float32)]
     if layer.__class__ is Attention:
-        args.append(None if read is None else jax.random.normal(keys[1], read))
-    params = layer.init(keys[2], *args)
-    slope = jax.random.normal(keys[3], shape)
+        args.append(None if read is None else jnp.float32(normal(size=read)))
+    params = drawn(jax.eval_shape(layer.init, jax.random.key(0), *args))
+    slope = jnp.asarray(normal(size=shape), jnp.float32)
 
     def total(params, x):
         return jnp.vdot(layer.apply(params, x, *args[1:]), slope)
@@ -218,14 +236,10 @@ def outcome(layer, params, *given):
 
 
 def test_many_tokens_are_summed_for_a_bias_as_few_are():
-    keys = jax.random.split(jax.random.key(2), 4)
-    weights = Affine(
-        jax.random.normal(keys[0], (8, 5)), jax.random.normal(keys[1], (5,))
-    )
-    x, slope = (
-        jax.random.normal(key, (2, 300, n))
-        for key, n in zip(keys[2:], (8, 5), strict=True)
-    )
+    sizes = ((8, 5), (5,), (2, 300, 8), (2, 300, 5))
+    normal = np.random.RandomState(2).normal
+    kernel, bias, x, slope = (jnp.float32(normal(size=size)) for size in sizes)
+    weights = Affine(kernel, bias)
 
     def step(layer):
         def total(x, weights):
@@ -242,8 +256,9 @@ def test_many_tokens_are_summed_for_a_bias_as_few_are():
 
 def test_the_mlp_of_many_tokens_is_that_of_few(monkeypatch):
     block = TransformerBlock(2, jnp.float32)
-    x = jax.random.normal(jax.random.key(0), (2, transformer.MANY_TOKENS, 16))
-    params = block.init(jax.random.key(1), x, None)
+    size = (2, transformer.MANY_TOKENS, 16)
+    x = jnp.asarray(np.random.RandomState(0).normal(size=size), jnp.float32)
+    params = drawn(jax.eval_shape(block.init, jax.random.key(1), x, None))
 
     def both():
         fn = lambda *given: jnp.square(outcome(block, *given, None)).sum()  # noqa: E731
@@ -277,9 +292,10 @@ def test_gelu_in_16_bits_is_as_near_to_the_exact_one():
 
 
 def layer_and_params(side: int, width: int, heads: int):
+    """A layer, and the shapes of its parameters and of what it reads."""
     layer = SelfAttention(heads, 4, 1e-5, False, jnp.bfloat16)
-    x = jnp.ones((1, side, side, heads * width), jnp.bfloat16)
-    return layer, layer.init(jax.random.key(0), x), x
+    x = jax.ShapeDtypeStruct((1, side, side, heads * width), jnp.bfloat16)
+    return layer, jax.eval_shape(layer.init, jax.random.key(0), x), x
 
 
 def test_the_platform_compiled_for_chooses():
@@ -319,7 +335,8 @@ def test_chips_with_little_memory_have_no_kernel_of_much(shape, dtype, small, la
 
 
 def test_on_a_cpu_nothing_changes(monkeypatch):
-    layer, params, x = layer_and_params(side=16, width=40, heads=2)
+    layer, *shapes = layer_and_params(side=16, width=40, heads=2)
+    params, x = drawn(shapes)
 
     def both():
         fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
