@@ -46,6 +46,9 @@ def tiny_model(kind="label"):
     """Networks and parameters: the smallest model, or one of `tests.support.models`."""
     if kind == "tiny":
         config = tiny.get_config()
+        first = dataclasses.replace(config.autoencoder, mid_attention=False)
+        second = dataclasses.replace(config.diffusion, channel_multipliers=(1,))
+        config = dataclasses.replace(config, autoencoder=first, diffusion=second)
     else:
         config = config_of(kind)
     config = dataclasses.replace(
