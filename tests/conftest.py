@@ -9,7 +9,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TFDS_DATA_DIR", str(CACHE / "tfds"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiled fast, not to run fast: a quarter of the time from an empty cache. What must
+# round as optimised programs do asks for it (`tests.support.compiling.AS_SHIPPED`).
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+]
+if "LDM_JAX_AS_SHIPPED" in os.environ:
+    del FLAGS[1:]
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 
 import jax
 import pytest

@@ -20,6 +20,7 @@ from ldm_jax.diffusion.tables import frame_slots
 from ldm_jax.diffusion.timesteps import make_levels
 from ldm_jax.rng import Stream, image_keys, image_step_keys, normal
 from ldm_jax.types import SAMPLER_NAMES, TAKES_ETA
+from tests.support.compiling import AS_SHIPPED
 from tests.support.gaussian import (
     MEAN,
     ONE,
@@ -34,8 +35,6 @@ from tests.support.gaussian import (
     network,
 )
 
-# Two programs make the same bits only as they are compiled outside of the tests.
-AS_SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 LDM = SCHEDULES["ldm_linear"]
 NUM_STEPS, SHAPE = 6, (3, 3, 2)
 SEEDS = (5, 0, 7, 9, 2)

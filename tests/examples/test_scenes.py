@@ -424,7 +424,6 @@ def test_a_relation_is_between_two():
         Wanted(things=())
 
 
-@pytest.mark.timeout(60)
 def test_the_data_set_is_prepared_and_read_back(tmp_path):
     import sys
 

@@ -7,14 +7,11 @@ import socket
 import subprocess
 import sys
 
-import pytest
-
 from tests.support.commands import ROOT, environment
 
 TIMEOUT = 560
 
 
-@pytest.mark.timeout(600)
 def test_the_lines_for_two_processes_train_and_sample(tmp_path):
     text = (ROOT / "docs/pods.md").read_text()
     block = text[text.index("Two processes on this machine:\n") :].split("\n\n")[1]

@@ -41,7 +41,6 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.timeout(600)
 def test_killed_again_and_again_a_cache_is_the_bytes_of_one_made_at_once(
     finished, tmp_path
 ):
@@ -64,7 +63,6 @@ def test_killed_again_and_again_a_cache_is_the_bytes_of_one_made_at_once(
     assert "nothing left to write" in succeeded(make(*asked))
 
 
-@pytest.mark.timeout(600)
 def test_two_hosts_make_the_bytes_of_one_also_when_one_is_killed(finished, tmp_path):
     out = tmp_path / "latents"
 
@@ -89,7 +87,6 @@ def test_two_hosts_make_the_bytes_of_one_also_when_one_is_killed(finished, tmp_p
 
 
 @pytest.mark.skipif(not TORTURE, reason="make torture")
-@pytest.mark.timeout(600)
 def test_a_run_begun_on_images_goes_on_from_latents(finished, tmp_path):
     workdir = tmp_path / "run"
     begun = start(*LDM, "train", "--config", TINY, "--workdir", workdir, *FLAGS)
@@ -107,7 +104,6 @@ def test_a_run_begun_on_images_goes_on_from_latents(finished, tmp_path):
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.timeout(600)
 def test_latents_are_learned_from_by_every_layout(finished, tmp_path):
     asked = (*FLAGS, "--first-stage", finished / "run")
     asked += ("--data.latents", finished / "latents", "--parallel.layout", "fsdp")

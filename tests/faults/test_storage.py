@@ -126,7 +126,6 @@ def check_it_goes_on(workdir, unbroken, *args):
     assert (digest_of(out), logged(workdir)) == unbroken
 
 
-@pytest.mark.timeout(180)
 def test_a_disk_that_is_full_ends_a_run_until_there_is_room(disk, unbroken):
     workdir = disk / "run"
     process = alone(workdir, STEPS, 0.02, 4)
@@ -144,7 +143,6 @@ def test_a_disk_that_is_full_ends_a_run_until_there_is_room(disk, unbroken):
     check_it_goes_on(workdir, unbroken, 0, 4)
 
 
-@pytest.mark.timeout(180)
 def test_a_line_that_a_full_disk_tore_is_told_and_written_again(disk, unbroken):
     workdir = disk / "run"
     process = alone(workdir, STEPS, 0.02, 40)
@@ -161,7 +159,6 @@ def test_a_line_that_a_full_disk_tore_is_told_and_written_again(disk, unbroken):
     check_it_goes_on(workdir, unbroken, 0, 40)
 
 
-@pytest.mark.timeout(180)
 def test_a_disk_that_takes_no_more_writes_ends_a_run_and_is_left_alone(disk, unbroken):
     workdir = disk / "run"
     process = alone(workdir, STEPS, 0.02, 4)
@@ -188,7 +185,6 @@ def limit(process):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (16384, 16384))
 
 
-@pytest.mark.timeout(180)
 def test_a_save_that_fails_in_the_background_is_told_at_the_next_step(
     tmp_path, unbroken
 ):
@@ -205,7 +201,6 @@ def test_a_save_that_fails_in_the_background_is_told_at_the_next_step(
     check_it_goes_on(workdir, unbroken, 0, 20)
 
 
-@pytest.mark.timeout(180)
 def test_a_save_that_fails_on_one_process_alone_is_told_by_both(tmp_path, unbroken):
     workdir = tmp_path / "run"
     processes = pair(workdir, "fsdp", STEPS, 0.05, 20)
@@ -221,7 +216,6 @@ def test_a_save_that_fails_on_one_process_alone_is_told_by_both(tmp_path, unbrok
     check_it_goes_on(workdir, unbroken, 0, 20)
 
 
-@pytest.mark.timeout(180)
 def test_a_folder_of_checkpoints_that_is_taken_away_ends_a_run(tmp_path):
     workdir = tmp_path / "run"
     process = alone(workdir, STEPS, 0.02, 20)

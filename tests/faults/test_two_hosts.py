@@ -78,7 +78,6 @@ def of_one(run_of_one):
     return losses(run_of_one)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", ["pmap", "fsdp"] if TORTURE else ["fsdp"])
 def test_two_hosts_have_the_losses_of_one(tmp_path, run_of_one, of_one, layout):
     flags = (*FLAGS, *SCORED, "--parallel.layout", layout)
@@ -110,7 +109,6 @@ def test_two_hosts_have_the_losses_of_one(tmp_path, run_of_one, of_one, layout):
         assert here == pytest.approx(there, rel=1e-5)
 
 
-@pytest.mark.timeout(600)
 def test_two_hosts_share_an_evaluation(run_of_one, tmp_path):
     flags = ("--workdir", run_of_one, "--num-images", 300, "--steps", 2)
     out = ("--out", tmp_path / "out")
@@ -125,7 +123,6 @@ def test_two_hosts_share_an_evaluation(run_of_one, tmp_path):
             assert value == pytest.approx(wanted[name], rel=1e-5), name
 
 
-@pytest.mark.timeout(600)
 def test_hosts_with_different_configs_name_the_difference_and_write_nothing(tmp_path):
     workdir, other = tmp_path / "run", ("--diffusion.optim.lr", 0.5)
     for done in ended(two_of_train(workdir, of_the_second=other)):

@@ -101,7 +101,6 @@ def random_state(module):
     return state
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_features_are_those_of_its_network(tmp_path, monkeypatch, kind):
     module = fidelity("feature_extractor_inceptionv3")

@@ -1,6 +1,7 @@
 """Run the project's commands as a user does, on a run small enough for a test."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,13 @@ from tests.support.models import model_of
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 1800
 """Seconds after which a command counts as hung; a busy machine is slow, not wrong."""
+DEVICES = re.compile(r"(?<=--xla_force_host_platform_device_count=)\d+")
 LDM = ("-m", "ldm_jax.cli")
 TINY = Path("tests/support/tiny.py")
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = DEVICES.sub(str(devices), os.environ["XLA_FLAGS"])  # of tests/conftest.py
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONWARNINGS": "default"}
 
 
@@ -39,7 +41,11 @@ def start(*args: object, devices: int = 1) -> subprocess.Popen[str]:
 
 def run(*args: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
     process = start(*args, devices=devices)
-    out, err = process.communicate(timeout=TIMEOUT)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

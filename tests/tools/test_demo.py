@@ -305,7 +305,6 @@ def move(knob, value):
 
 @needs_nicegui
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-@pytest.mark.timeout(180)
 def test_the_page_in_a_browser(served, tmp_path):
     folder, url = served
     with open_tab(tmp_path / "profile") as tab:
@@ -352,7 +351,6 @@ def write(tab, knob, text):
 
 @needs_nicegui
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-@pytest.mark.timeout(180)
 def test_the_page_of_a_model_of_texts(tmp_path):
     (tmp_path / "words").mkdir()
     write_clip(tmp_path / "words", "sd1")

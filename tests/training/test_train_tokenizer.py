@@ -273,7 +273,6 @@ def test_pictures_without_captions_cannot_be_read_as_text(config):
 
 
 @pytest.mark.skipif("LDM_JAX_SLOW" not in os.environ, reason="trains both stages")
-@pytest.mark.timeout(600)
 def test_a_run_trained_on_captions_draws_what_it_is_told(config, tmp_path):
     final = train(config, tmp_path / "run").final
     assert load_run(tmp_path / "run").digest == final["digest"]
