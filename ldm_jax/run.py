@@ -103,7 +103,7 @@ def train(
     # Before the folder is taken: what is missing must not leave a run behind.
     with together():
         check_batches(config, layout)
-        check_scores(config)
+        check_scores(config.scores, num_classes=config.data.num_classes)
         check_workdir(config, workdir)
         model = build_model(config)
     if gather_texts(str(final_path.exists()))[0] == str(True):

@@ -113,12 +113,13 @@ def check_run(config: Config, flags: Flags) -> None:
 def main(args: list[str]) -> None:
     """Measure, and print the table."""
     request = parse(args)
-    from ldm_jax.evaluation.step_sweep import compare, write_comparison
+    from ldm_jax.evaluation.step_sweep import sweep_steps, write_sweep
 
-    found = compare(request)
-    chosen = write_comparison(found, request)
+    found = sweep_steps(request)
+    chosen = write_sweep(found, request)
     print(to_table(found.rows, chosen))
-    floor = "too few" if found.floor is None else f"{found.floor:.4g}"
-    real = f"{found.num_held_out} held-out images: {floor}"
-    print(f"\n{real}; fewer images lie further off, drawn or real")
+    distance = found.held_out_distance
+    held_out = "too few" if distance is None else f"{distance:.4g}"
+    print(f"\n{found.num_held_out} held-out images: {held_out}")
+    print("distances of fewer images are larger, of samples and of real images")
     print(f"cheapest within {TOLERANCE:.0%} of the best: {in_words(chosen)}")

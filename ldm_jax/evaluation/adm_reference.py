@@ -1,4 +1,4 @@
-"""Reference batches of ADM's evaluation suite, as they are published."""
+"""Reference batches of ADM's evaluation suite, in their published format."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from ldm_jax.types import InputError
 
 IMAGES = "arr_0"
 SIZE = 256
-"""Images that are looked at at once."""
+"""Images that are read at once."""
 
 
 def is_batch(arrays: dict[str, Any]) -> bool:
-    """Say whether a file's arrays are a batch of images, not statistics of ours."""
+    """Return whether a file's arrays are a batch of images, not statistics of ours."""
     return IMAGES in arrays and "provenance" not in arrays
 
 
@@ -33,11 +33,11 @@ def reference_of_batch(
 
     Args:
       path: The file.
-      arrays: In it: 8-bit images as `arr_0`; where the batch stands for more images
-        than it holds, their moments as `mu` and `sigma`, and of sFID's features as
-        `mu_s` and `sigma_s`.
+      arrays: Its arrays: 8-bit images as `arr_0`; where the batch represents more
+        images than it holds, their moments as `mu` and `sigma`, and those of sFID's
+        features as `mu_s` and `sigma_s`.
       protocol: Must be `adm`.
-      digest: Of the file.
+      digest: Digest of the file.
 
     Returns:
       The file's moments, or those of its images where it has none; and the features of
@@ -48,7 +48,7 @@ def reference_of_batch(
 
     Source:
       Dhariwal & Nichol, arXiv:2105.05233, sec. 2.2 (the metrics); the names of the
-      arrays are those of the files they published.
+      arrays are those of the published files.
     """
     if protocol.name != "adm":
         raise InputError(
@@ -61,15 +61,16 @@ def reference_of_batch(
             f"--reference: {path} holds {images.dtype} of shape {images.shape}, wanted "
             "8-bit images (n, height, width, 3)"
         )
-    seen = extract_all(extractor, images, size=SIZE)
-    pooled = _given(arrays, "") or moments(seen.pooled)
+    found = extract_all(extractor, images, size=SIZE)
+    pooled = _given(arrays, "") or moments(found.pooled)
     spatial = _given(arrays, "_s")
-    if spatial is None and seen.spatial is not None:
-        spatial = moments(seen.spatial) if len(images) > seen.spatial.shape[1] else None
-    if len(pooled.mean) != seen.pooled.shape[1]:
+    if spatial is None and found.spatial is not None:
+        enough = len(images) > found.spatial.shape[1]
+        spatial = moments(found.spatial) if enough else None
+    if len(pooled.mean) != found.pooled.shape[1]:
         raise InputError(
             f"--reference: {path} has moments of {len(pooled.mean)} features, wanted "
-            f"{seen.pooled.shape[1]}"
+            f"{found.pooled.shape[1]}"
         )
     provenance = Provenance(
         protocol=protocol.name,
@@ -80,7 +81,7 @@ def reference_of_batch(
         image_size=images.shape[1],
         data=digest,
     )
-    return Reference(provenance, pooled, spatial, seen.pooled)
+    return Reference(provenance, pooled, spatial, found.pooled)
 
 
 def _given(arrays: dict[str, Any], tail: str) -> Moments | None:

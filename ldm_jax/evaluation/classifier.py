@@ -1,4 +1,4 @@
-"""A small network that tells classes of images apart, and what it sees on the way."""
+"""A small classifier of a data set's classes, whose features are measured."""
 
 import functools
 from typing import Any, NamedTuple
@@ -11,6 +11,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ldm_jax.config import OptimConfig
+from ldm_jax.evaluation.dataset import Dataset, load_images, prepare_all
+from ldm_jax.evaluation.features import MAX_FEATURES
 from ldm_jax.images import to_float
 from ldm_jax.models.layers import GroupNorm, conv
 from ldm_jax.rng import root_key
@@ -21,20 +23,20 @@ from ldm_jax.training.state import (
     init_state,
     make_optimizer,
 )
-from ldm_jax.types import PyTree
+from ldm_jax.types import InputError, PyTree
 
 SMALLEST_MAP = 4
 """Side of the map that is averaged; larger ones are halved."""
 NORM_EPSILON = 1e-5
 
 
-class Seen(NamedTuple):
-    """What the classifier says of images."""
+class ClassifierOutput(NamedTuple):
+    """Outputs of the classifier."""
 
     pooled: Float[Array, "b d"]
     """Features."""
     logits: Float[Array, "b k"]
-    """Of the classes."""
+    """Logits of the classes."""
 
 
 class Classifier(nn.Module):
@@ -54,8 +56,8 @@ class Classifier(nn.Module):
     num_groups: int
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w c"]) -> Seen:
-        """Look at images in [-1, 1] of any size."""
+    def __call__(self, images: Float[Array, "b h w c"]) -> ClassifierOutput:
+        """Apply the network to images in [-1, 1] of any size."""
         x, channels, i = images.astype(jnp.float32), self.channels, 0
         while True:
             x = conv(channels, 3, jnp.dtype("float32"), f"conv_{i}")(x)
@@ -66,7 +68,7 @@ class Classifier(nn.Module):
             channels, i = min(2 * channels, self.width), i + 1
         x = conv(self.width, 3, jnp.dtype("float32"), "conv_out")(x)
         pooled = self._norm(x, "norm_out").mean(axis=(1, 2))
-        return Seen(pooled, nn.Dense(self.num_classes, name="head")(pooled))
+        return ClassifierOutput(pooled, nn.Dense(self.num_classes, name="head")(pooled))
 
     def _norm(self, x: Float[Array, "b h w c"], name: str) -> Float[Array, "b h w c"]:
         norm = GroupNorm(self.num_groups, NORM_EPSILON, jnp.dtype("float32"), name=name)
@@ -77,9 +79,9 @@ CHANNELS, WIDTH, NUM_GROUPS = 16, 64, 8
 STEPS, BATCH_SIZE = 1000, 64
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
 CLASSIFIER_SEED = 0
-"""The same for all runs, so that two runs on one data set have the same judge."""
-MOST_BYTES = 2 * 2**30
-"""Of images that it is taught on, in memory."""
+"""The same for all runs, so that two runs on one data set are comparable."""
+MAX_BYTES = 2 * 2**30
+"""Bytes of training images in memory."""
 
 
 def classifier(num_classes: int) -> Classifier:
@@ -89,10 +91,12 @@ def classifier(num_classes: int) -> Classifier:
     )
 
 
-def look(params: PyTree, images: UInt8[Array, "b h w c"], *, num_classes: int) -> Seen:
+def classify(
+    params: PyTree, images: UInt8[Array, "b h w c"], *, num_classes: int
+) -> ClassifierOutput:
     """Apply the classifier to 8-bit images."""
-    seen: Any = classifier(num_classes).apply({"params": params}, to_float(images))
-    return seen
+    output: Any = classifier(num_classes).apply({"params": params}, to_float(images))
+    return output
 
 
 def train_classifier(
@@ -102,12 +106,10 @@ def train_classifier(
     num_classes: int,
     num_steps: int = STEPS,
 ) -> PyTree:
-    """Teach the classifier: AdamW, the rate falling in a line, always the same draws.
+    """Train the classifier by AdamW, with a linearly falling rate and a fixed seed.
 
     Args:
       images: 8-bit levels.
-      labels: One each.
-      num_classes: Classes there are.
       num_steps: Batches of 64.
 
     Returns:
@@ -148,7 +150,7 @@ def _step(
     num_classes: int,
 ) -> TrainState:
     def error(params: PyTree) -> Float[Array, ""]:
-        logits = look(params, images, num_classes=num_classes).logits
+        logits = classify(params, images, num_classes=num_classes).logits
         details = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return details.mean()
 
@@ -163,11 +165,50 @@ def accuracy(
     *,
     num_classes: int,
 ) -> float:
-    """Return the part of images that the classifier reads right."""
-    read = jax.jit(functools.partial(look, num_classes=num_classes))
+    """Return the classifier's accuracy, in [0, 1]."""
+    read = jax.jit(functools.partial(classify, num_classes=num_classes))
     right = [
         np.asarray(read(params, images[i : i + BATCH_SIZE]).logits).argmax(axis=-1)
         == labels[i : i + BATCH_SIZE]
         for i in range(0, len(images), BATCH_SIZE)
     ]
     return float(np.concatenate(right).mean())
+
+
+class TrainedClassifier(NamedTuple):
+    """A classifier trained on a data set."""
+
+    params: PyTree
+    """Its parameters."""
+    accuracy: float
+    """Accuracy on the held-out split, in [0, 1]."""
+
+
+def fit_classifier(dataset: Dataset) -> TrainedClassifier:
+    """Train the classifier on a run's data set.
+
+    Raises:
+      InputError: If the data set has fewer than two classes, or other than the config
+        says.
+    """
+    data = dataset.data
+    if data.num_classes < 2:
+        raise InputError(
+            f"--protocol: dataset-classifier wants labels of two classes or more, but "
+            f"{data.source} has {data.num_classes or 'none'}; try --protocol adm with "
+            "--inception FILE"
+        )
+    source = dataset.open_split("train")
+    if source.num_classes != data.num_classes:
+        raise InputError(
+            f"--protocol: dataset-classifier reads the labels of {data.source}, which "
+            f"has {source.num_classes or 'no'} classes, but data.num_classes is "
+            f"{data.num_classes}; try --protocol adm with --inception FILE"
+        )
+    side, channels = data.image_size, data.image_channels
+    limit = min(MAX_FEATURES, MAX_BYTES // (side * side * channels))
+    train = prepare_all(dataset, source.examples, limit=limit)
+    params = train_classifier(train.image, train.label, num_classes=data.num_classes)
+    test = load_images(dataset, "test", limit=limit)
+    right = accuracy(params, test.image, test.label, num_classes=data.num_classes)
+    return TrainedClassifier(params, right)

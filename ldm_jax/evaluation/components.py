@@ -1,7 +1,7 @@
-"""Features that need nothing from outside: components of small averaged images.
+"""Features without a network: principal components of small averaged images.
 
-A stand-in for the features of a trained network. They see layout and contrast, not
-texture; distances between them compare samplers of one model, not models.
+They represent layout and contrast, not texture; distances between them compare samplers
+of one model, not models.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Projection(NamedTuple):
     """Principal components of small averaged images."""
 
     mean: Float[np.ndarray, " d"]
-    """Of the small images, flat."""
+    """Mean of the flat small images."""
     axes: Float[np.ndarray, "d k"]
     """One component a column, of unit length."""
 
@@ -40,5 +40,5 @@ def fit_projection(rows: Float[np.ndarray, "n d"]) -> Projection:
 
 
 def moments_of(projection: Projection, rows: Float[np.ndarray, "n d"]) -> Moments:
-    """Measure the components of small images."""
+    """Return the moments of the components of small images."""
     return moments((rows - projection.mean) @ projection.axes)

@@ -1,74 +1,65 @@
-"""The real images of a run: as it sees them, and their statistics under a protocol."""
+"""Statistics of a run's real images, measured by all processes together, or read."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from ldm_jax.build import load_split, open_split
-from ldm_jax.config import Config
-from ldm_jax.data.pipeline import load_all
-from ldm_jax.data.sources import folder_digest
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from ldm_jax.config import DataConfig
+from ldm_jax.data.pipeline import shuffled_order
+from ldm_jax.data.sources import Examples
 from ldm_jax.evaluation.adm_reference import is_batch, reference_of_batch
-from ldm_jax.evaluation.classifier import MOST_BYTES, accuracy, train_classifier
-from ldm_jax.evaluation.extractors import (
-    Extractor,
-    classifier_extractor,
-    inception_extractor,
-)
+from ldm_jax.evaluation.dataset import Dataset, data_digest, read_block
+from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.features import (
-    MOST_KEPT,
+    MAX_FEATURES,
     Provenance,
     Reference,
     check_comparable,
     read_arrays,
     read_reference,
+    reference_of,
+    write_arrays,
     write_reference,
 )
-from ldm_jax.evaluation.measure_dataset import measure_real
+from ldm_jax.evaluation.fid import Sums, merge_all, sums_of
 from ldm_jax.evaluation.protocols import Protocol
-from ldm_jax.parallel.multihost import first_alone, gather_texts, together
+from ldm_jax.evaluation.scores import check_enough
+from ldm_jax.parallel.multihost import first_alone, gather_texts, is_first, together
 from ldm_jax.training.latent_shards import file_digest
-from ldm_jax.types import InputError, PyTree
+from ldm_jax.types import InputError
 
-
-def data_digest(config: Config) -> str:
-    """Tell data sets apart as a run sees them, without reading them.
-
-    Raises:
-      InputError: If a folder of images is not there.
-    """
-    data = config.data
-    facts: list[Any] = [data.source, data.directory, data.train_split, data.image_size]
-    facts += [data.image_channels, data.crop, data.num_train_examples]
-    if (folder := folder_digest(data.source)) is not None:
-        facts.append(folder)
-    return hashlib.sha256(repr(tuple(facts)).encode()).hexdigest()
+ROWS = 256
+"""Real images that are in memory at once."""
 
 
 def real_statistics(
-    config: Config,
+    dataset: Dataset,
     protocol: Protocol,
     extractor: Extractor,
     *,
     given: Path | None,
     folder: Path,
 ) -> Reference:
-    """Take statistics from a file, or from an earlier call, or measure them.
+    """Read statistics from a file or from an earlier call, or measure them.
 
     Every process calls this; all share the measuring.
 
     Args:
-      protocol: How.
-      given: File that is to be compared with, statistics of ours or a reference batch
-        of ADM's; None for the run's own data.
+      given: File to compare with, statistics of ours or a reference batch of ADM's;
+        None for the run's own data.
       folder: Where statistics of the run's own data are kept.
 
     Raises:
       InputError: If the file is of another protocol or network, or cannot be read.
       OSError: If what was measured cannot be written.
     """
-    data = config.data
+    data = dataset.data
     wanted = Provenance(
         protocol.name, extractor.digest, data.source, data.train_split, 0, 0, ""
     )
@@ -80,10 +71,10 @@ def real_statistics(
         reference = read_reference(path)
         check_comparable(wanted, reference.provenance, path=path)
         return reference
-    of = f"{extractor.digest[:12]}_{data_digest(config)[:12]}"
+    of = f"{extractor.digest[:12]}_{data_digest(data)[:12]}"
     path = folder / f"real_{protocol.name}_{of}.npz"
     if not json.loads(gather_texts(json.dumps(path.exists()))[0]):
-        measured = measure_real(config, protocol, extractor, folder=folder)
+        measured = measure_real(dataset, protocol, extractor, folder=folder)
         with together():
             if measured is not None:
                 write_reference(path, measured)
@@ -108,42 +99,144 @@ def _path_of_given(
     return path
 
 
-def trained_classifier(config: Config) -> tuple[PyTree, float]:
-    """Teach the classifier on a run's data set.
+class Share(NamedTuple):
+    """What one of several processes measured: its blocks of images."""
+
+    pooled: Sums | None
+    """Sums of features, in the order of its blocks; None if it has no block."""
+    spatial: Sums | None
+    """Sums of sFID's features; None too where the network has none."""
+    features: Float[np.ndarray, "n d"]
+    """Single features, of some of the images."""
+    indices: Int[np.ndarray, " n"]
+    """Indices of those images."""
+    digests: list[bytes]
+    """sha256 of the images of each of its blocks."""
+
+
+def measure_real(
+    dataset: Dataset, protocol: Protocol, extractor: Extractor, *, folder: Path
+) -> Reference | None:
+    """Measure the training split, in one pass that all processes share.
+
+    Each process reads every n-th block of images, extracts features on its own devices,
+    and keeps sums. The shares are exchanged as files in the folder.
+
+    Args:
+      folder: A folder that all processes see; one process writes nothing there.
 
     Returns:
-      Its parameters, and the part of the test split that it reads right.
+      The statistics; None on all processes but the first.
 
     Raises:
-      InputError: If the data set has fewer than two classes, or other than the config
-        says.
+      InputError: If the data cannot be read, or are too few.
+      OSError: If a share cannot be written.
     """
-    data = config.data
-    if data.num_classes < 2:
-        raise InputError(
-            f"--protocol: dataset-classifier wants labels of two classes or more, but "
-            f"{data.source} has {data.num_classes or 'none'}; try --protocol adm with "
-            "--inception FILE"
-        )
-    source = open_split(config, "train")
-    if source.num_classes != data.num_classes:
-        raise InputError(
-            f"--protocol: dataset-classifier reads the labels of {data.source}, which "
-            f"has {source.num_classes or 'no'} classes, but data.num_classes is "
-            f"{data.num_classes}; try --protocol adm with --inception FILE"
-        )
-    side, channels = data.image_size, data.image_channels
-    limit = min(MOST_KEPT, MOST_BYTES // (side * side * channels))
-    examples = source.examples
-    train = load_all(examples, image_size=side, image_channels=channels, limit=limit)
-    params = train_classifier(train.image, train.label, num_classes=data.num_classes)
-    test = load_split(config, "test", limit=limit)
-    right = accuracy(params, test.image, test.label, num_classes=data.num_classes)
-    return params, right
+    data, processes = dataset.data, jax.process_count()
+    paths = [folder / f"share_{i}_of_{processes}.npz" for i in range(processes)]
+    with together():
+        examples = dataset.open_split("train").examples
+        if not len(examples):
+            raise InputError(f"--data.source: {data.source} holds no images")
+        mine = _measure_share(data, examples, extractor)
+        if not is_first():
+            _write_share(paths[jax.process_index()], mine)
+
+    def joined() -> Reference:
+        shares = [mine, *map(_read_share, paths[1:])]
+        for path in paths[1:]:
+            path.unlink()
+        return _join(data, protocol, extractor, shares, num=len(examples))
+
+    return first_alone(joined)
 
 
-def extractor_of(config: Config, protocol: Protocol, *, params: PyTree) -> Extractor:
-    """Make the extractor of a protocol from its network's parameters."""
-    if protocol.network == "classifier":
-        return classifier_extractor(params, num_classes=config.data.num_classes)
-    return inception_extractor(protocol, params)
+def _join(
+    data: DataConfig,
+    protocol: Protocol,
+    extractor: Extractor,
+    shares: list[Share],
+    *,
+    num: int,
+) -> Reference:
+    """Join the shares of all processes."""
+    pooled = merge_all(share.pooled for share in shares if share.pooled is not None)
+    spatial = [share.spatial for share in shares if share.spatial is not None]
+    check_enough(pooled.num, len(pooled.mean), what=f"{data.source}")
+    # Block by block in order, whichever process read them.
+    rounds = itertools.zip_longest(*(share.digests for share in shares), fillvalue=b"")
+    digest = hashlib.sha256(b"".join(itertools.chain.from_iterable(rounds)))
+    provenance = Provenance(
+        protocol=protocol.name,
+        network=extractor.digest,
+        source=data.source,
+        split=data.train_split,
+        num_images=pooled.num,
+        image_size=data.image_size,
+        data=digest.hexdigest(),
+    )
+    # In an order in which the first ones represent all.
+    rank = np.argsort(shuffled_order(num))
+    indices = np.concatenate([share.indices for share in shares])
+    features = [share.features for share in shares if len(share.features)]
+    return reference_of(
+        provenance,
+        pooled,
+        merge_all(spatial) if spatial else None,
+        np.concatenate(features)[np.argsort(rank[indices])],
+    )
+
+
+def _measure_share(data: DataConfig, examples: Examples, extractor: Extractor) -> Share:
+    """Measure this process' blocks."""
+    is_kept = np.zeros(len(examples), bool)
+    is_kept[shuffled_order(len(examples))[:MAX_FEATURES]] = True
+    pooled: list[Sums] = []
+    spatial: list[Sums] = []
+    features: list[np.ndarray] = []
+    indices: list[np.ndarray] = [np.zeros(0, np.int64)]
+    digests: list[bytes] = []
+    first, step = jax.process_index() * ROWS, jax.process_count() * ROWS
+    for start in range(first, len(examples), step):
+        images = read_block(data, examples, start, start + ROWS)
+        digests.append(hashlib.sha256(images.tobytes()).digest())
+        found = extractor.extract(images)
+        pooled = [merge_all([*pooled, sums_of(found.pooled)])]
+        if found.spatial is not None:
+            spatial = [merge_all([*spatial, sums_of(found.spatial)])]
+        which = np.flatnonzero(is_kept[start : start + len(images)])
+        features.append(found.pooled[which])
+        indices.append(start + which)
+    return Share(
+        pooled[0] if pooled else None,
+        spatial[0] if spatial else None,
+        np.concatenate(features) if features else np.zeros((0, 0), np.float32),
+        np.concatenate(indices),
+        digests,
+    )
+
+
+def _write_share(path: Path, share: Share) -> None:
+    arrays = {"indices": share.indices, "features": share.features}
+    arrays["digests"] = np.frombuffer(b"".join(share.digests), np.uint8)
+    for name, sums in (("pooled", share.pooled), ("spatial", share.spatial)):
+        if sums is not None:
+            found = sums._asdict().items()
+            arrays |= {f"{name}_{field}": np.asarray(value) for field, value in found}
+    write_arrays(path, arrays)
+
+
+def _read_share(path: Path) -> Share:
+    arrays = read_arrays(path)
+
+    def sums(name: str) -> Sums | None:
+        if f"{name}_num" not in arrays:
+            return None
+        num, mean, scatter = (arrays[f"{name}_{field}"] for field in Sums._fields)
+        return Sums(int(num), mean, scatter)
+
+    size = hashlib.sha256().digest_size
+    digests = [row.tobytes() for row in arrays["digests"].reshape(-1, size)]
+    return Share(
+        sums("pooled"), sums("spatial"), arrays["features"], arrays["indices"], digests
+    )

@@ -1,7 +1,7 @@
-"""A run scored: its seeds drawn, looked at and compared with real images.
+"""A run scored: samples of its seeds compared with real images.
 
-OUT/NAME/features_000000.npz    what the network says of 256 samples
-OUT/NAME/samples.png            the first of them, to look at
+OUT/NAME/features_000000.npz    features of 256 samples
+OUT/NAME/samples.png            the first samples
 OUT/NAME/metrics.json           the scores, and all that it takes to repeat them
 OUT/real_PROTOCOL_....npz       statistics of the run's own data
 """
@@ -15,17 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from ldm_jax.build import load_split
-from ldm_jax.config import Config
-from ldm_jax.evaluation.dataset_statistics import (
-    data_digest,
-    extractor_of,
-    real_statistics,
-    trained_classifier,
-)
-from ldm_jax.evaluation.extractors import Extractor, extract_all
+from ldm_jax.build import build_model
+from ldm_jax.evaluation.classifier import fit_classifier
+from ldm_jax.evaluation.dataset import Dataset, data_digest, dataset_of, load_images
+from ldm_jax.evaluation.dataset_statistics import ROWS, real_statistics
+from ldm_jax.evaluation.extractors import Extractor, extract_all, extractor_of
 from ldm_jax.evaluation.features import Reference, read_arrays, write_arrays
-from ldm_jax.evaluation.measure_dataset import ROWS
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.evaluation.reconstruction import (
     ImageQuality,
@@ -34,7 +29,7 @@ from ldm_jax.evaluation.reconstruction import (
     write_image_quality,
 )
 from ldm_jax.evaluation.request import EvaluationRequest
-from ldm_jax.evaluation.samples import draw_shards, read_shards
+from ldm_jax.evaluation.samples import extract_samples, read_features
 from ldm_jax.evaluation.scores import Scores, check_enough, score
 from ldm_jax.files import write_json
 from ldm_jax.parallel.multihost import first_alone, gather_texts, is_first, together
@@ -46,37 +41,36 @@ from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError, PyTree
 
 FOLDER = "evaluation"
-"""Of a run, where what is measured is kept."""
+"""Folder of a run for statistics, features and scores."""
 ACCURACY = "accuracy"
 
 
-class Network(NamedTuple):
-    """What looks at images."""
+class MetricNetwork(NamedTuple):
+    """A protocol's network."""
 
     params: PyTree
-    """Of the protocol's network."""
+    """Its parameters."""
     accuracy: float | None
-    """Part of the held-out images that the classifier reads right; None of
-    Inception."""
+    """Accuracy of the classifier on held-out images; None for Inception."""
 
 
-class Measured(NamedTuple):
-    """What samples are measured by, the same for all ways of making them."""
+class Scorer(NamedTuple):
+    """What samples are scored with, the same for all settings."""
 
     extractor: Extractor
-    """Looks at images."""
+    """Extracts features."""
     reference: Reference
-    """Statistics of real ones."""
+    """Statistics of real images."""
     accuracy: float | None
-    """Of the classifier, as in `Network`."""
+    """As in `MetricNetwork`."""
     held_out: Scores | None
     """Scores of held-out images; None where they are too few."""
     num_held_out: int
-    """How many they are."""
+    """Number of held-out images."""
 
 
-def score_samples(
-    config: Config,
+def make_scorer(
+    dataset: Dataset,
     protocol: Protocol,
     *,
     inception: Path | None,
@@ -84,16 +78,15 @@ def score_samples(
     folder: Path,
     num_images: int,
     what: str,
-) -> Measured:
-    """Take what measures a run, or make it, once; every process calls this.
+) -> Scorer:
+    """Load the network and the statistics, or make them; every process calls this.
 
     Args:
-      protocol: How it is measured.
       inception: File of Inception's weights, or None for the classifier.
       reference: File of statistics to compare with; None for the run's own data.
-      folder: Where what was made is kept; made if it is not there.
-      num_images: Samples there are to be; of held-out images as many are measured.
-      what: Where their number was given, for messages.
+      folder: Where both are kept; made if it does not exist.
+      num_images: Number of samples to come; of held-out images as many are scored.
+      what: Source of that number, for messages.
 
     Raises:
       InputError: If the weights or the statistics cannot be read or do not fit each
@@ -101,20 +94,23 @@ def score_samples(
       OSError: If something cannot be written.
     """
     first_alone(lambda: folder.mkdir(parents=True, exist_ok=True))
-    first_alone(lambda: load_network(config, inception, folder))
-    network = load_network(config, inception, folder)
-    extractor = extractor_of(config, protocol, params=network.params)
-    real = real_statistics(config, protocol, extractor, given=reference, folder=folder)
+    first_alone(lambda: load_network(dataset, inception, folder))
+    network = load_network(dataset, inception, folder)
+    num_classes = dataset.data.num_classes
+    extractor = extractor_of(protocol, network.params, num_classes=num_classes)
+    real = real_statistics(dataset, protocol, extractor, given=reference, folder=folder)
     check_enough(num_images, len(real.pooled.mean), what=what)
-    images = load_split(config, "test", limit=num_images).image
+    images = load_images(dataset, "test", limit=num_images).image
     held_out = None
     if is_first():
         held_out = _held_out(protocol, images, extractor, real)
-    return Measured(extractor, real, network.accuracy, held_out, len(images))
+    return Scorer(extractor, real, network.accuracy, held_out, len(images))
 
 
-def load_network(config: Config, inception: Path | None, folder: Path) -> Network:
-    """Read Inception, or the classifier; teach that first if it is not there.
+def load_network(
+    dataset: Dataset, inception: Path | None, folder: Path
+) -> MetricNetwork:
+    """Read Inception, or the classifier, which is trained first if it does not exist.
 
     Args:
       inception: File of Inception's weights, or None for the classifier.
@@ -125,15 +121,15 @@ def load_network(config: Config, inception: Path | None, folder: Path) -> Networ
       OSError: If the classifier cannot be written.
     """
     if inception is not None:
-        return Network(load_inception(inception), None)
-    path = folder / f"classifier_{data_digest(config)[:12]}.npz"
+        return MetricNetwork(load_inception(inception), None)
+    path = folder / f"classifier_{data_digest(dataset.data)[:12]}.npz"
     if not path.exists():
-        params, right = trained_classifier(config)
-        arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-        write_arrays(path, {**arrays, ACCURACY: np.asarray(right)})
+        made = fit_classifier(dataset)
+        arrays = {name: np.asarray(x) for name, x in flatten(made.params).items()}
+        write_arrays(path, {**arrays, ACCURACY: np.asarray(made.accuracy)})
     arrays = read_arrays(path)
-    right = float(arrays.pop(ACCURACY, np.nan))
-    return Network(unflatten(arrays), right)
+    accuracy = float(arrays.pop(ACCURACY, np.nan))
+    return MetricNetwork(unflatten(arrays), accuracy)
 
 
 def _held_out(
@@ -144,8 +140,8 @@ def _held_out(
 ) -> Scores | None:
     """Score held-out images as if they were samples; None where they are too few."""
     try:
-        seen = extract_all(extractor, images, size=ROWS)
-        return score(protocol, seen, reference)
+        features = extract_all(extractor, images, size=ROWS)
+        return score(protocol, features, reference)
     except InputError:
         return None
 
@@ -154,37 +150,34 @@ METRICS_FILE = "metrics.json"
 
 
 class Outcome(NamedTuple):
-    """What was found of samples made in one way."""
+    """Scores of samples of one setting."""
 
     path: Path
-    """Of `metrics.json`."""
+    """Path of `metrics.json`."""
     settings: SamplingConfig
-    """How they were made."""
+    """The setting."""
     scores: Scores
-    """Theirs."""
+    """Scores of the samples."""
     held_out: Scores | None
-    """Of real images that the run has not seen; None where they are too few."""
+    """Scores of held-out images; None where they are too few."""
 
 
 class Reconstructed(NamedTuple):
-    """What was found of a first stage."""
+    """Scores of a first stage."""
 
     path: Path
-    """Of the file of scores."""
+    """Path of the file of scores."""
     quality: ImageQuality
     """The scores."""
 
 
 def evaluate(request: EvaluationRequest) -> list[Outcome]:
-    """Draw what is missing, and score all; one way of making samples after the other.
+    """Sample what is missing, and score, one setting after the other.
 
-    Several processes share the samples; the first one scores.
-
-    Args:
-      request: What to measure, and how.
+    Several processes share the sampling; the first one scores.
 
     Returns:
-      What was found of each; nothing on all processes but the first.
+      An outcome for each setting; nothing on all processes but the first.
 
     Raises:
       InputError: If the run, the weights or the statistics cannot be read or do not fit
@@ -193,8 +186,8 @@ def evaluate(request: EvaluationRequest) -> list[Outcome]:
       OSError: If something cannot be written; features made before it stay.
     """
     config = open_pipeline(request.settings[0]).run.config
-    measured = score_samples(
-        config,
+    scorer = make_scorer(
+        dataset_of(config),
         request.protocol,
         inception=request.inception,
         reference=request.reference,
@@ -202,18 +195,15 @@ def evaluate(request: EvaluationRequest) -> list[Outcome]:
         num_images=request.num_images,
         what="--num-images",
     )
-    found = (_evaluate(request, settings, measured) for settings in request.settings)
+    found = (_evaluate(request, settings, scorer) for settings in request.settings)
     return [outcome for outcome in found if outcome is not None]
 
 
 def evaluate_first_stage(request: EvaluationRequest) -> Reconstructed | None:
-    """Measure the first stage of a run on held-out images.
-
-    Args:
-      request: What to measure, and how.
+    """Score the first stage of a run on held-out images.
 
     Returns:
-      What was found; None on all processes but the first.
+      The scores; None on all processes but the first.
 
     Raises:
       InputError: If the run, the data or the weights cannot be read.
@@ -223,61 +213,62 @@ def evaluate_first_stage(request: EvaluationRequest) -> Reconstructed | None:
     if not is_first():
         return None
     config, params = first_stage_of(request.workdir)
+    dataset, protocol = dataset_of(config), request.protocol
     request.out.mkdir(parents=True, exist_ok=True)
-    extractor = None
-    if request.inception is not None or config.data.num_classes > 1:
-        network = load_network(config, request.inception, request.out)
-        extractor = extractor_of(config, request.protocol, params=network.params)
-    found = score_reconstructions(
-        config,
+    extractor, num_classes = None, config.data.num_classes
+    if request.inception is not None or num_classes > 1:
+        network = load_network(dataset, request.inception, request.out)
+        extractor = extractor_of(protocol, network.params, num_classes=num_classes)
+    quality = score_reconstructions(
+        build_model(config),
         params,
+        load_images(dataset, "test", limit=request.num_images).image,
         extractor=extractor,
         lpips_files=request.lpips,
-        num_images=request.num_images,
     )
-    path = request.out / f"reconstructions_{request.protocol.name}.json"
-    write_image_quality(path, found, config, request.protocol, extractor)
-    return Reconstructed(path, found)
+    path = request.out / f"reconstructions_{protocol.name}.json"
+    write_image_quality(path, quality, config.data, protocol, extractor)
+    return Reconstructed(path, quality)
 
 
 def _evaluate(
-    request: EvaluationRequest, settings: SamplingConfig, measured: Measured
+    request: EvaluationRequest, settings: SamplingConfig, scorer: Scorer
 ) -> Outcome | None:
     pipeline = open_pipeline(settings)
-    facts = _facts(request, pipeline, measured.extractor)
-    # The first one's name: it tells of the processor, which may differ among machines.
+    facts = _facts(request, pipeline, scorer.extractor)
+    # The first process' name: it depends on the processor, which may differ by host.
     folder = request.out / gather_texts(_name(request, settings, facts))[0]
     folder.mkdir(exist_ok=True)
-    with together():  # one that cannot write leaves no other waiting
-        drawn = draw_shards(
-            pipeline, measured.extractor, folder, num_images=request.num_images
+    with together():  # a process that fails to write does not leave others waiting
+        made = extract_samples(
+            pipeline, scorer.extractor, folder, num_images=request.num_images
         )
     if not is_first():
         return None
-    made = read_shards(folder, num_images=request.num_images)
-    scores = score(request.protocol, made, measured.reference)
+    features = read_features(folder, num_images=request.num_images)
+    scores = score(request.protocol, features, scorer.reference)
     path = folder / METRICS_FILE
     report = {
         "scores": scores,
-        "held_out_scores": measured.held_out,
-        "num_held_out": measured.num_held_out,
+        "held_out_scores": scorer.held_out,
+        "num_held_out": scorer.num_held_out,
         **facts,
-        "real": measured.reference.provenance._asdict(),
-        "classifier_accuracy": measured.accuracy,
-        # Of this command: a part of them where it went on.
-        "images_drawn": drawn.num_images,
-        "seconds_of_sampling": drawn.seconds,
+        "real": scorer.reference.provenance._asdict(),
+        "classifier_accuracy": scorer.accuracy,
+        # Of this command alone, where it resumed another.
+        "images_drawn": made.num_images,
+        "seconds_of_sampling": made.seconds,
         "devices": pipeline.layout.num_devices,
         "versions": json.loads(versions()),
     }
     write_json(path, report)
-    return Outcome(path, settings, scores, measured.held_out)
+    return Outcome(path, settings, scores, scorer.held_out)
 
 
 def _facts(
     request: EvaluationRequest, pipeline: Pipeline, extractor: Extractor
 ) -> dict[str, Any]:
-    """Collect what decides the features, as strict JSON."""
+    """Collect what determines the features, as strict JSON."""
     settings = dataclasses.asdict(pipeline.settings)
     given = {k: v for k, v in settings.items() if v not in (None, False, "")}
     given.pop("workdir", None)
@@ -294,7 +285,7 @@ def _facts(
 def _name(
     request: EvaluationRequest, settings: SamplingConfig, facts: dict[str, Any]
 ) -> str:
-    """Name the folder of samples made in one way; their number may grow."""
+    """Name the folder of a setting's samples, whose number may grow."""
     kept = {k: v for k, v in facts.items() if k != "seeds"}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     scale = ",".join(f"{value:g}" for value in settings.guidance_scale)

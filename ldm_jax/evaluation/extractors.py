@@ -1,4 +1,4 @@
-"""From images to what a protocol's network says of them, on all local devices."""
+"""Features of images by a protocol's network, on all local devices."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from ldm_jax.evaluation.classifier import look
+from ldm_jax.evaluation.classifier import classify
 from ldm_jax.evaluation.features import FeatureSet, join
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.models.inception import INCEPTION_SIDE, Features, Inception
@@ -23,21 +23,21 @@ from ldm_jax.types import PyTree
 def resize_bilinearly(
     images: Float[Array, "b h w c"], *, side: int
 ) -> Float[Array, "b s s c"]:
-    """Resize as TensorFlow 1 did: corners meet, nothing is averaged on the way down.
+    """Resize as TensorFlow 1 did: corners aligned, without antialiasing.
 
     Pixel i of the result is at `i * (size / side)` in the image, not at the middle of
-    what it stands for, so images move up and left by part of a pixel.
+    the area it replaces, so images move up and left by part of a pixel.
 
     Args:
       images: Levels of any range.
       side: Height and width of the result.
 
     Returns:
-      The images, in the dtype they came in.
+      The images, in their dtype.
 
     Source:
       TensorFlow 1's `ResizeBilinear` with `align_corners` and `half_pixel_centers` off;
-      Parmar et al., arXiv:2104.11222, sec. 3.1, on what it does to figures.
+      Parmar et al., arXiv:2104.11222, sec. 3.1, on the effect on scores.
     """
     for axis in (1, 2):
         size = images.shape[axis]
@@ -56,7 +56,7 @@ def resize_bilinearly(
 def resize_cleanly(
     images: UInt8[np.ndarray, "b h w c"], *, side: int
 ) -> Float[np.ndarray, "b s s c"]:
-    """Resize as clean-fid does: cubic, averaged on the way down, never rounded.
+    """Resize as clean-fid does: cubic, with antialiasing, never rounded.
 
     Args:
       images: 8-bit levels.
@@ -82,41 +82,36 @@ def resize_cleanly(
 
 
 BATCH_SIZE = 32
-"""Images that a device looks at at once."""
+"""Images a device reads at once."""
 
 
 @runtime_checkable
 class Extract(Interface):
-    """A function from images to what a network says of them."""
+    """A function from images to features."""
 
     def __call__(self, images: UInt8[np.ndarray, "b h w c"]) -> FeatureSet:
-        """Look at images of 8-bit levels, in order."""
+        """Return the features of 8-bit images, in order."""
         ...
 
 
 class Extractor(NamedTuple):
-    """What looks at images."""
+    """A feature extractor."""
 
     extract: Extract
     """The function."""
     digest: str
-    """Of what decides its answers: the weights."""
+    """Digest of its weights."""
 
 
 def inception_extractor(protocol: Protocol, params: PyTree) -> Extractor:
-    """Make the Inception network of a protocol.
-
-    Args:
-      protocol: How images get its size.
-      params: Of `Inception`.
-    """
+    """Make the Inception network of a protocol an extractor."""
     params = jax.tree.map(jnp.asarray, params)
     on_host = protocol.resize == "clean"
 
-    def see(
-        params: PyTree, knobs: None, images: Float[Array, "b h w c"] | Array
+    def features_of(
+        params: PyTree, inputs: None, images: Float[Array, "b h w c"] | Array
     ) -> Features:
-        del knobs
+        del inputs
         levels = jnp.asarray(images, jnp.float32)
         levels = jnp.broadcast_to(levels, (*levels.shape[:3], 3))
         if not on_host:
@@ -128,25 +123,27 @@ def inception_extractor(protocol: Protocol, params: PyTree) -> Extractor:
         given: Any = images
         if on_host:
             given = resize_cleanly(images, side=INCEPTION_SIDE)
-        seen = apply(given)
-        return FeatureSet(seen.pooled, seen.spatial, seen.logits)
+        found = apply(given)
+        return FeatureSet(found.pooled, found.spatial, found.logits)
 
-    apply = _on_all_devices(see, params)
+    apply = _on_all_devices(features_of, params)
     return Extractor(extract, tree_digest(params))
 
 
 def classifier_extractor(params: PyTree, *, num_classes: int) -> Extractor:
-    """Make the classifier that was taught on a data set's labels an extractor."""
+    """Make the classifier of a data set an extractor."""
 
-    def see(params: PyTree, knobs: None, images: UInt8[Array, "b h w c"]) -> Any:
-        del knobs
-        return look(params, images, num_classes=num_classes)
+    def features_of(
+        params: PyTree, inputs: None, images: UInt8[Array, "b h w c"]
+    ) -> Any:
+        del inputs
+        return classify(params, images, num_classes=num_classes)
 
-    apply = _on_all_devices(see, jax.tree.map(jnp.asarray, params))
+    apply = _on_all_devices(features_of, jax.tree.map(jnp.asarray, params))
 
     def extract(images: UInt8[np.ndarray, "b h w c"]) -> FeatureSet:
-        seen = apply(images)
-        return FeatureSet(seen.pooled, None, seen.logits)
+        found = apply(images)
+        return FeatureSet(found.pooled, None, found.logits)
 
     return Extractor(extract, tree_digest(params))
 
@@ -154,7 +151,7 @@ def classifier_extractor(params: PyTree, *, num_classes: int) -> Extractor:
 def extract_all(
     extractor: Extractor, images: UInt8[np.ndarray, "n h w c"], *, size: int
 ) -> FeatureSet:
-    """Look at any number of images, `size` at a time."""
+    """Extract the features of any number of images, `size` at a time."""
     parts = [
         extractor.extract(images[i : i + size]) for i in range(0, len(images), size)
     ]
@@ -162,17 +159,17 @@ def extract_all(
 
 
 def _on_all_devices(
-    see: Callable[[PyTree, None, Any], Any], params: PyTree
+    features_of: Callable[[PyTree, None, Any], Any], params: PyTree
 ) -> Callable[[Any], Any]:
-    """Look at any number of images in batches of one size, cut over the devices.
+    """Apply a network to any number of images, in batches split over the devices.
 
-    So one program is compiled, and an image's features do not depend on how many there
-    are: the last batch is filled up. In full float32: GPUs and TPUs else multiply with
-    fewer bits, and figures would depend on the chip.
+    Every batch has one size, the last one padded, so that one program is compiled and
+    an image's features do not depend on the number of images. In full float32: GPUs and
+    TPUs else multiply with fewer bits, and scores would depend on the chip.
     """
     layout = PmapLayout()
     one = len(layout.devices) == 1
-    run: Any = jax.jit(see) if one else layout.map_images(see)
+    run: Any = jax.jit(features_of) if one else layout.map_images(features_of)
     placed = params if one else layout.place(params)
     size = BATCH_SIZE * len(layout.devices)
 
@@ -182,9 +179,9 @@ def _on_all_devices(
             part = images[start : start + size]
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
             with jax.default_matmul_precision("highest"):
-                seen = run(placed, None, filled)
+                found = run(placed, None, filled)
             cut = functools.partial(_cut, num=len(part))
-            parts.append(jax.tree.map(cut, seen))
+            parts.append(jax.tree.map(cut, found))
         return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
     return apply
@@ -192,3 +189,10 @@ def _on_all_devices(
 
 def _cut(rows: Array | np.ndarray, *, num: int) -> np.ndarray:
     return np.asarray(rows)[:num]
+
+
+def extractor_of(protocol: Protocol, params: PyTree, *, num_classes: int) -> Extractor:
+    """Make the extractor of a protocol from its network's parameters."""
+    if protocol.network == "classifier":
+        return classifier_extractor(params, num_classes=num_classes)
+    return inception_extractor(protocol, params)

@@ -1,4 +1,4 @@
-"""What a network says of many images, and the statistics of real ones on disk."""
+"""Features of images, and the statistics of real images on disk."""
 
 import json
 import os
@@ -12,36 +12,39 @@ from jaxtyping import Float
 from ldm_jax.evaluation.fid import Moments, Sums, moments_of
 from ldm_jax.types import InputError
 
-MOST_KEPT = 50_000
-"""Features of real images that are kept one by one, for scores that need them so."""
+MAX_FEATURES = 50_000
+"""Single features of real images that are kept, for scores that need them."""
 
 
 class FeatureSet(NamedTuple):
-    """What a network says of images, by image."""
+    """A network's outputs for some images."""
 
     pooled: Float[np.ndarray, "n d"]
     """Features."""
     spatial: Float[np.ndarray, "n e"] | None
-    """Those of sFID; None where the network has none."""
+    """Features of sFID; None where the network has none."""
     logits: Float[np.ndarray, "n k"] | None
-    """Of its classes; None likewise."""
+    """Logits of the network's classes; None likewise."""
 
 
 class Provenance(NamedTuple):
-    """What statistics are of; two are compared only if the first two agree."""
+    """How statistics were measured, and of which images.
+
+    Statistics are comparable only if protocol and network agree.
+    """
 
     protocol: str
     """Name of the protocol."""
     network: str
     """Digest of the network's weights."""
     source: str
-    """Data set, or what made the images."""
+    """Data set, or file of a reference batch."""
     split: str
-    """Of the data set, or ""."""
+    """Split of the data set, or ""."""
     num_images: int
-    """How many."""
+    """Number of images."""
     image_size: int
-    """Their side in pixels."""
+    """Side of the images, in pixels."""
     data: str
     """Digest of the images, in order."""
 
@@ -50,17 +53,17 @@ class Reference(NamedTuple):
     """Statistics of real images."""
 
     provenance: Provenance
-    """What they are of."""
+    """How they were measured."""
     pooled: Moments
     """Moments of all features."""
     spatial: Moments | None
-    """Moments of sFID's; None where the network has none."""
-    kept: Float[np.ndarray, "n d"]
-    """Features one by one, of images from all over, in no order."""
+    """Moments of sFID's features; None where the network has none."""
+    features: Float[np.ndarray, "n d"]
+    """Single features, of images from all over the data set, in no order."""
 
 
 def join(parts: list[FeatureSet]) -> FeatureSet:
-    """Join what was said of parts of the images, in order."""
+    """Join the features of parts of the images, in order."""
     columns = zip(*parts, strict=True)
     return FeatureSet(
         *(None if column[0] is None else np.concatenate(column) for column in columns)  # pyright: ignore[reportArgumentType]
@@ -71,14 +74,14 @@ def reference_of(
     provenance: Provenance,
     pooled: Sums,
     spatial: Sums | None,
-    kept: Float[np.ndarray, "n d"],
+    features: Float[np.ndarray, "n d"],
 ) -> Reference:
-    """Make the statistics of real images from what a stream left."""
+    """Make the statistics of real images from sums."""
     return Reference(
         provenance,
         moments_of(pooled),
         None if spatial is None else moments_of(spatial),
-        kept,
+        features,
     )
 
 
@@ -92,7 +95,7 @@ def write_reference(path: Path, reference: Reference) -> None:
         "provenance": np.asarray(json.dumps(reference.provenance._asdict())),
         "mean": reference.pooled.mean,
         "covariance": reference.pooled.covariance,
-        "features": np.asarray(reference.kept, np.float32),
+        "features": np.asarray(reference.features, np.float32),
     }
     if reference.spatial is not None:
         arrays["spatial_mean"] = reference.spatial.mean
@@ -117,26 +120,20 @@ def read_reference(path: Path) -> Reference:
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"{path}: not statistics of images by this program (no protocol, or parts "
-            "are missing); figures of an unknown pipeline are not compared: try "
+            "are missing); statistics of an unknown pipeline are not comparable: try "
             "without --reference, which measures the data set"
         ) from None
 
 
 def check_comparable(ours: Provenance, theirs: Provenance, *, path: Path) -> None:
-    """Raise `InputError` where two statistics were measured in different ways.
-
-    Args:
-      ours: Of what is to be measured.
-      theirs: Of a file.
-      path: The file's.
-    """
+    """Raise `InputError` if the statistics of a file were measured in another way."""
     for name in ("protocol", "network"):
         got, wanted = getattr(theirs, name), getattr(ours, name)
         if got != wanted:
             raise InputError(
-                f"{path}: got statistics of {name} {got}, wanted {wanted}: two ways of "
-                "measuring are never compared; try the same --protocol and weights, or "
-                "other statistics"
+                f"{path}: got statistics of {name} {got}, wanted {wanted}: statistics "
+                "of two protocols or networks are never compared; try the same "
+                "--protocol and weights, or other statistics"
             )
 
 
@@ -153,7 +150,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
-    """Read arrays by name; nothing that a file may hold beside is run.
+    """Read arrays by name; no code in the file is run.
 
     Raises:
       InputError: If they cannot be read.

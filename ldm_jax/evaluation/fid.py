@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of features, each taken as a Gaussian."""
+"""The Fréchet distance between two sets of features, and the Inception Score."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -27,9 +27,9 @@ def inception_score(
     """Return `exp(E KL(p(y | x) || p(y)))`, a mean over splits, in float64.
 
     Args:
-      logits: Of a classifier, by image.
-      splits: Parts that p(y) is taken over.
-      seed: Of the order in which images are dealt to splits; None keeps the given one.
+      logits: Logits of a classifier, by image.
+      splits: Parts of the images; each has its own p(y).
+      seed: Seed of the order of the images before they are split; None keeps the order.
 
     Raises:
       InputError: If there are fewer images than splits.
@@ -51,7 +51,7 @@ def inception_score(
         part = log_p[i * num // splits : (i + 1) * num // splits]
         p = np.exp(part)
         marginal = p.mean(axis=0)
-        # A class that no image may be of has p = 0 everywhere: it adds nothing.
+        # A class with p = 0 for all images adds nothing.
         log_marginal = np.log(np.where(marginal > 0.0, marginal, 1.0))
         divergence = (p * (np.where(p > 0.0, part, 0.0) - log_marginal)).sum(axis=1)
         found.append(float(np.exp(divergence.mean())))
@@ -62,19 +62,13 @@ class Moments(NamedTuple):
     """Mean and covariance of a set of features, float64."""
 
     mean: Float[np.ndarray, " d"]
-    """Of length d."""
+    """Mean."""
     covariance: Float[np.ndarray, "d d"]
-    """d by d, unbiased."""
+    """Unbiased covariance."""
 
 
 def moments(features: Float[np.ndarray, "n d"]) -> Moments:
     """Measure mean and unbiased covariance in float64.
-
-    Args:
-      features: At least two rows.
-
-    Returns:
-      The moments.
 
     Raises:
       ValueError: If there are fewer than two rows.
@@ -89,13 +83,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """Return the squared Fréchet (2-Wasserstein) distance of two Gaussians.
 
     `|m_a - m_b|^2 + tr(A) + tr(B) - 2 |R_a^T R_b|` with the nuclear norm and any roots,
-    `R R^T` being the covariance: by eigenvalues of symmetric matrices and singular
-    values alone. Nothing turns complex, and no root is taken of what a product of
-    covariances has lost to rounding, so that ill-conditioned ones keep their digits.
-
-    Args:
-      a: Moments of one set.
-      b: Moments of the other, of the same length.
+    where `R R^T` is the covariance: by eigenvalues of symmetric matrices and singular
+    values alone. No value is complex, and no root is taken of a rounded product of
+    covariances, so that ill-conditioned ones keep their digits.
 
     Returns:
       The distance, 0 for equal moments.
@@ -114,22 +104,18 @@ def _root(x: Moments) -> Float[np.ndarray, "d d"]:
 
 
 class Sums(NamedTuple):
-    """What is kept of features seen so far, float64: enough for their moments."""
+    """Sums over features, float64: enough for their moments."""
 
     num: int
-    """How many there were."""
+    """Number of features."""
     mean: Float[np.ndarray, " d"]
-    """Of length d."""
+    """Mean."""
     scatter: Float[np.ndarray, "d d"]
-    """Sum of the outer products of what is left of each without the mean."""
+    """Sum of the outer products of the differences from the mean."""
 
 
 def sums_of(features: Float[np.ndarray, "n d"]) -> Sums:
-    """Sum a batch up.
-
-    Args:
-      features: Any number of rows, one at least.
-    """
+    """Sum a batch of one feature or more."""
     rows = np.asarray(features, np.float64)
     mean = rows.mean(axis=0)
     rest = rows - mean
@@ -137,14 +123,10 @@ def sums_of(features: Float[np.ndarray, "n d"]) -> Sums:
 
 
 def merge(a: Sums, b: Sums) -> Sums:
-    """Join what two sets of features left, as if they had been one.
+    """Join the sums of two sets of features.
 
-    Products of large numbers never cancel: the scatters are about the means, and only
-    the means' difference is added.
-
-    Args:
-      a: Of one set.
-      b: Of another.
+    Large products never cancel: the scatters are about the means, and only the
+    difference of the means is added.
 
     Source:
       Chan, Golub & LeVeque (1979), eq. 2.1.
@@ -157,7 +139,7 @@ def merge(a: Sums, b: Sums) -> Sums:
 
 
 def merge_all(parts: Iterable[Sums]) -> Sums:
-    """Join all, in order; the order is felt in the last bits only.
+    """Join all sums, in order; the order changes the last bits only.
 
     Raises:
       ValueError: If there is none.

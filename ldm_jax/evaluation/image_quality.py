@@ -1,4 +1,4 @@
-"""How like its original a reconstruction is: PSNR and SSIM, on levels of 8 bits."""
+"""Image quality of reconstructions: PSNR and SSIM of 8-bit images."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -27,11 +27,8 @@ def ssim(
 
     The mean over all places where the whole window lies inside the image.
 
-    Args:
-      images: Sides of at least 11 pixels.
-
     Raises:
-      InputError: If the images are too small.
+      InputError: If a side of the images is less than 11 pixels.
 
     Source:
       Wang et al., "Image quality assessment: from error visibility to structural

@@ -1,4 +1,4 @@
-"""The kernel distance (KID): unbiased for any number of images, unlike Fréchet's."""
+"""The kernel Inception distance (KID): unbiased for any number of images."""
 
 from typing import NamedTuple
 
@@ -15,15 +15,15 @@ CONFIDENCE = 0.95
 
 
 class KernelDistance(NamedTuple):
-    """A kernel distance, and how sure it is."""
+    """A kernel distance, and its uncertainty."""
 
     mean: float
-    """Over the subsets; slightly below 0 where there is no difference."""
+    """Mean over the subsets; may be slightly below 0 where there is no difference."""
     std: float
-    """Over the subsets, which overlap: how much one of them scatters."""
+    """Standard deviation over the subsets, which overlap."""
     half: float | None
-    """Half the width of the 95 % interval of the mean, from blocks that do not overlap;
-    None where there are fewer than two."""
+    """Half the width of the 95 % interval of the mean, from disjoint blocks; None where
+    there are fewer than two blocks."""
 
 
 def kernel_distance(
@@ -36,22 +36,22 @@ def kernel_distance(
 ) -> KernelDistance:
     """Return the squared maximum mean discrepancy under a cubic kernel, unbiased.
 
-    The mean over random subsets is what is published as KID. The subsets come from
-    NumPy's old generator, whose numbers are promised to stay: those of `made` first,
-    then those of `real`, without repetition within a subset.
+    The mean over random subsets is published as KID. The subsets come from NumPy's
+    legacy generator, whose numbers never change: those of `made` first, then those of
+    `real`, without repetition within a subset.
 
     Args:
       made: Features of one set.
       real: Features of the other.
-      subsets: How many are drawn.
+      subsets: Number of subsets.
       subset_size: Features in each, of either set.
-      seed: Of the draws.
+      seed: Seed of the subsets.
 
     Raises:
       InputError: If a set is smaller than a subset.
 
     Source:
-      Binkowski et al., arXiv:1801.01401, sec. 4 and eq. 4; the draws as in
+      Binkowski et al., arXiv:1801.01401, sec. 4 and eq. 4; the subsets as in
       torch-fidelity, whose default seed is 2020.
     """
     if min(len(made), len(real)) < subset_size or subset_size < 2 or subsets < 1:
@@ -97,11 +97,7 @@ def _kernel(
 def _half(
     made: Float[np.ndarray, "n d"], real: Float[np.ndarray, "m d"], size: int
 ) -> float | None:
-    """Return half the interval by blocks: independent, so that their spread counts.
-
-    The order of the rows must mean nothing, as that of seeds does not; rows of a data
-    set sorted by class are shuffled first.
-    """
+    """Return half the interval of the mean, by independent blocks of shuffled rows."""
     blocks = min(len(made), len(real)) // size
     if blocks < 2:
         return None

@@ -1,18 +1,19 @@
-"""A run scored while it is trained, as `ldm evaluate` scores it after.
+"""A run scored during training, as `ldm evaluate` scores it afterwards.
 
-WORKDIR/evaluation/            the taught classifier and statistics of real images
+WORKDIR/evaluation/            the trained classifier and statistics of real images
 WORKDIR/diffusion/scoring/     features of the samples, until they are scored
 """
 
 import shutil
 from pathlib import Path
 
-from ldm_jax.config import Config
+from ldm_jax.config import Config, ScoresConfig
 from ldm_jax.evaluation.classifier import WIDTH
-from ldm_jax.evaluation.evaluate import FOLDER, score_samples
+from ldm_jax.evaluation.dataset import dataset_of
+from ldm_jax.evaluation.evaluate import FOLDER, make_scorer
 from ldm_jax.evaluation.protocols import protocol_of
 from ldm_jax.evaluation.request import check_network
-from ldm_jax.evaluation.samples import draw_shards, read_shards
+from ldm_jax.evaluation.samples import extract_samples, read_features
 from ldm_jax.evaluation.scores import check_enough, score
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.inception import NUM_FEATURES
@@ -30,43 +31,45 @@ FEATURES = "scoring"
 HELD_OUT = "held_out_fid"
 
 
-def check_scores(config: Config) -> None:
-    """Refuse what cannot be measured before a run is begun.
+def check_scores(scores: ScoresConfig, *, num_classes: int) -> None:
+    """Check before a run begins that it can be scored.
+
+    Args:
+      num_classes: Classes of the data set; 0 if it has none.
 
     Raises:
-      InputError: If the network's weights are missing, there is nothing to teach a
-        classifier, or there are too few images for a covariance.
+      InputError: If the network's weights are missing, the classifier has no labels to
+        be trained on, or there are too few images for a covariance.
     """
-    asked = config.scores
-    if not asked.every:
+    if not scores.every:
         return
-    protocol = protocol_of(asked.protocol)
-    inception = None if asked.inception is None else Path(asked.inception)
+    protocol = protocol_of(scores.protocol)
+    inception = None if scores.inception is None else Path(scores.inception)
     check_network(protocol, inception, flag="--scores.inception")
     if inception is not None and not inception.is_file():
         raise InputError(f"--scores.inception: no file {inception}")
-    if protocol.network == "classifier" and config.data.num_classes < 2:
+    if protocol.network == "classifier" and num_classes < 2:
         raise InputError(
-            f"scores.protocol: got {asked.protocol}, which wants labels of two classes "
-            f"or more, but data.num_classes is {config.data.num_classes}; try adm with "
+            f"scores.protocol: got {scores.protocol}, which wants labels of two "
+            f"classes or more, but data.num_classes is {num_classes}; try adm with "
             "--scores.inception FILE"
         )
     width = WIDTH if protocol.network == "classifier" else NUM_FEATURES
-    check_enough(asked.images, width, what="scores.images")
+    check_enough(scores.images, width, what="scores.images")
 
 
 def make_measure(
     config: Config, model: LatentDiffusion, frozen: Frozen, workdir: Path
 ) -> Measure:
-    """Make what scores averaged weights during training; every process calls it.
+    """Make a function that scores averaged weights; every process calls it.
 
-    The classifier is taught, and real images are looked at, here: what fails does so
+    The classifier is trained and real images are measured here, so that errors come
     before the first step.
 
     Args:
-      config: Of the run, with its own tokenizer.
-      frozen: What stage 2 does not train.
-      workdir: Of the run, with its config in it.
+      config: Config of the run, with its own tokenizer.
+      frozen: What the diffusion stage does not train.
+      workdir: Folder of the run.
 
     Returns:
       A function that all processes call, which shares the samples among them.
@@ -76,57 +79,58 @@ def make_measure(
         model.
       OSError: If something cannot be written.
     """
-    asked, protocol = config.scores, protocol_of(config.scores.protocol)
-    measured = score_samples(
-        config,
+    scores, protocol = config.scores, protocol_of(config.scores.protocol)
+    scorer = make_scorer(
+        dataset_of(config),
         protocol,
-        inception=None if asked.inception is None else Path(asked.inception),
+        inception=None if scores.inception is None else Path(scores.inception),
         reference=None,
         folder=workdir / FOLDER,
-        num_images=asked.images,
+        num_images=scores.images,
         what="scores.images",
     )
-    nothing = sample_params(frozen, Denoising({}, {}))
     settings = SamplingConfig(
         workdir=str(workdir),
-        sampler=asked.sampler,
-        steps=asked.steps,
-        guidance_scale=(asked.guidance_scale,),
+        sampler=scores.sampler,
+        steps=scores.steps,
+        guidance_scale=(scores.guidance_scale,),
     )
-    pipeline = make_pipeline(Run(config, model, nothing, "", 0), settings)
     condition = config.diffusion.condition
+    model = model._replace(condition=condition)  # its tokenizer may be learned since
+    nothing = sample_params(frozen, Denoising({}, {}))
+    pipeline = make_pipeline(Run(config, model, nothing, "", 0), settings)
     guided = condition.uses_classes or condition.uses_tokens
-    # Made once, so that it is compiled once for all the weights to come.
+    # Made and compiled once, for all weights.
     sample_fn = make_fn(pipeline, guided=guided, num_frames=0)
-    kept = workdir / "diffusion" / FEATURES
+    features = workdir / "diffusion" / FEATURES
 
     how = (
-        f"{protocol.name}, {asked.images:,} samples, {asked.sampler} {asked.steps}, "
-        f"guidance {asked.guidance_scale:g}"
+        f"{protocol.name}, {scores.images:,} samples, {scores.sampler} {scores.steps}, "
+        f"guidance {scores.guidance_scale:g}"
     )
 
     def measure(trained: Denoising, step: int) -> ScoreRecord:
         run = pipeline.run._replace(params=sample_params(frozen, trained), step=step)
-        # Features of other weights, as of a run that was killed and went on elsewhere,
-        # are never taken for these.
+        # The name has a digest of the weights: a killed run may resume elsewhere, with
+        # other weights at the same step.
         of = gather_texts(tree_digest(trained)[:12])[0]
-        folder = kept / f"{step:06d}_{of}"
+        folder = features / f"{step:06d}_{of}"
         first_alone(lambda: folder.mkdir(parents=True, exist_ok=True))
         with together():
-            draw_shards(
+            extract_samples(
                 pipeline._replace(run=run, sample_fn=sample_fn),
-                measured.extractor,
+                scorer.extractor,
                 folder,
-                num_images=asked.images,
+                num_images=scores.images,
                 shows_progress=False,
             )
 
         def scored() -> ScoreRecord:
-            made = read_shards(folder, num_images=asked.images)
-            found = score(protocol, made, measured.reference)
-            if measured.held_out is not None:
-                found[HELD_OUT] = measured.held_out["fid"]
-            shutil.rmtree(kept)
+            made = read_features(folder, num_images=scores.images)
+            found = score(protocol, made, scorer.reference)
+            if scorer.held_out is not None:
+                found[HELD_OUT] = scorer.held_out["fid"]
+            shutil.rmtree(features)
             numbers = {k: float(v) for k, v in found.items() if v is not None}
             return {**numbers, HOW: how}
 

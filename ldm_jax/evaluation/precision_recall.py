@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: are samples real, is the real covered?"""
+"""Precision, recall, density and coverage, by nearest neighbours."""
 
 import functools
 from typing import NamedTuple
@@ -18,18 +18,19 @@ ROWS = 1024
 class Neighbourhoods(NamedTuple):
     """How two sets of features lie in each other's neighbourhoods.
 
-    A neighbourhood is a ball around a feature that reaches to its k-th neighbour in its
-    own set.
+    A neighbourhood is a ball around a feature; its radius is the distance to the k-th
+    neighbour in the same set.
     """
 
     precision: float
-    """Part of what was made that lies in a real neighbourhood."""
+    """Share of samples that lie in a real neighbourhood."""
     recall: float
-    """Part of the real that lies in a neighbourhood of what was made."""
+    """Share of real images that lie in a sample's neighbourhood."""
     density: float
-    """In how many real neighbourhoods what was made lies, over k; may exceed 1."""
+    """Mean number of real neighbourhoods that a sample lies in, over k; may exceed
+    1."""
     coverage: float
-    """Part of real neighbourhoods with something in them that was made."""
+    """Share of real neighbourhoods that a sample lies in."""
 
 
 def neighbourhoods(
@@ -42,7 +43,7 @@ def neighbourhoods(
 
     Args:
       made: Features of samples.
-      real: Features of real images; published figures take as many as samples.
+      real: Features of real images; published scores use as many as samples.
       neighbours: k.
 
     Raises:
@@ -58,7 +59,7 @@ def neighbourhoods(
             f"neighbourhoods: got {len(made)} and {len(real)} features, wanted more "
             f"than {neighbours} of each for their neighbour number {neighbours}"
         )
-    # About the real mean: distances stay the same and lose fewer digits.
+    # Relative to the real mean: distances stay the same and lose fewer digits.
     middle = np.asarray(real, np.float64).mean(axis=0)
     x, y = (jnp.asarray(np.asarray(f - middle, np.float32)) for f in (made, real))
     radius_x, radius_y = (_radii(f, neighbours) for f in (x, y))
@@ -102,7 +103,7 @@ def _inside(
     radius_part: Float[Array, " r"],
     radius_y: Float[Array, " m"],
 ) -> tuple[Bool[Array, "r m"], Bool[Array, "r m"]]:
-    """Say which of `part` are in whose ball of `y`, and the reverse."""
+    """Return which of `part` lie in which balls of `y`, and the reverse."""
     distances = _squared_distances(part, y)
     return distances <= radius_y[None, :], distances <= radius_part[:, None]
 

@@ -1,8 +1,8 @@
-"""Named protocols: how images are measured, fixed to the last detail. Imports no JAX.
+"""Named protocols, which fix every detail of a score. Imports no JAX.
 
-Figures of two pipelines can be compared only if every step before the figure is the
-same. So each protocol has a name, the name stands in every file of statistics and of
-scores, and nothing compares two.
+Scores of two pipelines are comparable only if every step before the score is the same.
+So every file of statistics and of scores holds the name of its protocol, and files of
+two protocols are never compared.
 """
 
 from typing import Literal, NamedTuple
@@ -17,28 +17,28 @@ class Protocol(NamedTuple):
     """How images become scores. Images are 8-bit levels before anything else."""
 
     name: ProtocolName
-    """Of the protocol."""
+    """Name of the protocol."""
     network: NetworkName
-    """What looks at the images: FID's Inception, or a classifier taught on the data
+    """Network of the features: FID's Inception, or a classifier trained on the data
     set's own labels."""
     resize: ResizeName
-    """How images get the size the network wants."""
+    """How images are resized for the network."""
     num_images: int
-    """Samples that published figures take."""
+    """Number of samples of published scores."""
     score_splits: int
     """Splits of the Inception Score."""
     score_seed: int | None
-    """Of the order of images before they are split; None for none."""
+    """Seed of the order of images before they are split; None keeps the order."""
     kernel_subsets: int
     """Subsets of the kernel distance."""
     kernel_size: int
-    """Images in each."""
+    """Images in each subset."""
     neighbours: int
     """k of precision, recall, density and coverage."""
     neighbour_images: int
-    """Most real images for these four."""
+    """Maximum number of real images for these four."""
     neighbour_samples: int
-    """Most samples for them."""
+    """Maximum number of samples for them."""
 
 
 _ROWS = (
@@ -67,7 +67,7 @@ def protocol_of(name: str) -> Protocol:
     """Find a protocol.
 
     Raises:
-      InputError: If there is none of that name.
+      InputError: If there is no protocol of that name.
     """
     for known, protocol in PROTOCOLS.items():
         if known == name:

@@ -1,4 +1,4 @@
-"""A first stage scored: held-out images against what it makes of them."""
+"""A first stage scored: held-out images compared with their reconstructions."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from ldm_jax.build import build_model, load_split
-from ldm_jax.config import Config, read_config
+from ldm_jax.build import build_model
+from ldm_jax.config import Config, DataConfig, read_config
 from ldm_jax.evaluation.extractors import Extractor, extract_all
 from ldm_jax.evaluation.fid import frechet_distance, moments
 from ldm_jax.evaluation.image_quality import WINDOW, psnr, ssim
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.files import write_json
 from ldm_jax.images import to_float
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.discriminator_lpips import Lpips
 from ldm_jax.pretrained.first_stage import load_first_stage
 from ldm_jax.pretrained.frozen import load_frozen
@@ -26,28 +27,28 @@ from ldm_jax.training.autoencoder_stage import make_reconstruct
 from ldm_jax.types import PyTree
 
 CHUNK = 64
-MOST_DECIBELS = 100.0
+MAX_DECIBELS = 100.0
 
 
 class ImageQuality(NamedTuple):
-    """How like their originals reconstructions are; means over images."""
+    """Image quality of reconstructions, mean over images."""
 
     psnr: float
-    """In dB; an image without any error counts as 100."""
+    """Peak signal-to-noise ratio in dB; an image without any error counts as 100."""
     psnr_std: float
-    """Over the images."""
+    """Standard deviation over the images."""
     ssim: float | None
-    """Structural similarity; None of images smaller than its window."""
+    """Structural similarity; None for images smaller than its window."""
     lpips: float | None
     """Perceptual distance; None without its weights."""
     rfid: float | None
-    """Fréchet distance of the features; None of too few images."""
+    """Fréchet distance of the features; None for too few images."""
     num_images: int
-    """How many there were."""
+    """Number of images."""
 
 
 def first_stage_of(workdir: Path) -> tuple[Config, PyTree]:
-    """Load the averaged autoencoder of a run, its own or the one it took.
+    """Load the averaged autoencoder of a run, its own or an imported one.
 
     Raises:
       InputError: If there is no finished checkpoint.
@@ -61,40 +62,40 @@ def first_stage_of(workdir: Path) -> tuple[Config, PyTree]:
 
 
 def score_reconstructions(
-    config: Config,
+    model: LatentDiffusion,
     params: PyTree,
+    images: UInt8[np.ndarray, "n h w c"],
     *,
     extractor: Extractor | None,
     lpips_files: tuple[str, ...],
-    num_images: int,
 ) -> ImageQuality:
-    """Reconstruct held-out images, and compare.
+    """Reconstruct images, and compare.
 
     Args:
-      params: Of its autoencoder.
-      extractor: Looks at images for rFID; None for no rFID.
+      params: Parameters of the autoencoder.
+      extractor: Extracts features for rFID; None for no rFID.
       lpips_files: Weights of LPIPS; none for no LPIPS.
-      num_images: Most held-out images.
 
     Raises:
-      InputError: If the data or the weights cannot be read.
+      InputError: If the weights cannot be read.
     """
-    images = load_split(config, "test", limit=num_images).image
-    reconstruct = make_reconstruct(build_model(config))
+    reconstruct = make_reconstruct(model)
     parts = [
         reconstruct(params, images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)
     ]
     made = np.concatenate(parts)
     is_large = min(images.shape[1:3]) >= WINDOW
-    decibels = np.minimum(psnr(images, made), MOST_DECIBELS)
+    decibels = np.minimum(psnr(images, made), MAX_DECIBELS)
     distance = None
     if lpips_files:
         distance = _lpips(load_lpips(lpips_files), images, made)
     rfid = None
     if extractor is not None:
-        seen = [extract_all(extractor, x, size=CHUNK).pooled for x in (images, made)]
-        if len(images) > seen[0].shape[1]:
-            rfid = frechet_distance(*map(moments, seen))
+        features = [
+            extract_all(extractor, x, size=CHUNK).pooled for x in (images, made)
+        ]
+        if len(images) > features[0].shape[1]:
+            rfid = frechet_distance(*map(moments, features))
     return ImageQuality(
         psnr=float(decibels.mean()),
         psnr_std=float(decibels.std()),
@@ -128,19 +129,19 @@ def _lpips(
 def write_image_quality(
     path: Path,
     quality: ImageQuality,
-    config: Config,
+    data: DataConfig,
     protocol: Protocol,
     extractor: Extractor | None,
 ) -> None:
-    """Write what was found, and what it is of.
+    """Write image quality, with the data and the protocol.
 
     Raises:
       OSError: If it cannot be written.
     """
     report = {
         "reconstructions": quality._asdict(),
-        "source": config.data.source,
-        "split": config.data.test_split,
+        "source": data.source,
+        "split": data.test_split,
         "protocol": protocol._asdict(),
         "network": None if extractor is None else extractor.digest,
         "versions": json.loads(versions()),

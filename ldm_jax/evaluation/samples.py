@@ -1,4 +1,4 @@
-"""Samples of a run by seed, and what a network says of them, file by file."""
+"""Features of a run's samples by seed, in one file for every 256 seeds."""
 
 import functools
 import time
@@ -21,55 +21,50 @@ from ldm_jax.sampling.pipeline import Pipeline, sample_images
 from ldm_jax.types import InputError
 
 SHARD = 256
-"""Samples whose features are one file, once they are all there."""
+"""Samples whose features are one file, once it is complete."""
 PART = 128
-"""Samples after which it is written: an interruption costs no more of a process."""
+"""Samples after which the file is written: an interruption loses no more."""
 GRID_SIDE = 10
-MOST_CAPTIONS = 10_000
+MAX_CAPTIONS = 10_000
 
 
-class Drawn(NamedTuple):
-    """What a process drew."""
+class SamplingTime(NamedTuple):
+    """What a process sampled."""
 
     num_images: int
-    """How many; those that were there already are not among them."""
+    """Number of new samples."""
     seconds: float
-    """It took."""
+    """Time they took."""
 
 
-class Features(NamedTuple):
-    """A file of features."""
+class ShardFile(NamedTuple):
+    """A file of the features of a shard's first samples."""
 
     path: Path | None
     """The file; None if there is none."""
     num: int
-    """Samples it is of, the first ones of its shard."""
+    """Number of samples."""
 
 
-def draw_shards(
+def extract_samples(
     pipeline: Pipeline,
     extractor: Extractor,
     folder: Path,
     *,
     num_images: int,
     shows_progress: bool = True,
-) -> Drawn:
-    """Draw the samples whose features are not there yet; this process' share.
+) -> SamplingTime:
+    """Sample this process' share of the missing seeds, and write their features.
 
     Args:
-      pipeline: What draws.
-      extractor: What looks at them.
-      folder: Where features go.
-      num_images: How many there are in the end.
-      shows_progress: Whether a bar shows how far it is.
-
-    Returns:
-      How many it drew, and how long that took.
+      folder: Where the features are written.
+      num_images: Number of samples of all processes: seeds 0 to one less.
+      shows_progress: Whether a progress bar is shown.
     """
     num_shards = -(-num_images // SHARD)
     mine = range(jax.process_index(), num_shards, jax.process_count())
     sizes = {i: min(SHARD, num_images - i * SHARD) for i in mine}
-    there = {i: _found(folder, i, size) for i, size in sizes.items()}
+    there = {i: _find(folder, i, size) for i, size in sizes.items()}
     missing = [i for i, size in sizes.items() if there[i].num < size]
     condition_texts = conditions_by_seed(
         pipeline.model, pipeline.run.config.data, num_images
@@ -88,27 +83,27 @@ def draw_shards(
         mininterval=1.0,
         disable=not shows_progress,
     ) as bar:
-        pictures = sample_images(pipeline, specs)
+        samples = sample_images(pipeline, specs)
         for i in missing:
             before = there[i]
             while before.num < sizes[i]:
                 images: list[np.ndarray] = []
                 for _ in range(min(PART, sizes[i] - before.num)):
-                    images.append(next(pictures).image)
+                    images.append(next(samples).image)
                     bar.update()
                 stacked = np.stack(images)
                 if i == 0 and before.num == 0:
                     _write_grid(folder / "samples.png", stacked)
                 before = _add(folder, i, before, extractor.extract(stacked))
-    return Drawn(len(specs), time.monotonic() - began)
+    return SamplingTime(len(specs), time.monotonic() - began)
 
 
-def _add(folder: Path, shard: int, before: Features, seen: FeatureSet) -> Features:
-    """Write what is known of a shard's first samples, more than before."""
+def _add(folder: Path, shard: int, before: ShardFile, new: FeatureSet) -> ShardFile:
+    """Write the features of a shard's first samples, more than before."""
     if before.path is not None:
-        seen = join([_read(before.path), seen])
-    after = Features(_path(folder, shard, len(seen.pooled)), len(seen.pooled))
-    arrays = {k: v for k, v in seen._asdict().items() if v is not None}
+        new = join([_read(before.path), new])
+    after = ShardFile(_path(folder, shard, len(new.pooled)), len(new.pooled))
+    arrays = {k: v for k, v in new._asdict().items() if v is not None}
     write_arrays(cast(Path, after.path), arrays)
     if before.path is not None:
         before.path.unlink()
@@ -130,7 +125,7 @@ def conditions_by_seed(
         rows = [{"label": str(label)} for label in range(model.num_classes)]
     if model.condition.uses_tokens:
         captions = read_captions(data.source, data.test_split, directory=data.directory)
-        chosen = list(captions)[: min(num_images, MOST_CAPTIONS)]
+        chosen = list(captions)[: min(num_images, MAX_CAPTIONS)]
         rows = [
             {**rows[i % len(rows)], "prompt": caption}
             for i, caption in enumerate(chosen)
@@ -138,8 +133,8 @@ def conditions_by_seed(
     return rows
 
 
-def read_shards(folder: Path, *, num_images: int) -> FeatureSet:
-    """Read what `draw_shards` wrote.
+def read_features(folder: Path, *, num_images: int) -> FeatureSet:
+    """Read what `extract_samples` wrote.
 
     Raises:
       InputError: If a file is missing or damaged.
@@ -147,7 +142,7 @@ def read_shards(folder: Path, *, num_images: int) -> FeatureSet:
     parts: list[FeatureSet] = []
     for start in range(0, num_images, SHARD):
         size = min(SHARD, num_images - start)
-        found = _found(folder, start // SHARD, size)
+        found = _find(folder, start // SHARD, size)
         if found.path is None or found.num < size:
             raise InputError(
                 f"{folder}: features of samples {start} to {start + size - 1} are "
@@ -167,10 +162,10 @@ def _read(path: Path) -> FeatureSet:
     return FeatureSet(arrays["pooled"], arrays.get("spatial"), arrays.get("logits"))
 
 
-def _found(folder: Path, shard: int, size: int) -> Features:
-    """Find the features of a shard's first `size` samples, or of as many as are there.
+def _find(folder: Path, shard: int, size: int) -> ShardFile:
+    """Find the file of a shard's first `size` samples, or of as many as there are.
 
-    A command that asked for fewer, or that was interrupted, left a file of fewer.
+    A command for fewer samples, or an interrupted one, left a file of fewer.
     """
     counts = [SHARD] if _path(folder, shard, SHARD).exists() else []
     name = _path(folder, shard, SHARD).stem
@@ -178,18 +173,18 @@ def _found(folder: Path, shard: int, size: int) -> Features:
         if (tail := path.stem.removeprefix(f"{name}_")).isdigit():
             counts.append(int(tail))
     if not counts:
-        return Features(None, 0)
+        return ShardFile(None, 0)
     enough = [num for num in counts if num >= size]
     num = min(enough) if enough else max(counts)
-    return Features(_path(folder, shard, num), num)
+    return ShardFile(_path(folder, shard, num), num)
 
 
 def _path(folder: Path, shard: int, num: int) -> Path:
-    """Name a file of features; one of fewer than a shard has their number in it."""
+    """Name a file of features; with their number, if it is less than a shard's."""
     tail = "" if num == SHARD else f"_{num}"
     return folder / f"features_{shard:06d}{tail}.npz"
 
 
 def _write_grid(path: Path, images: UInt8[np.ndarray, "n h w c"]) -> None:
-    condition_texts = images[: GRID_SIDE * GRID_SIDE]
-    write_png(path, grid(condition_texts, columns=min(GRID_SIDE, len(condition_texts))))
+    first = images[: GRID_SIDE * GRID_SIDE]
+    write_png(path, grid(first, columns=min(GRID_SIDE, len(first))))

@@ -16,15 +16,16 @@ def check_enough(num: int, width: int, *, what: str) -> None:
     """Raise `InputError` if there are too few images for a covariance.
 
     Args:
-      num: Images there are.
-      width: Of a feature.
-      what: Whose images, for the message.
+      num: Number of images.
+      width: Number of a feature's components.
+      what: Source of the images, for the message.
     """
     if num <= width:
         raise InputError(
-            f"{what}: got {num} images, wanted more than the {width} numbers of a "
-            "feature, or their covariance has no inverse and the Fréchet distance says "
-            "little; try more images, or the protocol dataset-classifier"
+            f"{what}: got {num} images, wanted more than the {width} components of a "
+            "feature: with fewer their covariance is singular, and the Fréchet "
+            "distance means little; try more images, or the protocol "
+            "dataset-classifier"
         )
 
 
@@ -32,13 +33,13 @@ def score(protocol: Protocol, made: FeatureSet, reference: Reference) -> Scores:
     """Score samples against real images.
 
     Args:
-      protocol: How; of `reference` too.
-      made: What the network says of samples.
+      protocol: The one that `reference` was measured by.
+      made: Features of samples.
       reference: Statistics of real images.
 
     Returns:
-      Scores by name. `fid` is the Fréchet distance, and so called whatever network's
-      features it is of: the protocol tells which.
+      Scores by name. `fid` is the Fréchet distance of the features of the protocol's
+      network, whichever that is.
 
     Raises:
       InputError: If there are too few images.
@@ -48,10 +49,10 @@ def score(protocol: Protocol, made: FeatureSet, reference: Reference) -> Scores:
     found: Scores = {"fid": frechet_distance(moments(made.pooled), reference.pooled)}
     if made.spatial is not None and reference.spatial is not None:
         found["sfid"] = _spatial(made, reference.spatial)
-    kept = reference.kept
-    size = min(protocol.kernel_size, num, len(kept))
+    real = reference.features
+    size = min(protocol.kernel_size, num, len(real))
     kernel = kernel_distance(
-        made.pooled, kept, subsets=protocol.kernel_subsets, subset_size=size
+        made.pooled, real, subsets=protocol.kernel_subsets, subset_size=size
     )
     found |= {
         "kid": kernel.mean,
@@ -60,20 +61,23 @@ def score(protocol: Protocol, made: FeatureSet, reference: Reference) -> Scores:
         "kid_subset_size": size,
     }
     if made.logits is not None:
-        clear = inception_score(
+        inception = inception_score(
             made.logits, splits=protocol.score_splits, seed=protocol.score_seed
         )
-        found |= {"inception_score": clear.mean, "inception_score_std": clear.std}
+        found |= {
+            "inception_score": inception.mean,
+            "inception_score_std": inception.std,
+        }
     near = neighbourhoods(
         made.pooled[: protocol.neighbour_samples],
-        kept[: protocol.neighbour_images],
+        real[: protocol.neighbour_images],
         neighbours=protocol.neighbours,
     )
     return found | near._asdict()
 
 
 def _spatial(made: FeatureSet, reference: Moments) -> float | None:
-    """Return sFID, or None of too few images for its wider features."""
+    """Return sFID, or None for too few images for its wider features."""
     features: Any = made.spatial
     if len(features) <= features.shape[1]:
         return None

@@ -1,7 +1,11 @@
-"""Samplers compared on a run: the same seeds drawn by each, timed and measured."""
+"""Samplers and numbers of steps compared on a run: timed and scored on the same seeds.
 
+OUT/steps.json    scores, times and the cheapest setting
+OUT/steps.png     their plot
+"""
+
+import dataclasses
 import functools
-import json
 import math
 import statistics
 import time
@@ -13,8 +17,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
-from ldm_jax.build import load_split
-from ldm_jax.config import Config
 from ldm_jax.diffusion.solvers import make_table
 from ldm_jax.diffusion.timesteps import make_levels
 from ldm_jax.evaluation.components import (
@@ -22,80 +24,80 @@ from ldm_jax.evaluation.components import (
     moments_of,
     small_images,
 )
-from ldm_jax.evaluation.evaluate import FOLDER, score_samples
+from ldm_jax.evaluation.dataset import Dataset, dataset_of, load_images
+from ldm_jax.evaluation.dataset_statistics import ROWS
+from ldm_jax.evaluation.evaluate import FOLDER, make_scorer
 from ldm_jax.evaluation.extractors import extract_all
 from ldm_jax.evaluation.fid import Moments, frechet_distance, moments
-from ldm_jax.evaluation.measure_dataset import ROWS
 from ldm_jax.evaluation.samples import conditions_by_seed
 from ldm_jax.evaluation.trade_off import (
-    LIMIT_SAMPLER,
-    Measured,
+    REFERENCE_SAMPLER,
     StepsRequest,
+    SweepRow,
     cheapest,
     plot,
 )
+from ldm_jax.files import write_json
 from ldm_jax.images import to_uint8
 from ldm_jax.pretrained.load_run import Run, load_run
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.conditions import condition_inputs
 from ldm_jax.sampling.sample_fn import SampleFn, make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.types import InputError, SamplerName
+from ldm_jax.types import InputError
 
 MAX_REAL_IMAGES = 10_000
 GREY_LEVELS = 127.5
-"""From -1 to 1 lie 255 grey levels."""
+"""Grey levels of 255 per unit, from -1 to 1."""
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class Comparison(NamedTuple):
+class Sweep(NamedTuple):
     """All that was measured."""
 
-    rows: list[Measured]
-    """The settings."""
-    floor: float | None
+    rows: list[SweepRow]
+    """One row a setting."""
+    held_out_distance: float | None
     """Fréchet distance of the held-out split to the training split; None where it has
     too few images."""
     num_held_out: int
     """Images of the held-out split."""
     digest: str
-    """Of the checkpoint."""
+    """Digest of the checkpoint."""
     platform: str
-    """What it ran on."""
+    """JAX's name of the platform."""
     limit_steps: int
     """Steps of the converged images."""
 
 
-class Space(NamedTuple):
-    """Where distances are measured."""
+class FeatureSpace(NamedTuple):
+    """The features whose Fréchet distances are measured."""
 
     moments: Callable[[UInt8[np.ndarray, "n h w c"]], Moments]
-    """From images to those of their features."""
+    """From images to the moments of their features."""
     real: Moments
-    """Those of the training split."""
-    floor: float | None
+    """Moments of the training split."""
+    held_out_distance: float | None
     """Distance of the held-out split; None where it has too few images."""
     num_held_out: int
     """Images of the held-out split."""
 
 
 class Setting(NamedTuple):
-    """A sampler with a number of steps, ready to draw."""
+    """A sampler with a number of steps."""
 
-    sampler: SamplerName
-    """Which sampler."""
-    steps: int
-    """Denoising steps."""
+    settings: SamplingConfig
+    """Sampler, steps, spacing and guidance."""
     calls: int
     """Network calls of an image."""
-    draws_noise: bool
-    """Whether it draws noise on the way."""
-    draw: Callable[[int], np.ndarray]
-    """From where to begin among the seeds to the images of a call, in [-1, 1]."""
+    is_stochastic: bool
+    """Whether it adds noise at each step."""
+    sample: Callable[[int], np.ndarray]
+    """From the first seed of a call to its images, in [-1, 1]."""
 
 
-def compare(request: StepsRequest) -> Comparison:
-    """Draw the same seeds with every setting, and measure.
+def sweep_steps(request: StepsRequest) -> Sweep:
+    """Sample the same seeds with every setting, and measure.
 
     Raises:
       InputError: If the run cannot be read, or a spacing has no meaning for it.
@@ -106,40 +108,44 @@ def compare(request: StepsRequest) -> Comparison:
     limit_steps = min(request.limit_steps, run.model.schedule.num_timesteps)
     # One program for all: samplers and steps are its inputs.
     sample_fn = make_sample_fn(run.model, guided=request.guidance_scale != 1.0)
-    setting_of = functools.partial(make_setting, request, run, sample_fn)
+    setting_of = functools.partial(_setting, run, sample_fn, request.num_images)
+    plain = SamplingConfig(
+        spacing=request.spacing, guidance_scale=(request.guidance_scale,)
+    )
+    with_steps = functools.partial(dataclasses.replace, plain)
     try:
-        limit = setting_of(LIMIT_SAMPLER, limit_steps)
+        limit = setting_of(with_steps(sampler=REFERENCE_SAMPLER, steps=limit_steps))
         settings = [
-            setting_of(sampler, steps)
+            setting_of(with_steps(sampler=sampler, steps=steps))
             for sampler in request.samplers
             for steps in request.steps
         ]
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    space = open_space(request, run.config)
-    request.out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    space = _feature_space(request, dataset_of(run.config))
+    request.out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after
     starts = list(range(0, request.num_images, run.model.chunk))
     total = sum(setting.calls for setting in [limit, *settings]) * len(starts)
-    rows: list[Measured] = []
+    rows: list[SweepRow] = []
     with tqdm(total=total, unit="calls", mininterval=SECONDS_BETWEEN_LINES) as bar:
-        converged, _ = draw_all(limit, starts, bar)
+        converged, _ = _sample_all(limit, starts, bar)
         for setting in settings:
-            images, seconds = draw_all(setting, starts, bar)
+            images, seconds = _sample_all(setting, starts, bar)
             found = space.moments(to_uint8(images))
             error = GREY_LEVELS * math.sqrt(np.square(images - converged).mean())
             rows.append(
-                Measured(
-                    sampler=setting.sampler,
-                    steps=setting.steps,
+                SweepRow(
+                    sampler=setting.settings.sampler,
+                    steps=setting.settings.steps,
                     calls=setting.calls,
                     seconds=seconds / min(run.model.chunk, request.num_images),
                     distance=frechet_distance(found, space.real),
-                    error=None if setting.draws_noise else error,
+                    error=None if setting.is_stochastic else error,
                 )
             )
-    return Comparison(
+    return Sweep(
         rows,
-        space.floor,
+        space.held_out_distance,
         space.num_held_out,
         run.digest,
         jax.default_backend(),
@@ -147,7 +153,7 @@ def compare(request: StepsRequest) -> Comparison:
     )
 
 
-def write_comparison(found: Comparison, request: StepsRequest) -> Measured:
+def write_sweep(sweep: Sweep, request: StepsRequest) -> SweepRow:
     """Write steps.json and steps.png.
 
     Returns:
@@ -156,45 +162,48 @@ def write_comparison(found: Comparison, request: StepsRequest) -> Measured:
     Raises:
       OSError: If they cannot be written.
     """
-    chosen = cheapest(found.rows)
+    chosen = cheapest(sweep.rows)
     tree = {
-        "checkpoint": found.digest,
-        "platform": found.platform,
+        "checkpoint": sweep.digest,
+        "platform": sweep.platform,
         "num_images": request.num_images,
         "guidance_scale": request.guidance_scale,
         "protocol": request.protocol and request.protocol.name,
         "spacing": request.spacing,
-        "limit": {"sampler": LIMIT_SAMPLER, "steps": found.limit_steps},
-        "held_out_distance": found.floor,
-        "num_held_out": found.num_held_out,
+        "limit": {"sampler": REFERENCE_SAMPLER, "steps": sweep.limit_steps},
+        "held_out_distance": sweep.held_out_distance,
+        "num_held_out": sweep.num_held_out,
         "cheapest": chosen._asdict(),
-        "settings": [row._asdict() for row in found.rows],
+        "settings": [row._asdict() for row in sweep.rows],
     }
-    text = json.dumps(tree, indent=2, allow_nan=False) + "\n"
-    (request.out / "steps.json").write_text(text)
-    plot(found.rows, chosen, request.out / "steps.png", floor=found.floor)
+    write_json(request.out / "steps.json", tree)
+    path = request.out / "steps.png"
+    plot(sweep.rows, chosen, path, held_out_distance=sweep.held_out_distance)
     return chosen
 
 
-def open_space(request: StepsRequest, config: Config) -> Space:
-    """Make where distances are measured: by a protocol, or by small images.
+def _feature_space(request: StepsRequest, dataset: Dataset) -> FeatureSpace:
+    """Make the features of a protocol, or those of small images.
 
     Raises:
       InputError: If data or weights cannot be read, or there are too few images.
-      OSError: If statistics of real images cannot be kept.
+      OSError: If statistics of real images cannot be written.
     """
     if request.protocol is None:
         train, test = (
-            small_images(load_split(config, split, limit=MAX_REAL_IMAGES).image)
+            small_images(load_images(dataset, split, limit=MAX_REAL_IMAGES).image)
             for split in ("train", "test")
         )
         projection = fit_projection(train)
         real = moments_of(projection, train)
-        floor = frechet_distance(moments_of(projection, test), real)
-        seen = lambda images: moments_of(projection, small_images(images))  # noqa: E731
-        return Space(seen, real, floor, len(test))
-    measured = score_samples(
-        config,
+        held_out = frechet_distance(moments_of(projection, test), real)
+
+        def of_small(images: UInt8[np.ndarray, "n h w c"]) -> Moments:
+            return moments_of(projection, small_images(images))
+
+        return FeatureSpace(of_small, real, held_out, len(test))
+    scorer = make_scorer(
+        dataset,
         request.protocol,
         inception=request.inception,
         reference=None,
@@ -203,74 +212,55 @@ def open_space(request: StepsRequest, config: Config) -> Space:
         what="--num-images",
     )
 
-    def look(images: UInt8[np.ndarray, "n h w c"]) -> Moments:
-        return moments(extract_all(measured.extractor, images, size=ROWS).pooled)
+    def of_protocol(images: UInt8[np.ndarray, "n h w c"]) -> Moments:
+        return moments(extract_all(scorer.extractor, images, size=ROWS).pooled)
 
-    floor = None if measured.held_out is None else measured.held_out["fid"]
-    return Space(look, measured.reference.pooled, floor, measured.num_held_out)
+    held_out = None if scorer.held_out is None else scorer.held_out["fid"]
+    return FeatureSpace(
+        of_protocol, scorer.reference.pooled, held_out, scorer.num_held_out
+    )
 
 
-def make_setting(
-    request: StepsRequest,
-    run: Run,
-    sample_fn: SampleFn,
-    sampler: SamplerName,
-    steps: int,
+def _setting(
+    run: Run, sample_fn: SampleFn, num_images: int, settings: SamplingConfig
 ) -> Setting:
-    """Make what draws the seeds of a request with a sampler.
-
-    Args:
-      request: Which seeds, and how.
-      sampler: Which sampler.
-      steps: Denoising steps.
-
-    Returns:
-      The setting.
+    """Prepare a setting.
 
     Raises:
       ValueError: If the spacing has no meaning for the run.
     """
     model = run.model
-    levels = make_levels(model.schedule, steps, spacing=request.spacing)
-    table = make_table(sampler, levels, prediction=model.prediction)
-    config = SamplingConfig(
-        sampler=sampler,
-        steps=steps,
-        spacing=request.spacing,
-        guidance_scale=(request.guidance_scale,),
-    )
-    condition_texts = conditions_by_seed(model, run.config.data, request.num_images)
+    levels = make_levels(model.schedule, settings.steps, spacing=settings.spacing)
+    table = make_table(settings.sampler, levels, prediction=model.prediction)
+    rows = conditions_by_seed(model, run.config.data, num_images)
 
-    def draw(start: int) -> np.ndarray:
-        seeds = list(range(start, min(start + model.chunk, request.num_images)))
-        cond, uncond = condition_inputs(
-            model, [condition_texts[i % len(condition_texts)] for i in seeds]
-        )
-        made = sample_fn(run.params, image_keys(seeds), cond, config, uncond=uncond)
+    def sample(start: int) -> np.ndarray:
+        seeds = list(range(start, min(start + model.chunk, num_images)))
+        cond, uncond = condition_inputs(model, [rows[i % len(rows)] for i in seeds])
+        made = sample_fn(run.params, image_keys(seeds), cond, settings, uncond=uncond)
         return np.asarray(made.images)
 
-    return Setting(sampler, steps, table.num_calls, bool(table.noise.any()), draw)
+    return Setting(settings, table.num_calls, bool(table.noise.any()), sample)
 
 
-def draw_all(
+def _sample_all(
     setting: Setting, starts: list[int], bar: tqdm
 ) -> tuple[Float[np.ndarray, "n h w c"], float]:
-    """Draw every call of a setting.
+    """Make every call of a setting.
 
     Args:
-      setting: Of whom.
-      starts: Where each call begins among the seeds.
+      starts: First seed of each call.
       bar: Progress, in network calls.
 
     Returns:
       The images in [-1, 1], and the median seconds of a call.
     """
-    bar.set_description(f"{setting.sampler} {setting.steps}")
-    setting.draw(starts[0])  # compiles
+    bar.set_description(f"{setting.settings.sampler} {setting.settings.steps}")
+    setting.sample(starts[0])  # the first call of a program compiles it
     images, seconds = [], []
     for start in starts:
         began = time.perf_counter()
-        images.append(setting.draw(start))
+        images.append(setting.sample(start))
         seconds.append(time.perf_counter() - began)
         bar.update(setting.calls)
     return np.concatenate(images), statistics.median(seconds)

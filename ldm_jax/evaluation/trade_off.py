@@ -1,4 +1,4 @@
-"""Quality against cost: the rows, the choice among them, their table and their plot."""
+"""Quality against cost of samplers: rows, the cheapest, a table and a plot."""
 
 import dataclasses
 import operator
@@ -9,17 +9,19 @@ from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.types import SamplerName, SpacingName
 
 TOLERANCE = 0.05
-LIMIT_SAMPLER: SamplerName = "dpmpp_2m"
+"""Relative difference to the smallest distance that counts as equal."""
+REFERENCE_SAMPLER: SamplerName = "dpmpp_2m"
+"""Sampler of the converged images."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepsRequest:
-    """What is to be compared."""
+    """Samplers and numbers of steps to compare."""
 
     workdir: Path
     """Folder of the run."""
     samplers: tuple[SamplerName, ...]
-    """Which samplers."""
+    """The samplers."""
     steps: tuple[int, ...]
     """Numbers of denoising steps, each in [1, T]."""
     spacing: SpacingName | None
@@ -27,52 +29,48 @@ class StepsRequest:
     num_images: int
     """Images of each setting, at least 2."""
     guidance_scale: float
-    """At least 0; 1 guides nothing."""
+    """At least 0; 1 is no guidance."""
     protocol: Protocol | None
-    """Whose features are compared; None for components of small images."""
+    """Protocol of the features; None for components of small images."""
     inception: Path | None
-    """File of Inception's weights, where the protocol wants it."""
+    """File of Inception's weights, if the protocol needs it."""
     limit_steps: int
-    """Steps of the images that stand for the converged ones; the most there are where
-    that is more."""
+    """Steps of the converged images; at most those of the schedule are used."""
     out: Path
-    """Folder of what is written."""
+    """Folder for the results."""
 
 
-class Measured(NamedTuple):
-    """What a setting costs and gives."""
+class SweepRow(NamedTuple):
+    """Cost and quality of a setting."""
 
     sampler: str
-    """Which sampler."""
+    """The sampler."""
     steps: int
     """Denoising steps."""
     calls: int
     """Network calls of an image; twice as many evaluations under guidance."""
     seconds: float
-    """For an image, in calls of `sampling.chunk` images."""
+    """Seconds an image, in calls of `sampling.chunk` images."""
     distance: float
     """Fréchet distance to the training split."""
     error: float | None
     """Root mean square distance to the same seeds' converged images, in grey levels of
-    255; None for samplers that draw noise on the way."""
+    255; None for stochastic samplers."""
 
 
-def cheapest(rows: list[Measured], *, tolerance: float = TOLERANCE) -> Measured:
-    """Choose the fewest network calls whose distance is next to the best; then seconds.
+def cheapest(rows: list[SweepRow], *, tolerance: float = TOLERANCE) -> SweepRow:
+    """Return the row with the fewest network calls among the best; then seconds.
 
     Args:
       rows: At least one.
-      tolerance: How much greater than the smallest distance is as good, as a share.
-
-    Returns:
-      The row.
+      tolerance: Relative difference to the smallest distance that counts as equal.
     """
     best = min(row.distance for row in rows)
     good = [row for row in rows if row.distance <= (1.0 + tolerance) * best]
     return min(good, key=lambda row: (row.calls, row.seconds))
 
 
-def to_table(rows: list[Measured], chosen: Measured) -> str:
+def to_table(rows: list[SweepRow], chosen: SweepRow) -> str:
     """Write rows as Markdown, the chosen one in bold."""
     lines = [
         "| sampler | steps | network calls | ms an image | Fréchet distance "
@@ -96,15 +94,18 @@ def to_table(rows: list[Measured], chosen: Measured) -> str:
 
 
 def plot(
-    rows: list[Measured], chosen: Measured, path: Path, *, floor: float | None
+    rows: list[SweepRow],
+    chosen: SweepRow,
+    path: Path,
+    *,
+    held_out_distance: float | None,
 ) -> None:
-    """Draw quality against steps and seconds, and convergence against network calls.
+    """Plot quality against steps and seconds, and convergence against network calls.
 
     Args:
-      rows: What was measured.
-      chosen: The one to circle.
+      chosen: The row to circle.
       path: The PNG to write.
-      floor: Distance of held-out images; None where they are too few.
+      held_out_distance: Distance of held-out images; None where they are too few.
     """
     import matplotlib
 
@@ -125,8 +126,9 @@ def plot(
             xs, ys = ([getattr(r, name) for r in line] for name in (x, y))
             axes.plot(xs, ys, "o-", color=f"C{i}", markersize=4, label=sampler)
         if y == "distance":
-            if floor is not None:
-                axes.axhline(floor, color="grey", ls="--", label="held-out images")
+            if held_out_distance is not None:
+                line_style = {"color": "grey", "ls": "--"}
+                axes.axhline(held_out_distance, **line_style, label="held-out images")
             circle = {"s": 160, "facecolors": "none", "edgecolors": "black"}
             spot = getattr(chosen, x), chosen.distance
             axes.scatter(*spot, **circle, label="cheapest within 5 %")
@@ -141,8 +143,8 @@ def plot(
     pyplot.close(figure)
 
 
-def in_words(row: Measured) -> str:
-    """Name a setting as flags of `sample.py`, and its cost."""
+def in_words(row: SweepRow) -> str:
+    """Write a setting as flags of `ldm sample`, and its cost."""
     return (
         f"--sampler {row.sampler} --steps {row.steps} "
         f"({row.calls} network calls, {1e3 * row.seconds:.3g} ms an image)"

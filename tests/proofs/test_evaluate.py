@@ -12,17 +12,24 @@ import pytest
 from ldm_jax.cli.evaluate import main, parse
 from ldm_jax.config import ConditionConfig
 from ldm_jax.data.sources import Source, open_source
-from ldm_jax.evaluation import dataset_statistics as real
-from ldm_jax.evaluation import extractors, samples
-from ldm_jax.evaluation import measure_dataset as measuring
+from ldm_jax.evaluation import classifier as classifiers
+from ldm_jax.evaluation import dataset_statistics, extractors, samples
 from ldm_jax.evaluation import reconstruction as reconstructions
 from ldm_jax.evaluation.classifier import (
-    Seen,
+    ClassifierOutput,
     accuracy,
     classifier,
-    look,
+    classify,
+    fit_classifier,
     train_classifier,
 )
+from ldm_jax.evaluation.dataset import (
+    Dataset,
+    data_digest,
+    dataset_of,
+    load_images,
+)
+from ldm_jax.evaluation.dataset_statistics import measure_real, real_statistics
 from ldm_jax.evaluation.extractors import (
     Extractor,
     classifier_extractor,
@@ -57,9 +64,8 @@ def tiny_run(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short_lessons(monkeypatch):
     """Teach the classifier for a moment only, and keep few features a file."""
-    monkeypatch.setattr(
-        real, "train_classifier", functools.partial(train_classifier, num_steps=5)
-    )
+    short = functools.partial(train_classifier, num_steps=5)
+    monkeypatch.setattr(classifiers, "train_classifier", short)
     monkeypatch.setattr(samples, "SHARD", 32)
 
 
@@ -218,7 +224,7 @@ def test_features_do_not_depend_on_devices_or_batches():
     params = train_classifier(images(64), np.arange(64) % 4, num_classes=4, num_steps=3)
     extractor = classifier_extractor(params, num_classes=4)
     shown = images(300, seed=1)
-    alone = jax.jit(functools.partial(look, num_classes=4))(params, shown)
+    alone = jax.jit(functools.partial(classify, num_classes=4))(params, shown)
     for size in (300, 37):
         found = extract_all(extractor, shown, size=size)
         assert found.spatial is None
@@ -228,14 +234,14 @@ def test_features_do_not_depend_on_devices_or_batches():
             assert error < 1e-6 * np.abs(wanted).max(), (name, size)
 
 
-def test_networks_that_judge_multiply_in_full_on_any_chip(monkeypatch):
+def test_metric_networks_multiply_in_float32_on_any_chip(monkeypatch):
     seen = []
 
-    def look(params, images, *, num_classes):
+    def precision_of(params, images, *, num_classes):
         seen.append(jax.config.jax_default_matmul_precision)
-        return Seen(images[:, 0, 0], images[:, 0, 0])
+        return ClassifierOutput(images[:, 0, 0], images[:, 0, 0])
 
-    monkeypatch.setattr(extractors, "look", look)
+    monkeypatch.setattr(extractors, "classify", precision_of)
     classifier_extractor({"w": np.ones(1)}, num_classes=4).extract(images(3))
     assert set(seen) == {"highest"}
 
@@ -246,8 +252,7 @@ def test_statistics_of_a_part_are_of_all_classes(monkeypatch, tmp_path):
         key=lambda example: int(example["label"]),
     )
     source = Source(by_class, tuple("0123456789"), 1)
-    monkeypatch.setattr(measuring, "open_split", lambda config, split: source)
-    monkeypatch.setattr(measuring, "MOST_KEPT", 80)
+    monkeypatch.setattr(dataset_statistics, "MAX_FEATURES", 80)
     label_by_image = {x["image"].tobytes(): int(x["label"]) for x in by_class}
 
     def tell(images):
@@ -255,9 +260,10 @@ def test_statistics_of_a_part_are_of_all_classes(monkeypatch, tmp_path):
         return np.stack([labels, labels], axis=1).astype(np.float32)
 
     extractor = extractor_of(tell, digest="d")
-    config, protocol = tiny.get_config(), PROTOCOLS["dataset-classifier"]
-    found = measuring.measure_real(config, protocol, extractor, folder=tmp_path)
-    kept = found.kept[:, 0]
+    dataset = Dataset(tiny.get_config().data, lambda split: source)
+    protocol = PROTOCOLS["dataset-classifier"]
+    found = measure_real(dataset, protocol, extractor, folder=tmp_path)
+    kept = found.features[:, 0]
     everything = np.array([label_by_image[x["image"].tobytes()] for x in by_class])
     assert np.isclose(found.pooled.mean[0], everything.mean(), rtol=1e-12)
     assert len(kept) == 80
@@ -281,14 +287,14 @@ def test_a_reference_batch_of_adm_is_read_as_it_is_published(tmp_path):
     np.savez(path, arr_0=shown, mu=mu, sigma=sigma, mu_s=mu, sigma_s=2.0 * sigma)
     extractor = extractor_of(levels_of, digest="d" * 64)
     read = functools.partial(
-        real.real_statistics, tiny.get_config(), given=path, folder=tmp_path
+        real_statistics, dataset_of(tiny.get_config()), given=path, folder=tmp_path
     )
     found = read(PROTOCOLS["adm"], extractor)
     again = read(PROTOCOLS["adm"], extractor._replace(extract=None))  # it was kept
     for one in (found, again):
         assert np.array_equal(one.pooled.covariance, sigma)
         assert np.array_equal(one.spatial.covariance, 2.0 * sigma)
-        assert np.array_equal(one.kept, levels_of(shown))
+        assert np.array_equal(one.features, levels_of(shown))
         assert one.provenance.num_images == 40
     np.savez(path, arr_0=shown)
     plain = read(PROTOCOLS["adm"], extractor)
@@ -308,7 +314,7 @@ def test_a_classifier_of_other_classes_than_the_config_says_is_refused():
         diffusion=dataclasses.replace(config.diffusion, condition=ConditionConfig()),
     )
     with pytest.raises(InputError, match=r"has 10 classes, but data\.num_classes is 7"):
-        real.trained_classifier(config)
+        fit_classifier(dataset_of(config))
 
 
 def test_statistics_of_a_folder_are_of_what_is_in_it(tmp_path):
@@ -316,18 +322,20 @@ def test_statistics_of_a_folder_are_of_what_is_in_it(tmp_path):
     data = dataclasses.replace(config.data, source=f"folder:{tmp_path}")
     config = dataclasses.replace(config, data=data)
     write_png(tmp_path / "a.png", images(1)[0])
-    before = real.data_digest(config), made_of(config)
+    before = data_digest(config.data), made_of(config)
     os.utime(tmp_path / "a.png", (0, 0))
     (tmp_path / "notes.md").write_text("no image")
-    assert (real.data_digest(config), made_of(config)) == before
+    assert (data_digest(config.data), made_of(config)) == before
     write_png(tmp_path / "a.png", images(1, side=20)[0])
-    after = real.data_digest(config), made_of(config)
+    after = data_digest(config.data), made_of(config)
     assert all(new != old for new, old in zip(after, before, strict=True))
 
 
 def test_the_classifier_learns_digits_and_is_the_same_each_time():
-    config = tiny.get_config()
-    train, test = (real.load_split(config, split) for split in ("train", "test"))
+    dataset = dataset_of(tiny.get_config())
+    train, test = (
+        load_images(dataset, split, limit=2000) for split in ("train", "test")
+    )
     params, again = (
         train_classifier(train.image, train.label, num_classes=10, num_steps=n)
         for n in (150, 150)
@@ -384,7 +392,7 @@ def test_statistics_come_back_and_carry_their_protocol(tmp_path):
     write_reference(path, reference())
     found = read_reference(path)
     assert found.provenance == reference().provenance
-    np.testing.assert_array_equal(found.kept, reference().kept)
+    np.testing.assert_array_equal(found.features, reference().features)
     np.testing.assert_array_equal(found.pooled.covariance, reference().pooled[1])
 
 

@@ -12,9 +12,8 @@ import pytest
 from ldm_jax import run
 from ldm_jax.cli.evaluate import main
 from ldm_jax.config import ScoresConfig, digest, from_json, to_json
-from ldm_jax.evaluation import dataset_statistics as real
-from ldm_jax.evaluation import extractors, samples
-from ldm_jax.evaluation import online as during
+from ldm_jax.evaluation import classifier as classifiers
+from ldm_jax.evaluation import extractors, online, samples
 from ldm_jax.evaluation.classifier import train_classifier
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.pretrained.layouts import flatten
@@ -57,9 +56,8 @@ def one_device_and_short_lessons():
         patch.setattr(run, "make_layout", lambda config: one_device())
         for room in (pipeline, extractors):
             patch.setattr(room, "PmapLayout", one_device)
-        patch.setattr(
-            real, "train_classifier", functools.partial(train_classifier, num_steps=5)
-        )
+        short = functools.partial(train_classifier, num_steps=5)
+        patch.setattr(classifiers, "train_classifier", short)
         patch.setattr(samples, "SHARD", 32)
         yield
 
@@ -185,7 +183,7 @@ def test_the_second_score_compiles_nothing(scored):
     loaded = load_run(scored[0])
     frozen = Frozen(loaded.params.autoencoder, loaded.params.latent_scale, {})
     trained = Denoising(loaded.params.unet, loaded.params.conditioner)
-    measure = during.make_measure(config, loaded.model, frozen, scored[0])
+    measure = online.make_measure(config, loaded.model, frozen, scored[0])
     worse = jax.tree.map(lambda leaf: 0.5 * leaf, trained)
     first = measure(trained, 8)
 
@@ -224,7 +222,7 @@ def test_scores_are_no_part_of_what_a_run_is():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"images": 64}, ["scores.images", "got 64", "more than the 64 numbers"]),
+        ({"images": 64}, ["scores.images", "got 64", "more than the 64 components"]),
         ({"protocol": "adm"}, ["--scores.inception: not given", "adm"]),
         ({"inception": "w.pth"}, ["--scores.inception", "reads none"]),
         (
@@ -241,7 +239,7 @@ def test_what_cannot_be_measured_is_refused_before_a_run_begins(
         train(config, tmp_path / "run")
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "run").exists()
-    during.check_scores(config_of(ScoresConfig(protocol="adm")))  # never measured
+    online.check_scores(ScoresConfig(protocol="adm"), num_classes=0)  # never measured
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from ldm_jax.cli.steps import main, parse
 from ldm_jax.config import to_json
 from ldm_jax.evaluation.components import fit_projection, moments_of, small_images
 from ldm_jax.evaluation.fid import frechet_distance
-from ldm_jax.evaluation.trade_off import Measured, cheapest, in_words, to_table
+from ldm_jax.evaluation.trade_off import SweepRow, cheapest, in_words, to_table
 from ldm_jax.images import read_png
 from ldm_jax.types import InputError
 from tests.support import tiny
@@ -17,11 +17,11 @@ from tests.support.commands import ldm, succeeded, write_run
 from tests.support.models import config_of
 
 ROWS = [
-    Measured("ddim", 20, 20, 0.2, 1.04, 3.0),
-    Measured("heun", 10, 19, 0.4, 1.04, 1.0),
-    Measured("unipc", 19, 19, 0.3, 1.05, 1.0),
-    Measured("ddpm", 100, 100, 1.0, 1.0, None),
-    Measured("ddim", 5, 5, 0.1, 1.06, 9.0),
+    SweepRow("ddim", 20, 20, 0.2, 1.04, 3.0),
+    SweepRow("heun", 10, 19, 0.4, 1.04, 1.0),
+    SweepRow("unipc", 19, 19, 0.3, 1.05, 1.0),
+    SweepRow("ddpm", 100, 100, 1.0, 1.0, None),
+    SweepRow("ddim", 5, 5, 0.1, 1.06, 9.0),
 ]
 
 
@@ -76,11 +76,11 @@ def test_the_command_compares_samplers_and_names_the_cheapest(tiny_run, tmp_path
     done = ldm("steps", "--workdir", tiny_run, *few, *args)
     text = succeeded(done)
     report = json.loads((out / "steps.json").read_text())
-    rows = [Measured(**row) for row in report["settings"]]
+    rows = [SweepRow(**row) for row in report["settings"]]
     assert [(row.sampler, row.steps) for row in rows] == [
         (sampler, steps) for sampler in ("ddim", "euler_ancestral") for steps in (2, 3)
     ]
-    chosen = Measured(**report["cheapest"])
+    chosen = SweepRow(**report["cheapest"])
     assert to_table(rows, chosen) in text and in_words(chosen) in text
     assert [row.error is None for row in rows] == [False, False, True, True]
     assert all(row.seconds > 0 and row.distance > 0 for row in rows)
