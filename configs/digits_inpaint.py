@@ -5,7 +5,7 @@
 
 Stage 1 is that of `digits.py`; to take one that is trained: --first-stage runs/digits.
 The UNet sees the image with its hole, and the hole, beside the noise. The figures it
-reaches stand in docs/benchmarks.md.
+reaches stand in docs/reference/benchmarks.md.
 """
 
 from ldm_jax.config import (

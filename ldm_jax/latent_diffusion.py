@@ -150,7 +150,7 @@ def images_per_call(model: LatentDiffusion, platform: str) -> int:
     On a CPU it is one. XLA cuts a convolution of many images into pieces for its
     threads there, and rounds the last rows of a piece otherwise than the rest, so that
     an image would depend on its place (measured on 0.10.2). What it costs stands in
-    `docs/benchmarks.md`.
+    `docs/reference/benchmarks.md`.
 
     Args:
       platform: Where it runs, in JAX's words.

@@ -6,7 +6,7 @@
 The pictures are drawn and captioned by the data set itself
 (`scenes_dataset_builder.py`); some pairs of colour and shape never occur in them, to be
 asked for afterwards. Byte pairs are learned from the captions. How far it gets in 20
-minutes stands in docs/benchmarks.md.
+minutes stands in docs/reference/benchmarks.md.
 """
 
 from ldm_jax.config import (

@@ -17,9 +17,10 @@ def use_huge_pages() -> None:
     """Start this program again with its memory in huge pages, where Linux has them.
 
     On a CPU every step takes fresh memory for its intermediate results; in pages of 4
-    KiB that was a fifth of a small model's step (docs/benchmarks.md). The C library
-    reads the setting once, when a process starts. The process stays the same one. A
-    setting of the user's is left as it is, and a debugger keeps the program it holds.
+    KiB that was a fifth of a small model's step (docs/reference/benchmarks.md). The C
+    library reads the setting once, when a process starts. The process stays the same
+    one. A setting of the user's is left as it is, and a debugger keeps the program it
+    holds.
     """
     given = os.environ.get(TUNABLES, "")
     watched = sys.gettrace() is not None or not sys.modules.keys().isdisjoint(WATCHERS)

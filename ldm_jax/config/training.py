@@ -19,7 +19,7 @@ class DataConfig:
 
     source: str = "tfds:digits"
     """Data set: `tfds:NAME`, where `tfds:digits` is scikit-learn's handwritten digits;
-    `folder:PATH`, a folder of images (docs/your_own_pictures.md); or
+    `folder:PATH`, a folder of images (docs/how_to/own_pictures.md); or
     `builder:FILE.py/CONFIG`, a TFDS builder of your own, prepared when it is needed."""
     directory: str | None = None
     """Where TFDS keeps data; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
@@ -137,7 +137,7 @@ class ScoresConfig:
     images: int = 1000
     """Samples of each; the scores of fewer are worse."""
     protocol: ProtocolName = "dataset-classifier"
-    """How they are measured (docs/evaluation.md)."""
+    """How they are measured (docs/how_to/evaluation.md)."""
     inception: str | None = None
     """Weights of FID's Inception network, which all protocols but dataset-classifier
     look with."""

@@ -220,8 +220,8 @@ def test_the_python_of_the_readme_runs_and_gives_the_bytes_of_the_command(
 ):
     text = (ROOT / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
-    assert "num_steps=50" in code
-    code = code.replace("num_steps=50", "num_steps=3")
+    assert "steps=50" in code
+    code = code.replace("steps=50", "steps=3")
     code = code.replace("runs/digits", str(finished))
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)

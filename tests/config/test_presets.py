@@ -171,8 +171,8 @@ def test_the_dry_run_of_every_recipe_stays_below_4_gib(path, capsys):
 
 
 def table_rows() -> dict[str, list[str]]:
-    """Read the tables of docs/models.md: the cells of each recipe by its name."""
-    lines = (ROOT / "docs" / "models.md").read_text().splitlines()
+    """Read the tables of docs/reference/models.md: cells by the recipe's name."""
+    lines = (ROOT / "docs/reference/models.md").read_text().splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
     return {cells[0].strip("`"): [cell.strip() for cell in cells] for cells in rows}
 

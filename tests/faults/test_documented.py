@@ -1,4 +1,4 @@
-"""The lines of docs/pods.md for two processes on one machine, as they stand there."""
+"""The lines of docs/how_to/pods.md for two processes on one machine."""
 
 import json
 import os
@@ -13,7 +13,7 @@ TIMEOUT = 560
 
 
 def test_the_lines_for_two_processes_train_and_sample(tmp_path):
-    text = (ROOT / "docs/pods.md").read_text()
+    text = (ROOT / "docs/how_to/pods.md").read_text()
     block = text[text.index("Two processes on this machine:\n") :].split("\n\n")[1]
     lines = re.sub(r"(?m)^    ", "", block)
     assert len(lines.splitlines()) == 6
