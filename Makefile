@@ -47,6 +47,7 @@ test: setup
 
 proofs: setup
 	$(RUN) -m pytest tests/proofs -n 2 --dist loadfile --no-loadscope-reorder
+	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_old_run.py -n 2 --dist load
 
 faults: setup
 	$(RUN) -m pytest tests/faults -n 2 --dist load
