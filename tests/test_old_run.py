@@ -24,8 +24,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.images import read_png, read_texts
-from ldm_jax.interop.__main__ import main as interop
-from tests.commands import run, sample_here, succeeded
+from tests.support.commands import ldm_here, run, sample_here, succeeded
 
 FIXTURE = Path(__file__).parent / "fixtures/old_run"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -237,7 +236,7 @@ def test_when_it_has_gone_on_it_is_exported_as_before(resumed, tmp_path, name):
     place = args.index("--out") + 1
     written, args[place] = args[place], str(tmp_path / Path(args[place]).name)
     with contextlib.chdir(resumed):
-        interop(args)
+        ldm_here(*args)
     wanted = {
         Path(path).relative_to(Path(written).parent): digest
         for path, digest in EXPECTED["exported_sha256"].items()
