@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from ldm_jax.images import read_png, read_texts
+from ldm_jax.images import read_png
 from tests.support.commands import ldm_here, run, sample_here, succeeded
 
 FIXTURE = Path(__file__).parent / "fixtures/old_run"
@@ -71,6 +72,11 @@ def resumed(old, tmp_path_factory):
     said = succeeded(run("train.py", *args))
     assert "finished:" in said
     return folder
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    with Image.open(path) as picture:
+        return dict(getattr(picture, "text", {}))
 
 
 def known_versions() -> bool:
