@@ -47,7 +47,8 @@ test: setup
 
 proofs: setup
 	$(RUN) -m pytest tests/proofs -n 2 --dist loadfile --no-loadscope-reorder
-	LDM_JAX_SLOW=1 $(RUN) -m pytest tests/test_old_run.py -n 2 --dist load
+	@# What is promised of bits, of programs as they are compiled outside of the tests.
+	LDM_JAX_AS_SHIPPED=1 $(RUN) -m pytest tests/cli/test_old_run.py tests/sampling/test_sample_fn.py tests/parallel/test_layouts.py -n 2 --dist loadfile
 
 faults: setup
 	$(RUN) -m pytest tests/faults -n 2 --dist load

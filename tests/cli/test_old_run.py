@@ -5,7 +5,7 @@ its second stage, what it said when it was not killed, samples of both, and its 
 as they were exported; `expected.json` the commands, run beside the unpacked folders.
 Of a checkpoint only what is read is kept, its arrays packed into one file.
 
-Bits are promised for one processor and one set of versions. With those of the recipe
+Bits are promised for one processor and one set of versions. With those of the metadata
 every pixel must be the same, and every digest. With others a pixel may be one grey
 level off, and a run that went on is another run: that it ends is all that is asked.
 """
@@ -27,7 +27,7 @@ from PIL import Image
 from ldm_jax.images import read_png
 from tests.support.commands import ldm_here, run, sample_here, succeeded
 
-FIXTURE = Path(__file__).parent / "fixtures/old_run"
+FIXTURE = Path(__file__).parents[1] / "fixtures/old_run"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 OURS = "ldm_jax"
 """Its version may rise without another bit."""
@@ -35,22 +35,14 @@ SAME = re.compile(r": every one of \d+ pixels is the same")
 DIFFERING = re.compile(r"pixels differ, by at most (\d+) grey levels")
 MOST_APART = 1
 """Grey levels, where the processor or the versions are others."""
-QUICK = frozenset(
-    "ddim ddim_eta heun_karras plms_interval dpmpp_2m_scales unipc_rescale "
-    "interpolate mask invert trajectory diffusers compvis finished".split()
+pytestmark = pytest.mark.skipif(
+    "LDM_JAX_AS_SHIPPED" not in os.environ, reason="bits of optimised programs"
 )
-"""Commands that are always given again; LDM_JAX_SLOW=1 gives all of them."""
-QUICK_REPLAYS = frozenset(("interpolate", "compvis", "finished_autoguidance"))
-SLOW = bool(os.environ.get("LDM_JAX_SLOW"))
 
 
-def every(kind: str, quick: frozenset[str] = QUICK) -> list:
-    """List the recorded commands of a kind as parameters of a test."""
-    skip = pytest.mark.skip(reason="in make proofs")
-    return [
-        pytest.param(name, marks=[] if SLOW or name in quick else skip)
-        for name in EXPECTED[kind]
-    ]
+def every(kind: str) -> list[str]:
+    """List the recorded commands of a kind."""
+    return list(EXPECTED[kind])
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +76,7 @@ def known_versions() -> bool:
 
 
 def promised(made: dict[str, str], recorded: dict[str, str]) -> bool:
-    """Say of two recipes whether the pixels must be the same to the last bit."""
+    """Return for the metadata of two images whether the pixels must be the same to the last bit."""
     versions = [json.loads(texts["versions"]) for texts in (made, recorded)]
     ours, theirs = ({k: v for k, v in each.items() if k != OURS} for each in versions)
     return made["platform"] == recorded["platform"] and ours == theirs
@@ -138,7 +130,7 @@ def check_replay(folder, capsys, kind, name, *args, same_weights=True):
     """Make images of a recorded command again from their recipes: each, or one."""
     paths = [Path(path) for path in EXPECTED[kind][name]["pixels_sha256"]]
     paths = [path for path in paths if path.stem.isdigit()]
-    for path in paths if SLOW else paths[1:2]:
+    for path in paths:
         capsys.readouterr()
         with contextlib.chdir(folder):
             check_one_replay(path, capsys, *args, same_weights=same_weights)
@@ -173,7 +165,7 @@ def test_a_checkpoint_of_before_is_sampled_as_before(old, tmp_path, name):
     check_command(old, tmp_path / "out", "stopped", name)
 
 
-@pytest.mark.parametrize("name", every("stopped", QUICK_REPLAYS))
+@pytest.mark.parametrize("name", every("stopped"))
 def test_an_image_of_before_is_made_again(old, capsys, name):
     check_replay(old, capsys, "stopped", name)
 
@@ -193,7 +185,7 @@ def test_weights_of_before_are_sampled_as_before(old, tmp_path, name):
     check_command(old, tmp_path / "out", "weights", name)
 
 
-@pytest.mark.parametrize("name", every("weights", QUICK_REPLAYS))
+@pytest.mark.parametrize("name", every("weights"))
 def test_an_image_of_weights_is_made_again(old, capsys, name):
     check_replay(old, capsys, "weights", name)
 
@@ -230,7 +222,7 @@ def test_when_it_has_gone_on_it_is_sampled_as_before(resumed, tmp_path, name):
     check_command(resumed, tmp_path / "out", "finished", name, same_weights=False)
 
 
-@pytest.mark.parametrize("name", every("finished", QUICK_REPLAYS))
+@pytest.mark.parametrize("name", every("finished"))
 def test_when_it_has_gone_on_its_images_are_made_again(resumed, capsys, name):
     check_replay(resumed, capsys, "finished", name, same_weights=False)
 
