@@ -28,7 +28,7 @@ class SampleRequest:
     same way, are kept; made otherwise, they stop the command."""
     as_dataset: Path | None = None
     """Instead of --out: folder for a labelled data set, as a folder of images in
-    images/ and as tfds:synthetic in tfds/ (docs/explanation/samplers.md)."""
+    images/ and as tfds:synthetic in tfds/ (docs/how_to/images.md)."""
     overwrite: bool = False
     """Replace images that were made otherwise."""
     labels: tuple[int, ...] | None = None
