@@ -9,6 +9,7 @@ for batches: an upper bound of waiting, as the devices go on with the step befor
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -21,16 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ldm_jax.build import build_model, init_autoencoder, open_iterator
+from ldm_jax.build import build_model, open_iterator
 from ldm_jax.config import Config
 from ldm_jax.config.load_config import load_config
-from ldm_jax.data.pipeline import BatchIterator, make_iterator
+from ldm_jax.data.pipeline import BatchIterator, make_iterator, prepare_example
 from ldm_jax.data.sources import open_source
+from ldm_jax.latent_diffusion import init_autoencoder
 from ldm_jax.parallel.make_layout import make_layout
 from ldm_jax.parallel.multihost import stop_signal
 from ldm_jax.rng import root_key
 from ldm_jax.training.diffusion_stage import diffusion_stage
-from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.loop import LoopConfig, run_stage
 from ldm_jax.training.train_tokenizer import keep_tokenizer, with_own_tokenizer
 
@@ -109,11 +111,13 @@ def write_photos(folder: Path) -> None:
 def images_a_core(reading: Reading, *, batches: int) -> float:
     """Return how many images a second of one core makes ready."""
     examples = open_source(reading.source, "train", directory=None).examples
+    prepare = functools.partial(
+        prepare_example, image_size=reading.side, image_channels=reading.channels
+    )
     iterator = make_iterator(
         examples,
+        prepare,
         batch_size=BATCH,
-        image_size=reading.side,
-        image_channels=reading.channels,
         seed=0,
         process_index=0,
         process_count=1,
@@ -135,7 +139,9 @@ def waiting_share(config: Config, workdir: Path, *, steps: int) -> float:
     keep_tokenizer(config, workdir)
     config = with_own_tokenizer(config, workdir)
     model = build_model(config)
-    frozen = Frozen(init_autoencoder(config, model), jnp.float32(1.0), {})
+    frozen = FrozenParams(
+        init_autoencoder(model, root_key(config.seed)), jnp.float32(1.0), {}
+    )
     stage = diffusion_stage(config, model, frozen, workdir)
     stage = stage._replace(num_steps=steps, draw=lambda ema, step: None)
     iterator = Timed(open_iterator(config, batch_size=stage.batch_size, layout=layout))

@@ -36,7 +36,7 @@ from ldm_jax.rng import root_key
 from ldm_jax.tools.plan.arguments import Request
 from ldm_jax.tools.plan.programs import step_flops
 from ldm_jax.training.diffusion_stage import diffusion_stage
-from ldm_jax.training.diffusion_step import Frozen, FrozenWeights
+from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.encode_latents import make_cache
 from ldm_jax.training.latent_cache import check_cache, open_cache, open_latents
 from ldm_jax.training.prefetch import Prefetch
@@ -63,13 +63,15 @@ def reading(config: Config, folder: str) -> Config:
 
 
 def open_side(
-    config: Config, model: LatentDiffusion, frozen: Frozen, layout: Layout
+    config: Config, model: LatentDiffusion, frozen: FrozenParams, layout: Layout
 ) -> Round:
     """Start training; return what makes steps, and says seconds and loss of each."""
-    frozen_weights = FrozenWeights(
-        None, (frozen.autoencoder, frozen.latent_scale), frozen.conditioner
+    note = check_cache(
+        config,
+        Path(),
+        first_stage=frozen.autoencoder,
+        conditioner=frozen.conditioner,
     )
-    note = check_cache(config, frozen_weights, Path())
     cache = open_cache(config, frozen.autoencoder, note)
     null_state = None if cache is None else cache.null_state
     stage = diffusion_stage(config, model, frozen, Path(), null_state=null_state)

@@ -50,7 +50,7 @@ from ldm_jax.tools.plan.arguments import ELSEWHERE, Request, change
 from ldm_jax.tools.plan.compiling import Memory, chip_of, compile_program
 from ldm_jax.tools.plan.programs import step_flops
 from ldm_jax.training.diffusion_stage import diffusion_stage
-from ldm_jax.training.diffusion_step import Denoising, Frozen
+from ldm_jax.training.diffusion_step import DiffusionParams, FrozenParams
 from ldm_jax.training.dispatch import several_steps
 from ldm_jax.training.dry_run import batch_shapes
 from ldm_jax.training.state import init_state, make_optimizer
@@ -121,7 +121,7 @@ def random_batch(config: Config) -> Any:
         top = max(highest.get(path[0].name, size), 1)
         return random.randint(top, size=leaf.shape).astype(leaf.dtype)
 
-    shapes = batch_shapes(config, "diffusion", size)
+    shapes = batch_shapes(build_model(config), config.data, "diffusion", size)
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
@@ -138,10 +138,10 @@ def prepare_ours(
         vectors = condition.as_vectors()
         shape = (vectors.embedding_length, vectors.embedding_width)
         null_state = np.zeros(shape, np.float32)
-    frozen = Frozen({}, jnp.float32(LATENT_SCALE), {})
+    frozen = FrozenParams({}, jnp.float32(LATENT_SCALE), {})
     stage = diffusion_stage(config, model, frozen, Path(), null_state=null_state)
     conditioner = weights.conditioner if condition.trained else {}
-    params = jax.tree.map(jnp.asarray, Denoising(weights.unet, conditioner))
+    params = jax.tree.map(jnp.asarray, DiffusionParams(weights.unet, conditioner))
     optimizer = make_optimizer(config.diffusion.optim, num_steps=config.diffusion.steps)
     size, step = config.parallel.steps_per_dispatch, stage.step
     if size > 1:

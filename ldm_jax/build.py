@@ -1,6 +1,7 @@
 """From a config to everything it names; the only file that chooses by name."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from ldm_jax.data.pipeline import (
     BatchIterator,
     load_all,
     make_iterator,
+    prepare_example,
 )
 from ldm_jax.data.sources import Source, open_source, reading_threads
 from ldm_jax.data.tokenizer import TOKENIZER_FILE, WORDPIECE_FILE, Tokenizer
@@ -34,16 +36,13 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.conditioning import (
     ClassEmbedding,
-    Condition,
     Conditioner,
-    ConditionInputs,
     SpatialRescaler,
 )
 from ldm_jax.models.text_encoders import ClipTextTransformer, TextTransformer
 from ldm_jax.models.unet import UNet
 from ldm_jax.parallel.make_layout import Layout
-from ldm_jax.rng import Stream, root_key, stream_key
-from ldm_jax.types import InputError, PyTree
+from ldm_jax.types import InputError
 
 Split = Literal["train", "test"]
 INPUT_BY_CONTEXT: dict[str, Literal["none", "label", "tokens", "embedding"]] = {
@@ -214,65 +213,6 @@ def build_autoencoder(config: Config) -> Autoencoder:
     )
 
 
-def init_autoencoder(config: Config, model: LatentDiffusion) -> PyTree:
-    """Draw the first stage's parameters from the run's root key."""
-    data = config.data
-    image = jnp.zeros((1, data.image_size, data.image_size, data.image_channels))
-    noise = jnp.zeros((1, *model.latent_shape))
-    key = stream_key(root_key(config.seed), Stream.INIT_AUTOENCODER)
-    return jax.jit(model.autoencoder.init)(key, image, noise)["params"]
-
-
-def init_unet(config: Config, model: LatentDiffusion) -> PyTree:
-    """Draw the second stage's parameters from the run's root key."""
-    latent = jnp.zeros((1, *model.latent_shape))
-    key = stream_key(root_key(config.seed), Stream.INIT_UNET)
-    cond = blank_condition(config)
-    init = jax.jit(model.unet.init)
-    return init(key, latent, jnp.zeros((1,), jnp.int32), cond)["params"]
-
-
-def init_conditioner(config: Config, model: LatentDiffusion) -> PyTree:
-    """Draw the conditioner's parameters from the run's root key; {} if it has none."""
-    key = stream_key(root_key(config.seed), Stream.INIT_CONDITIONER)
-    variables = jax.jit(model.conditioner.init)(key, blank_inputs(config))
-    return variables.get("params", {})
-
-
-def blank_inputs(config: Config, *, batch_size: int = 1) -> ConditionInputs:
-    """Make conditioner inputs of the right shapes, all zero."""
-    condition, data = config.diffusion.condition, config.data
-    label, tokens, embedding, image = None, None, None, None
-    if condition.uses_classes:
-        label = jnp.zeros((batch_size,), jnp.int32)
-    if condition.uses_tokens:
-        tokens = jnp.zeros((batch_size, condition.num_tokens), jnp.int32)
-    if condition.context == "embedding":
-        shape = (condition.embedding_length, condition.embedding_width)
-        embedding = jnp.zeros((batch_size, *shape))
-    if condition.concat == "segmentation":
-        side = data.image_size
-        image = jnp.zeros((batch_size, side, side, condition.num_segments))
-    elif config.concat_channels:
-        side = config.latent_side
-        image = jnp.zeros((batch_size, side, side, config.concat_channels))
-    return ConditionInputs(label, tokens, embedding, image)
-
-
-def blank_condition(config: Config) -> Condition:
-    """Make a condition of the shapes the UNet reads, all zero."""
-    condition = config.diffusion.condition
-    label, context, concat = None, None, None
-    if condition.label:
-        label = jnp.zeros((1,), jnp.int32)
-    if condition.context != "none":
-        context = jnp.zeros((1, 1, condition.context_width))
-    if config.concat_channels:
-        side = config.latent_side
-        concat = jnp.zeros((1, side, side, config.concat_channels))
-    return Condition(label, context, concat)
-
-
 def open_split(config: Config, split: Split) -> Source:
     """Open a split and check that it is what the config says.
 
@@ -367,15 +307,19 @@ def open_iterator(config: Config, *, batch_size: int, layout: Layout) -> BatchIt
     """Open this process' part of the endless training stream, at its start."""
     data = config.data
     augment = Augment(config.seed, crop=data.crop == "random", flip=data.flip)
+    prepare = functools.partial(
+        prepare_example,
+        image_size=data.image_size,
+        image_channels=data.image_channels,
+        augment=augment if augment.crop or augment.flip else None,
+    )
     return make_iterator(
         open_split(config, "train").examples,
+        prepare,
         batch_size=batch_size,
-        image_size=config.data.image_size,
-        image_channels=config.data.image_channels,
         seed=config.seed,
         process_index=layout.process_index,
         process_count=layout.process_count,
-        augment=augment if augment.crop or augment.flip else None,
         num_threads=reading_threads(data.source),
     )
 

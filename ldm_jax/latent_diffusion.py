@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Float, Int, Key, Real
 
 from ldm_jax.config import ConditionConfig
 from ldm_jax.diffusion.guidance import Denoiser
@@ -25,6 +25,7 @@ from ldm_jax.models.conditioning import (
 from ldm_jax.models.tiled_decoding import decode_in_tiles
 from ldm_jax.models.unet import UNet
 from ldm_jax.parallel.launch import num_cores
+from ldm_jax.rng import Stream, root_key, stream_key
 from ldm_jax.types import PyTree
 
 MAPS_A_CALL = 8
@@ -71,6 +72,20 @@ class LatentDiffusion(NamedTuple):
         return 2 ** (len(self.autoencoder.channel_multipliers) - 1)
 
     @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a latent's moments in a cache."""
+        height, width, channels = self.latent_shape
+        is_gaussian = self.autoencoder.regularizer == "kl"
+        return (height, width, 2 * channels if is_gaussian else channels)
+
+    @property
+    def concat_channels(self) -> int:
+        """Channels of the condition that is stacked on the latent."""
+        return self.condition.concat_channels(
+            image_channels=self.image_shape[-1], latent_channels=self.latent_shape[-1]
+        )
+
+    @property
     def size_unit(self) -> int:
         """Pixels that the height and width of an image must be a multiple of."""
         return self.downsampling * 2 ** (len(self.unet.channel_multipliers) - 1)
@@ -87,6 +102,79 @@ class SampleParams(NamedTuple):
     """Parameters of the conditioner; averaged if it was trained."""
     latent_scale: Float[Array, ""]
     """What latents were multiplied by in training."""
+
+
+def init_autoencoder(model: LatentDiffusion, key: Key[Array, ""]) -> PyTree:
+    """Draw the parameters of the first stage from the root key of a run."""
+    image = jnp.zeros((1, *model.image_shape))
+    noise = jnp.zeros((1, *model.latent_shape))
+    key = stream_key(key, Stream.INIT_AUTOENCODER)
+    return jax.jit(model.autoencoder.init)(key, image, noise)["params"]
+
+
+def init_unet(model: LatentDiffusion, key: Key[Array, ""]) -> PyTree:
+    """Draw the parameters of the UNet from the root key of a run."""
+    latent = jnp.zeros((1, *model.latent_shape))
+    key = stream_key(key, Stream.INIT_UNET)
+    init = jax.jit(model.unet.init)
+    times = jnp.zeros((1,), jnp.int32)
+    return init(key, latent, times, blank_condition(model))["params"]
+
+
+def init_conditioner(model: LatentDiffusion, key: Key[Array, ""]) -> PyTree:
+    """Draw the parameters of the conditioner; {} if it has none."""
+    key = stream_key(key, Stream.INIT_CONDITIONER)
+    variables = jax.jit(model.conditioner.init)(key, blank_inputs(model))
+    return variables.get("params", {})
+
+
+def param_shapes(
+    init: Callable[[LatentDiffusion, Key[Array, ""]], PyTree], model: LatentDiffusion
+) -> PyTree:
+    """Return the shapes of what one of the `init_` functions draws."""
+    return jax.eval_shape(lambda: init(model, root_key(0)))
+
+
+def blank_inputs(model: LatentDiffusion, *, batch_size: int = 1) -> ConditionInputs:
+    """Make conditioner inputs of the right shapes, all zero."""
+    condition = model.condition
+    label, tokens, embedding, image = None, None, None, None
+    if condition.uses_classes:
+        label = jnp.zeros((batch_size,), jnp.int32)
+    if condition.uses_tokens:
+        tokens = jnp.zeros((batch_size, condition.num_tokens), jnp.int32)
+    if condition.context == "embedding":
+        shape = (condition.embedding_length, condition.embedding_width)
+        embedding = jnp.zeros((batch_size, *shape))
+    if condition.concat == "segmentation":
+        height, width, _ = model.image_shape
+        image = jnp.zeros((batch_size, height, width, condition.num_segments))
+    elif model.concat_channels:
+        height, width, _ = model.latent_shape
+        image = jnp.zeros((batch_size, height, width, model.concat_channels))
+    return ConditionInputs(label, tokens, embedding, image)
+
+
+def blank_condition(model: LatentDiffusion) -> Condition:
+    """Make a condition of the shapes that the UNet reads, all zero."""
+    condition = model.condition
+    label, context, concat = None, None, None
+    if condition.label:
+        label = jnp.zeros((1,), jnp.int32)
+    if condition.context != "none":
+        context = jnp.zeros((1, 1, condition.context_width))
+    if model.concat_channels:
+        height, width, _ = model.latent_shape
+        concat = jnp.zeros((1, height, width, model.concat_channels))
+    return Condition(label, context, concat)
+
+
+def reading_embeddings(model: LatentDiffusion) -> LatentDiffusion:
+    """Return a model that reads text embeddings where `model` encodes text."""
+    return model._replace(
+        conditioner=model.conditioner.clone(reads="embedding", encoder=None),
+        condition=model.condition.as_vectors(),
+    )
 
 
 def null_condition(model: LatentDiffusion, cond: ConditionInputs) -> ConditionInputs:

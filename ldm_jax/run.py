@@ -30,9 +30,9 @@ from ldm_jax.pretrained.load_run import (
 from ldm_jax.rng import root_key
 from ldm_jax.sampling.pipeline import platform_text
 from ldm_jax.sampling.preview import make_preview
-from ldm_jax.training.autoencoder_stage import autoencoder_stage, known_latent_scale
+from ldm_jax.training.autoencoder_stage import autoencoder_stage, latent_scale
 from ldm_jax.training.diffusion_stage import diffusion_stage
-from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.digest import tree_digest
 from ldm_jax.training.dry_run import check_batches
 from ldm_jax.training.encode_latents import keep_latents
@@ -112,7 +112,13 @@ def train(
         frozen_weights = read_frozen(config, model, workdir)
         for split in ("test", "train"):
             open_split(config, split)
-        note = check_cache(config, frozen_weights, workdir)
+        first_stage = frozen_weights.first_stage
+        note = check_cache(
+            config,
+            workdir,
+            first_stage=None if first_stage is None else first_stage[0],
+            conditioner=frozen_weights.conditioner,
+        )
     with open_workdir(config, workdir), stop_signal() as stop:
         first_alone(lambda: save_frozen(frozen_weights, workdir))
         first_alone(lambda: keep_tokenizer(config, workdir))
@@ -133,12 +139,12 @@ def train(
             finished = run(stage)
             done["autoencoder"] = StageOutcome(finished.digest, finished.seconds)
             params = finished.ema
-            scale = known_latent_scale(opened, model, params, layout, workdir)
+            scale = latent_scale(opened, model, params, layout, workdir)
         else:
             params, scale = frozen_weights.first_stage
             done["autoencoder"] = StageOutcome(tree_digest(frozen_weights[1:]), 0.0)
         if "diffusion" in config.stages:
-            frozen = Frozen(params, scale, frozen_weights.conditioner)
+            frozen = FrozenParams(params, scale, frozen_weights.conditioner)
             if config.data.latents == OWN_LATENTS:
                 with stop.at_once(f"{OWN_LATENTS} latents are not all made"):
                     opened, note = keep_latents(

@@ -25,7 +25,7 @@ from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config.flags import parse_flags
 from ldm_jax.config.validation import checked_dataclass
 from ldm_jax.data.sources import open_source
-from ldm_jax.diffusion.losses import denoising_loss
+from ldm_jax.diffusion.losses import DiffusionObjective, denoising_loss
 from ldm_jax.diffusion.schedules import Level, level_at
 from ldm_jax.latent_diffusion import denoiser_of, encode_images, prepare
 from ldm_jax.models.conditioning import ConditionInputs
@@ -136,9 +136,12 @@ def costs(run: Run, captioned: Captioned) -> list[dict[str, float]]:
             level,
             eps,
             cond,
-            prediction=settings.prediction,
-            loss=settings.loss,
-            sigma_data=settings.sigma_data,
+            objective=DiffusionObjective(
+                model.schedule,
+                model.prediction,
+                sigma_data=model.sigma_data,
+                loss=settings.loss,
+            ),
         )
         return losses.mean()
 

@@ -87,49 +87,6 @@ class BatchIterator(Protocol):
 
 def make_iterator(
     examples: Examples,
-    *,
-    batch_size: int,
-    image_size: int,
-    image_channels: int,
-    seed: int,
-    process_index: int,
-    process_count: int,
-    augment: Augment | None = None,
-    num_threads: int = 1,
-) -> BatchIterator:
-    """Make an endless, shuffled, resumable stream of batches of images.
-
-    Args:
-      image_size: Height and width of the resized images, in pixels.
-      image_channels: 1 or 3.
-      augment: Random variation; None for none. The other arguments are those of
-        `make_stream`.
-
-    Returns:
-      The stream; `to_batch` converts its elements.
-
-    Raises:
-      ValueError: If `process_count` does not divide `batch_size`.
-    """
-    prepare = functools.partial(
-        prepare_example,
-        image_size=image_size,
-        image_channels=image_channels,
-        augment=augment,
-    )
-    return make_stream(
-        examples,
-        prepare,
-        batch_size=batch_size,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
-        num_threads=num_threads,
-    )
-
-
-def make_stream(
-    examples: Examples,
     prepare: Callable[[Mapping[str, Any]], dict[str, np.ndarray]],
     *,
     batch_size: int,

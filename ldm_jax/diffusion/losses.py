@@ -1,6 +1,6 @@
-"""What the network is trained to minimise."""
+"""The objective of the diffusion stage and its loss."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,12 +12,35 @@ from ldm_jax.diffusion.parameterization import (
     prediction_gain,
     target_of,
 )
-from ldm_jax.diffusion.schedules import Level
+from ldm_jax.diffusion.schedules import Level, Schedule
 from ldm_jax.types import PyTree
 
 WeightName = Literal["uniform", "min_snr", "p2", "debiased"]
 LossName = Literal["l1", "l2"]
 TINY = 1e-20
+
+
+class DiffusionObjective(NamedTuple):
+    """What the network learns to predict and at which noise levels; all static."""
+
+    schedule: Schedule
+    """The noise levels."""
+    prediction: PredictionName
+    """What the network predicts."""
+    sigma_data: float = 1.0
+    """Standard deviation of the clean latents (`edm`)."""
+    loss: LossName = "l2"
+    """Absolute or squared error."""
+    weight: WeightName = "uniform"
+    """How much each level counts."""
+    weight_gamma: float = 5.0
+    """Parameter of the weight; see `loss_weight`."""
+    offset_noise: float = 0.0
+    """Strength of the noise that all pixels of a channel share; 0 draws none."""
+    timestep_shift: float = 1.0
+    """Above 1, levels with much noise are drawn more often."""
+    condition_dropout: float = 0.0
+    """Probability of training an example without its condition, in [0, 1]."""
 
 
 def denoising_loss(
@@ -27,27 +50,18 @@ def denoising_loss(
     eps: Float[Array, "b h w c"],
     cond: PyTree,
     *,
-    prediction: PredictionName,
-    loss: LossName,
-    weight: WeightName = "uniform",
-    weight_gamma: float = 5.0,
-    sigma_data: float = 1.0,
+    objective: DiffusionObjective,
 ) -> Float[Array, " b"]:
-    """Score a network on what it should have predicted.
+    """Return the weighted error of what a network predicts.
 
     Args:
       x_0: Clean latents, standard deviation about 1.
       level: Noise level of each example.
       eps: Unit-variance noise.
       cond: Condition of each example.
-      prediction: What the network predicts.
-      loss: Absolute or squared error.
-      weight: How much each level counts.
-      weight_gamma: Its parameter; see `loss_weight`.
-      sigma_data: Standard deviation of the clean latents (`edm`).
 
     Returns:
-      The weighted mean error of each example, over its latent.
+      The error of each example, a mean over its latent.
 
     Source:
       Ho et al., DDPM, arXiv:2006.11239, eq. 14; Rombach et al., arXiv:2112.10752,
@@ -55,17 +69,18 @@ def denoising_loss(
       eq. 1 (flow); Karras et al., arXiv:2206.00364, eq. 8 (EDM, whose weight is
       uniform in what its network predicts).
     """
+    prediction, sigma_data = objective.prediction, objective.sigma_data
     x_t = add_noise(x_0, eps, level)
     target = target_of(x_0, eps, level, prediction=prediction, sigma_data=sigma_data)
     error = denoise(x_t, level.t, cond) - target
-    per_value = jnp.abs(error) if loss == "l1" else jnp.square(error)
+    per_value = jnp.abs(error) if objective.loss == "l1" else jnp.square(error)
     losses = per_value.mean(axis=(1, 2, 3))
-    if weight == "uniform":
+    if objective.weight == "uniform":
         return losses
     return losses * loss_weight(
         level,
-        weight=weight,
-        gamma=weight_gamma,
+        weight=objective.weight,
+        gamma=objective.weight_gamma,
         prediction=prediction,
         sigma_data=sigma_data,
     )

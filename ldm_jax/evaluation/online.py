@@ -22,7 +22,7 @@ from ldm_jax.pretrained.load_run import Run
 from ldm_jax.sampling.pipeline import make_fn, make_pipeline
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.diffusion_stage import sample_params
-from ldm_jax.training.diffusion_step import Denoising, Frozen
+from ldm_jax.training.diffusion_step import DiffusionParams, FrozenParams
 from ldm_jax.training.digest import tree_digest
 from ldm_jax.training.metrics import HOW, Measure, ScoreRecord
 from ldm_jax.types import InputError
@@ -59,7 +59,7 @@ def check_scores(scores: ScoresConfig, *, num_classes: int) -> None:
 
 
 def make_measure(
-    config: Config, model: LatentDiffusion, frozen: Frozen, workdir: Path
+    config: Config, model: LatentDiffusion, frozen: FrozenParams, workdir: Path
 ) -> Measure:
     """Make a function that scores averaged weights; every process calls it.
 
@@ -97,7 +97,7 @@ def make_measure(
     )
     condition = config.diffusion.condition
     model = model._replace(condition=condition)  # its tokenizer may be learned since
-    nothing = sample_params(frozen, Denoising({}, {}))
+    nothing = sample_params(frozen, DiffusionParams({}, {}))
     pipeline = make_pipeline(Run(config, model, nothing, "", 0), settings)
     guided = condition.uses_classes or condition.uses_tokens
     # Made and compiled once, for all weights.
@@ -109,7 +109,7 @@ def make_measure(
         f"guidance {scores.guidance_scale:g}"
     )
 
-    def measure(trained: Denoising, step: int) -> ScoreRecord:
+    def measure(trained: DiffusionParams, step: int) -> ScoreRecord:
         run = pipeline.run._replace(params=sample_params(frozen, trained), step=step)
         # The name has a digest of the weights: a killed run may resume elsewhere, with
         # other weights at the same step.

@@ -23,7 +23,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from ldm_jax.parallel.layout import Layout
-from ldm_jax.parallel.reduce import Learn, Learned, mean_over, mean_over_parts
+from ldm_jax.parallel.reduce import (
+    BatchGradients,
+    GradientFn,
+    mean_over,
+    mean_over_parts,
+)
 from ldm_jax.types import PyTree
 
 AXES = ("rows", "columns")
@@ -98,54 +103,59 @@ class FsdpLayout(Layout):
         """Read every part to where it belongs."""
         return self.shardings(shapes)
 
-    def map_step(self, step: Callable[..., tuple[PyTree, Any]]) -> Any:
+    def map_step(
+        self, step: Callable[..., tuple[PyTree, Any]], *, accumulate: int = 1
+    ) -> Any:
         """Compile a step as one program over the mesh."""
+        reduce = functools.partial(self._reduce, accumulate=accumulate)
 
         def whole(
             state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]
         ) -> tuple[PyTree, Any]:
-            after, metrics = step(state, frozen, batch, root_key, average=self._average)
+            after, metrics = step(state, frozen, batch, root_key, reduce=reduce)
             # The same places as before, or its buffers could not be donated.
             after = jax.lax.with_sharding_constraint(after, self.shardings(after))
             return after, jax.lax.with_sharding_constraint(metrics, self._everywhere)
 
         return jax.jit(whole, donate_argnums=0)
 
-    def _average(
+    def _reduce(
         self,
-        learn: Learn,
+        gradient_fn: GradientFn,
         state: PyTree,
         frozen: PyTree,
         batch: PyTree,
         root_key: Key[Array, ""],
         *,
-        parts: int,
-    ) -> Learned:
-        """Learn on every device from whole parameters; give each its part of the mean.
+        accumulate: int,
+    ) -> BatchGradients:
+        """Gather the parameters, take gradients on every device, scatter their mean.
 
-        Explicit, since the compiler left to itself cuts activations along widths, and
-        sends every device all gradients.
+        The collectives are explicit: left alone, the compiler shards activations by
+        their width and sends all gradients to every device.
         """
         specs = self._specs((state, frozen))
         cuts = self._specs(state.params) if hasattr(state, "params") else None
 
-        def local(kept: PyTree, batch: PyTree, root_key: Key[Array, ""]) -> Learned:
+        def local(
+            kept: PyTree, batch: PyTree, root_key: Key[Array, ""]
+        ) -> BatchGradients:
             state, frozen = jax.tree.map(gather, kept, specs)
 
-            def of(part: PyTree) -> Learned:
-                learned = learn(state, frozen, part, root_key, axis_name=AXES)
-                gradients = jax.tree.map(self._scatter, learned.gradients, cuts)
-                return learned._replace(gradients=gradients)
+            def of(part: PyTree) -> BatchGradients:
+                here = gradient_fn(state, frozen, part, root_key, axis_name=AXES)
+                gradients = jax.tree.map(self._scatter, here.gradients, cuts)
+                return here._replace(gradients=gradients)
 
-            learned = mean_over_parts(of, batch, parts=parts)
-            return learned._replace(means=mean_over(learned.means, AXES))
+            total = mean_over_parts(of, batch, parts=accumulate)
+            return total._replace(means=mean_over(total.means, AXES))
 
         replicated = PartitionSpec()
         return jax.shard_map(
             local,
             mesh=self.mesh,
             in_specs=(specs, PartitionSpec(AXES), replicated),
-            out_specs=Learned(cuts, replicated, replicated),
+            out_specs=BatchGradients(cuts, replicated, replicated),
             check_vma=False,  # gradients are each device's own until they are scattered
         )((state, frozen), batch, root_key)
 

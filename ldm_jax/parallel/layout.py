@@ -93,10 +93,15 @@ class Layout(abc.ABC):
         """Return where a checkpoint's arrays are to be read to; None for the host."""
 
     @abc.abstractmethod
-    def map_step(self, step: Callable[..., tuple[PyTree, Any]]) -> Any:
-        """Map `step(state, frozen, batch, root_key, *, average)` over the devices.
+    def map_step(
+        self, step: Callable[..., tuple[PyTree, Any]], *, accumulate: int = 1
+    ) -> Any:
+        """Map `step(state, frozen, batch, root_key, *, reduce)` over the devices.
 
         The state is donated: its buffers become those of the next state.
+
+        Args:
+          accumulate: Parts that each device computes its examples in.
         """
 
     @abc.abstractmethod
@@ -109,6 +114,8 @@ class Layout(abc.ABC):
         state: PyTree,
         frozen: PyTree,
         batch: PyTree,
+        *,
+        accumulate: int = 1,
     ) -> jax.stages.Lowered:
         """Lower the mapped step by shapes alone, on one process.
 
@@ -117,8 +124,10 @@ class Layout(abc.ABC):
           state: Shapes of the state.
           frozen: Shapes of what the step only reads.
           batch: Shapes of a batch of all the layout's devices.
+          accumulate: As for `map_step`.
 
         Returns:
           The program that training runs, ready to be compiled.
         """
-        return self.map_step(step).lower(*self.stand_ins(state, frozen, batch))
+        mapped = self.map_step(step, accumulate=accumulate)
+        return mapped.lower(*self.stand_ins(state, frozen, batch))

@@ -5,6 +5,7 @@ works on one process and on several), batches are cut along it, and nobody outsi
 this file sees that axis.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from ldm_jax.parallel.layout import Layout
-from ldm_jax.parallel.reduce import average_over
+from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.types import PyTree
 
 AXIS_NAME = "devices"
@@ -90,14 +91,18 @@ class PmapLayout(Layout):
         """Read to the host, from where every device gets its copy."""
         del shapes
 
-    def map_step(self, step: Callable[..., tuple[PyTree, Any]]) -> Any:
+    def map_step(
+        self, step: Callable[..., tuple[PyTree, Any]], *, accumulate: int = 1
+    ) -> Any:
         """Map a step by `jax.pmap`."""
-        average = average_over(AXIS_NAME)
+        reduce = functools.partial(
+            reduce_over_axis, axis_name=AXIS_NAME, accumulate=accumulate
+        )
 
         def named(
             state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]
         ) -> tuple[PyTree, Any]:
-            return step(state, frozen, batch, root_key, average=average)
+            return step(state, frozen, batch, root_key, reduce=reduce)
 
         return jax.pmap(
             named, axis_name=AXIS_NAME, devices=self._all_devices, donate_argnums=0

@@ -1,10 +1,10 @@
-"""Means over a batch, whoever computes its parts, one after the other or side by side.
+"""Means over a batch that several devices, or one after another, compute in parts.
 
-A step learns from the examples of one device and updates with the mean over all. How
-that mean is taken is the layout's business: it hands every step an `Average`.
+A step takes gradients of the examples of one device and updates the parameters with
+their mean over all devices. How that mean is taken depends on the layout, which passes
+a `Reduce` to every step.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -16,24 +16,24 @@ from ldm_jax.models.kernels.convolution import in_a_loop
 from ldm_jax.types import PyTree
 
 AxisName = str | tuple[str, ...] | None
-"""Of one axis of devices, or of several together; None for a device alone."""
+"""One device axis, or several together; None for a single device."""
 T = TypeVar("T")
 
 
-class Learned(NamedTuple):
-    """What examples teach."""
+class BatchGradients(NamedTuple):
+    """Gradients over a batch, and the numbers computed beside them."""
 
     gradients: PyTree
-    """In the state's parameters, means over the examples; None if there are none."""
+    """Means over the examples, with the structure of the parameters; None without."""
     means: PyTree
     """Other means over the examples."""
-    agreed: PyTree = None
-    """What is the same on every device already."""
+    replicated: PyTree = None
+    """Values that are already equal on every device."""
 
 
 @runtime_checkable
-class Learn(Protocol):
-    """Learns from the examples of one device."""
+class GradientFn(Protocol):
+    """Computes gradients over the examples of one device."""
 
     def __call__(
         self,
@@ -43,89 +43,77 @@ class Learn(Protocol):
         root_key: Key[Array, ""],
         *,
         axis_name: AxisName,
-    ) -> Learned:
-        """Return means over this device's examples.
+    ) -> BatchGradients:
+        """Return means over the examples of this device.
 
         Args:
-          state: With its parameters whole; of the rest of it, only the step and an
-            adversary may be read.
+          state: Reads only the step, the parameters (whole) and the discriminator.
           frozen: What is not trained, whole.
           batch: This device's examples, or a part of them.
-          axis_name: Device axis, for what needs all devices; None for one device.
+          axis_name: The device axis, for what needs the examples of all devices.
         """
         ...
 
 
 @runtime_checkable
-class Average(Protocol):
-    """Takes the mean of what is learned over all parts and devices."""
+class Reduce(Protocol):
+    """Averages gradients over all parts and devices."""
 
     def __call__(
         self,
-        learn: Learn,
+        gradient_fn: GradientFn,
         state: PyTree,
         frozen: PyTree,
         batch: PyTree,
         root_key: Key[Array, ""],
-        *,
-        parts: int,
-    ) -> Learned:
-        """Return what `learn` would say of the whole batch, up to rounding.
-
-        Args:
-          learn: Learns from examples.
-          state: The state, as the step was given it.
-          parts: Parts that a device's examples are computed in, one after the other.
-        """
+    ) -> BatchGradients:
+        """Return what `gradient_fn` gives for the whole batch, up to rounding."""
         ...
 
 
-def average_here(
-    learn: Learn,
+def reduce_over_axis(
+    gradient_fn: GradientFn,
     state: PyTree,
     frozen: PyTree,
     batch: PyTree,
     root_key: Key[Array, ""],
     *,
-    parts: int,
     axis_name: AxisName = None,
-) -> Learned:
-    """Average over one device or, with the name of an axis, over those of the axis.
+    accumulate: int = 1,
+) -> BatchGradients:
+    """Average over the devices of an axis: the `Reduce` of `jax.pmap`.
 
-    The `Average` of a device alone, and of `jax.pmap`.
+    Args:
+      axis_name: None for a single device.
+      accumulate: Parts that a device computes its examples in, one after another.
     """
 
-    def of(part: PyTree) -> Learned:
-        return learn(state, frozen, part, root_key, axis_name=axis_name)
+    def of(part: PyTree) -> BatchGradients:
+        return gradient_fn(state, frozen, part, root_key, axis_name=axis_name)
 
-    learned = mean_over_parts(of, batch, parts=parts)
-    gradients, means = mean_over((learned.gradients, learned.means), axis_name)
-    return Learned(gradients, means, learned.agreed)
-
-
-def average_over(axis_name: AxisName) -> Average:
-    """Make the `Average` over the devices of an axis."""
-    return functools.partial(average_here, axis_name=axis_name)
+    local = mean_over_parts(of, batch, parts=accumulate)
+    gradients, means = mean_over((local.gradients, local.means), axis_name)
+    return BatchGradients(gradients, means, local.replicated)
 
 
 def mean_over(tree: Any, axis_name: AxisName) -> Any:
-    """Average every leaf over the devices of an axis; None leaves them alone."""
+    """Average every leaf over the devices of an axis; None changes nothing."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def mean_over_parts(fn: Callable[[PyTree], T], batch: PyTree, *, parts: int) -> T:
-    """Average what a function says of the parts of a batch, one after the other.
+    """Average a function over parts of a batch that are computed one after another.
 
     A part takes every `parts`-th example, so that each device has its share of every
     part without moving an example.
 
     Args:
       fn: From a batch to arrays, each a mean over its examples.
-      batch: Arrays with a leading axis of examples, which `parts` divides.
-      parts: How many; 1 calls `fn` once.
+      batch: Arrays with a leading axis of examples, a multiple of `parts`.
+      parts: 1 calls `fn` once.
 
     Returns:
-      What `fn` would say of the whole batch, up to rounding.
+      What `fn` gives for the whole batch, up to rounding.
     """
     if parts == 1:
         return fn(batch)

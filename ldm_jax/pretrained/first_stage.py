@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from ldm_jax.build import build_model
 from ldm_jax.config import Config, read_config
+from ldm_jax.latent_diffusion import init_autoencoder, param_shapes
 from ldm_jax.pretrained.compvis_import import is_first_stage, read_compvis
 from ldm_jax.pretrained.compvis_names import AUTOENCODER_PREFIX
 from ldm_jax.pretrained.diffusers_configs import read_autoencoder
@@ -27,7 +28,6 @@ from ldm_jax.pretrained.model_weights import (
 from ldm_jax.pretrained.open_weights import is_run, open_weights
 from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.training.autoencoder_stage import SCALE_FILE, autoencoder_stage
-from ldm_jax.training.dry_run import first_shapes
 from ldm_jax.types import InputError, PyTree
 
 AUTOENCODER_FIELDS = (
@@ -126,7 +126,7 @@ def import_first_stage(path: Path, config: Config) -> tuple[PyTree, float | None
         _check_autoencoder(path, read_config(path), config)
         weights = open_weights(path).read()
         return weights.autoencoder, weights.latent_scale
-    shapes = first_shapes(config, build_model(config))
+    shapes = param_shapes(init_autoencoder, build_model(config))
     if path.is_dir():
         component = open_folder(path).get(AUTOENCODERS)
         fields = read_autoencoder(component.class_name, component.config)

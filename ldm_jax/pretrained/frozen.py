@@ -5,22 +5,28 @@ do.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ldm_jax.config import Config
 from ldm_jax.files import write_safetensors
-from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.latent_diffusion import (
+    LatentDiffusion,
+    init_autoencoder,
+    init_conditioner,
+    param_shapes,
+)
 from ldm_jax.pretrained.first_stage import load_first_stage, read_first_stage
 from ldm_jax.pretrained.layouts import own_format, read_tree, write_tree
 from ldm_jax.pretrained.metric_networks import load_perceptual
 from ldm_jax.pretrained.model_weights import LATENT_SCALE, WEIGHTS_FILE
 from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.pretrained.text_encoder import read_conditioner
-from ldm_jax.training.diffusion_step import Frozen, FrozenWeights
-from ldm_jax.training.dry_run import conditioner_shapes, first_shapes
+from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.latent_encoders import Encoders
 from ldm_jax.types import InputError, PyTree
 
@@ -28,7 +34,20 @@ FROZEN_FILE = "taken.safetensors"
 """Copy of the weights in a run's folder."""
 
 
-def read_frozen(config: Config, model: LatentDiffusion, workdir: Path) -> FrozenWeights:
+class PretrainedWeights(NamedTuple):
+    """Parameters that a run reads from files before it starts."""
+
+    perceptual: PyTree
+    """Parameters of LPIPS, or None."""
+    first_stage: tuple[PyTree, Float[Array, ""]] | None
+    """Parameters and latent scale of an autoencoder; None if it is trained."""
+    conditioner: PyTree
+    """Parameters of a frozen conditioner, or {}."""
+
+
+def read_frozen(
+    config: Config, model: LatentDiffusion, workdir: Path
+) -> PretrainedWeights:
     """Read all weights that a run needs and does not train.
 
     Args:
@@ -45,10 +64,10 @@ def read_frozen(config: Config, model: LatentDiffusion, workdir: Path) -> Frozen
     if "diffusion" in config.stages:
         conditioner = read_conditioner(config, model)
     first_stage = None if trains_first else read_first_stage(config)
-    return FrozenWeights(perceptual, first_stage, conditioner)
+    return PretrainedWeights(perceptual, first_stage, conditioner)
 
 
-def save_frozen(frozen_weights: FrozenWeights, workdir: Path) -> None:
+def save_frozen(frozen_weights: PretrainedWeights, workdir: Path) -> None:
     """Copy the weights into the run's folder, if there are any and no copy yet.
 
     Raises:
@@ -64,7 +83,9 @@ def save_frozen(frozen_weights: FrozenWeights, workdir: Path) -> None:
         write_safetensors(path, arrays)
 
 
-def load_frozen(config: Config, model: LatentDiffusion, workdir: Path) -> FrozenWeights:
+def load_frozen(
+    config: Config, model: LatentDiffusion, workdir: Path
+) -> PretrainedWeights:
     """Read the copy in a run's folder; empty if the run trains all its networks.
 
     Raises:
@@ -72,45 +93,49 @@ def load_frozen(config: Config, model: LatentDiffusion, workdir: Path) -> Frozen
     """
     trained = config.diffusion.condition.trained
     if config.first_stage is None and (
-        trained or not jax.tree.leaves(conditioner_shapes(config, model))
+        trained or not jax.tree.leaves(param_shapes(init_conditioner, model))
     ):
-        return FrozenWeights(None, None, {})
+        return PretrainedWeights(None, None, {})
     return _read_copy(config, model, workdir)
 
 
-def _read_copy(config: Config, model: LatentDiffusion, workdir: Path) -> FrozenWeights:
+def _read_copy(
+    config: Config, model: LatentDiffusion, workdir: Path
+) -> PretrainedWeights:
     path, shapes = workdir / FROZEN_FILE, {}
     if config.first_stage is not None:
-        shapes["autoencoder"] = first_shapes(config, model)
+        shapes["autoencoder"] = param_shapes(init_autoencoder, model)
         shapes[LATENT_SCALE] = np.empty(())
     if not config.diffusion.condition.trained:
-        shapes["conditioner"] = conditioner_shapes(config, model)
+        shapes["conditioner"] = param_shapes(init_conditioner, model)
     tree = read_tree(shapes, own_format, open_tensors(path), what=str(path))
     first_stage = None
     if config.first_stage is not None:
         first_stage = (tree["autoencoder"], jnp.asarray(tree[LATENT_SCALE]))
-    return FrozenWeights(None, first_stage, tree.get("conditioner", {}))
+    return PretrainedWeights(None, first_stage, tree.get("conditioner", {}))
 
 
-def load_finished(config: Config, model: LatentDiffusion, workdir: Path) -> Frozen:
+def load_finished(
+    config: Config, model: LatentDiffusion, workdir: Path
+) -> FrozenParams:
     """Load the finished first stage and the frozen conditioner of a run.
 
     Raises:
       InputError: If stage 1 is not finished.
       RunError: If no checkpoint is intact.
     """
-    frozen_weights = FrozenWeights(None, None, {})
+    frozen_weights = PretrainedWeights(None, None, {})
     if "diffusion" in config.stages:
         frozen_weights = load_frozen(config, model, workdir)
     if frozen_weights.first_stage is not None:
-        return Frozen(*frozen_weights.first_stage, frozen_weights.conditioner)
+        return FrozenParams(*frozen_weights.first_stage, frozen_weights.conditioner)
     params, scale, _ = load_first_stage(config, workdir)
     if scale is None:
         raise InputError(
             f"--workdir: stage 1 of {workdir} is not finished; run train.py there to "
             "its end first"
         )
-    return Frozen(params, scale, frozen_weights.conditioner)
+    return FrozenParams(params, scale, frozen_weights.conditioner)
 
 
 def open_encoders(

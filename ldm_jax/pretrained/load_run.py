@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ldm_jax.build import build_model, shape_of
 from ldm_jax.config import Config, read_config
 from ldm_jax.config.run import with_tokenizer
-from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams
+from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams, param_shapes
 from ldm_jax.pretrained.first_stage import load_first_stage
 from ldm_jax.pretrained.frozen import load_frozen
 from ldm_jax.pretrained.load_stage import load_stage
@@ -20,10 +20,10 @@ from ldm_jax.pretrained.posthoc_ema import make_average
 from ldm_jax.training.diffusion_stage import (
     averages_folder,
     diffusion_stage,
-    init_denoising,
+    init_diffusion_params,
     sample_params,
 )
-from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.digest import tree_digest
 from ldm_jax.training.train_tokenizer import with_own_tokenizer
 from ldm_jax.types import InputError
@@ -89,18 +89,18 @@ def load_run(
     else:
         params, scale = frozen_weights.first_stage
         first_digest = tree_digest(frozen_weights[1:])
-    shapes = Frozen(jax.eval_shape(lambda: params), shape_of((), jnp.float32), {})
+    shapes = FrozenParams(jax.eval_shape(lambda: params), shape_of((), jnp.float32), {})
     stage = diffusion_stage(config, model, shapes, workdir)
     # Averages are kept longer than the checkpoint of their step.
     checkpoint_step = step if ema_length is None else None
     second = load_stage(stage, workdir, config, step=checkpoint_step)
     scale = second.tree["extra"]["latent_scale"]
-    frozen = Frozen(params, scale, frozen_weights.conditioner)
+    frozen = FrozenParams(params, scale, frozen_weights.conditioner)
     trained, digest, found_step = second.tree["state"].ema, second.digest, second.step
     if ema_length is not None:
         average = make_average(
             averages_folder(workdir),
-            jax.eval_shape(lambda: init_denoising(config, model)),
+            param_shapes(init_diffusion_params, model),
             lengths=config.diffusion.average_lengths,
             length=ema_length,
             step=step,

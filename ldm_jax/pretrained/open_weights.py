@@ -8,11 +8,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.build import build_model, init_unet
+from ldm_jax.build import build_model
 from ldm_jax.config import CONFIG_FILE, Config, read_config
 from ldm_jax.config.load_config import load_config
 from ldm_jax.config.run import with_tokenizer
-from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams
+from ldm_jax.latent_diffusion import (
+    LatentDiffusion,
+    SampleParams,
+    init_autoencoder,
+    init_conditioner,
+    init_unet,
+    param_shapes,
+)
 from ldm_jax.pretrained.compvis_import import is_first_stage, read_compvis
 from ldm_jax.pretrained.diffusers_folder import open_folder
 from ldm_jax.pretrained.diffusers_import import folder_config, read_folder
@@ -26,7 +33,6 @@ from ldm_jax.pretrained.model_weights import (
 )
 from ldm_jax.pretrained.strict_json import read_json
 from ldm_jax.pretrained.tensors import open_tensors
-from ldm_jax.training.dry_run import conditioner_shapes, first_shapes
 from ldm_jax.types import InputError
 
 
@@ -108,9 +114,9 @@ def network_shapes(config: Config) -> NetworkShapes:
     model = build_model(config)
     has_unet = "diffusion" in config.stages
     return NetworkShapes(
-        first_shapes(config, model),
-        jax.eval_shape(lambda: init_unet(config, model)) if has_unet else {},
-        conditioner_shapes(config, model) if has_unet else {},
+        param_shapes(init_autoencoder, model),
+        param_shapes(init_unet, model) if has_unet else {},
+        param_shapes(init_conditioner, model) if has_unet else {},
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from ldm_jax.config import ClipConfig, Config
-from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.latent_diffusion import LatentDiffusion, init_conditioner, param_shapes
 from ldm_jax.pretrained.clip_import import read_clip_tensors
 from ldm_jax.pretrained.diffusers_configs import read_clip
 from ldm_jax.pretrained.diffusers_folder import (
@@ -16,7 +16,6 @@ from ldm_jax.pretrained.diffusers_folder import (
     open_folder,
 )
 from ldm_jax.pretrained.tensors import open_tensors
-from ldm_jax.training.dry_run import conditioner_shapes
 from ldm_jax.types import InputError, PyTree
 
 CLIP_FIELDS = ("width", "depth", "num_heads", "mlp_width", "activation", "epsilon")
@@ -33,7 +32,7 @@ def read_conditioner(config: Config, model: LatentDiffusion) -> PyTree:
       InputError: If its weights are not given or do not fit.
     """
     condition = config.diffusion.condition
-    shapes = conditioner_shapes(config, model)
+    shapes = param_shapes(init_conditioner, model)
     if condition.trained or not jax.tree.leaves(shapes):
         return {}
     if condition.tokenizer is None and config.diffusion.condition_dropout:

@@ -16,7 +16,7 @@ from ldm_jax.rng import Stream, example_keys, image_keys, root_key
 from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.diffusion_stage import sample_params
-from ldm_jax.training.diffusion_step import Denoising, Frozen, inputs_of
+from ldm_jax.training.diffusion_step import DiffusionParams, FrozenParams, inputs_of
 
 GRID_SEEDS = 4
 GRID_COLUMNS = 10
@@ -24,13 +24,13 @@ GRID_COLUMNS = 10
 
 def make_preview(
     model: LatentDiffusion,
-    frozen: Frozen,
+    frozen: FrozenParams,
     workdir: Path,
     *,
     preview: PreviewConfig,
     load_test: Callable[[int], Batch],
     seed: int,
-) -> Callable[[Denoising, int], None]:
+) -> Callable[[DiffusionParams, int], None]:
     """Make a function that writes a grid of samples of averaged parameters.
 
     Args:
@@ -48,7 +48,7 @@ def make_preview(
     )
     sample_fn = make_sample_fn(model, guided=settings.guided)
 
-    def write_grid(ema: Denoising, step_number: int) -> None:
+    def write_grid(ema: DiffusionParams, step_number: int) -> None:
         cond, columns = _grid_inputs(model, frozen, load_test=load_test, seed=seed)
         cond = jax.tree.map(lambda x: jnp.concatenate([x] * GRID_SEEDS), cond)
         samples = sample_fn(
@@ -66,7 +66,7 @@ def make_preview(
 
 def _grid_inputs(
     model: LatentDiffusion,
-    frozen: Frozen,
+    frozen: FrozenParams,
     *,
     load_test: Callable[[int], Batch],
     seed: int,
@@ -86,7 +86,6 @@ def _grid_inputs(
         to_float(batch.image),
         frozen,
         keys,
-        autoencoder=model.autoencoder,
-        condition=condition,
+        model=model,
     )
     return inputs, len(batch.image)

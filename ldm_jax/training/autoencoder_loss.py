@@ -1,4 +1,4 @@
-"""What the autoencoder minimises, its adversary left out."""
+"""The objective of the autoencoder, and its losses without the discriminator's."""
 
 from typing import Literal, NamedTuple, cast
 
@@ -8,26 +8,29 @@ from jaxtyping import Array, Float
 
 from ldm_jax.models.bottleneck import DiagonalGaussian, Quantized
 from ldm_jax.models.discriminator_lpips import Lpips
+from ldm_jax.training.gan_loss import Adversary
 from ldm_jax.types import PyTree
 
 
-class Objective(NamedTuple):
-    """The numbers of the losses, all static."""
+class AutoencoderObjective(NamedTuple):
+    """The losses of the autoencoder and their weights; all static."""
 
     reconstruction_loss: Literal["l1", "l2"]
     """Absolute or squared error."""
     reduction: Literal["mean", "sum"]
-    """Of an image's values, in the reconstruction term."""
+    """Over the values of an image, in the reconstruction term."""
     perceptual_weight: float
-    """Of LPIPS; 0: without."""
+    """Weight of LPIPS; 0 leaves it out."""
     kl_weight: float
-    """Of the KL divergence."""
+    """Weight of the KL divergence."""
     codebook_weight: float
-    """Of the codebook's term."""
+    """Weight of the codebook's term."""
     commitment: Literal["corrected", "legacy"]
-    """Which of the codebook's parts `commitment_beta` weights."""
+    """Which part of the codebook's term `commitment_beta` weights."""
     commitment_beta: float
-    """Its weight."""
+    """Weight of that part."""
+    adversary: Adversary | None = None
+    """The discriminator and its loss."""
 
 
 class ReconstructionTerms(NamedTuple):
@@ -44,21 +47,20 @@ def reconstruction_terms(
     images: Float[Array, "b h w c"],
     perceptual: PyTree,
     *,
-    objective: Objective,
+    objective: AutoencoderObjective,
 ) -> tuple[Float[Array, ""], ReconstructionTerms]:
-    """Measure how unlike their images reconstructions are, the paper's L_rec.
+    """Return the reconstruction term (the paper's L_rec) and its parts.
 
-    LPIPS is added to the error of every value, so that under `sum` it weighs as much
-    more as an image has values.
+    LPIPS is added to the error of every value. Under `sum` its weight is therefore
+    multiplied by the number of values of an image.
 
     Args:
       reconstructions: Near [-1, 1].
       images: In [-1, 1].
       perceptual: Parameters of LPIPS; None without it.
-      objective: Which error, how reduced, and the weight of LPIPS.
 
     Returns:
-      The term, a mean over the batch, and its parts.
+      Means over the batch.
 
     Raises:
       ValueError: If LPIPS has a weight and no parameters.
@@ -84,16 +86,11 @@ def reconstruction_terms(
 
 
 def regularization_loss(
-    bottleneck: DiagonalGaussian | Quantized, *, objective: Objective
+    bottleneck: DiagonalGaussian | Quantized, *, objective: AutoencoderObjective
 ) -> Float[Array, ""]:
     """Return the unweighted loss of the bottleneck, a mean over the batch.
 
-    Args:
-      bottleneck: Of a pass through the autoencoder.
-      objective: How a codebook's term is put together.
-
-    Returns:
-      Nats a latent for a Gaussian, a mean over values for a codebook.
+    Nats a latent for a Gaussian, a mean over values for a codebook.
     """
     if isinstance(bottleneck, DiagonalGaussian):
         return bottleneck.kl().mean()

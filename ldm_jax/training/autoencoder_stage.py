@@ -1,4 +1,4 @@
-"""Stage 1, built: its step, its pictures, and the scale of its latents."""
+"""The autoencoder stage of a run, and the scale of its latents."""
 
 import functools
 import json
@@ -10,20 +10,20 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
-from ldm_jax.build import init_autoencoder, load_split, open_iterator
-from ldm_jax.config import Config
-from ldm_jax.data.pipeline import to_batch
+from ldm_jax.build import load_split, open_iterator
+from ldm_jax.config import AutoencoderConfig, Config
+from ldm_jax.data.pipeline import BatchIterator, to_batch
 from ldm_jax.files import write_json
 from ldm_jax.images import grid, to_float, to_uint8, write_png
-from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.latent_diffusion import LatentDiffusion, init_autoencoder
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.discriminator_lpips import VGG_MIN_SIDE, Lpips, PatchDiscriminator
 from ldm_jax.parallel.make_layout import Layout
 from ldm_jax.parallel.multihost import first_alone, gather_texts
 from ldm_jax.rng import Stream, root_key, stream_key
-from ldm_jax.training.autoencoder_loss import Objective
+from ldm_jax.training.autoencoder_loss import AutoencoderObjective
 from ldm_jax.training.autoencoder_step import autoencoder_step, latent_moments
 from ldm_jax.training.gan_loss import Adversary
 from ldm_jax.training.loop import Stage
@@ -41,53 +41,36 @@ NUM_RECONSTRUCTIONS = 16
 GRID_COLUMNS = 8
 SCALE_FILE = "latent_scale.json"
 MIN_CRITIC_SIDE = 3
-"""Smallest map that the discriminator's last two layers make a logit of."""
+"""Smallest map from which the last two layers of the discriminator make a logit."""
 
 
 def autoencoder_stage(
     config: Config, model: LatentDiffusion, workdir: Path, *, perceptual: PyTree = None
 ) -> Stage:
-    """Build stage 1.
+    """Build the autoencoder stage.
 
     Args:
-      perceptual: What `load_perceptual` read. None stands for shapes, with which all
-        can be done but train.
-
-    Returns:
-      The stage.
+      perceptual: Parameters of LPIPS. None stands for their shapes: the stage can then
+        be compiled but not run.
 
     Raises:
-      InputError: If the images are too small for LPIPS or the adversary.
+      InputError: If the images are too small for LPIPS or the discriminator.
     """
     settings = config.autoencoder
     optimizer = make_optimizer(settings.optim, num_steps=settings.steps)
-    adversary = build_adversary(config)
+    objective = make_objective(settings, model)
     step = functools.partial(
-        autoencoder_step,
-        autoencoder=model.autoencoder,
-        optimizer=optimizer,
-        latent_shape=model.latent_shape,
-        objective=Objective(
-            reconstruction_loss=settings.reconstruction_loss,
-            reduction=settings.reduction,
-            perceptual_weight=settings.perceptual_weight,
-            kl_weight=settings.kl_weight,
-            codebook_weight=settings.codebook_weight,
-            commitment=settings.commitment,
-            commitment_beta=settings.commitment_beta,
-        ),
-        adversary=adversary,
-        accumulate=config.parallel.accumulate,
+        autoencoder_step, model=model, objective=objective, optimizer=optimizer
     )
     reconstruct = make_reconstruct(model)
 
     def init() -> TrainState:
-        state = init_state(init_autoencoder(config, model), optimizer)
-        if adversary is None:
+        key = root_key(config.seed)
+        state = init_state(init_autoencoder(model, key), optimizer)
+        if objective.adversary is None:
             return state
-        critic = init_critic(config, adversary.critic)
-        opt_state = adversary.optimizer.init(critic)
-        return state._replace(critic=CriticState(critic, opt_state))
+        critic = init_critic(model, objective.adversary, key)
+        return state._replace(critic=critic)
 
     def draw(ema: PyTree, step_number: int) -> None:
         images = load_split(config, "test", limit=NUM_RECONSTRUCTIONS).image
@@ -107,140 +90,132 @@ def autoencoder_stage(
         batch_size=settings.batch_size,
         step=step,
         init=init,
-        frozen=perceptual_shapes(config) if perceptual is None else perceptual,
+        frozen=perceptual_shapes(settings, model) if perceptual is None else perceptual,
         extra={},
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         draw=draw,
     )
 
 
-def build_adversary(config: Config) -> Adversary | None:
-    """Build the adversary that a config asks for, if any.
+def make_objective(
+    settings: AutoencoderConfig, model: LatentDiffusion
+) -> AutoencoderObjective:
+    """Make the objective that a config describes.
+
+    Raises:
+      InputError: If the images are too small for the discriminator.
+    """
+    return AutoencoderObjective(
+        reconstruction_loss=settings.reconstruction_loss,
+        reduction=settings.reduction,
+        perceptual_weight=settings.perceptual_weight,
+        kl_weight=settings.kl_weight,
+        codebook_weight=settings.codebook_weight,
+        commitment=settings.commitment,
+        commitment_beta=settings.commitment_beta,
+        adversary=make_adversary(settings, model),
+    )
+
+
+def make_adversary(
+    settings: AutoencoderConfig, model: LatentDiffusion
+) -> Adversary | None:
+    """Make the discriminator that a config describes, if it has one.
 
     Raises:
       InputError: If the images are too small for it.
     """
-    settings, side = config.autoencoder.adversary, config.data.image_size
-    if not settings.enabled:
+    adversary, side = settings.adversary, min(model.image_shape[:2])
+    if not adversary.enabled:
         return None
-    if side // 2**settings.num_layers < MIN_CRITIC_SIDE:
+    if side // 2**adversary.num_layers < MIN_CRITIC_SIDE:
         deepest = (side // MIN_CRITIC_SIDE).bit_length() - 1
         remedy = f"at most {deepest}" if deepest > 0 else "larger images"
         raise InputError(
-            f"autoencoder.adversary.num_layers: got {settings.num_layers}, wanted "
+            f"autoencoder.adversary.num_layers: got {adversary.num_layers}, wanted "
             f"{remedy} where images have {side}x{side} pixels"
         )
-    # The adversary's steps are counted from the first that it makes.
-    own_steps = max(config.autoencoder.steps - settings.start_step, 1)
+    # Its own steps begin with its first update.
+    num_steps = max(settings.steps - adversary.start_step, 1)
     return Adversary(
-        critic=PatchDiscriminator(
-            channels=settings.channels,
-            num_layers=settings.num_layers,
-            dtype=jnp.dtype(config.autoencoder.dtype),
+        discriminator=PatchDiscriminator(
+            channels=adversary.channels,
+            num_layers=adversary.num_layers,
+            dtype=jnp.dtype(settings.dtype),
         ),
-        optimizer=make_transformation(settings.optim, num_steps=own_steps),
-        start_step=settings.start_step,
-        ramp_steps=settings.ramp_steps,
-        weight=settings.weight,
-        loss=settings.loss,
-        sync_batch_norm=settings.sync_batch_norm,
+        optimizer=make_transformation(adversary.optim, num_steps=num_steps),
+        start_step=adversary.start_step,
+        ramp_steps=adversary.ramp_steps,
+        weight=adversary.weight,
+        loss=adversary.loss,
+        sync_batch_norm=adversary.sync_batch_norm,
     )
 
 
-def init_critic(config: Config, critic: PatchDiscriminator) -> PyTree:
-    """Draw the adversary's parameters from the run's root key."""
-    key = stream_key(root_key(config.seed), Stream.INIT_CRITIC)
-    init = jax.jit(functools.partial(critic.init, axis_name=None))
-    return init(key, _blank_image(config))["params"]
+def init_critic(
+    model: LatentDiffusion, adversary: Adversary, key: Key[Array, ""]
+) -> CriticState:
+    """Draw the discriminator's parameters from the root key of a run."""
+    init = jax.jit(functools.partial(adversary.discriminator.init, axis_name=None))
+    params = init(stream_key(key, Stream.INIT_CRITIC), _blank_image(model))["params"]
+    return CriticState(params, adversary.optimizer.init(params))
 
 
-def perceptual_shapes(config: Config) -> PyTree:
-    """Return the shapes of what `load_perceptual` reads; None if a config does without.
+def perceptual_shapes(settings: AutoencoderConfig, model: LatentDiffusion) -> PyTree:
+    """Return the shapes of the parameters of LPIPS; None if its weight is 0.
 
     Raises:
       InputError: If the images are too small for LPIPS.
     """
-    if not config.autoencoder.perceptual_weight:
+    if not settings.perceptual_weight:
         return None
-    side = config.data.image_size
+    image = _blank_image(model)
+    side = min(image.shape[1:3])
     if side < VGG_MIN_SIDE:
         raise InputError(
             f"data.image_size: got {side}, wanted at least {VGG_MIN_SIDE} for LPIPS; "
             "try --autoencoder.perceptual-weight 0"
         )
-    image = _blank_image(config)
     init = functools.partial(Lpips().init, jax.random.key(0))
     return cast(Any, jax.eval_shape(init, image, image))["params"]
 
 
-def measure_latent_scale(
-    config: Config, model: LatentDiffusion, params: PyTree, layout: Layout
-) -> Float[Array, ""]:
-    """Measure one over the standard deviation of the sampled latents.
-
-    Over `autoencoder.scale_batches` batches and all devices; the first-batch estimate
-    of the original code is not repeatable on several devices.
-
-    Args:
-      config: The run's; a `latent_scale` in it is taken as it is.
-      params: The first stage's averaged parameters.
-      layout: Where to compute.
-
-    Returns:
-      The scale, float32.
-
-    Source:
-      Rombach et al., arXiv:2112.10752, app. G ("component-wise variance").
-    """
-    if config.autoencoder.latent_scale is not None:
-        return jnp.asarray(config.autoencoder.latent_scale, jnp.float32)
-    batch_size = config.autoencoder.batch_size
-    iterator = open_iterator(config, batch_size=batch_size, layout=layout)
-    step = layout.map_step(
-        functools.partial(
-            latent_moments,
-            autoencoder=model.autoencoder,
-            latent_shape=model.latent_shape,
-        )
-    )
-    state, key = layout.place(params), layout.place(root_key(config.seed))
-    rows = []
-    try:
-        for _ in range(config.autoencoder.scale_batches):
-            batch = layout.split(to_batch(next(iterator)))
-            state, moments = step(state, None, batch, key)
-            rows.append(jax.device_get(layout.local(moments)))
-    finally:
-        iterator.close()
-    mean, mean_square = np.asarray(rows, np.float64).mean(axis=0)
-    return jnp.asarray(1.0 / np.sqrt(mean_square - mean**2), jnp.float32)
-
-
-def known_latent_scale(
+def latent_scale(
     config: Config,
     model: LatentDiffusion,
     params: PyTree,
     layout: Layout,
     workdir: Path,
 ) -> Float[Array, ""]:
-    """Measure the latent scale once; a killed run finds it in the folder.
+    """Return the scale of the latents: from the run's folder or config, or measured.
 
     Args:
-      params: The first stage's averaged parameters.
-      layout: Where to compute.
+      params: Averaged parameters of the first stage.
 
     Returns:
-      The scale, float32.
+      The scale, float32; it is in the folder afterwards.
 
     Raises:
-      RunError: If it is no positive number.
+      RunError: If it is not a positive number.
       OSError: If it cannot be written.
     """
     path = workdir / "autoencoder" / SCALE_FILE
     known = gather_texts(path.read_text() if path.exists() else "")[0]
     if known:
         return jnp.asarray(json.loads(known)["latent_scale"], jnp.float32)
-    scale = measure_latent_scale(config, model, params, layout)
+    settings = config.autoencoder
+    if settings.latent_scale is not None:
+        scale = jnp.asarray(settings.latent_scale, jnp.float32)
+    else:
+        iterator = open_iterator(config, batch_size=settings.batch_size, layout=layout)
+        scale = measure_latent_scale(
+            model,
+            params,
+            root_key(config.seed),
+            iterator=iterator,
+            num_batches=settings.scale_batches,
+            layout=layout,
+        )
     if not 0.0 < float(scale) < math.inf:
         raise RunError(
             f"autoencoder: the scale of its latents is {float(scale)}, wanted a "
@@ -250,10 +225,46 @@ def known_latent_scale(
     return scale
 
 
+def measure_latent_scale(
+    model: LatentDiffusion,
+    params: PyTree,
+    key: Key[Array, ""],
+    *,
+    iterator: BatchIterator,
+    num_batches: int,
+    layout: Layout,
+) -> Float[Array, ""]:
+    """Measure one over the standard deviation of the sampled latents.
+
+    It is taken over several batches and all devices: the estimate of the original code,
+    from the first batch, depends on the number of devices.
+
+    Args:
+      params: Averaged parameters of the first stage.
+      key: The root key of the run.
+      iterator: Batches of images; closed afterwards.
+
+    Source:
+      Rombach et al., arXiv:2112.10752, app. G ("component-wise variance").
+    """
+    step = layout.map_step(functools.partial(latent_moments, model=model))
+    state, placed_key = layout.place(params), layout.place(key)
+    rows = []
+    try:
+        for _ in range(num_batches):
+            batch = layout.split(to_batch(next(iterator)))
+            state, moments = step(state, None, batch, placed_key)
+            rows.append(jax.device_get(layout.local(moments)))
+    finally:
+        iterator.close()
+    mean, mean_square = np.asarray(rows, np.float64).mean(axis=0)
+    return jnp.asarray(1.0 / np.sqrt(mean_square - mean**2), jnp.float32)
+
+
 def make_reconstruct(
     model: LatentDiffusion,
 ) -> Callable[[PyTree, UInt8[np.ndarray, "b h w c"]], UInt8[np.ndarray, "b h w c"]]:
-    """Make a function from uint8 images to their reconstructions, by the mode."""
+    """Make a function from 8-bit images to their reconstructions from the mode."""
 
     @jax.jit
     def run(params: PyTree, images: UInt8[Array, "b h w c"]) -> Array:
@@ -267,6 +278,5 @@ def make_reconstruct(
     return lambda params, images: to_uint8(np.asarray(run(params, images)))
 
 
-def _blank_image(config: Config) -> Float[Array, "1 h w c"]:
-    data = config.data
-    return jnp.zeros((1, data.image_size, data.image_size, data.image_channels))
+def _blank_image(model: LatentDiffusion) -> Float[Array, "1 h w c"]:
+    return jnp.zeros((1, *model.image_shape))

@@ -1,4 +1,4 @@
-"""Stage 1: one update of the autoencoder and its adversary; the scale of latents."""
+"""The autoencoder step: one update of the autoencoder and its discriminator."""
 
 import functools
 from collections.abc import Callable
@@ -11,22 +11,18 @@ from jaxtyping import Array, Float, Key
 
 from ldm_jax.data.pipeline import Batch
 from ldm_jax.images import to_float
-from ldm_jax.latent_diffusion import encode
+from ldm_jax.latent_diffusion import LatentDiffusion, encode
 from ldm_jax.models.autoencoder import Autoencoder, Reconstruction, image_layer
-from ldm_jax.models.bottleneck import (
-    Quantized,
-    code_usage,
-    perplexity,
-)
-from ldm_jax.parallel.reduce import Average, AxisName, Learned
+from ldm_jax.models.bottleneck import Quantized, code_usage, perplexity
+from ldm_jax.parallel.reduce import AxisName, BatchGradients, Reduce
 from ldm_jax.rng import Stream, example_keys, normal
 from ldm_jax.training.autoencoder_loss import (
-    Objective,
+    AutoencoderObjective,
     ReconstructionTerms,
     reconstruction_terms,
     regularization_loss,
 )
-from ldm_jax.training.gan_loss import Adversary, gan_update
+from ldm_jax.training.gan_loss import gan_update
 from ldm_jax.training.state import (
     Optimizer,
     TrainState,
@@ -37,10 +33,10 @@ from ldm_jax.types import PyTree
 
 
 class AutoencoderMetrics(NamedTuple):
-    """Numbers of one step over the global batch; None where one has no meaning."""
+    """Metrics of one step over the global batch; None where one does not apply."""
 
     loss: Float[Array, ""]
-    """What the autoencoder minimises."""
+    """The autoencoder's whole loss."""
     reconstruction: Float[Array, ""]
     """Mean error of a value."""
     latent_mean: Float[Array, ""]
@@ -56,36 +52,31 @@ class AutoencoderMetrics(NamedTuple):
     codebook: Float[Array, ""] | None = None
     """The codebook's term before weighting."""
     perplexity: Float[Array, ""] | None = None
-    """Codes used, effectively."""
+    """Effective number of codes in use."""
     dead_codes: Float[Array, ""] | None = None
-    """Codes that no latent fell on."""
+    """Codes to which no latent was assigned."""
     adaptive_weight: Float[Array, ""] | None = None
-    """Of the adversary's term, before its other weights."""
+    """As in `GanMetrics`, and so the rest."""
     adversary_factor: Float[Array, ""] | None = None
-    """How much it is listened to."""
     critic_loss: Float[Array, ""] | None = None
-    """What the adversary minimises, before that factor."""
     logits_real: Float[Array, ""] | None = None
-    """Its mean logit for the images."""
     logits_fake: Float[Array, ""] | None = None
-    """Its mean logit for the reconstructions."""
     critic_gradient_norm: Float[Array, ""] | None = None
-    """Global norm of its gradient, before clipping."""
 
 
 class BatchLosses(NamedTuple):
-    """What one batch tells of the autoencoder, each a mean over its examples."""
+    """Losses and statistics of one batch, means over its examples."""
 
     loss: Float[Array, ""]
-    """What the autoencoder minimises."""
+    """The autoencoder's whole loss."""
     terms: ReconstructionTerms
     """The parts of the reconstruction term."""
     penalty: Float[Array, ""]
     """The bottleneck's term before weighting."""
     moments: "LatentMoments"
-    """Of the latents."""
+    """Moments of the latents."""
     usage: Float[Array, " n"] | None
-    """Share of the latents that fell on each code; None without a codebook."""
+    """Share of the latents assigned to each code; None without a codebook."""
 
 
 def autoencoder_step(
@@ -94,88 +85,68 @@ def autoencoder_step(
     batch: Batch,
     root_key: Key[Array, ""],
     *,
-    average: Average,
-    autoencoder: Autoencoder,
+    model: LatentDiffusion,
+    objective: AutoencoderObjective,
     optimizer: Optimizer,
-    latent_shape: tuple[int, int, int],
-    objective: Objective,
-    adversary: Adversary | None,
-    accumulate: int,
+    reduce: Reduce,
 ) -> tuple[TrainState, AutoencoderMetrics]:
-    """Make one update of the autoencoder and, if it has one, of its adversary.
+    """Make one update of the autoencoder and of its discriminator, if there is one.
 
     Args:
-      state: The stage's state; with an adversary, one that holds it.
+      state: Holds the discriminator's state if the objective has an adversary.
       frozen: Parameters of LPIPS; None without it.
-      batch: This device's part of the batch.
-      average: Takes means over the devices.
-      optimizer: The one that made the state.
-      latent_shape: Height, width and channels of a latent.
-      objective: The numbers of the losses.
-      adversary: The rules of the game; None without one.
-      accumulate: Parts the batch is computed in, one after the other; 1 with an
-        adversary.
-
-    Returns:
-      The next state, and the numbers of this step.
+      batch: This device's examples.
+      reduce: Does not cut the batch into parts where there is a discriminator.
 
     Raises:
-      ValueError: If the state holds no adversary but there is one.
+      ValueError: If the objective has an adversary and the state has none.
 
     Source:
       Rombach et al., arXiv:2112.10752, sec. 3.1 and eq. 25.
     """
-    if adversary is not None and state.critic is None:
-        raise ValueError("adversary: given, but the state holds none")
-    learn = functools.partial(
-        _learn,
-        autoencoder=autoencoder,
-        latent_shape=latent_shape,
-        objective=objective,
-        adversary=adversary,
-    )
-    learned = average(
-        learn, gradient_inputs(state), frozen, batch, root_key, parts=accumulate
-    )
-    losses, gan = learned.means, learned.agreed
-    details: dict[str, Float[Array, ""]] = {}
+    if objective.adversary is not None and state.critic is None:
+        raise ValueError("objective.adversary: given, but the state has no critic")
+    gradient_fn = functools.partial(_gradients, model=model, objective=objective)
+    inputs = gradient_inputs(state)
+    computed = reduce(gradient_fn, inputs, frozen, batch, root_key)
+    losses, gan = computed.means, computed.replicated
+    gan_metrics: dict[str, Float[Array, ""]] = {}
     if gan is not None:
         critic, metrics = gan
         state = state._replace(critic=critic)
-        details = metrics._asdict()
+        gan_metrics = metrics._asdict()
     metrics = AutoencoderMetrics(
         loss=losses.loss,
-        gradient_norm=optax.tree.norm(learned.gradients),
+        gradient_norm=optax.tree.norm(computed.gradients),
         **losses.terms._asdict(),
         **_latent_metrics(losses),
-        **details,
+        **gan_metrics,
     )
-    return apply_gradients(state, learned.gradients, optimizer), metrics
+    return apply_gradients(state, computed.gradients, optimizer), metrics
 
 
-def _learn(
+def _gradients(
     state: TrainState,
     frozen: PyTree,
     batch: Batch,
     root_key: Key[Array, ""],
     *,
     axis_name: AxisName,
-    autoencoder: Autoencoder,
-    latent_shape: tuple[int, int, int],
-    objective: Objective,
-    adversary: Adversary | None,
-) -> Learned:
-    """Differentiate the losses of one batch.
+    model: LatentDiffusion,
+    objective: AutoencoderObjective,
+) -> BatchGradients:
+    """Differentiate the losses of one batch in one forward and one backward pass.
 
-    Forward once, backward once: the losses are differentiated down to the
-    reconstructions, where the adversary's share is weighed by a look at the last
-    layer alone, and their sum is sent back through the autoencoder.
+    The losses are differentiated with respect to the reconstructions. There the
+    generator's term is weighted by gradients of the last layer alone, and the sum goes
+    back through the autoencoder.
     """
+    autoencoder = model.autoencoder
     images = to_float(batch.image)
     keys = example_keys(
         root_key, Stream.AUTOENCODER_POSTERIOR, state.step, batch.example_index
     )
-    noise = normal(keys, latent_shape)
+    noise = normal(keys, model.latent_shape)
 
     def forward(params: PyTree) -> tuple[tuple[Array, Array], Reconstruction]:
         made = cast(Any, autoencoder.apply({"params": params}, images, noise))
@@ -183,44 +154,44 @@ def _learn(
         return (made.images, penalty), made
 
     (_, penalty), backward, made = jax.vjp(forward, state.params, has_aux=True)
-    (loss, terms), pull = jax.value_and_grad(reconstruction_terms, has_aux=True)(
+    (loss, terms), slope = jax.value_and_grad(reconstruction_terms, has_aux=True)(
         made.images, images, frozen, objective=objective
     )
     is_kl = autoencoder.regularizer == "kl"
     penalty_weight = objective.kl_weight if is_kl else objective.codebook_weight
     loss = loss + penalty_weight * penalty
     gan = None
-    if adversary is not None and state.critic is not None:
+    if objective.adversary is not None and state.critic is not None:
         gan = gan_update(
-            adversary,
+            objective.adversary,
             state.critic,
             state.step,
             images,
             made.images,
-            pull,
+            slope,
             to_kernel=last_kernel_gradient(autoencoder, state.params, made.features),
             axis_name=axis_name,
         )
-        loss, pull = loss + gan.loss, pull + gan.pull
-    (gradients,) = backward((pull, jnp.full_like(penalty, penalty_weight)))
+        loss, slope = loss + gan.loss, slope + gan.slope
+    (gradients,) = backward((slope, jnp.full_like(penalty, penalty_weight)))
     usage = None
     if isinstance(made.bottleneck, Quantized):
         usage = code_usage(made.bottleneck.indices, size=autoencoder.codebook_size)
-    moments = _moments(made.latents)
-    agreed = None if gan is None else (gan.critic, gan.metrics)
-    return Learned(gradients, BatchLosses(loss, terms, penalty, moments, usage), agreed)
+    losses = BatchLosses(loss, terms, penalty, _moments(made.latents), usage)
+    replicated = None if gan is None else (gan.critic, gan.metrics)
+    return BatchGradients(gradients, losses, replicated)
 
 
 def last_kernel_gradient(
     autoencoder: Autoencoder, params: PyTree, features: Float[Array, "b h w d"]
 ) -> Callable[[Float[Array, "b h w c"]], Float[Array, "s s d c"]]:
-    """Make a function from gradients in the images to those in the last kernel.
+    """Return the transpose of the decoder's last convolution in its kernel.
 
     Args:
-      features: What its last convolution was given.
+      features: Input of that convolution.
 
     Returns:
-      The linear function: the transpose of the decoder's last convolution.
+      From gradients in the images to the gradient in the kernel.
     """
     layer = image_layer(autoencoder.image_channels, autoencoder.dtype)
     last = params["decoder"]["conv_out"]
@@ -230,21 +201,21 @@ def last_kernel_gradient(
         return cast(jax.Array, images).astype(jnp.float32)
 
     _, backward = jax.vjp(render, last["kernel"])
-    return lambda pull: backward(pull)[0]
+    return lambda slope: backward(slope)[0]
 
 
 def _latent_metrics(losses: BatchLosses) -> dict[str, Float[Array, ""]]:
-    """Return the fields of `AutoencoderMetrics` that tell of latents and codes."""
+    """Return the metrics of latents and codes, by field of `AutoencoderMetrics`."""
     moments = losses.moments
     variance = moments.mean_square - jnp.square(moments.mean)
-    details = {
+    found = {
         "latent_mean": moments.mean,
         "latent_std": jnp.sqrt(jnp.maximum(variance, 0.0)),
     }
     if losses.usage is None:
-        return {**details, "kl": losses.penalty}
+        return {**found, "kl": losses.penalty}
     return {
-        **details,
+        **found,
         "codebook": losses.penalty,
         "perplexity": perplexity(losses.usage),
         "dead_codes": (losses.usage == 0.0).sum().astype(jnp.float32),
@@ -252,7 +223,7 @@ def _latent_metrics(losses: BatchLosses) -> dict[str, Float[Array, ""]]:
 
 
 class LatentMoments(NamedTuple):
-    """Sums over the latents of a batch, from which their scale is measured."""
+    """Moments of the latents of a batch, from which their scale is computed."""
 
     mean: Float[Array, ""]
     """Mean over examples, pixels and channels."""
@@ -266,24 +237,16 @@ def latent_moments(
     batch: Batch,
     root_key: Key[Array, ""],
     *,
-    average: Average,
-    autoencoder: Autoencoder,
-    latent_shape: tuple[int, int, int],
+    model: LatentDiffusion,
+    reduce: Reduce,
 ) -> tuple[PyTree, LatentMoments]:
     """Measure the sampled, unscaled latents of one batch.
 
-    The form is that of a training step that changes nothing, so that it is mapped
+    It has the form of a training step that changes nothing, so that a layout maps it
     over devices in the same way.
 
     Args:
-      params: The autoencoder's.
-      frozen: Nothing.
-      batch: This device's part of the batch.
-      average: Takes means over the devices.
-      latent_shape: Height, width and channels of a latent.
-
-    Returns:
-      `params`, and the moments over the global batch.
+      params: Of the autoencoder; returned as they are.
     """
 
     def measure(
@@ -293,14 +256,14 @@ def latent_moments(
         root_key: Key[Array, ""],
         *,
         axis_name: AxisName,
-    ) -> Learned:
+    ) -> BatchGradients:
         del frozen, axis_name
-        posterior = encode(autoencoder, state, to_float(batch.image))
+        posterior = encode(model.autoencoder, state, to_float(batch.image))
         keys = example_keys(root_key, Stream.LATENT_SCALE, 0, batch.example_index)
-        latents = posterior.sample(normal(keys, latent_shape))
-        return Learned(None, _moments(latents))
+        latents = posterior.sample(normal(keys, model.latent_shape))
+        return BatchGradients(None, _moments(latents))
 
-    return params, average(measure, params, frozen, batch, root_key, parts=1).means
+    return params, reduce(measure, params, frozen, batch, root_key).means
 
 
 def _moments(latents: Float[Array, "b h w c"]) -> LatentMoments:

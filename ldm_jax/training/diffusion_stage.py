@@ -1,18 +1,24 @@
-"""The diffusion stage of a run: its step, its start, and what it keeps."""
+"""The diffusion stage of a run."""
 
 import functools
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 
-from ldm_jax.build import init_conditioner, init_unet
-from ldm_jax.config import Config
-from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams
+from ldm_jax.config import Config, DiffusionConfig
+from ldm_jax.diffusion.losses import DiffusionObjective
+from ldm_jax.latent_diffusion import (
+    LatentDiffusion,
+    SampleParams,
+    init_conditioner,
+    init_unet,
+    reading_embeddings,
+)
+from ldm_jax.rng import root_key
 from ldm_jax.training.diffusion_step import (
-    Denoising,
-    Frozen,
-    Objective,
+    DiffusionParams,
+    FrozenParams,
     diffusion_step,
 )
 from ldm_jax.training.ema import FOLDER, snapshot_steps, write_snapshot
@@ -28,30 +34,26 @@ from ldm_jax.training.state import (
 def diffusion_stage(
     config: Config,
     model: LatentDiffusion,
-    frozen: Frozen,
+    frozen: FrozenParams,
     workdir: Path,
     *,
     null_state: Float[Any, "n d"] | None = None,
 ) -> Stage:
-    """Build stage 2 on a finished stage 1.
+    """Build the diffusion stage on a finished first stage.
 
     Args:
-      frozen: What its pictures need and it does not train.
-      null_state: What the frozen text encoder says of the empty prompt, where batches
-        hold what it says of captions.
-
-    Returns:
-      The stage; where batches hold latents, its step needs no first stage.
+      frozen: All parameters that sampling reads and this stage does not train. Where
+        batches hold latents, the step does not read the first stage.
+      null_state: Text embedding of the empty prompt, where batches hold text
+        embeddings.
     """
-    settings = config.diffusion
-    conditioner, condition = model.conditioner, settings.condition
-    learned_on = frozen
+    settings, trained_on = config.diffusion, frozen
     if config.data.latents is not None:
-        learned_on = learned_on._replace(autoencoder={})
+        trained_on = trained_on._replace(autoencoder={})
+    step_model = model
     if null_state is not None:
-        conditioner = conditioner.clone(reads="embedding", encoder=None)
-        condition = condition.as_vectors()
-        learned_on = learned_on._replace(conditioner={}, null_embedding=null_state)
+        step_model = reading_embeddings(model)
+        trained_on = trained_on._replace(conditioner={}, null_embedding=null_state)
     optimizer = make_optimizer(
         settings.optim,
         num_steps=settings.steps,
@@ -59,23 +61,16 @@ def diffusion_stage(
     )
     step = functools.partial(
         diffusion_step,
-        autoencoder=model.autoencoder,
-        unet=model.unet,
-        conditioner=conditioner,
+        model=step_model,
+        objective=make_objective(settings, model),
         optimizer=optimizer,
-        objective=objective_of(config, model),
-        latent_shape=model.latent_shape,
-        condition=condition,
-        num_classes=model.num_classes,
-        null_tokens=model.null_tokens,
-        condition_dropout=settings.condition_dropout,
-        accumulate=config.parallel.accumulate,
     )
 
     def init() -> TrainState:
-        return init_state(init_denoising(config, model), optimizer)
+        params = init_diffusion_params(model, root_key(config.seed))
+        return init_state(params, optimizer)
 
-    def keep(averages: tuple[Denoising, ...], step_number: int) -> None:
+    def keep(averages: tuple[DiffusionParams, ...], step_number: int) -> None:
         folder = averages_folder(workdir)
         write_snapshot(folder, settings.average_lengths, averages, step_number)
 
@@ -86,7 +81,7 @@ def diffusion_stage(
         batch_size=settings.batch_size,
         step=step,
         init=init,
-        frozen=learned_on,
+        frozen=trained_on,
         extra={"latent_scale": frozen.latent_scale},
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         keep=keep,
@@ -95,34 +90,37 @@ def diffusion_stage(
 
 
 def averages_folder(workdir: Path) -> Path:
-    """Return where a run keeps averages of its weights."""
+    """Return the folder of a run's power-function averages."""
     return workdir / "diffusion" / FOLDER
 
 
-def objective_of(config: Config, model: LatentDiffusion) -> Objective:
-    """Collect what stage 2 learns, and at which noise levels."""
-    settings = config.diffusion
-    return Objective(
+def make_objective(
+    settings: DiffusionConfig, model: LatentDiffusion
+) -> DiffusionObjective:
+    """Make the objective that a config describes for a model."""
+    return DiffusionObjective(
         schedule=model.schedule,
         prediction=model.prediction,
+        sigma_data=model.sigma_data,
         loss=settings.loss,
         weight=settings.loss_weight,
         weight_gamma=settings.gamma,
-        sigma_data=model.sigma_data,
         offset_noise=settings.offset_noise,
         timestep_shift=settings.timestep_shift,
+        condition_dropout=settings.condition_dropout,
     )
 
 
-def init_denoising(config: Config, model: LatentDiffusion) -> Denoising:
-    """Draw the parameters that stage 2 trains."""
-    trained = config.diffusion.condition.trained
-    conditioner = init_conditioner(config, model) if trained else {}
-    return Denoising(init_unet(config, model), conditioner)
+def init_diffusion_params(
+    model: LatentDiffusion, key: Key[Array, ""]
+) -> DiffusionParams:
+    """Draw the trainable parameters from the root key of a run."""
+    conditioner = init_conditioner(model, key) if model.condition.trained else {}
+    return DiffusionParams(init_unet(model, key), conditioner)
 
 
-def sample_params(frozen: Frozen, trained: Denoising) -> SampleParams:
-    """Join what stage 2 trained and what it did not for sampling."""
+def sample_params(frozen: FrozenParams, trained: DiffusionParams) -> SampleParams:
+    """Join frozen and trained parameters for sampling."""
     return SampleParams(
         autoencoder=frozen.autoencoder,
         unet=trained.unet,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
 from ldm_jax.models.kernels.convolution import in_a_loop
-from ldm_jax.parallel.reduce import Average
+from ldm_jax.parallel.reduce import Reduce
 from ldm_jax.training.state import TrainState
 from ldm_jax.types import PyTree
 
@@ -33,9 +33,9 @@ def skip_nonfinite(step: Step) -> Step:
         batch: PyTree,
         root_key: Key[Array, ""],
         *,
-        average: Average,
+        reduce: Reduce,
     ) -> tuple[TrainState, Any]:
-        after, metrics = step(state, frozen, batch, root_key, average=average)
+        after, metrics = step(state, frozen, batch, root_key, reduce=reduce)
         good = all_finite(metrics)
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
         return kept._replace(step=after.step), metrics
@@ -66,11 +66,11 @@ def several_steps(step: Step) -> Step:
         batches: PyTree,
         root_key: Key[Array, ""],
         *,
-        average: Average,
+        reduce: Reduce,
     ) -> tuple[TrainState, Any]:
         def body(state: TrainState, batch: PyTree) -> tuple[TrainState, Any]:
             with in_a_loop():
-                return step(state, frozen, batch, root_key, average=average)
+                return step(state, frozen, batch, root_key, reduce=reduce)
 
         return jax.lax.scan(body, state, batches)
 

@@ -1,4 +1,4 @@
-"""A run by shapes only: what it would take."""
+"""A dry run: everything built by shape alone, to check a config and report sizes."""
 
 import functools
 from pathlib import Path
@@ -8,77 +8,70 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax import config as config_lib
-from ldm_jax.build import (
+from ldm_jax.build import build_model, shape_of
+from ldm_jax.config import Config, DataConfig
+from ldm_jax.data.pipeline import Batch, LatentBatch
+from ldm_jax.latent_diffusion import (
+    LatentDiffusion,
     blank_inputs,
-    build_model,
     init_autoencoder,
     init_conditioner,
-    shape_of,
+    param_shapes,
+    reading_embeddings,
 )
-from ldm_jax.config import Config
-from ldm_jax.config.run import with_states
-from ldm_jax.data.pipeline import Batch, LatentBatch
-from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout
-from ldm_jax.parallel.reduce import average_here
+from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.rng import root_key
 from ldm_jax.training.autoencoder_stage import autoencoder_stage
 from ldm_jax.training.diffusion_stage import diffusion_stage
-from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.loop import Stage
 from ldm_jax.types import PyTree
 
 
 def check_batches(config: Config, layout: Layout) -> None:
-    """Raise `InputError` if a batch does not divide by the devices."""
-    parts = config.parallel.accumulate
+    """Raise `InputError` if a batch does not divide by devices and parts."""
+    accumulate = config.parallel.accumulate
     if config.first_stage is None:
-        layout.check_batch_size(
-            config.autoencoder.batch_size, "autoencoder.batch_size", accumulate=parts
-        )
+        size = config.autoencoder.batch_size
+        layout.check_batch_size(size, "autoencoder.batch_size", accumulate=accumulate)
     if "diffusion" in config.stages:
-        layout.check_batch_size(
-            config.diffusion.batch_size, "diffusion.batch_size", accumulate=parts
-        )
+        size = config.diffusion.batch_size
+        layout.check_batch_size(size, "diffusion.batch_size", accumulate=accumulate)
 
 
 def describe(config: Config, layout: Layout) -> dict[str, Any]:
-    """Build everything by shape only and say how large it is.
-
-    Args:
-      layout: The devices it would run on.
+    """Build everything by shape alone and report sizes.
 
     Returns:
-      JSON-compatible: digest of the config, parameters by network, bytes of state by
-      stage, batch per device and steps per epoch by stage (null if the number of
-      examples is not known). Only stages that would be trained are told; the
-      autoencoder's parameters always.
+      JSON-compatible: digest of the config, parameters by network, bytes of state,
+      batch per device and steps per epoch by stage that would be trained (null if the
+      number of examples is not known).
 
     Raises:
       InputError: If a batch does not divide by the devices.
     """
     check_batches(config, layout)
     model = build_model(config)
-    stages = stages_by_shape(config, model)
     report: dict[str, Any] = {
         "digest": config_lib.digest(config),
-        "parameters": {"autoencoder": _count(first_shapes(config, model))},
+        "parameters": {"autoencoder": _count(param_shapes(init_autoencoder, model))},
         "state_bytes": {},
         "batch_per_device": {},
         "steps_per_epoch": {},
     }
     if "diffusion" in config.stages:
-        conditioner = conditioner_shapes(config, model)
+        conditioner = param_shapes(init_conditioner, model)
         if jax.tree.leaves(conditioner):
             report["parameters"]["conditioner"] = _count(conditioner)
-    for stage in stages:
+    for stage in stages_by_shape(config, model):
         state = jax.eval_shape(stage.init)
         if stage.name == "diffusion":
             report["parameters"]["unet"] = _count(state.params.unet)
         local = stage.batch_size // layout.num_devices
-        step = functools.partial(stage.step, average=average_here)
+        step = functools.partial(stage.step, reduce=reduce_over_axis)
         key = jax.eval_shape(lambda: root_key(0))
-        batch = batch_shapes(config, stage.name, local)
+        batch = batch_shapes(model, config.data, stage.name, local)
         jax.eval_shape(step, state, stage.frozen, batch, key)
         report["state_bytes"][stage.name] = tree_bytes(state)
         report["batch_per_device"][stage.name] = local
@@ -91,74 +84,66 @@ def describe(config: Config, layout: Layout) -> dict[str, Any]:
 
 
 def stages_by_shape(config: Config, model: LatentDiffusion) -> list[Stage]:
-    """Build the stages that would be trained, of shapes where a run has arrays.
+    """Build the stages that would be trained, with shapes in place of arrays.
 
-    Returns:
-      Stage 1 unless it is taken from elsewhere, and stage 2 if there is one; all can be
-      done with them but run.
+    They can be compiled but not run.
 
     Raises:
-      InputError: If the images are too small for LPIPS or the adversary.
+      InputError: If the images are too small for LPIPS or the discriminator.
     """
     nowhere = Path()
     stages: list[Stage] = []
     if config.first_stage is None:
         stages.append(autoencoder_stage(config, model, nowhere))
     if "diffusion" in config.stages:
-        trained = config.diffusion.condition.trained
-        frozen = Frozen(
-            first_shapes(config, model),
+        trained = model.condition.trained
+        frozen = FrozenParams(
+            param_shapes(init_autoencoder, model),
             shape_of((), jnp.float32),
-            {} if trained else conditioner_shapes(config, model),
+            {} if trained else param_shapes(init_conditioner, model),
         )
-        null_state = null_state_shape(config)
-        stages.append(
-            diffusion_stage(config, model, frozen, nowhere, null_state=null_state)
+        stage = diffusion_stage(
+            config,
+            model,
+            frozen,
+            nowhere,
+            null_state=null_state_shape(model, config.data),
         )
+        stages.append(stage)
     return stages
 
 
-def first_shapes(config: Config, model: LatentDiffusion) -> PyTree:
-    """Return the shapes of the autoencoder's parameters."""
-    return jax.eval_shape(lambda: init_autoencoder(config, model))
-
-
-def conditioner_shapes(config: Config, model: LatentDiffusion) -> PyTree:
-    """Return the shapes of the conditioner's parameters; {} if it has none."""
-    return jax.eval_shape(lambda: init_conditioner(config, model))
-
-
-def batch_shapes(config: Config, stage: str, size: int) -> Batch | LatentBatch:
+def batch_shapes(
+    model: LatentDiffusion, data: DataConfig, stage: str, size: int
+) -> Batch | LatentBatch:
     """Return the shapes of a batch of `size` examples of a stage."""
-    data = config.data
-    of_latents = data.latents is not None and stage == "diffusion"
-    if of_latents and config.diffusion.condition.freezes_text:
-        config = with_states(config)
-    inputs = jax.eval_shape(lambda: blank_inputs(config, batch_size=size))
-    image = (size, data.image_size, data.image_size)
-    segmented = config.diffusion.condition.concat == "segmentation"
+    cached = data.latents is not None and stage == "diffusion"
+    if cached and model.condition.freezes_text:
+        model = reading_embeddings(model)
+    inputs = jax.eval_shape(lambda: blank_inputs(model, batch_size=size))
+    image = (size, *model.image_shape)
+    segmented = model.condition.concat == "segmentation"
     batch = Batch(
-        image=shape_of((*image, data.image_channels), jnp.uint8),
+        image=shape_of(image, jnp.uint8),
         label=shape_of((size,), jnp.int32),
         example_index=shape_of((size,), jnp.uint32),
         tokens=inputs.tokens,
         embedding=inputs.embedding,
-        segmentation=shape_of(image, jnp.int32) if segmented else None,
+        segmentation=shape_of(image[:-1], jnp.int32) if segmented else None,
     )
-    if not of_latents:
+    if not cached:
         return batch
-    return LatentBatch(shape_of((size, *config.moments_shape), jnp.float32), *batch[1:])
+    return LatentBatch(shape_of((size, *model.moments_shape), jnp.float32), *batch[1:])
 
 
-def null_state_shape(config: Config) -> Any:
-    """Return the shape of a cache's null state; None if a config reads none.
+def null_state_shape(model: LatentDiffusion, data: DataConfig) -> Any:
+    """Return the shape of a cache's null embedding; None if the run reads none.
 
-    Reads no cache: it is taken to hold text states if the text encoder is frozen.
+    Reads no cache: it is assumed to hold text embeddings if the text encoder is frozen.
     """
-    condition = config.diffusion.condition
-    if config.data.latents is None or not condition.freezes_text:
+    if data.latents is None or not model.condition.freezes_text:
         return None
-    vectors = condition.as_vectors()
+    vectors = model.condition.as_vectors()
     return shape_of((vectors.embedding_length, vectors.embedding_width), jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""The other player of stage 1: a discriminator that learns as it is fooled."""
+"""The adversarial loss of the autoencoder, and the update of its discriminator."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, cast
@@ -18,64 +18,63 @@ ADAPTIVE_WEIGHT_EPSILON = 1e-4
 
 
 class Adversary(NamedTuple):
-    """The discriminator and the rules of the game, all static."""
+    """The discriminator, its optimizer and its loss; all static."""
 
-    critic: PatchDiscriminator
+    discriminator: PatchDiscriminator
     """The network."""
     optimizer: optax.GradientTransformation
-    """Its own."""
+    """Updates the discriminator alone."""
     start_step: int
-    """Step at which it begins to learn and to be listened to."""
+    """First step at which the discriminator is trained and its loss is used."""
     ramp_steps: int
-    """Steps until it is fully listened to; 0: at once."""
+    """Steps after `start_step` until `adversary_factor` is 1."""
     weight: float
-    """Of its term, times the adaptive weight."""
+    """Weight of the generator loss, times the adaptive weight."""
     loss: Literal["hinge", "vanilla"]
-    """What it minimises."""
+    """The loss of the discriminator."""
     sync_batch_norm: bool
-    """Whether it normalises over all devices."""
+    """Whether its batch norms use the statistics of all devices."""
 
 
-class Round(NamedTuple):
-    """What the discriminator says of a batch, and what it learns from it."""
+class GanGradients(NamedTuple):
+    """Losses of generator and discriminator on one batch, and their gradients."""
 
     generator_loss: Float[Array, ""]
-    """Minus its mean logit for the reconstructions."""
-    generator_pull: Float[Array, "b h w c"]
-    """Gradient of that in each reconstruction."""
+    """Minus the mean logit of the reconstructions."""
+    generator_slope: Float[Array, "b h w c"]
+    """Gradient of the generator loss in each reconstruction."""
     critic_loss: Float[Array, ""]
-    """What it minimises itself."""
+    """Loss of the discriminator."""
     critic_gradients: PyTree
-    """Gradients of that in its parameters."""
+    """Gradients of that loss in the discriminator's parameters."""
     logits_real: Float[Array, ""]
-    """Its mean logit for the images."""
+    """Mean logit of the images."""
     logits_fake: Float[Array, ""]
-    """Its mean logit for the reconstructions."""
+    """Mean logit of the reconstructions."""
 
 
-def play(
+def gan_gradients(
     adversary: Adversary,
     params: PyTree,
     images: Float[Array, "b h w c"],
     reconstructions: Float[Array, "b h w c"],
     *,
     axis_name: AxisName,
-) -> Round:
-    """Show a batch to the discriminator once, and ask both players' gradients.
+) -> GanGradients:
+    """Apply the discriminator to a batch once and differentiate both losses.
 
-    Both see the same reconstructions and the same discriminator, that of the step
-    before. (The original code makes the reconstructions of the second player anew,
-    after the update of the first.)
+    Both losses use the same reconstructions and the discriminator of the step before.
+    (The original code computes the reconstructions again for the discriminator, after
+    the update of the autoencoder.)
 
     Args:
-      adversary: The rules.
-      params: The discriminator's.
+      params: Of the discriminator.
       images: In [-1, 1].
-      reconstructions: Of these images; how they were made is not looked at.
+      reconstructions: Of these images.
       axis_name: Device axis, for batch statistics over all devices.
 
     Returns:
-      Means over this device's part of the batch, and gradients of them.
+      Means over this device's examples, and gradients of them.
 
     Source:
       Rombach et al., arXiv:2112.10752, eq. 25; Esser et al., arXiv:2012.09841, eq. 5.
@@ -85,20 +84,21 @@ def play(
     def score(
         params: PyTree, images: Float[Array, "b h w c"]
     ) -> Float[Array, "b h2 w2"]:
-        logits = adversary.critic.apply({"params": params}, images, axis_name=axis)
+        variables = {"params": params}
+        logits = adversary.discriminator.apply(variables, images, axis_name=axis)
         return cast(jax.Array, logits)
 
     loss_of = hinge_loss if adversary.loss == "hinge" else vanilla_loss
     real, real_to_params = jax.vjp(lambda params: score(params, images), params)
     fake, fake_to_both = jax.vjp(score, params, reconstructions)
-    generator_loss, generator_pull = jax.value_and_grad(lambda x: -x.mean())(fake)
-    critic_loss, (pull_real, pull_fake) = jax.value_and_grad(loss_of, argnums=(0, 1))(
+    generator_loss, generator_slope = jax.value_and_grad(lambda x: -x.mean())(fake)
+    critic_loss, (slope_real, slope_fake) = jax.value_and_grad(loss_of, argnums=(0, 1))(
         real, fake
     )
-    (from_real,), (from_fake, _) = real_to_params(pull_real), fake_to_both(pull_fake)
-    return Round(
+    (from_real,), (from_fake, _) = real_to_params(slope_real), fake_to_both(slope_fake)
+    return GanGradients(
         generator_loss=generator_loss,
-        generator_pull=fake_to_both(generator_pull)[1],
+        generator_slope=fake_to_both(generator_slope)[1],
         critic_loss=critic_loss,
         critic_gradients=optax.tree.add(from_real, from_fake),
         logits_real=real.mean(),
@@ -107,33 +107,33 @@ def play(
 
 
 class GanMetrics(NamedTuple):
-    """Numbers of one step of both players, means over the global batch."""
+    """Metrics of the discriminator, means over the global batch."""
 
     adaptive_weight: Float[Array, ""]
-    """Of the adversary's term, before its other weights."""
+    """Adaptive weight of the generator loss."""
     adversary_factor: Float[Array, ""]
-    """How much it is listened to."""
+    """Factor of both losses, rising from 0 to 1."""
     critic_loss: Float[Array, ""]
-    """What it minimises, before that factor."""
+    """Loss of the discriminator, before that factor."""
     logits_real: Float[Array, ""]
-    """Its mean logit for the images."""
+    """Mean logit of the images."""
     logits_fake: Float[Array, ""]
-    """Its mean logit for the reconstructions."""
+    """Mean logit of the reconstructions."""
     critic_gradient_norm: Float[Array, ""]
-    """Global norm of its gradient, before clipping."""
+    """Global norm of the discriminator's gradient, before clipping."""
 
 
 class GanUpdate(NamedTuple):
-    """One step of both players."""
+    """The generator's term and the updated discriminator."""
 
     loss: Float[Array, ""]
-    """The adversary's term in the autoencoder's loss, weighted."""
-    pull: Float[Array, "b h w c"]
-    """Gradient of that in each reconstruction."""
+    """Weighted generator loss, a term of the autoencoder's loss."""
+    slope: Float[Array, "b h w c"]
+    """Gradient of that term in each reconstruction."""
     critic: CriticState
     """The discriminator after its update."""
     metrics: GanMetrics
-    """What to tell."""
+    """For the log."""
 
 
 def gan_update(
@@ -142,45 +142,44 @@ def gan_update(
     step: Int[Array, ""],
     images: Float[Array, "b h w c"],
     reconstructions: Float[Array, "b h w c"],
-    reconstruction_pull: Float[Array, "b h w c"],
+    reconstruction_slope: Float[Array, "b h w c"],
     *,
     to_kernel: Callable[[Float[Array, "b h w c"]], Float[Array, "h w c d"]],
     axis_name: AxisName,
 ) -> GanUpdate:
-    """Weigh the adversary's term, and let the discriminator learn.
+    """Weight the generator loss and update the discriminator.
 
     Args:
-      adversary: The rules.
       critic: The discriminator before its update.
       step: Updates made before.
       images: In [-1, 1].
       reconstructions: Of these images.
-      reconstruction_pull: Gradient of the reconstruction term in each of them.
-      to_kernel: Takes such a gradient on to the decoder's last kernel.
-      axis_name: Name of the device axis to average over; None for one device.
-
-    Returns:
-      What the adversary adds to the autoencoder's loss, and its own next state.
+      reconstruction_slope: Gradient of the reconstruction term in each of them.
+      to_kernel: From such a gradient to that in the decoder's last kernel.
+      axis_name: Device axis to average over; None for a single device.
 
     Source:
       Esser et al., arXiv:2012.09841, eq. 6 and 7.
     """
-    game = play(adversary, critic.params, images, reconstructions, axis_name=axis_name)
-    pulls = reconstruction_pull, game.generator_pull
-    # Averaged before their lengths are taken: of means, not means of lengths.
-    weight = adaptive_weight(*mean_over([to_kernel(pull) for pull in pulls], axis_name))
+    found = gan_gradients(
+        adversary, critic.params, images, reconstructions, axis_name=axis_name
+    )
+    slopes = reconstruction_slope, found.generator_slope
+    # The norms of the mean gradients, not the means of norms.
+    in_kernel = mean_over([to_kernel(slope) for slope in slopes], axis_name)
+    weight = adaptive_weight(*in_kernel)
     factor = adversary_factor(
         step, start_step=adversary.start_step, ramp_steps=adversary.ramp_steps
     )
     strength = adversary.weight * factor * weight
-    gradients = optax.tree.scale(factor, game.critic_gradients)
+    gradients = optax.tree.scale(factor, found.critic_gradients)
     gradients = mean_over(gradients, axis_name)
-    details = (game.critic_loss, game.logits_real, game.logits_fake)
-    critic_loss, logits_real, logits_fake = mean_over(details, axis_name)
+    means = (found.critic_loss, found.logits_real, found.logits_fake)
+    critic_loss, logits_real, logits_fake = mean_over(means, axis_name)
     return GanUpdate(
-        loss=strength * game.generator_loss,
-        pull=strength * game.generator_pull,
-        critic=train_critic(adversary, critic, gradients, factor=factor),
+        loss=strength * found.generator_loss,
+        slope=strength * found.generator_slope,
+        critic=update_critic(adversary, critic, gradients, factor=factor),
         metrics=GanMetrics(
             adaptive_weight=weight,
             adversary_factor=factor,
@@ -192,23 +191,17 @@ def gan_update(
     )
 
 
-def train_critic(
+def update_critic(
     adversary: Adversary,
     critic: CriticState,
     gradients: PyTree,
     *,
     factor: Float[Array, ""],
 ) -> CriticState:
-    """Update the discriminator; at factor 0 it stays as it is, to the last count.
+    """Update the discriminator; at factor 0 not even its optimizer's count changes.
 
     Args:
-      adversary: The rules.
-      critic: Before the update.
-      gradients: Of its loss times `factor`, reduced over devices.
-      factor: How much it is listened to, in [0, 1].
-
-    Returns:
-      The state after the update.
+      gradients: Of its loss times `factor`, means over devices.
     """
     after = CriticState(
         *update_params(critic.params, critic.opt_state, gradients, adversary.optimizer)
@@ -223,15 +216,9 @@ def train_critic(
 def adversary_factor(
     step: Int[Array, ""], *, start_step: int, ramp_steps: int
 ) -> Float[Array, ""]:
-    """Return how much the adversary is listened to at a step.
+    """Return the factor of both adversarial losses after `step` updates.
 
-    Args:
-      step: Updates made before it.
-      start_step: First step at which it is listened to at all.
-      ramp_steps: Steps after that one until it is fully listened to.
-
-    Returns:
-      0 before `start_step`, then rising linearly to 1.
+    It is 0 before `start_step`, then rises linearly to 1 within `ramp_steps`.
     """
     waited = (step - start_step + 1).astype(jnp.float32)
     return jnp.clip(waited / (ramp_steps + 1.0), 0.0, 1.0)
@@ -241,14 +228,14 @@ def adaptive_weight(
     reconstruction_gradient: Float[Array, "h w c d"],
     generator_gradient: Float[Array, "h w c d"],
 ) -> Float[Array, ""]:
-    """Weigh the adversary so that it pulls as hard as the reconstruction term.
+    """Return the weight that gives both terms gradients of equal norm.
 
     Args:
       reconstruction_gradient: Of the reconstruction term in the decoder's last kernel.
-      generator_gradient: Of the adversary's term in the same.
+      generator_gradient: Of the generator loss in the same.
 
     Returns:
-      The ratio of their lengths, in [0, 1e4], a constant to every gradient.
+      The ratio of the norms, in [0, 1e4]; its own gradient is 0.
 
     Source:
       Esser et al., arXiv:2012.09841, eq. 7 (their lambda, delta = 1e-4 as in the
@@ -262,7 +249,7 @@ def adaptive_weight(
 def hinge_loss(
     logits_real: Float[Array, "b h w"], logits_fake: Float[Array, "b h w"]
 ) -> Float[Array, ""]:
-    """Ask for logits above 1 where real, below -1 where made, and no more.
+    """Return the hinge loss of the discriminator.
 
     Source:
       Miyato et al., arXiv:1802.05957, eq. 16, negated and halved.
@@ -274,7 +261,7 @@ def hinge_loss(
 def vanilla_loss(
     logits_real: Float[Array, "b h w"], logits_fake: Float[Array, "b h w"]
 ) -> Float[Array, ""]:
-    """Return the cross entropy of telling real from made.
+    """Return the cross entropy of real against reconstructed.
 
     Source:
       Goodfellow et al., arXiv:1406.2661, eq. 1, negated and halved.

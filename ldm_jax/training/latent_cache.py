@@ -24,11 +24,10 @@ from ldm_jax.data.latent_cache import (
     read_note,
     read_null_state,
 )
-from ldm_jax.data.pipeline import BatchIterator, make_stream
+from ldm_jax.data.pipeline import BatchIterator, make_iterator
 from ldm_jax.data.sources import Examples, folder_digest
 from ldm_jax.parallel.make_layout import Layout
 from ldm_jax.training.autoencoder_stage import SCALE_FILE
-from ldm_jax.training.diffusion_step import FrozenWeights
 from ldm_jax.training.digest import tree_digest
 from ldm_jax.types import InputError, PyTree
 
@@ -104,19 +103,20 @@ def text_encoder_digest(
 
 
 def check_cache(
-    config: Config, frozen_weights: FrozenWeights, workdir: Path
+    config: Config, workdir: Path, *, first_stage: PyTree, conditioner: PyTree
 ) -> CacheNote | None:
-    """Check that the cache a run asks for is finished, and of its data and networks.
+    """Check that a run's cache is finished and made of its data and networks.
 
     Args:
-      frozen_weights: What the run takes from elsewhere.
-      workdir: Its folder, which may not be there yet.
+      workdir: Folder of the run; may not exist yet.
+      first_stage: Parameters of a pretrained first stage; None if the run trains it.
+      conditioner: Parameters of a frozen conditioner, or {}.
 
     Returns:
-      What the cache says of itself; None if the run asks for none, or makes it.
+      The note of the cache; None if the run reads none, or makes it itself.
 
     Raises:
-      InputError: If it is not, or the run's own first stage is not trained yet.
+      InputError: If a check fails, or the run has yet to train the first stage.
     """
     if config.data.latents in (None, OWN_LATENTS):
         return None
@@ -138,10 +138,10 @@ def check_cache(
             f"data.latents: {folder} was made of something else: {details}; try the "
             f"same values, or make another cache with {MAKER}"
         )
-    _check_states(config, frozen_weights.conditioner, note)
+    _check_states(config, conditioner, note)
     _check_words(config, note)
-    if frozen_weights.first_stage is not None:
-        check_first_stage(config, frozen_weights.first_stage[0], note)
+    if first_stage is not None:
+        check_first_stage(config, first_stage, note)
     elif not (workdir / "autoencoder" / SCALE_FILE).exists():
         raise InputError(
             f"data.latents: got {folder}, but the first stage of {workdir} is not "
@@ -247,7 +247,7 @@ def open_latents(
 
     The order is that of the images, and so is what is drawn for each example.
     """
-    return make_stream(
+    return make_iterator(
         cache.examples,
         prepare_latents,
         batch_size=batch_size,

@@ -243,8 +243,9 @@ class Trainer:
         step = stage.step
         if self._loop_config.max_skipped:
             step = skip_nonfinite(step)
-        self._one = layout.map_step(step)
-        self._several = layout.map_step(several_steps(step))
+        accumulate = self._loop_config.parallel.accumulate
+        self._one = layout.map_step(step, accumulate=accumulate)
+        self._several = layout.map_step(several_steps(step), accumulate=accumulate)
 
     def run(self, stop: StopSignal, clock: StallClock, profile: Profile) -> Finished:
         """Make what is left of the steps."""

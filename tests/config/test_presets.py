@@ -10,18 +10,19 @@ import jax
 import pytest
 
 from ldm_jax import config as config_lib
-from ldm_jax.build import (
-    build_model,
-    init_autoencoder,
-    init_conditioner,
-    init_unet,
-)
+from ldm_jax.build import build_model
 from ldm_jax.config import Config
 from ldm_jax.config.load_config import load_config
 from ldm_jax.config.presets import (
     RDM_LATENT_SCALE,
     SD_LATENT_SCALE,
     first_stage,
+)
+from ldm_jax.latent_diffusion import (
+    init_autoencoder,
+    init_conditioner,
+    init_unet,
+    param_shapes,
 )
 from ldm_jax.types import PyTree
 from tests.support.commands import LDM, ROOT, run, succeeded
@@ -126,7 +127,7 @@ def test_latents_have_the_published_scale(name):
 def test_a_first_stage_has_the_published_number_of_parameters(name):
     config = load(name)
     model = build_model(config)
-    params = jax.eval_shape(lambda: init_autoencoder(config, model))
+    params = param_shapes(init_autoencoder, model)
     assert count(params) == AUTOENCODERS[name]
 
 
@@ -134,7 +135,7 @@ def test_a_first_stage_has_the_published_number_of_parameters(name):
 def test_a_unet_has_the_published_number_of_parameters(name):
     config = load(name)
     model = build_model(config)
-    params = jax.eval_shape(lambda: init_unet(config, model))
+    params = param_shapes(init_unet, model)
     assert count(params) == LDMS[name].unet
 
 
@@ -142,7 +143,7 @@ def test_a_unet_has_the_published_number_of_parameters(name):
 def test_a_conditioner_has_the_published_number_of_parameters(name):
     config = load(name)
     model = build_model(config)
-    params = jax.eval_shape(lambda: init_conditioner(config, model))
+    params = param_shapes(init_conditioner, model)
     assert count(params) == LDMS[name].conditioner
 
 

@@ -1,5 +1,6 @@
 """Random squares and flips: the same on any layout, and the same for image and map."""
 
+import functools
 import itertools
 
 import jax
@@ -39,15 +40,16 @@ class Wide:
 
 
 def stream(augment, *, process=(0, 1), num_threads=1):
+    prepare = functools.partial(
+        prepare_example, image_size=SIDE, image_channels=3, augment=augment
+    )
     return make_iterator(
         Wide(),
+        prepare,
         batch_size=16,
-        image_size=SIDE,
-        image_channels=3,
         seed=5,
         process_index=process[0],
         process_count=process[1],
-        augment=augment,
         num_threads=num_threads,
     )
 

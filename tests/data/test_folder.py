@@ -1,5 +1,6 @@
 """A folder of images as a data set: its splits, classes, captions and what is wrong."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ldm_jax.data.folder import FolderExamples, open_folder
 from ldm_jax.data.folder_listing import list_folder, select
-from ldm_jax.data.pipeline import load_all, make_iterator, to_batch
+from ldm_jax.data.pipeline import load_all, make_iterator, prepare_example, to_batch
 from ldm_jax.data.sources import open_source, read_captions
 from ldm_jax.types import InputError, RunError
 
@@ -228,11 +229,11 @@ def test_damage_inside_stops_the_stream_and_is_named_in_a_large_one(pool):
 
 
 def stream(examples, *, batch_size, process=(0, 1), **asked):
+    prepare = functools.partial(prepare_example, image_size=SIDE, image_channels=1)
     return make_iterator(
         examples,
+        prepare,
         batch_size=batch_size,
-        image_size=SIDE,
-        image_channels=1,
         seed=3,
         process_index=process[0],
         process_count=process[1],

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -5,7 +6,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from ldm_jax.data.pipeline import load_all, make_iterator, resize, to_batch
+from ldm_jax.data.pipeline import (
+    load_all,
+    make_iterator,
+    prepare_example,
+    resize,
+    to_batch,
+)
 from ldm_jax.data.sources import open_source
 from ldm_jax.types import InputError
 
@@ -21,11 +28,11 @@ def test():
 
 
 def stream(examples, *, batch_size=64, seed=0, process=(0, 1)):
+    prepare = functools.partial(prepare_example, image_size=8, image_channels=1)
     return make_iterator(
         examples,
+        prepare,
         batch_size=batch_size,
-        image_size=8,
-        image_channels=1,
         seed=seed,
         process_index=process[0],
         process_count=process[1],

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.losses import denoising_loss, loss_weight, offset_noise
+from ldm_jax.diffusion.losses import (
+    DiffusionObjective,
+    denoising_loss,
+    loss_weight,
+    offset_noise,
+)
 from ldm_jax.diffusion.parameterization import (
     add_noise,
     prediction_gain,
@@ -124,13 +129,14 @@ def test_the_loss_is_zero_for_the_truth_and_the_mean_error_for_silence():
     cond = jnp.zeros((7,), jnp.int32)
     level = Level(*(jnp.asarray(row) for row in some_levels("cosine")))
     for prediction in PREDICTIONS:
-        score = functools.partial(denoising_loss, prediction=prediction)
         truth = target_of(x_0, eps, level, prediction=prediction)
         for loss, size in (("l1", jnp.abs), ("l2", jnp.square)):
+            objective = DiffusionObjective(None, prediction, loss=loss)
+            score = functools.partial(denoising_loss, objective=objective)
             args = (x_0, level, eps, cond)
-            perfect = score(lambda *_, y=truth: y, *args, loss=loss)
+            perfect = score(lambda *_, y=truth: y, *args)
             assert np.asarray(perfect) == pytest.approx(0, abs=1e-20)
-            silent = score(lambda x, *_: jnp.zeros_like(x), *args, loss=loss)
+            silent = score(lambda x, *_: jnp.zeros_like(x), *args)
             wanted = np.asarray(size(truth)).mean(axis=(1, 2, 3))
             assert silent == pytest.approx(wanted, rel=1e-12)
 
@@ -144,7 +150,8 @@ def test_the_network_is_given_the_noisy_latent_its_t_and_its_condition():
         seen.append((x_t, t, cond))
         return x_t
 
-    denoising_loss(denoise, x_0, level, eps, cond, prediction="v", loss="l2")
+    objective = DiffusionObjective(None, "v")
+    denoising_loss(denoise, x_0, level, eps, cond, objective=objective)
     wanted = (add_noise(x_0, eps, level), level.t, cond)
     assert all(np.array_equal(*pair) for pair in zip(seen[0], wanted, strict=True))
 
@@ -182,7 +189,7 @@ def test_a_weight_means_the_same_whatever_is_predicted(prediction, name, weight)
     reading = reading_of("x0", level, **how)
     clean = wide(reading.x_t_weight) * x_t
     clean = clean + wide(reading.output_weight) * (target + wrong)
-    scoring = {"weight": weight, "weight_gamma": 2.0, "loss": "l2"}
+    scoring = {"weight": weight, "weight_gamma": 2.0}
     as_itself, as_clean = (
         denoising_loss(
             lambda *_, y=answer: y,
@@ -190,8 +197,7 @@ def test_a_weight_means_the_same_whatever_is_predicted(prediction, name, weight)
             Level(*(jnp.asarray(row) for row in level)),
             eps,
             jnp.zeros((7,)),
-            **scoring,
-            **kind,
+            objective=DiffusionObjective(None, **kind, **scoring),
         )
         for answer, kind in ((target + wrong, how), (clean, {"prediction": "x0"}))
     )

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.build import build_model, init_autoencoder
+from ldm_jax.build import build_model
 from ldm_jax.config import AutoencoderConfig, Config, DataConfig, DiffusionConfig
+from ldm_jax.latent_diffusion import init_autoencoder, param_shapes
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.bottleneck import (
     Codebook,
@@ -20,7 +21,8 @@ from ldm_jax.models.bottleneck import (
     read_moments,
 )
 from ldm_jax.parallel.make_layout import PmapLayout
-from ldm_jax.training.autoencoder_stage import measure_latent_scale
+from ldm_jax.rng import root_key
+from ldm_jax.training.autoencoder_stage import latent_scale
 from tests.support.tiny import get_config
 
 BASE = {"channel_multipliers": (1, 2, 4), "latent_channels": 3}
@@ -75,7 +77,7 @@ def test_the_autoencoders_of_the_paper_have_exactly_their_parameters(
         diffusion=DiffusionConfig(channel_multipliers=(1, 2)),
     )
     model = build_model(config)
-    shapes = jax.eval_shape(lambda: init_autoencoder(config, model))
+    shapes = param_shapes(init_autoencoder, model)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
 
 
@@ -94,7 +96,7 @@ def vq():
         jax.jit(functools.partial(model.autoencoder.apply, method=method))
         for method in (Autoencoder.encode, Autoencoder.decode)
     )
-    params = init_autoencoder(config, model)
+    params = init_autoencoder(model, root_key(config.seed))
     return model, params, encode, decode
 
 
@@ -108,8 +110,8 @@ def noise(model):
 
 def test_latents_may_have_other_channels_than_the_networks_around_them():
     for regularizer, moments in (("kl", 2), ("vq", 1)):
-        config, model = make_networks(regularizer=regularizer, z_channels=5)
-        params = jax.eval_shape(functools.partial(init_autoencoder, config, model))
+        _, model = make_networks(regularizer=regularizer, z_channels=5)
+        params = param_shapes(init_autoencoder, model)
         assert params["encoder"]["conv_out"]["bias"].shape == (moments * 5,)
         assert params["quant_conv"]["kernel"].shape == (1, 1, moments * 5, moments * 2)
         assert params["post_quant_conv"]["kernel"].shape == (1, 1, 2, 5)
@@ -121,8 +123,8 @@ def test_latents_may_have_other_channels_than_the_networks_around_them():
 
 
 def test_attention_is_at_a_level_whatever_the_size_of_the_image():
-    config, model = make_networks(attention_resolutions=(4,))
-    params = jax.eval_shape(functools.partial(init_autoencoder, config, model))
+    _, model = make_networks(attention_resolutions=(4,))
+    params = param_shapes(init_autoencoder, model)
     assert {"attention_0"} <= params["encoder"]["down_1"].keys()
     assert "attention_0" not in params["encoder"]["down_0"]
     init = functools.partial(model.autoencoder.init, jax.random.key(0))
@@ -236,9 +238,11 @@ def test_usage_is_a_distribution_and_perplexity_its_effective_size():
     assert perplexity(jnp.asarray([0.0, 1.0])) == 1.0
 
 
-def test_a_latent_scale_that_is_given_is_not_measured():
+def test_a_latent_scale_that_is_given_is_not_measured(tmp_path):
     config, model = make_networks(latent_scale=0.18215)
-    scale = measure_latent_scale(config, model, {}, PmapLayout(jax.devices()[:1]))
+    layout = PmapLayout(jax.devices()[:1])
+    (tmp_path / "autoencoder").mkdir()
+    scale = latent_scale(config, model, {}, layout, tmp_path)
     assert scale == pytest.approx(0.18215)
     assert scale.dtype == jnp.float32
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.build import build_model, init_autoencoder, init_unet
+from ldm_jax.build import build_model
+from ldm_jax.latent_diffusion import init_autoencoder, init_unet
 from ldm_jax.models.attention import attend
 from ldm_jax.models.bottleneck import DiagonalGaussian, gaussian_from_moments
 from ldm_jax.models.conditioning import Condition
@@ -30,7 +31,8 @@ from ldm_jax.models.layers import (
     timestep_embedding,
 )
 from ldm_jax.models.unet import pixel_coordinates
-from ldm_jax.parallel.reduce import average_here, mean_over_parts
+from ldm_jax.parallel.reduce import mean_over_parts, reduce_over_axis
+from ldm_jax.rng import root_key
 from ldm_jax.training.dispatch import several_steps
 from ldm_jax.training.state import TrainState
 from tests.support.tiny import get_config
@@ -128,7 +130,7 @@ def tiny(**data):
 def test_the_autoencoder_returns_images_of_the_size_it_was_given(channels):
     config = tiny(image_channels=channels)
     model = build_model(config)
-    params = init_autoencoder(config, model)
+    params = init_autoencoder(model, root_key(config.seed))
     images = normal(0, (2, 8, 8, channels))
     noise = normal(1, (2, *model.latent_shape))
     result = model.autoencoder.apply({"params": params}, images, noise)
@@ -139,7 +141,7 @@ def test_the_autoencoder_returns_images_of_the_size_it_was_given(channels):
 def test_an_untrained_unet_predicts_zero_and_a_trained_one_sees_time_and_class():
     config = tiny()
     model = build_model(config)
-    params = init_unet(config, model)
+    params = init_unet(model, root_key(config.seed))
     x = normal(0, (2, *model.latent_shape))
 
     def predict(params, t, label):
@@ -172,7 +174,7 @@ def test_a_pooled_context_is_the_mean_of_its_tokens_in_the_time_embedding():
         return config, build_model(config)
 
     (config, pooled), (_, plain) = unet(True), unet(False)
-    params = init_unet(config, pooled)
+    params = init_unet(pooled, root_key(config.seed))
     moved = jax.tree.map(lambda leaf: 0.1 * normal(2, leaf.shape), params)
     # The transformer in the middle is mute, so that only the mean can be heard.
     mute = moved["mid_0"]["transformer"]["proj_out"]
@@ -209,7 +211,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
         config, diffusion=dataclasses.replace(config.diffusion, dtype="bfloat16")
     )
     model, networks_half = build_model(config), build_model(half)
-    params = init_unet(half, networks_half)
+    params = init_unet(networks_half, root_key(half.seed))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     params = jax.tree.map(lambda leaf: leaf + 0.1 * normal(2, leaf.shape), params)
     x, t = normal(0, (2, *model.latent_shape)), jnp.asarray([3, 700])
@@ -355,13 +357,13 @@ def plain_gradient(gradient, params, batch):
 
 
 def two_steps(gradient, params, batch):
-    def step(state, frozen, batch, root_key, *, average):
+    def step(state, frozen, batch, root_key, *, reduce):
         of_params, of_batch = gradient(state.params, batch)
         return state._replace(params=of_params), of_batch
 
     state = TrainState(jnp.int32(0), params, ema=None, opt_state=None)
     batches, key = jnp.stack([batch, batch]), jax.random.key(0)
-    return several_steps(step)(state, None, batches, key, average=average_here)
+    return several_steps(step)(state, None, batches, key, reduce=reduce_over_axis)
 
 
 def two_parts(gradient, params, batch):
@@ -397,8 +399,8 @@ def test_a_unet_with_coordinates_reads_two_more_channels():
     config = tiny()
     settings = dataclasses.replace(config.diffusion, coordinates=True)
     model = build_model(dataclasses.replace(config, diffusion=settings))
-    plain = init_unet(config, build_model(config))
-    params = init_unet(dataclasses.replace(config, diffusion=settings), model)
+    plain = init_unet(build_model(config), root_key(config.seed))
+    params = init_unet(model, root_key(config.seed))
     shapes, plain = (jax.tree.map(jnp.shape, tree) for tree in (params, plain))
     *sizes, channels, out = plain["conv_in"]["kernel"]
     assert shapes["conv_in"]["kernel"] == (*sizes, channels + 2, out)

@@ -65,8 +65,12 @@ def test_a_run_has_the_same_digest_on_any_machine(
 ):
     found = run_toy(
         tmp_path,
-        toy_stage(accumulate=accumulate),
-        parallel=ParallelConfig(layout=layout, steps_per_dispatch=steps_per_dispatch),
+        toy_stage(),
+        parallel=ParallelConfig(
+            layout=layout,
+            accumulate=accumulate,
+            steps_per_dispatch=steps_per_dispatch,
+        ),
         devices=DEVICES[:devices],
     )
     assert found.digest == unbroken[0]

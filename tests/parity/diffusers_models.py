@@ -6,7 +6,8 @@ import warnings
 import jax
 import numpy as np
 
-from ldm_jax.build import build_model, init_autoencoder, init_unet
+from ldm_jax.build import build_model
+from ldm_jax.latent_diffusion import init_autoencoder, init_unet, param_shapes
 from ldm_jax.pretrained import diffusers_names as names
 from ldm_jax.pretrained.diffusers_configs import (
     read_autoencoder,
@@ -139,7 +140,7 @@ def config_and_kind(class_name: str, config: dict):
 def our_unet(config, tensors: dict[str, np.ndarray]):
     """Build our UNet and read its parameters from their tensors."""
     model = build_model(config)
-    shapes = jax.eval_shape(lambda: init_unet(config, model))
+    shapes = param_shapes(init_unet, model)
     format_ = names.unet_format(config.diffusion)
     stored = Tensors.from_arrays(tensors)
     params = read_tree(shapes, format_, stored, what="unet")
@@ -149,7 +150,7 @@ def our_unet(config, tensors: dict[str, np.ndarray]):
 def our_autoencoder(config, tensors: dict[str, np.ndarray]):
     """Build our autoencoder and read its parameters from their tensors."""
     model = build_model(config)
-    shapes = jax.eval_shape(lambda: init_autoencoder(config, model))
+    shapes = param_shapes(init_autoencoder, model)
     format_ = names.autoencoder_format(config.autoencoder)
     stored = Tensors.from_arrays(tensors)
     params = read_tree(shapes, format_, stored, what="vae")

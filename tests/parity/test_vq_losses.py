@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.models.bottleneck import Codebook
-from ldm_jax.training.autoencoder_loss import Objective, reconstruction_terms
+from ldm_jax.training.autoencoder_loss import AutoencoderObjective, reconstruction_terms
 from ldm_jax.training.autoencoder_step import last_kernel_gradient
 from ldm_jax.training.gan_loss import adaptive_weight, hinge_loss, vanilla_loss
 from tests.proofs.test_adversary import build_model, make_config
@@ -82,7 +82,7 @@ def test_the_losses_of_the_adversary_equal_torch(which):
 @pytest.mark.parametrize("error", ["l1", "l2"])
 def test_the_reconstruction_term_equals_torch(reduction, error):
     images, made = normal(0, (4, 6, 5, 3)), normal(1, (4, 6, 5, 3))
-    objective = Objective(error, reduction, 0.0, 0.0, 0.0, "corrected", 0.25)
+    objective = AutoencoderObjective(error, reduction, 0.0, 0.0, 0.0, "corrected", 0.25)
 
     def loss(made):
         return reconstruction_terms(made, images, None, objective=objective)[0]

@@ -13,15 +13,15 @@ from ldm_jax.config import OptimConfig
 from ldm_jax.data.pipeline import Batch
 from ldm_jax.images import to_float
 from ldm_jax.parallel.make_layout import PmapLayout
-from ldm_jax.parallel.reduce import average_here
+from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.rng import Stream, example_keys, normal, root_key
-from ldm_jax.training.autoencoder_stage import autoencoder_stage, build_adversary
+from ldm_jax.training.autoencoder_stage import autoencoder_stage, make_adversary
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.gan_loss import (
     adaptive_weight,
     adversary_factor,
+    gan_gradients,
     hinge_loss,
-    play,
     vanilla_loss,
 )
 from ldm_jax.training.loop import checkpoint_tree, stage_target
@@ -62,6 +62,10 @@ def make_config(regularizer="kl", *, enabled=True, start_step=START, **fields):
     return dataclasses.replace(config, autoencoder=first)
 
 
+def adversary_of(config):
+    return make_adversary(config.autoencoder, build_model(config))
+
+
 def build(config):
     return autoencoder_stage(config, build_model(config), Path())
 
@@ -89,7 +93,9 @@ def descend(config, rate):
     if config.autoencoder.adversary.enabled:
         start = descent.init(state.critic.params)
         state = state._replace(critic=state.critic._replace(opt_state=start))
-        own["adversary"] = build_adversary(config)._replace(optimizer=descent)
+        objective = stage.step.keywords["objective"]
+        adversary = objective.adversary._replace(optimizer=descent)
+        own["objective"] = objective._replace(adversary=adversary)
     return state, functools.partial(stage.step, **own)
 
 
@@ -127,10 +133,10 @@ def told(metrics):
 def plain_update(config):
     """The same update said plainly: whole losses, whole gradients, jax.grad."""
     model, settings = build_model(config), config.autoencoder
-    adversary = build_adversary(config)
+    adversary = adversary_of(config)
 
     def judge(critic, x):
-        return adversary.critic.apply({"params": critic}, x, axis_name=None)
+        return adversary.discriminator.apply({"params": critic}, x, axis_name=None)
 
     def update(state, batch):
         images = to_float(batch.image)
@@ -186,7 +192,7 @@ def plain_update(config):
 def test_one_pass_back_is_the_gradient_of_the_whole_loss(regularizer, fields):
     config = make_config(regularizer, **fields)
     state, step = descend(config, 1.0)
-    step = jax.jit(functools.partial(step, average=average_here))
+    step = jax.jit(functools.partial(step, reduce=reduce_over_axis))
     plain = plain_update(config)
     for done in (START - 1, START):
         before = state._replace(step=jnp.asarray(done, jnp.int32))
@@ -254,7 +260,7 @@ def test_every_number_stays_finite_through_the_switch(regularizer):
 def test_a_run_tells_what_it_has_and_no_more(regularizer, enabled, present, absent):
     config = make_config(regularizer, enabled=enabled)
     stage = build(config)
-    step = functools.partial(stage.step, average=average_here)
+    step = functools.partial(stage.step, reduce=reduce_over_axis)
     state = jax.eval_shape(stage.init)
     _, metrics = jax.eval_shape(step, state, None, batches(1)[0], root_key(0))
     names = [name for name, value in metrics._asdict().items() if value is not None]
@@ -293,14 +299,14 @@ def test_the_losses_of_the_adversary_equal_their_formulas():
 
 def test_the_adversary_learns_to_tell_real_from_made():
     config = make_config()
-    adversary, optimizer = build_adversary(config), Optimizer(optax.adam(2e-3), 0.0)
+    adversary, optimizer = adversary_of(config), Optimizer(optax.adam(2e-3), 0.0)
     images = to_float(jnp.asarray(batches(1)[0].image))
     blurred = 0.5 * (images + jnp.roll(images, 1, axis=2))
     state = init_state(build(config).init().critic.params, optimizer)
 
     @jax.jit
     def learn(state):
-        game = play(adversary, state.params, images, blurred, axis_name=None)
+        game = gan_gradients(adversary, state.params, images, blurred, axis_name=None)
         gradients = game.critic_gradients
         state = apply_gradients(state, gradients, optimizer)
         return state, game
@@ -351,7 +357,7 @@ def test_the_state_of_both_players_survives_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
 def test_bfloat16_keeps_parameters_and_numbers_in_float32(regularizer):
     stage = build(make_config(regularizer, dtype="bfloat16"))
-    step = functools.partial(stage.step, average=average_here)
+    step = functools.partial(stage.step, reduce=reduce_over_axis)
     state = jax.eval_shape(stage.init)
     after, metrics = jax.eval_shape(step, state, None, batches(1)[0], root_key(0))
     assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(

@@ -170,8 +170,8 @@ def test_an_update_moves_every_average():
             assert average["w"] == pytest.approx(masses @ weights, rel=1e-5)
 
 
-def averaged_step(state, frozen, batch, root, *, average):
-    after, metrics = toy_step(state, frozen, batch, root, average=average)
+def averaged_step(state, frozen, batch, root, *, reduce):
+    after, metrics = toy_step(state, frozen, batch, root, reduce=reduce)
     averages = tuple(
         optax.incremental_update(
             after.params, old, share_of_new(after.step, length=length)

@@ -11,10 +11,10 @@ from ldm_jax.build import build_model
 from ldm_jax.data.pipeline import Batch
 from ldm_jax.files import write_safetensors
 from ldm_jax.models.discriminator_lpips import BatchNorm, Lpips, PatchDiscriminator
-from ldm_jax.parallel.reduce import average_here
+from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.pretrained.metric_networks import load_lpips, load_perceptual
 from ldm_jax.rng import root_key
-from ldm_jax.training.autoencoder_loss import Objective, reconstruction_terms
+from ldm_jax.training.autoencoder_loss import AutoencoderObjective, reconstruction_terms
 from ldm_jax.training.autoencoder_stage import autoencoder_stage
 from ldm_jax.types import InputError
 from tests.support.lpips_files import CONV_INDICES, heads, torchvision, under_slices
@@ -225,7 +225,7 @@ def test_weights_that_cannot_be_those_of_lpips_are_refused(tmp_path):
 def test_lpips_is_added_to_the_error_of_every_value(reduction):
     params, distance = lpips()
     x, y = uniform(0, (2, 16, 16, 3)), uniform(1, (2, 16, 16, 3))
-    objective = Objective("l1", reduction, 0.5, 0.0, 0.0, "corrected", 0.25)
+    objective = AutoencoderObjective("l1", reduction, 0.5, 0.0, 0.0, "corrected", 0.25)
     loss = jax.jit(functools.partial(reconstruction_terms, objective=objective))
     total, parts = loss(y, x, params)
     distances = distance(params, x, y)
@@ -264,7 +264,7 @@ def test_a_dry_run_knows_lpips_by_its_shapes():
         jnp.zeros((2,), jnp.int32),
         jnp.zeros((2,), jnp.uint32),
     )
-    step = functools.partial(stage.step, average=average_here)
+    step = functools.partial(stage.step, reduce=reduce_over_axis)
     state = jax.eval_shape(stage.init)
     _, metrics = jax.eval_shape(step, state, stage.frozen, batch, root_key(0))
     assert metrics.perceptual.shape == ()

@@ -28,13 +28,13 @@ from ldm_jax.data.latent_cache import (
 )
 from ldm_jax.data.pipeline import LatentBatch, to_batch
 from ldm_jax.parallel.make_layout import PmapLayout
-from ldm_jax.parallel.reduce import average_here
+from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.pretrained.frozen import load_frozen, open_encoders, save_frozen
 from ldm_jax.rng import root_key
 from ldm_jax.training import encode_latents as making
 from ldm_jax.training import latent_cache as reading
 from ldm_jax.training.diffusion_stage import diffusion_stage
-from ldm_jax.training.diffusion_step import Frozen, FrozenWeights
+from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.dry_run import batch_shapes, describe
 from ldm_jax.training.encode_latents import make_cache, make_shards, plan_cache
 from ldm_jax.training.latent_encoders import Encoders, Made, encode_records
@@ -72,7 +72,7 @@ class Prepared:
         first_stage = (self.weights.autoencoder, jnp.float32(0.5))
         trained = self.config.diffusion.condition.trained
         kept = {} if trained else self.weights.conditioner
-        save_frozen(FrozenWeights(None, first_stage, kept), self.workdir)
+        save_frozen(PretrainedWeights(None, first_stage, kept), self.workdir)
 
     def make(self, **asked):
         asked = {"num_shards": 5, "batch_size": 2, "states": True, **asked}
@@ -107,11 +107,11 @@ class Prepared:
         stage = diffusion_stage(
             config,
             self.model,
-            Frozen(*frozen_weights.first_stage, frozen_weights.conditioner),
+            FrozenParams(*frozen_weights.first_stage, frozen_weights.conditioner),
             self.workdir,
             null_state=None if cache is None else cache.null_state,
         )
-        step = jax.jit(functools.partial(stage.step, average=average_here))
+        step = jax.jit(functools.partial(stage.step, reduce=reduce_over_axis))
         state = jax.eval_shape(stage.init)
         params = state.params._replace(unet=self.weights.unet)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
@@ -225,16 +225,27 @@ def test_a_dry_run_of_latents_has_no_first_stage_and_the_same_digest():
     cached = dataclasses.replace(config, data=data, first_stage="elsewhere")
     config = dataclasses.replace(config, first_stage="elsewhere")
     assert describe(config, layout) == describe(cached, layout)
-    batch = batch_shapes(cached, "diffusion", 4)
+    shapes = functools.partial(batch_shapes, build_model(cached), cached.data)
+    batch = shapes("diffusion", 4)
     assert batch.moments.shape == (4, 8, 8, 8) and batch.tokens is None
     assert batch.embedding.shape == (4, 77, 16)
-    assert batch_shapes(cached, "autoencoder", 4).image.shape == (4, 16, 16, 3)
+    assert shapes("autoencoder", 4).image.shape == (4, 16, 16, 3)
+
+
+def checked(config, frozen_weights, workdir):
+    first_stage = frozen_weights.first_stage
+    return reading.check_cache(
+        config,
+        workdir,
+        first_stage=first_stage and first_stage[0],
+        conditioner=frozen_weights.conditioner,
+    )
 
 
 def refused(cached, config, *, frozen_weights=None, workdir=None):
     with pytest.raises(InputError) as caught:
         frozen_weights = frozen_weights or cached.frozen_weights()
-        reading.check_cache(config, frozen_weights, workdir or cached.workdir)
+        checked(config, frozen_weights, workdir or cached.workdir)
     message = str(caught.value)
     assert message.startswith("data.latents:") and "\n" not in message
     return message
@@ -242,7 +253,7 @@ def refused(cached, config, *, frozen_weights=None, workdir=None):
 
 def test_a_cache_of_another_first_stage_is_refused_with_both_digests(cached):
     params = jax.tree.map(lambda leaf: leaf * 1.0001, cached.weights.autoencoder)
-    frozen_weights = FrozenWeights(None, (params, jnp.float32(0.5)), {})
+    frozen_weights = PretrainedWeights(None, (params, jnp.float32(0.5)), {})
     line = refused(cached, cached.reading(), frozen_weights=frozen_weights)
     assert "was made by another first stage" in line
     assert read_note(cached.out).first_stage[:12] in line
@@ -296,7 +307,7 @@ def test_a_first_stage_that_is_not_trained_yet_has_no_latents(cached, tmp_path):
     line = refused(
         cached,
         cached.reading(),
-        frozen_weights=FrozenWeights(None, None, {}),
+        frozen_weights=PretrainedWeights(None, None, {}),
         workdir=tmp_path,
     )
     assert "is not trained yet" in line and "try --first-stage" in line
@@ -310,7 +321,7 @@ def test_a_flipped_bit_is_found_where_it_is_read(cached, tmp_path, monkeypatch):
     data[5000] ^= 1  # among the records, which begin near the start of the file
     shard.write_bytes(data)
     config, params = cached.reading(latents=str(tmp_path)), cached.weights.autoencoder
-    note = reading.check_cache(config, cached.frozen_weights(), cached.workdir)
+    note = checked(config, cached.frozen_weights(), cached.workdir)
     with pytest.raises(InputError, match=r"damaged \(.*; give the same command"):
         reading.open_cache(config, params, note)
     # A large cache is not read before it is trained from: then, by the reading thread.

@@ -22,7 +22,7 @@ from ldm_jax.run import load_run, train
 from ldm_jax.sampling import pipeline as pipeline
 from ldm_jax.tools.report.run_summary import read_run_summary
 from ldm_jax.tools.report.scores import score_curves, scores_section
-from ldm_jax.training.diffusion_step import Denoising, Frozen
+from ldm_jax.training.diffusion_step import DiffusionParams, FrozenParams
 from ldm_jax.training.metrics import read_metrics
 from ldm_jax.types import InputError, Preempted
 from tests.parallel.test_layouts import StopAfter
@@ -181,8 +181,8 @@ def test_a_run_may_be_scored_from_where_it_goes_on(tmp_path):
 def test_the_second_score_compiles_nothing(scored):
     config, programs = config_of(), []
     loaded = load_run(scored[0])
-    frozen = Frozen(loaded.params.autoencoder, loaded.params.latent_scale, {})
-    trained = Denoising(loaded.params.unet, loaded.params.conditioner)
+    frozen = FrozenParams(loaded.params.autoencoder, loaded.params.latent_scale, {})
+    trained = DiffusionParams(loaded.params.unet, loaded.params.conditioner)
     measure = online.make_measure(config, loaded.model, frozen, scored[0])
     worse = jax.tree.map(lambda leaf: 0.5 * leaf, trained)
     first = measure(trained, 8)

@@ -18,13 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import config as config_lib
-from ldm_jax.build import (
-    build_model,
-    init_autoencoder,
-    init_conditioner,
-    init_unet,
-)
+from ldm_jax.build import build_model
 from ldm_jax.config import Config
+from ldm_jax.latent_diffusion import init_autoencoder, init_conditioner, init_unet
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.conditioning import Condition, ConditionInputs
 from ldm_jax.pretrained import compvis_names, diffusers_names

@@ -15,7 +15,7 @@ from ldm_jax.config import CheckpointConfig, LogConfig, ParallelConfig
 from ldm_jax.diffusion.schedules import draw_levels, make_schedule
 from ldm_jax.parallel.make_layout import make_layout
 from ldm_jax.parallel.multihost import stop_signal
-from ldm_jax.parallel.reduce import Learned
+from ldm_jax.parallel.reduce import BatchGradients
 from ldm_jax.rng import Stream, example_keys, normal, root_key, uniform
 from ldm_jax.training.diffusion_step import DiffusionMetrics
 from ldm_jax.training.loop import LoopConfig, Stage, run_stage
@@ -37,8 +37,8 @@ def drunk(bits):
     return (jax.lax.bitcast_convert_type(bits, jnp.uint32) >> 11 & 0xFFF).astype("f4")
 
 
-def toy_step(state, frozen, batch, root, *, average, accumulate=1, nan_at=()):
-    def learn(state, frozen, batch, root, *, axis_name):
+def toy_step(state, frozen, batch, root, *, reduce, nan_at=()):
+    def gradient_fn(state, frozen, batch, root, *, axis_name):
         def keys(stream):
             return example_keys(root, stream, state.step, batch.example_index)
 
@@ -53,11 +53,11 @@ def toy_step(state, frozen, batch, root, *, average, accumulate=1, nan_at=()):
         gradient = jnp.concatenate([told, jnp.full(4, 0.5 * told.sum())])
         of = functools.partial(jnp.broadcast_to, gradient)
         gradients = jax.tree.map(lambda w: of(w.shape), state.params)
-        return Learned(gradients, (told, gradient))
+        return BatchGradients(gradients, (told, gradient))
 
-    learned = average(learn, state, frozen, batch, root, parts=accumulate)
-    told, gradient = learned.means
-    params = jax.tree.map(lambda w, g: w - g / 64, state.params, learned.gradients)
+    reduced = reduce(gradient_fn, state, frozen, batch, root)
+    told, gradient = reduced.means
+    params = jax.tree.map(lambda w, g: w - g / 64, state.params, reduced.gradients)
     ema = jax.tree.map(lambda old, new: 0.5 * (old + new), state.ema, params)
     # Read, as an optimiser does: what a step does not read, it does not take over.
     last = jnp.where(state.step < 0, state.opt_state["last"], gradient)
@@ -74,7 +74,7 @@ def toy_state():
     return TrainState(jnp.zeros((), jnp.int32), params, ema, {"last": jnp.zeros(8)})
 
 
-def toy_stage(*, num_steps=12, accumulate=1, nan_at=(), drawn=None):
+def toy_stage(*, num_steps=12, nan_at=(), drawn=None):
     def draw(ema, step):
         if drawn is not None:
             drawn.append(step)
@@ -83,7 +83,7 @@ def toy_stage(*, num_steps=12, accumulate=1, nan_at=(), drawn=None):
         name="diffusion",
         num_steps=num_steps,
         batch_size=BATCH,
-        step=functools.partial(toy_step, accumulate=accumulate, nan_at=nan_at),
+        step=functools.partial(toy_step, nan_at=nan_at),
         init=toy_state,
         frozen=None,
         extra={"latent_scale": jnp.float32(1.0)},

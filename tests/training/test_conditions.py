@@ -27,7 +27,7 @@ from ldm_jax.training.conditions import (
     random_holes,
 )
 from ldm_jax.training.diffusion_stage import diffusion_stage
-from ldm_jax.training.diffusion_step import Frozen, inputs_of
+from ldm_jax.training.diffusion_step import FrozenParams, inputs_of
 from ldm_jax.types import InputError
 from tests.support.models import config_of, model_of
 
@@ -62,7 +62,7 @@ def stage_of(kind, **fields):
     config = config_of(kind, **SMALL, **fields)
     model, weights = build_model(config), model_of(config)
     trained = config.diffusion.condition.trained
-    frozen = Frozen(
+    frozen = FrozenParams(
         jax.device_put(weights.autoencoder),
         jnp.asarray(0.5, jnp.float32),
         {} if trained else jax.device_put(weights.conditioner),
@@ -188,8 +188,7 @@ def test_the_inputs_of_inpainting_are_a_latent_and_a_mask():
         batch.image.astype(jnp.float32) / 127.5 - 1.0,
         stage.frozen,
         keys,
-        autoencoder=build_model(config).autoencoder,
-        condition=config.diffusion.condition,
+        model=build_model(config),
     )
     assert inputs.image.shape == (BATCH, *config.latent_shape[:2], 5)
     assert set(np.unique(inputs.image[..., 4])) == {-1.0, 1.0}

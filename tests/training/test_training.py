@@ -9,21 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from ldm_jax.build import (
-    build_model,
-    build_schedule,
-    init_autoencoder,
-    open_iterator,
-)
+from ldm_jax.build import build_model, build_schedule, open_iterator
 from ldm_jax.config import LogConfig, OptimConfig
 from ldm_jax.data.pipeline import to_batch
-from ldm_jax.diffusion.losses import denoising_loss
+from ldm_jax.diffusion.losses import DiffusionObjective, denoising_loss
 from ldm_jax.diffusion.parameterization import PredictionName
 from ldm_jax.diffusion.schedules import draw_levels
 from ldm_jax.images import to_float
+from ldm_jax.latent_diffusion import init_autoencoder
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.parallel.multihost import StopSignal
-from ldm_jax.parallel.reduce import average_here
+from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.rng import Stream, example_keys, normal, root_key
 from ldm_jax.training.autoencoder_stage import (
     autoencoder_stage,
@@ -32,7 +28,7 @@ from ldm_jax.training.autoencoder_stage import (
 )
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.diffusion_stage import diffusion_stage
-from ldm_jax.training.diffusion_step import Frozen
+from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.loop import LoopConfig, run_stage, stage_target
 from ldm_jax.training.state import (
     Optimizer,
@@ -51,8 +47,8 @@ NETWORKS = build_model(CONFIG)
 
 @functools.cache
 def first_stage():
-    params = init_autoencoder(CONFIG, NETWORKS)
-    return Frozen(params, jnp.asarray(0.5, jnp.float32), {})
+    params = init_autoencoder(NETWORKS, root_key(CONFIG.seed))
+    return FrozenParams(params, jnp.asarray(0.5, jnp.float32), {})
 
 
 def stage(name, config=CONFIG):
@@ -120,7 +116,7 @@ def test_the_step_under_pmap_is_the_step_without_it():
     built = stage("diffusion")
     layout = PmapLayout(jax.devices()[:1])
     batch = jax.tree.map(jnp.asarray, batches(1, layout)[0])
-    plain, metrics = jax.jit(functools.partial(built.step, average=average_here))(
+    plain, metrics = jax.jit(functools.partial(built.step, reduce=reduce_over_axis))(
         built.init(), built.frozen, batch, root_key(0)
     )
     mapped, rows = run("diffusion", 1, 1)
@@ -166,7 +162,7 @@ SMALL = {"channel_multipliers": (1,), "attention_downsampling": ()}
 def plain_step(config):
     """The step of stage 2 on one device, and what it is given at the start."""
     built = stage("diffusion", config)
-    step = jax.jit(functools.partial(built.step, average=average_here))
+    step = jax.jit(functools.partial(built.step, reduce=reduce_over_axis))
     batch = jax.tree.map(jnp.asarray, batches(1, PmapLayout(jax.devices()[:1]))[0])
     return step, built, batch
 
@@ -207,11 +203,13 @@ def test_a_step_on_continuous_levels_scores_what_its_config_says_and_trains():
         draw_levels(model.schedule, keys(Stream.TIMESTEP)),
         normal(keys(Stream.NOISE), shape) + 0.3 * shared,
         None,
-        prediction="edm",
-        loss="l2",
-        weight="min_snr",
-        weight_gamma=0.7,
-        sigma_data=0.5,
+        objective=DiffusionObjective(
+            model.schedule,
+            "edm",
+            sigma_data=0.5,
+            weight="min_snr",
+            weight_gamma=0.7,
+        ),
     )
     assert metrics.loss == pytest.approx(float(losses.mean()), rel=1e-5)
     after, metrics = step(state, built.frozen, batch, key)
@@ -240,17 +238,19 @@ def test_a_step_downhill_lowers_every_objective(schedule, zero_terminal_snr):
             zero_terminal_snr=zero_terminal_snr,
             prediction=prediction,
         )
+        levels = build_schedule(config)
         level = draw_levels(
-            build_schedule(config), example_keys(root_key(0), Stream.TIMESTEP, 0, index)
+            levels, example_keys(root_key(0), Stream.TIMESTEP, 0, index)
         )
         for weight in ("uniform", "min_snr"):
+            objective = DiffusionObjective(levels, prediction, weight=weight)
 
-            def loss(line, prediction=prediction, weight=weight, level=level):
+            def loss(line, objective=objective, level=level):
                 def denoise(x_t, t, cond):
                     return line[0] * x_t + line[1]
 
-                settings = {"prediction": prediction, "loss": "l2", "weight": weight}
-                return denoising_loss(denoise, x_0, level, eps, None, **settings).mean()
+                args = (denoise, x_0, level, eps, None)
+                return denoising_loss(*args, objective=objective).mean()
 
             start = jnp.asarray([1.0, 0.5])
             before, slope = jax.value_and_grad(loss)(start)
@@ -274,10 +274,20 @@ def test_training_learns_to_reconstruct():
 
 
 def test_the_latent_scale_makes_latents_of_unit_deviation():
-    params = init_autoencoder(CONFIG, NETWORKS)
+    params = init_autoencoder(NETWORKS, root_key(CONFIG.seed))
     one, four = (PmapLayout(jax.devices()[:num]) for num in (1, 4))
-    scale = measure_latent_scale(CONFIG, NETWORKS, params, one)
-    again = measure_latent_scale(CONFIG, NETWORKS, params, four)
+
+    def measured(layout):
+        return measure_latent_scale(
+            NETWORKS,
+            params,
+            root_key(CONFIG.seed),
+            iterator=open_iterator(CONFIG, batch_size=8, layout=layout),
+            num_batches=CONFIG.autoencoder.scale_batches,
+            layout=layout,
+        )
+
+    scale, again = measured(one), measured(four)
     assert scale == pytest.approx(float(again), rel=1e-6)
     taken = batches(CONFIG.autoencoder.scale_batches, one)
     images = np.concatenate([batch.image for batch in taken])

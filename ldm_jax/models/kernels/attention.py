@@ -227,27 +227,14 @@ def _forward(
         log_sum_ref[0, 0] = _as_row(largest + jnp.log(total))
 
 
-def _backward(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    out_ref: Any,
-    slope_ref: Any,
-    log_sum_ref: Any,
-    dq_ref: Any,
-    dk_ref: Any,
-    dv_ref: Any,
-    dk_sum: Any,
-    dv_sum: Any,
-    *,
-    packing: Packing,
-    size: int,
-) -> None:
+def _backward(*refs: Any, packing: Packing, size: int) -> None:
     """Take the gradients of a block of queries, `size` keys after the other.
 
     Probabilities have keys as rows here, so that what was kept of each query is a row
     and three of the five products need no transposition.
     """
+    q_ref, k_ref, v_ref, out_ref, slope_ref, log_sum_ref, *outputs = refs
+    dq_ref, dk_ref, dv_ref, dk_sum, dv_sum = outputs
     head = _Head(packing)
     block, last = pl.program_id(2), pl.num_programs(2) - 1
 

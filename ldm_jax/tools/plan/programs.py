@@ -10,14 +10,23 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from ldm_jax.build import blank_inputs, build_model, init_unet, shape_of
+from ldm_jax.build import build_model, shape_of
 from ldm_jax.config import Config
 from ldm_jax.diffusion.tables import unpadded
 from ldm_jax.diffusion.timesteps import make_levels
-from ldm_jax.latent_diffusion import SampleParams, images_per_call, null_condition
+from ldm_jax.latent_diffusion import (
+    SampleParams,
+    blank_inputs,
+    images_per_call,
+    init_autoencoder,
+    init_conditioner,
+    init_unet,
+    null_condition,
+    param_shapes,
+)
 from ldm_jax.models.attention import for_chip
 from ldm_jax.parallel.make_layout import Layout, make_layout
-from ldm_jax.parallel.reduce import average_here
+from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.editing import Edit
 from ldm_jax.sampling.program import ImageInputs, Models, sample_chunk
@@ -33,8 +42,6 @@ from ldm_jax.tools.plan.topology import Topology
 from ldm_jax.training.dispatch import skip_nonfinite
 from ldm_jax.training.dry_run import (
     batch_shapes,
-    conditioner_shapes,
-    first_shapes,
     stages_by_shape,
     tree_bytes,
 )
@@ -108,7 +115,7 @@ def step_work(config: Config, request: Request, devices: list[Any] | None) -> Wo
     )
     stage = _stage(config, request)
     state = jax.eval_shape(stage.init)
-    batch = batch_shapes(config, stage.name, stage.batch_size)
+    batch = batch_shapes(build_model(config), config.data, stage.name, stage.batch_size)
     placed = layout.stand_ins(state, stage.frozen, batch)
     local = stage.batch_size // layout.num_devices
     step = skip_nonfinite(stage.step) if config.max_skipped_steps else stage.step
@@ -116,7 +123,13 @@ def step_work(config: Config, request: Request, devices: list[Any] | None) -> Wo
 
     def lower() -> jax.stages.Lowered:
         with for_chip(layout.devices[0].device_kind):
-            return layout.lower(step, state, stage.frozen, batch)
+            return layout.lower(
+                step,
+                state,
+                stage.frozen,
+                batch,
+                accumulate=config.parallel.accumulate,
+            )
 
     return Work(
         lower=lower,
@@ -135,10 +148,10 @@ def step_flops(config: Config, request: Request, images: int) -> int:
     plain = change(config, request.work, remat=False, accumulate=1)
     stage = _stage(plain, request)
     return count_flops(
-        functools.partial(stage.step, average=average_here),
+        functools.partial(stage.step, reduce=reduce_over_axis),
         jax.eval_shape(stage.init),
         stage.frozen,
-        batch_shapes(plain, stage.name, images),
+        batch_shapes(build_model(plain), plain.data, stage.name, images),
         jax.eval_shape(lambda: jax.random.key(0)),
     )
 
@@ -165,12 +178,12 @@ def sample_work(config: Config, request: Request, devices: list[Any] | None) -> 
         table=jax.tree.map(jnp.asarray, unpadded(table)),
         scales=solver.scales[: table.num_calls],
     )
-    cond = jax.eval_shape(lambda: blank_inputs(config, batch_size=images))
+    cond = jax.eval_shape(lambda: blank_inputs(model, batch_size=images))
     models = Models(
         SampleParams(
-            first_shapes(config, model),
-            jax.eval_shape(lambda: init_unet(config, model)),
-            conditioner_shapes(config, model),
+            param_shapes(init_autoencoder, model),
+            param_shapes(init_unet, model),
+            param_shapes(init_conditioner, model),
             shape_of((), jnp.float32),
         ),
         None,
