@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ldm_jax.models.kernels.convolution import in_a_loop
 from ldm_jax.types import PyTree
 
 AxisName = str | tuple[str, ...] | None
@@ -122,8 +121,7 @@ def mean_over_parts(fn: Callable[[PyTree], T], batch: PyTree, *, parts: int) -> 
         return leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
 
     def add(total: T, part: PyTree) -> tuple[T, None]:
-        with in_a_loop():
-            return jax.tree.map(jnp.add, total, fn(part)), None
+        return jax.tree.map(jnp.add, total, fn(part)), None
 
     cuts = jax.tree.map(cut, batch)
     shapes = jax.eval_shape(fn, jax.tree.map(lambda leaf: leaf[0], cuts))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
-from ldm_jax.models.kernels.convolution import in_a_loop
 from ldm_jax.parallel.reduce import Reduce
 from ldm_jax.training.state import TrainState
 from ldm_jax.types import PyTree
@@ -69,8 +68,7 @@ def several_steps(step: Step) -> Step:
         reduce: Reduce,
     ) -> tuple[TrainState, Any]:
         def body(state: TrainState, batch: PyTree) -> tuple[TrainState, Any]:
-            with in_a_loop():
-                return step(state, frozen, batch, root_key, reduce=reduce)
+            return step(state, frozen, batch, root_key, reduce=reduce)
 
         return jax.lax.scan(body, state, batches)
 

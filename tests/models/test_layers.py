@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import functools
 import re
@@ -17,8 +16,8 @@ from ldm_jax.models.conditioning import Condition
 from ldm_jax.models.kernels.convolution import (
     NUMBERS,
     by_rows,
-    in_a_loop,
-    in_one_order,
+    convolve,
+    with_ordered_gradients,
 )
 from ldm_jax.models.kernels.upsample import by_rows_with_gaps, in_four_phases, with_gaps
 from ldm_jax.models.layers import (
@@ -279,16 +278,15 @@ def test_a_doubled_map_is_convolved_at_its_own_size(way, height, width, into, ou
 def test_which_way_a_doubled_map_is_convolved():
     layer = Upsample(jnp.float32)
 
-    def products_in(side, platform, *, images=1, looped=False):
+    def products_in(side, platform, *, images=1):
         x = jax.ShapeDtypeStruct((images, side, side, 4), jnp.float32)
         params = jax.eval_shape(layer.init, jax.random.key(0), x)
-        with in_a_loop() if looped else contextlib.nullcontext():
-            lowered = jax.jit(layer.apply).trace(params, x)
+        lowered = jax.jit(layer.apply).trace(params, x)
         text = lowered.lower(lowering_platforms=(platform,)).as_text()
         dilated = "lhs_dilate = [2, 2]" in text
         return text.count("stablehlo.convolution"), dilated
 
-    assert products_in(8, "cpu") == products_in(8, "cpu", looped=True) == (4, False)
+    assert products_in(8, "cpu") == (4, False)
     assert products_in(4, "cpu") == (1, False)
     assert products_in(4, "tpu", images=8) == (1, True)
     assert products_in(32, "tpu") == products_in(32, "tpu", images=7) == (4, False)
@@ -331,7 +329,7 @@ def test_gradients_in_one_order_are_the_plain_ones(
         )
 
     def ours(x, kernel):
-        return in_one_order(x, kernel, strides, padding)
+        return with_ordered_gradients(x, kernel, strides, padding)
 
     @functools.partial(jax.jit, static_argnums=0)
     def all_of(fn, x, kernel):
@@ -350,10 +348,6 @@ def gradient_of(layer):
         return (layer.apply(params, x) ** 2).sum()
 
     return jax.grad(loss, argnums=(0, 1))
-
-
-def plain_gradient(gradient, params, batch):
-    return gradient(params, batch)
 
 
 def two_steps(gradient, params, batch):
@@ -376,16 +370,41 @@ def test_all_convolutions_of_a_loop_have_one_order_on_a_cpu(way):
     x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
 
-    def orders(way, platform):
+    def orders(platform):
         traced = jax.jit(functools.partial(way, gradient_of(layer))).trace(params, x)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         found = re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", text)
         assert len(found) >= 3
         return len(set(found))
 
-    assert orders(way, "cpu") == 1
-    assert orders(plain_gradient, "cpu") > 1  # as long as JAX makes it so
-    assert orders(way, "tpu") == orders(plain_gradient, "tpu")
+    assert orders("cpu") == 1
+    assert orders("tpu") > 1  # as long as JAX makes it so
+
+
+def test_ordered_gradients_have_forward_mode_and_its_gradients():
+    x, kernel = normal(0, (2, 6, 6, 3)), normal(1, (3, 3, 3, 3))
+
+    def plainly(x, kernel):
+        padding = ((1, 1), (1, 1))
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), padding, dimension_numbers=NUMBERS
+        )
+
+    def ours(x, kernel):
+        return convolve(x, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=NUMBERS)
+
+    def slope(fn, kernel):
+        def twice(x):
+            return fn(jnp.tanh(fn(x, kernel)), kernel)
+
+        return jnp.square(jax.jvp(twice, (x,), (jnp.ones_like(x),))[1]).sum()
+
+    found, wanted = (
+        jax.value_and_grad(functools.partial(slope, fn))(kernel)
+        for fn in (ours, plainly)
+    )
+    for got, plain in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_coordinates_are_the_middles_of_pixels():

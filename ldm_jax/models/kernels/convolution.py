@@ -1,13 +1,11 @@
 """Convolutions in the order in which a chip, or its compiler, is good at them."""
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, linear_call
 from jaxtyping import Array, Float
 
 FEW_IMAGES, WIDE = 8, 64
@@ -17,23 +15,6 @@ time row by row."""
 Pairs = tuple[tuple[int, int], tuple[int, int]]
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 NUMBERS_OF_ROWS = ("NWC", "WIO", "NWC")
-_in_a_loop = contextvars.ContextVar("_in_a_loop", default=False)
-
-
-@contextlib.contextmanager
-def in_a_loop() -> Iterator[None]:
-    """Trace what is differentiated within the body of a loop.
-
-    A CPU's compiler puts the axes of a convolution into the order that its fast kernels
-    take, but not within loops. Gradients come in another order: a training step in a
-    loop took 7.8 times as long. Here they are written in that order. They then have no
-    derivative in forward mode, which is why it is not done everywhere.
-    """
-    token = _in_a_loop.set(True)
-    try:
-        yield
-    finally:
-        _in_a_loop.reset(token)
 
 
 def convolve(
@@ -45,40 +26,34 @@ def convolve(
 ) -> Float[Array, "b h2 w2 e"]:
     """Convolve as `jax.lax.conv_general_dilated` does, in another order if better.
 
-    The eight images that a register holds side by side are more than there are in a
-    small batch. The compiler then cuts maps into blocks and calls them images, with
-    copies before and after that take most of the time. Rows are images enough. For a
-    CPU see `in_a_loop`.
+    A TPU holds eight images side by side in a register. In a smaller batch its compiler
+    cuts maps into blocks and treats them as images, with copies before and after that
+    take most of the time. Rows as images need none. For a CPU see
+    `with_ordered_gradients`.
 
     Args:
-      x: The map.
-      kernel: The kernel.
       strides: Of the window.
       padding: Of height and width.
       kwargs: As of `jax.lax.conv_general_dilated`.
-
-    Returns:
-      The map convolved.
     """
     plainly = functools.partial(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **kwargs
     )
+    pairs = tuple(padding)
+    ways: dict[str, Any] = {
+        "cpu": functools.partial(
+            with_ordered_gradients, strides=tuple(strides), padding=pairs
+        )
+    }
     b, _, w, _ = x.shape
-    keeps_size = tuple(strides) == (1, 1) and tuple(padding) == ((1, 1), (1, 1))
-    ways: dict[str, Any] = {}
+    keeps_size = tuple(strides) == (1, 1) and pairs == ((1, 1), (1, 1))
     if b < FEW_IMAGES and w >= WIDE and kernel.shape[:2] == (3, 3) and keeps_size:
         ways["tpu"] = by_rows
-    if _in_a_loop.get():
-        ways["cpu"] = functools.partial(
-            in_one_order, strides=strides, padding=tuple(padding)
-        )
-    if not ways:
-        return plainly(x, kernel)
     return jax.lax.platform_dependent(x, kernel, default=plainly, **ways)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def in_one_order(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def with_ordered_gradients(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "n m c e"],
     strides: tuple[int, int],
@@ -86,59 +61,100 @@ def in_one_order(
 ) -> Float[Array, "b h2 w2 e"]:
     """Convolve, with gradients whose axes are in the order of the convolution's own.
 
+    A CPU's compiler puts the axes of a convolution into the order that its fast kernels
+    take, but not within loops. The gradients that JAX derives have another order: a
+    training step in a loop took 7.8 times as long.
+
+    Both modes of differentiation are there, and reverse of forward mode; reverse of
+    reverse mode and `jax.vmap` of gradients are not.
+
     Args:
-      x: The map.
-      kernel: The kernel.
       strides: Of the window.
       padding: Before and after, of height and width.
-
-    Returns:
-      The map convolved.
     """
     return jax.lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=NUMBERS
     )
 
 
-def _in_one_order_forward(
-    x: Array, kernel: Array, strides: tuple[int, int], padding: Pairs
-) -> tuple[Array, tuple[Array, Array]]:
-    return in_one_order(x, kernel, strides, padding), (x, kernel)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _linear_in_x(x: Array, kernel: Array, strides: Any, padding: Any) -> Array:
+    return linear_call(
+        lambda kernel, x: with_ordered_gradients(x, kernel, strides, padding),
+        functools.partial(_gradient_of_x, x.shape, strides, padding),
+        kernel,
+        x,
+    )
 
 
-def _in_one_order_backward(
-    strides: tuple[int, int], padding: Pairs, kept: tuple[Array, Array], slope: Array
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _linear_in_kernel(x: Array, kernel: Array, strides: Any, padding: Any) -> Array:
+    return linear_call(
+        lambda x, kernel: with_ordered_gradients(x, kernel, strides, padding),
+        functools.partial(_gradient_of_kernel, kernel.shape, strides, padding),
+        x,
+        kernel,
+    )
+
+
+def _jvp(
+    strides: Any, padding: Any, primals: tuple[Array, Array], tangents: tuple[Any, Any]
 ) -> tuple[Array, Array]:
-    x, kernel = kept
-    around_slope, around_x = [], []
-    for side, window, out, stride, (before, _) in zip(
-        x.shape[1:3], kernel.shape[:2], slope.shape[1:3], strides, padding, strict=True
-    ):
-        wide = (out - 1) * stride + 1  # the slope, with zeros for what was skipped
-        rest = side + before - wide
-        around_slope.append((window - 1 - before, rest))
-        around_x.append((before, window - 1 - rest))
-    of_x = jax.lax.conv_general_dilated(
+    (x, kernel), (of_x, of_kernel) = primals, tangents
+    terms: list[Array] = []
+    if not isinstance(of_x, SymbolicZero):
+        terms.append(_linear_in_x(of_x, kernel, strides, padding))
+    if not isinstance(of_kernel, SymbolicZero):
+        terms.append(_linear_in_kernel(x, of_kernel, strides, padding))
+    out = with_ordered_gradients(x, kernel, strides, padding)
+    return out, functools.reduce(jnp.add, terms)
+
+
+with_ordered_gradients.defjvp(_jvp, symbolic_zeros=True)
+_linear_in_x.defjvp(_jvp, symbolic_zeros=True)
+_linear_in_kernel.defjvp(_jvp, symbolic_zeros=True)
+
+
+def _gradient_of_x(
+    shape: tuple[int, ...], strides: Any, padding: Any, kernel: Array, slope: Array
+) -> Array:
+    sizes = zip(
+        shape[1:3], kernel.shape[:2], slope.shape[1:3], strides, padding, strict=True
+    )
+    around = [
+        (window - 1 - before, side + before - (out - 1) * stride - 1)
+        for side, window, out, stride, (before, _) in sizes
+    ]
+    return jax.lax.conv_general_dilated(
         slope,
         jnp.swapaxes(kernel[::-1, ::-1], 2, 3),
         (1, 1),
-        around_slope,
+        around,
         lhs_dilation=strides,
         dimension_numbers=NUMBERS,
     )
-    # The channels are the images, and the images the channels.
+
+
+def _gradient_of_kernel(
+    shape: tuple[int, ...], strides: Any, padding: Any, x: Array, slope: Array
+) -> Array:
+    sizes = zip(
+        x.shape[1:3], shape[:2], slope.shape[1:3], strides, padding, strict=True
+    )
+    around = [
+        (before, window - side - before + (out - 1) * stride)
+        for side, window, out, stride, (before, _) in sizes
+    ]
+    # Channels take the place of images, and images that of channels.
     of_kernel = jax.lax.conv_general_dilated(
         jnp.transpose(x, (3, 1, 2, 0)),
         jnp.transpose(slope, (1, 2, 0, 3)),
         (1, 1),
-        around_x,
+        around,
         rhs_dilation=strides,
         dimension_numbers=NUMBERS,
     )
-    return of_x, jnp.transpose(of_kernel, (1, 2, 0, 3))
-
-
-in_one_order.defvjp(_in_one_order_forward, _in_one_order_backward)
+    return jnp.transpose(of_kernel, (1, 2, 0, 3))
 
 
 @jax.custom_vjp

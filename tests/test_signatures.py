@@ -1,0 +1,67 @@
+"""Signatures: few parameters everywhere, the whole config only where a run is built."""
+
+import ast
+from collections import Counter
+
+import pytest
+
+from tests.test_floors import FILES, relative, room
+
+MOST_PARAMETERS = 8
+STILL_LONGER = {
+    "sampling/sample_fn.py": {"sample_fn", "make_sample_fn", "__call__", "make_plan"},
+    "sampling/export.py": {"export_sample_program"},
+}
+"""Functions with more parameters that are being rewritten."""
+MOST_WITH_CONFIG = {
+    "config": 8,
+    "build": 11,
+    "training": 25,
+    "pretrained": 44,
+    "sampling": 21,
+    "evaluation": 22,
+    "run": 2,
+    "tools": 16,
+    "cli": 2,
+}
+"""Parameters of the type `Config` that a room may have; others have none."""
+
+
+def functions(path):
+    tree = ast.parse(path.read_text())
+    return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+
+
+def parameters(function):
+    found = function.args
+    return [*found.posonlyargs, *found.args, *found.kwonlyargs]
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_no_signature_has_more_than_eight_parameters(path):
+    known = STILL_LONGER.get(relative(path), set())
+    for function in functions(path):
+        names = {p.arg for p in parameters(function)} - {"self", "cls"}
+        assert len(names) <= MOST_PARAMETERS or function.name in known, function.name
+
+
+def takes_config(parameter):
+    if parameter.annotation is None:
+        return False
+    return ast.unparse(parameter.annotation) in ("Config", "Config | None")
+
+
+def test_the_whole_config_is_seen_only_where_a_run_is_built():
+    found = Counter(
+        room(path)
+        for path in FILES
+        for function in functions(path)
+        for parameter in parameters(function)
+        if takes_config(parameter)
+    )
+    too_many = {
+        name: (num, MOST_WITH_CONFIG.get(name, 0))
+        for name, num in found.items()
+        if num > MOST_WITH_CONFIG.get(name, 0)
+    }
+    assert not too_many
