@@ -1,7 +1,7 @@
-"""Every number of a run, in frozen dataclasses that check themselves.
+"""Configs of runs: frozen dataclasses that check their values.
 
-A default lives here and nowhere else. Nothing here imports JAX or NumPy, so that
-`--help` and a misspelt flag answer at once.
+All defaults are here. Nothing here imports JAX or NumPy, so that `--help` and the
+errors of flags are fast.
 """
 
 from ldm_jax.config.autoencoder import AdversaryConfig, AutoencoderConfig

@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, its losses and its adversary."""
+"""Config of stage 1: the autoencoder, its losses and its discriminator."""
 
 import dataclasses
 from typing import Literal
@@ -13,31 +13,33 @@ from ldm_jax.config.validation import (
 )
 
 ADAM_GAN = OptimConfig(lr=4.5e-6, b1=0.5, b2=0.9, clip_norm=0.0)
-"""latent-diffusion's optimiser of both players; the rate is for one image a step."""
+"""latent-diffusion's optimizer of autoencoder and discriminator, for one image a
+step."""
 
 
 @checked_dataclass
 class AdversaryConfig:
-    """The patch discriminator that sharpens reconstructions."""
+    """The patch discriminator of the adversarial loss."""
 
     enabled: bool = False
-    """Whether there is one."""
+    """Whether to train with a discriminator."""
     start_step: int = 50_001
-    """Step at which it begins to learn and to be listened to."""
+    """First step with the discriminator and the generator loss."""
     ramp_steps: int = 0
-    """Steps over which it is then listened to more and more; 0: at once."""
+    """Steps over which the weight of the generator loss rises from 0; 0: at once."""
     weight: float = 0.5
-    """Weight of its term, times the adaptive weight."""
+    """Weight of the generator loss, at least 0, times the adaptive weight."""
     loss: Literal["hinge", "vanilla"] = "hinge"
-    """Its loss; `vanilla` is the logistic one."""
+    """Loss of the discriminator; `vanilla` is the logistic loss."""
     channels: int = 64
-    """Channels of its first layer."""
+    """Channels of the first layer."""
     num_layers: int = 3
-    """Strided layers after the first; more see larger patches."""
+    """Strided layers after the first; more give larger patches."""
     sync_batch_norm: bool = True
-    """Batch statistics over all devices, so that their number changes nothing."""
+    """Batch statistics over all devices, so that results do not depend on their
+    number."""
     optim: OptimConfig = dataclasses.field(default_factory=lambda: ADAM_GAN)
-    """Its own optimiser."""
+    """Optimizer of the discriminator."""
 
     def _check(self) -> None:
         require_at_least(self, 0, "start_step", "ramp_steps", "weight")
@@ -49,69 +51,69 @@ class AutoencoderConfig:
     """Stage 1: the autoencoder and its training."""
 
     regularizer: Literal["kl", "vq"] = "kl"
-    """`kl`: a Gaussian drawn to N(0, I); `vq`: vectors of a codebook."""
+    """Latents: `kl`: a Gaussian, pulled to N(0, I); `vq`: vectors of a codebook."""
     channels: int = 128
     """Channels at full resolution."""
     channel_multipliers: tuple[int, ...] = (1, 2, 4)
-    """Width of each level; every level but the last halves the resolution."""
+    """Width of each level, times `channels`; all but the last halve the resolution."""
     num_res_blocks: int = 2
-    """Residual blocks a level (the decoder has one more)."""
+    """Residual blocks of each level (one more in the decoder)."""
     attention_resolutions: tuple[int, ...] = ()
-    """Heights of feature maps, in pixels at `data.image_size`, with self-attention."""
+    """Heights of the feature maps with self-attention, in pixels."""
     mid_attention: bool = True
     """Self-attention at the lowest resolution."""
     latent_channels: int = 3
     """Channels of the latent."""
     z_channels: int | None = None
-    """Channels between encoder and latent (`z_channels`); unset: as the latent."""
+    """Channels between encoder and latent; unset: `latent_channels`."""
     num_groups: int = 32
     """Groups of every group norm; must divide every width."""
     dtype: DtypeName = "float32"
     """Compute dtype; parameters, statistics and losses stay float32."""
     reconstruction_loss: Literal["l1", "l2"] = "l1"
-    """Absolute or squared error."""
+    """Reconstruction loss: absolute or squared error."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Reconstruction term over an image's values; the paper's KL models sum."""
+    """Reduction of the reconstruction loss over an image; the paper's KL models sum."""
     kl_weight: float = 1e-6
-    """Weight of the KL divergence (nats a latent)."""
+    """Weight of the KL divergence, in nats a latent (`kl`)."""
     codebook_size: int = 8192
     """Vectors of the codebook (`vq`)."""
     codebook_weight: float = 1.0
-    """Weight of the codebook term (`vq`)."""
+    """Weight of the codebook loss (`vq`)."""
     commitment: Literal["corrected", "legacy"] = "corrected"
-    """Which of its two parts `commitment_beta` weights: the encoder's, as in the VQ-VAE
-    paper, or the codebook's, as the released models were trained."""
+    """Term that `commitment_beta` weights (`vq`): the encoder's, as in the VQ-VAE
+    paper, or the codebook's (`legacy`), as in the released models."""
     commitment_beta: float = 0.25
-    """Beta of the codebook term (`vq`)."""
+    """Beta of the codebook loss (`vq`)."""
     perceptual_weight: float = 0.0
-    """Weight of LPIPS; 0 switches it off. Above 0 it needs `perceptual_files`."""
+    """Weight of LPIPS; 0: none. Above 0 it needs `perceptual_files`."""
     perceptual_files: tuple[str, ...] = ()
-    """Weights of VGG16 and of LPIPS' linear heads: one file, or several."""
+    """Files with the weights of VGG16 and of LPIPS' linear heads, one or more."""
     adversary: AdversaryConfig = dataclasses.field(default_factory=AdversaryConfig)
-    """Discriminator."""
+    """The discriminator."""
     latent_scale: float | None = None
-    """What latents are multiplied by; unset: measured, to a standard deviation of 1."""
+    """Factor of the latents; unset: measured for a standard deviation of 1."""
     batch_size: int = 64
-    """Images a step, over all devices."""
+    """Images of a step on all devices."""
     steps: int = 100_000
     """Training steps."""
     scale_batches: int = 100
-    """Batches over which the latent scale is measured after training."""
+    """Batches from which the latent scale is measured after training."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    """Optimiser."""
+    """Optimizer."""
 
     @property
     def downsampling(self) -> int:
-        """Pixels of an image per pixel of its latent, along one side."""
+        """Ratio of the sides of an image and its latent."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def encoder_channels(self) -> int:
-        """Channels between encoder and latent, for one of the Gaussian's moments."""
+        """Channels between encoder and latent, of one moment of the Gaussian."""
         return self.latent_channels if self.z_channels is None else self.z_channels
 
     def attention_levels(self, image_size: int) -> tuple[int, ...]:
-        """Return the levels with self-attention, 0 at full resolution."""
+        """Return the levels with self-attention; level 0 is the full resolution."""
         levels = range(len(self.channel_multipliers))
         return tuple(
             level

@@ -1,4 +1,4 @@
-"""Stage 2: the UNet, what it is conditioned on, the noise and the training."""
+"""Config of stage 2: the UNet, its conditions, the noise levels and the training."""
 
 import dataclasses
 from typing import Literal
@@ -19,34 +19,34 @@ ScheduleName = Literal["ldm_linear", "linear", "cosine", "flow", "edm"]
 PredictionName = Literal["eps", "v", "x0", "flow", "edm"]
 
 CAPTIONS = "captions"
-"""In the place of a tokenizer's folder: learn it from the captions."""
+"""Value of `tokenizer` with which the run trains one on the captions."""
 
 GAMMAS = {"min_snr": 5.0, "p2": 1.0, "debiased": 0.5}
 LONGEST_AVERAGE = 0.28
-"""As a share of training; a uniform average of all of it has 0.289."""
+"""Longest relative length of an average; a uniform average has 0.289."""
 
 
 @checked_dataclass
 class TextConfig:
-    """LDM's own text transformer (also for the box tokens of a layout)."""
+    """LDM's text transformer, also for the box tokens of layouts."""
 
     vocab_size: int = 30_522
-    """Tokens it knows."""
+    """Tokens of the vocabulary."""
     length: int = 77
-    """Tokens of a prompt, padded."""
+    """Tokens of a prompt, with padding."""
     width: int = 640
-    """Width of a token, and of the context."""
+    """Width of the tokens and of the context."""
     depth: int = 32
     """Layers."""
     num_heads: int = 8
-    """Heads of every layer."""
+    """Attention heads of each layer."""
     head_width: int = 64
-    """Width of a head, whatever the width of a token."""
+    """Width of a head."""
     positions: Literal["normal", "sinusoids"] = "normal"
-    """What the learned vectors of positions start as: noise, or sines and cosines,
-    which know from the start what is next to what."""
+    """Initial position embeddings: normal noise, or sinusoids, with which small models
+    learn word order faster."""
     embedding_std: float = 0.02
-    """Standard deviation of untrained vectors of tokens and positions."""
+    """Standard deviation of the initial token and position embeddings, above 0."""
 
     def _check(self) -> None:
         counts = "vocab_size length width depth num_heads head_width"
@@ -58,30 +58,30 @@ class TextConfig:
 
 @checked_dataclass
 class ClipConfig:
-    """CLIP's text encoder; the defaults are those of ViT-L/14."""
+    """CLIP's text encoder; the defaults are ViT-L/14's."""
 
     vocab_size: int = 49_408
-    """Tokens it knows."""
+    """Tokens of the vocabulary."""
     length: int = 77
-    """Tokens of a prompt, padded."""
+    """Tokens of a prompt, with padding."""
     width: int = 768
-    """Width of a token."""
+    """Width of the tokens."""
     depth: int = 12
     """Layers."""
     num_heads: int = 12
-    """Heads of every layer."""
+    """Attention heads of each layer."""
     mlp_width: int = 3072
-    """Width inside each layer's MLP."""
+    """Hidden width of each layer's MLP."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    """Of the MLP: OpenAI's CLIP has `quick_gelu`, OpenCLIP-H has `gelu`."""
+    """Activation of the MLP: `quick_gelu` in OpenAI's CLIP, `gelu` in OpenCLIP-H."""
     epsilon: float = 1e-5
-    """Of the norms."""
+    """Epsilon of the norms."""
     output: Literal["last", "penultimate", "pooled"] = "last"
-    """Tokens after the last layer or the one before it, or one projected vector."""
+    """Output: tokens of the last layer or the one before, or one projected vector."""
     projection_width: int = 768
-    """Width of the projected vector (`pooled`)."""
+    """Width of the projected vector (`output pooled`)."""
     eos_token_id: int = 49_407
-    """Token that ends a prompt; 2: the largest token of the prompt ends it."""
+    """Token that ends a prompt; 2: the largest token of the prompt does."""
 
     def _check(self) -> None:
         counts = "vocab_size length width depth num_heads mlp_width projection_width"
@@ -92,75 +92,75 @@ class ClipConfig:
 
 @checked_dataclass
 class ConditionConfig:
-    """What an image is conditioned on; the three ways may be combined."""
+    """Conditions of the UNet: label, context and concat, which may be combined."""
 
     label: bool = False
-    """Add a vector of the class to the time embedding."""
+    """Add a class embedding to the time embedding."""
     context: ContextName = "none"
-    """What cross-attention reads: nothing, the class as one token, LDM's own text
-    transformer, CLIP's, or vectors that come with the data."""
+    """Input of cross-attention: none, the class as one token, LDM's text transformer,
+    CLIP's text encoder, or embeddings from the data set."""
     pooled: bool = False
-    """Also add the mean of what cross-attention reads to the time embedding: small
-    models come to heed texts much sooner."""
+    """Also add the mean of the context to the time embedding; small models then learn
+    to follow texts much faster."""
     concat: ConcatName = "none"
-    """What is stacked on the latent: nothing, the image at low resolution, the image
-    with a hole and its mask, or a rescaled segmentation map."""
+    """Input concatenated to the latent: none, the low-resolution image, the masked
+    image and its mask, or a rescaled segmentation map."""
     class_width: int = 512
     """Width of the class token (`context class`)."""
     embedding_width: int = 768
-    """Width of the data's vectors (`context embedding`)."""
+    """Width of the data set's embeddings (`context embedding`)."""
     embedding_length: int = 1
-    """Number of the data's vectors (`context embedding`)."""
+    """Embeddings of an example (`context embedding`)."""
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     """LDM's text transformer (`context text`)."""
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     """CLIP's text encoder (`context clip`)."""
     trained: bool = True
-    """Train the conditioner jointly; otherwise it is frozen, as `weights` has it."""
+    """Train the conditioner with the UNet; otherwise `weights` are read and frozen."""
     weights: str | None = None
-    """File or folder of a frozen conditioner's weights."""
+    """File or folder with the weights of a frozen conditioner."""
     tokenizer: str | None = None
-    """Folder with the tokenizer's files, for prompts as words; `captions`: learn one
-    from the data's captions, and keep it in the run's folder."""
+    """Folder of the tokenizer's files; `captions`: train a tokenizer on the captions
+    and keep it in the run's folder."""
     low_resolution_factor: int = 4
-    """How much smaller the low-resolution image is (`concat low_resolution`)."""
+    """Down-sampling of the low-resolution image (`concat low_resolution`)."""
     num_segments: int = 182
     """Classes of the segmentation map (`concat segmentation`)."""
     rescale_stages: int = 2
-    """Halvings of the segmentation map."""
+    """Halvings of the segmentation map (`concat segmentation`)."""
     rescale_channels: int = 3
-    """Channels the segmentation map is projected to."""
+    """Channels of the projected segmentation map (`concat segmentation`)."""
 
     @property
     def uses_classes(self) -> bool:
-        """Whether a class label is read."""
+        """Whether the model reads class labels."""
         return self.label or self.context == "class"
 
     @property
     def uses_tokens(self) -> bool:
-        """Whether tokens are read."""
+        """Whether the model reads tokens."""
         return self.context in ("text", "clip")
 
     @property
     def learns_tokenizer(self) -> bool:
-        """Whether the tokenizer is learned from the data's captions."""
+        """Whether the run trains a tokenizer on the captions."""
         return self.tokenizer == CAPTIONS
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a prompt; 0 if none are read."""
+        """Tokens of a prompt; 0 without a text encoder."""
         lengths = {"text": self.text.length, "clip": self.clip.length}
         return lengths.get(self.context, 0)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the text encoder knows; 0 if none are read."""
+        """Vocabulary size of the text encoder; 0 without one."""
         sizes = {"text": self.text.vocab_size, "clip": self.clip.vocab_size}
         return sizes.get(self.context, 0)
 
     @property
     def context_width(self) -> int:
-        """Width of what cross-attention reads; 0 without it."""
+        """Width of the context; 0 without one."""
         pooled = self.clip.output == "pooled"
         widths: dict[ContextName, int] = {
             "none": 0,
@@ -173,11 +173,11 @@ class ConditionConfig:
 
     @property
     def freezes_text(self) -> bool:
-        """Whether text is read by an encoder that is not trained."""
+        """Whether the text encoder is frozen."""
         return self.uses_tokens and not self.trained
 
     def as_vectors(self) -> "ConditionConfig":
-        """Return what reads a text encoder's output in the place of the text."""
+        """Return the condition that reads the text encoder's output instead of text."""
         pooled = self.context == "clip" and self.clip.output == "pooled"
         return dataclasses.replace(
             self,
@@ -188,7 +188,7 @@ class ConditionConfig:
         )
 
     def concat_channels(self, *, image_channels: int, latent_channels: int) -> int:
-        """Return the channels stacked on the latent."""
+        """Return the channels of the input concatenated to the latent."""
         channels: dict[ConcatName, int] = {
             "none": 0,
             "low_resolution": image_channels,
@@ -211,99 +211,98 @@ class ConditionConfig:
 
 @checked_dataclass
 class DiffusionConfig:
-    """Stage 2: the UNet, the noise schedule and the training."""
+    """Stage 2: the UNet, its noise levels and its training."""
 
     channels: int = 224
     """Channels at full latent resolution."""
     channel_multipliers: tuple[int, ...] = (1, 2, 3, 4)
-    """Width of each level; every level but the last halves the resolution."""
+    """Width of each level, times `channels`; all but the last halve the resolution."""
     num_res_blocks: int = 2
-    """Residual blocks a level (one more on the way up)."""
+    """Residual blocks of each level (one more on the way up)."""
     attention_downsampling: tuple[int, ...] = (2, 4, 8)
-    """Levels with attention, by down-sampling factor (1, 2, 4 ...)."""
+    """Down-sampling factors (1, 2, 4, ...) of the levels with attention."""
     num_heads: int = 8
-    """Heads of every attention, where `head_channels` is 0."""
+    """Attention heads, if `head_channels` is 0."""
     head_channels: int = 0
-    """Channels of a head, so that wider levels have more heads; 0: `num_heads`."""
+    """Channels of a head, so that wider levels have more heads; 0: use `num_heads`."""
     transformer_depth: int = 0
-    """Blocks of each spatial transformer; 0: plain self-attention. Needed to read a
-    context."""
+    """Blocks of each spatial transformer; 0: plain self-attention. A context needs at
+    least 1."""
     linear_projection: bool = False
-    """Linear instead of 1x1-convolutional projections around a spatial transformer:
-    the same function, kept as the weights' files have it."""
+    """Store the projections around a spatial transformer as matrices instead of 1x1
+    convolutions; the same function."""
     coordinates: bool = False
-    """Give the UNet x and y of every pixel, so that it learns soon where things are."""
+    """Give the UNet the x and y of every pixel; it then learns positions faster."""
     scale_shift_norm: bool = False
-    """The time embedding scales and shifts the second norm instead of being added."""
+    """Scale and shift the second norm by the time embedding instead of adding it."""
     resblock_updown: bool = False
-    """Resample inside ResBlocks instead of by strided convolutions."""
+    """Resample in residual blocks instead of by strided convolutions."""
     num_groups: int = 32
     """Groups of every group norm; must divide every width."""
     norm_epsilon: float = 1e-5
-    """Of the group norms outside spatial transformers (those have 1e-6)."""
+    """Epsilon of the group norms outside spatial transformers (there 1e-6), above 0."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     dtype: DtypeName = "float32"
     """Compute dtype; parameters, softmax, statistics and losses stay float32."""
     condition: ConditionConfig = dataclasses.field(default_factory=ConditionConfig)
-    """What it is conditioned on."""
+    """Conditions of the UNet."""
     condition_dropout: float = 0.1
-    """Probability of training an example without its condition, in [0, 1]."""
+    """Probability of training without the condition, in [0, 1]; for guidance."""
     prediction: PredictionName = "eps"
-    """What the network predicts: the noise, the velocity, the clean latent, the flow
-    from latent to noise, or EDM's F."""
+    """Prediction of the UNet: the noise, the velocity, the clean latent, the flow from
+    latent to noise, or EDM's F."""
     loss: Literal["l1", "l2"] = "l2"
     """Absolute or squared error of the prediction."""
     loss_weight: Literal["uniform", "min_snr", "p2", "debiased"] = "uniform"
-    """How much the squared error counts at a noise level: the same at all, no more than
-    at an SNR of gamma (min-SNR), less where there is little noise (P2), or as a power
-    of the SNR (debiased: P2's, but for much noise, where it counts more)."""
+    """Weight of the squared error at a noise level: uniform; capped at an SNR of gamma
+    (min-SNR); smaller at little noise (P2); or a power of the SNR (debiased)."""
     loss_weight_gamma: float | None = None
-    """Gamma of `loss_weight`, above 0; unset: the paper's, 5 of min-SNR, 1 of P2,
-    1/2 of debiased."""
+    """Gamma of `loss_weight`, above 0; unset: the paper's: 5 for min-SNR, 1 for P2, 1/2
+    for debiased."""
     offset_noise: float = 0.0
-    """Weight of noise that all pixels of a channel share, at least 0; 0.1 teaches very
-    dark and very bright images."""
+    """Weight of noise that is equal in all pixels of a channel, at least 0; with 0.1
+    the model learns very dark and very bright images."""
     num_timesteps: int = 1000
-    """T, the number of noise levels in training; of `flow` and `edm`, whose levels are
-    continuous, the scale of the time that the network sees."""
+    """T, the number of noise levels in training; for `flow` and `edm`, whose levels are
+    continuous, the scale of the UNet's time input."""
     schedule: ScheduleName = "ldm_linear"
-    """Noise levels: linear in the square root of beta, linear in beta, a squared
-    cosine, the straight path of flow matching, or EDM's log-normal ratios."""
+    """Noise levels: linear in the square root of beta, linear in beta, squared cosine,
+    flow matching, or EDM's log-normal ratios."""
     beta_start: float = 0.0015
     """First beta of `ldm_linear` and `linear`, in (0, 1)."""
     beta_end: float = 0.0195
     """Last beta of `ldm_linear` and `linear`, in [beta_start, 1)."""
     timestep_shift: float = 1.0
-    """Above 1, training meets much noise more often, below 1 little: a time u in [0, 1]
-    becomes shift u / (1 + (shift - 1) u). Not of `edm`."""
+    """Above 1, training draws high noise levels more often, below 1 low ones: a time u
+    in [0, 1] becomes shift u / (1 + (shift - 1) u). Must be 1 for `edm`."""
     zero_terminal_snr: bool = False
-    """Rescale the betas so that the last level is noise alone, as sampling starts."""
+    """Rescale the betas so that the last level is pure noise, as in sampling."""
     sigma_data: float = 1.0
-    """Standard deviation of the latents, above 0 (`edm`); they are scaled to 1."""
+    """Standard deviation of the scaled latents, above 0 (`edm`)."""
     sigma_min: float = 0.002
-    """Smallest ratio of noise to signal that is sampled from, above 0 (`edm`)."""
+    """Smallest noise level in sampling, above 0 (`edm`)."""
     sigma_max: float = 80.0
-    """Largest ratio that is sampled from, above `sigma_min` (`edm`)."""
+    """Largest noise level in sampling, above `sigma_min` (`edm`)."""
     log_sigma_mean: float = -1.2
-    """Mean of the ratio's natural logarithm in training (`edm`)."""
+    """Mean of ln(sigma) in training (`edm`)."""
     log_sigma_std: float = 1.2
-    """Its standard deviation, above 0 (`edm`)."""
+    """Standard deviation of ln(sigma) in training, above 0 (`edm`)."""
     batch_size: int = 64
-    """Latents a step, over all devices."""
+    """Latents of a step on all devices."""
     steps: int = 400_000
     """Training steps."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    """Optimiser."""
+    """Optimizer."""
     average_lengths: tuple[float, ...] = ()
-    """More averages of the weights, by their lengths as shares of training, above 0, at
-    most 0.28; of 0.05 and 0.1 all from 0.02 to 0.25 can be made afterwards."""
+    """Relative lengths of averages kept for post-hoc EMA, each above 0, at most 0.28;
+    of 0.05 and 0.1, all lengths from 0.02 to 0.25 can be made after training."""
     average_snapshots: int = 16
-    """How often those are kept, evenly over the stage; each is a file of their size."""
+    """Snapshots of those averages, evenly over the stage; each holds all of them."""
 
     @property
     def gamma(self) -> float:
-        """Gamma of the weight, as it was given or as its paper has it."""
+        """Gamma of the loss weight: `loss_weight_gamma`, or its paper's."""
         if self.loss_weight_gamma is not None:
             return self.loss_weight_gamma
         return GAMMAS.get(self.loss_weight, 5.0)

@@ -1,4 +1,4 @@
-"""Numbers of published models that more than one recipe needs, each with its source."""
+"""Values of published models that several configs share, each with its source."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -51,20 +51,20 @@ Stability-AI/stablediffusion, v2-inference.yaml.
 """
 
 TRAINED_SIDE = 256
-"""Height and width of the images every first stage was trained on, in pixels."""
+"""Height and width of the training images of every first stage, in pixels."""
 
 
 class _Architecture(NamedTuple):
-    """Shape of a first stage."""
+    """Architecture of a first stage."""
 
     levels: tuple[int, ...]
-    """Channel multipliers."""
+    """Channel multipliers of the levels."""
     latent: int
     """Channels of the latent."""
     codebook: int
     """Vectors of the codebook; 0: KL-regularized."""
     attention: tuple[int, ...]
-    """Heights with self-attention in images of `TRAINED_SIDE`."""
+    """Heights with self-attention, at images of `TRAINED_SIDE`."""
     mid: bool
     """Whether the lowest resolution has self-attention."""
 
@@ -73,15 +73,15 @@ class _Training(NamedTuple):
     """Training of a first stage."""
 
     gan_start: int
-    """First step of the adversary."""
+    """First step with the discriminator."""
     gan_weight: float
-    """Its weight."""
+    """Weight of the generator loss."""
     gan_layers: int
-    """Its strided layers."""
+    """Strided layers of the discriminator."""
     batch: int
-    """Images a step on one device."""
+    """Images of a step on one device."""
     lr: float
-    """Learning rate of both players: 4.5e-6 times `batch`."""
+    """Learning rate: 4.5e-6 times `batch`."""
     steps: int
     """Training steps of the released weights."""
 
@@ -119,16 +119,13 @@ _TRAININGS: dict[FirstStageName, _Training] = {
 def first_stage(
     name: FirstStageName, *, image_size: int = TRAINED_SIDE
 ) -> AutoencoderConfig:
-    """Return a released first stage: its architecture, losses and training.
+    """Return the config of a released first stage: network, losses and training.
+
+    The latent scale of a KL model is measured after training; that of a VQ model is 1.
 
     Args:
-      name: Which one.
-      image_size: Height and width of the images, in pixels. The levels with
-        self-attention stay those of the released weights at any size.
-
-    Returns:
-      The config. The latent scale of a KL model is left to be measured; the latents
-      of a VQ model are taken as they are, as published.
+      image_size: Height and width of the images, in pixels; the levels with
+        self-attention are the same at any size.
 
     Source:
       Rombach et al., arXiv:2112.10752, app. G and tab. 8; the released configs.
@@ -167,14 +164,11 @@ def first_stage(
 
 
 def adamw(lr: float, *, warmup_steps: int = 0) -> OptimConfig:
-    """Return the optimiser of every released diffusion model.
+    """Return the optimizer of every released diffusion model: AdamW without clipping.
 
     Args:
-      lr: Learning rate for the global batch, above 0.
-      warmup_steps: Steps over which it rises linearly from 0.
-
-    Returns:
-      AdamW without clipping, with the EMA of the weights.
+      lr: Learning rate after warm-up, above 0.
+      warmup_steps: First steps, over which it rises linearly from 0.
 
     Source:
       CompVis/latent-diffusion, `LatentDiffusion.configure_optimizers`: torch's

@@ -1,4 +1,4 @@
-"""A whole run: data, two stages, and how it is watched."""
+"""Config of a whole run."""
 
 import dataclasses
 from pathlib import Path
@@ -20,34 +20,35 @@ from ldm_jax.types import InputError
 
 @checked_dataclass
 class Config:
-    """A whole run: data, two stages, and how it is watched."""
+    """A whole run: data, both stages, checkpoints, logs, scores and devices."""
 
     seed: int = 0
-    """Root of every random draw, 0 to 4294967295."""
+    """Seed of all random numbers, 0 to 4294967295."""
     stages: tuple[StageName, ...] = ("autoencoder", "diffusion")
     """Stages to train, in order; `autoencoder` alone ends after stage 1."""
     first_stage: str | None = None
-    """Run folder or weights whose autoencoder is taken as it is; unset: trained."""
+    """Run folder or weights whose autoencoder is used; unset: train stage 1."""
     max_skipped_steps: int = 0
-    """Steps of a stage that may change nothing, as a loss or gradient is not finite."""
+    """Steps of a stage that may be skipped for a loss or gradient that is not
+    finite."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """Where the images come from."""
+    """The data set."""
     autoencoder: AutoencoderConfig = dataclasses.field(
         default_factory=AutoencoderConfig
     )
-    """Stage 1."""
+    """Stage 1: the autoencoder."""
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
-    """Stage 2."""
+    """Stage 2: the diffusion model."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """When the state is written."""
+    """When checkpoints are written."""
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
-    """When numbers and pictures are written."""
+    """When metrics and images are written."""
     sampling: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
-    """How images are made."""
+    """How images are made during training and by `ldm sample`."""
     scores: ScoresConfig = dataclasses.field(default_factory=ScoresConfig)
-    """How good samples are during training; no part of what the run is."""
+    """Scores during training; may change when the run resumes."""
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
-    """How it is spread over chips and hosts; no part of what the run is."""
+    """Devices and processes; may change when the run resumes."""
 
     @property
     def latent_side(self) -> int:
@@ -61,14 +62,14 @@ class Config:
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of what the encoder says of a latent."""
+        """Height, width and channels of the moments of a latent."""
         side, _, channels = self.latent_shape
         is_gaussian = self.autoencoder.regularizer == "kl"
         return (side, side, 2 * channels if is_gaussian else channels)
 
     @property
     def concat_channels(self) -> int:
-        """Channels of the condition that is stacked on the latent."""
+        """Channels of the condition that is concatenated to the latent."""
         return self.diffusion.condition.concat_channels(
             image_channels=self.data.image_channels,
             latent_channels=self.autoencoder.latent_channels,
@@ -82,7 +83,7 @@ class Config:
         if self.first_stage is not None and "diffusion" not in self.stages:
             raise InputError(
                 f"first_stage: got {self.first_stage!r} in a run of stage 1 alone, "
-                "wanted none: nothing would be trained"
+                "wanted none: there would be nothing to train"
             )
         size, factor = self.data.image_size, self.autoencoder.downsampling
         if size % factor:
@@ -112,20 +113,20 @@ class Config:
             return
         if "diffusion" not in self.stages:
             raise InputError(
-                f"{details} in a run of stage 1 alone, wanted none: it learns from "
-                "images"
+                f"{details} in a run of stage 1 alone, wanted none: stage 1 trains "
+                "on images"
             )
         if self.diffusion.condition.concat in ("low_resolution", "masked_image"):
             raise InputError(
                 f"{details} with diffusion.condition.concat "
-                f"{self.diffusion.condition.concat}, wanted none: that is made of the "
-                "images, and they are not in a cache of latents"
+                f"{self.diffusion.condition.concat}, wanted none: that needs images, "
+                "which a latent cache does not hold"
             )
         if self.data.crop != "center" or self.data.flip:
             field = "crop" if self.data.crop != "center" else "flip"
             raise InputError(
                 f"{details} with data.{field} {getattr(self.data, field)}, wanted "
-                "none: a cache holds each image as it is cut from the middle"
+                "none: a latent cache holds the middle square of each image"
             )
 
     def _check_scores(self) -> None:
@@ -135,16 +136,15 @@ class Config:
                 f"{details} in a run of stage 1 alone, wanted 0: it draws no samples"
             )
         if scores.every % self.log.every:
-            # What is due decides how many steps are dispatched at once: so it is no
-            # other with scores than without.
+            # Otherwise scores would change how many steps a program call makes.
             raise InputError(
                 f"{details}, wanted a multiple of log.every, {self.log.every}"
             )
         condition = self.diffusion.condition
         if condition.context == "embedding" or condition.concat != "none":
             raise InputError(
-                f"{details} with a model that is told of each image by vectors or "
-                "pictures, wanted 0, or one of classes or texts, or without condition"
+                f"{details} with a model that is conditioned on embeddings or images, "
+                "wanted 0, or a model of classes or texts, or without condition"
             )
         if scores.steps > self.diffusion.num_timesteps:
             raise InputError(
@@ -159,13 +159,13 @@ class Config:
         if self.parallel.accumulate > 1:
             raise InputError(
                 f"parallel.accumulate: got {self.parallel.accumulate}, wanted 1 with "
-                "an adversary, whose weight is that of a whole batch; try a smaller "
+                "an adversary, whose weight depends on the whole batch; try a smaller "
                 "batch or more devices"
             )
         if self.parallel.layout == "fsdp" and not adversary.sync_batch_norm:
             raise InputError(
                 "autoencoder.adversary.sync_batch_norm: got False, wanted True under "
-                "parallel.layout fsdp, which knows the whole batch only"
+                "parallel.layout fsdp, which computes whole batches only"
             )
 
     def _check_diffusion(self) -> None:
@@ -200,12 +200,12 @@ class Config:
 
 
 def with_tokenizer(config: Config, tokenizer: Path | None) -> Config:
-    """Return the config with the folder of the tokenizer's files put in, if any."""
+    """Return the config with the folder of a tokenizer, if one is given."""
     return config if tokenizer is None else _set_tokenizer(config, str(tokenizer))
 
 
 def without_tokenizer(config: Config) -> Config:
-    """Return the config without a folder of one machine; copies lie beside it."""
+    """Return the config without the tokenizer's folder, which only one machine has."""
     return _set_tokenizer(config, None)
 
 
@@ -216,7 +216,7 @@ def _set_tokenizer(config: Config, tokenizer: str | None) -> Config:
 
 
 def with_states(config: Config) -> Config:
-    """Return a config that reads text states, as vectors, in the place of text."""
+    """Return a config that reads cached text embeddings instead of text."""
     condition = config.diffusion.condition.as_vectors()
     diffusion = dataclasses.replace(config.diffusion, condition=condition)
     return dataclasses.replace(config, diffusion=diffusion)

@@ -1,4 +1,4 @@
-"""Configs as strict JSON, as digests, and side by side."""
+"""Configs as strict JSON, their digests and their differences."""
 
 import dataclasses
 import functools
@@ -15,8 +15,7 @@ T = TypeVar("T")
 CONFIG_FILE = "config.json"
 
 HOW_FIELDS = frozenset({"parallel", "scores", "data.latents", "data.max_broken_files"})
-"""Fields that say how a run is computed or watched, not what it is: they may differ
-when one goes on."""
+"""Fields that may change when a run resumes: they do not change its result."""
 
 LATER_FIELDS = frozenset(
     {
@@ -53,28 +52,21 @@ LATER_FIELDS = frozenset(
         "average_snapshots",
     )
 )
-"""Fields that older files lack. Their defaults do what was done before they came, and
-so stand for what is missing; a digest leaves them out while they have them."""
+"""Fields that older files lack. Their defaults reproduce the behaviour before they were
+added; a digest omits them while they have these values."""
 
 
 def to_json(config: Config) -> str:
-    """Write a config as strict JSON that `from_json` reads back equal."""
+    """Convert a config to strict JSON, which `from_json` reads back equal."""
     return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """Read a config that `to_json` wrote.
-
-    Args:
-      text: JSON with every field of `Config` and no other; `LATER_FIELDS` may be
-        missing.
-
-    Returns:
-      The config, equal to the one that was written and with the same digest.
+    """Read a config that `to_json` wrote; `LATER_FIELDS` may be missing.
 
     Raises:
       InputError: If the text is not JSON, a field is missing or unknown, or a value
-        is of the wrong type or out of range.
+        has the wrong type or is out of range.
     """
     try:
         tree = json.loads(text)
@@ -105,12 +97,12 @@ def _from_tree(cls: type[T], tree: Any, path: str) -> T:
 
 
 def digest(config: Config) -> str:
-    """Return the sha256 of a config, the same for equal configs of any version."""
+    """Return the sha256 of a config, the same in every version of the package."""
     tree, default = dataclasses.asdict(config), flatten(Config())
     for path in LATER_FIELDS:
         *parents, name = path.split(".")
         if not HOW_FIELDS.isdisjoint(parents):
-            continue  # gone with all of its parent
+            continue  # deleted with its parent
         leaf = functools.reduce(dict.__getitem__, parents, tree)
         if path in HOW_FIELDS or leaf[name] == default[path]:
             del leaf[name]
@@ -119,7 +111,7 @@ def digest(config: Config) -> str:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Return every leaf of a config under its dotted name."""
+    """Return every leaf of a config by its dotted name."""
     leaves: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -132,24 +124,24 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Name the fields in which two runs differ, with both values.
+    """List the fields in which two configs differ, with both values.
 
-    How they are computed is no difference.
+    `HOW_FIELDS` are not compared.
     """
     left, right = flatten(ours), flatten(theirs)
     return [
         f"{name} ({left[name]!r} there, {right[name]!r} here)"
         for name in left
-        if left[name] != right[name] and not _says_how(name)
+        if left[name] != right[name] and not _is_how_field(name)
     ]
 
 
-def _says_how(name: str) -> bool:
+def _is_how_field(name: str) -> bool:
     return any(name == field or name.startswith(f"{field}.") for field in HOW_FIELDS)
 
 
 def read_config(workdir: Path) -> Config:
-    """Read the config that made a run.
+    """Read the config of a run.
 
     Raises:
       InputError: If the folder is not a run.

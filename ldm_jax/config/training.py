@@ -1,4 +1,4 @@
-"""What both stages share: the optimiser, and when things are written."""
+"""Config of what both stages share: data, optimizer, checkpoints, logs, parallelism."""
 
 from typing import Literal
 
@@ -8,45 +8,45 @@ from ldm_jax.types import ProtocolName, SamplerName
 LayoutName = Literal["pmap", "fsdp"]
 AlgorithmName = Literal["adamw", "muon"]
 OWN_LATENTS = "own"
-"""In the place of a cache's folder: the run makes it."""
+"""Value of `latents` with which the run makes the cache in its own folder."""
 IMAGES_AT_ONCE = 32
-"""That a device encodes for a cache, unless another number is asked for."""
+"""Images that a device encodes at once for a latent cache, by default."""
 
 
 @checked_dataclass
 class DataConfig:
-    """Where the images come from and what they are made into."""
+    """The data set, and how its images are prepared."""
 
     source: str = "tfds:digits"
-    """Data set: `tfds:NAME`, where `tfds:digits` is scikit-learn's handwritten digits;
+    """Data set: `tfds:NAME`, such as `tfds:digits`, scikit-learn's handwritten digits;
     `folder:PATH`, a folder of images (docs/how_to/own_pictures.md); or
-    `builder:FILE.py/CONFIG`, a TFDS builder of your own, prepared when it is needed."""
+    `builder:FILE.py/CONFIG`, your own TFDS builder, prepared on first use."""
     directory: str | None = None
-    """Where TFDS keeps data; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    """TFDS' data folder; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     train_split: str = "train"
-    """Split to train on, in TFDS' own notation. A folder that is not split has `train`,
-    `test` (a twentieth of it, by the names of the files) and `all`."""
+    """Split to train on, in TFDS' notation. A folder without splits has `train`, `test`
+    (a twentieth of it, by a hash of the file names) and `all`."""
     test_split: str = "test"
-    """Split held out."""
+    """Held-out split."""
     image_size: int = 32
-    """Height and width that images are resized to, in pixels."""
+    """Height and width of the resized images, in pixels."""
     image_channels: int = 1
-    """Channels of an image: 1 is grey, 3 is RGB."""
+    """Channels of an image: 1 for grey, 3 for RGB."""
     num_classes: int = 10
-    """Classes of the data set; 0 if it has none."""
+    """Number of classes; 0 if there are none."""
     num_train_examples: int = 1500
-    """Examples of its training split; 0 if it is not known."""
+    """Number of training examples; 0 if unknown."""
     crop: Literal["center", "random"] = "center"
-    """Where a square is cut from an image that is none, in training: from the middle,
-    or anywhere along the longer side, anew whenever the image is met."""
+    """Square crop of a training image: its middle, or a random place along the longer
+    side in every epoch."""
     flip: bool = False
-    """Whether left and right are exchanged in half of the training examples."""
+    """Flip half of the training examples left to right, at random in every epoch."""
     max_broken_files: int = 0
-    """Files of a folder that cannot be read and may be passed over; they are named."""
+    """Unreadable files of a folder that are skipped and named; more stop the run."""
     latents: str | None = None
-    """Folder of the training split's latents, which `ldm cache-latents` makes; `own`:
-    the run makes it, in its own folder, once it has a first stage; unset: stage 2
-    encodes images. The same training, and no part of what a run is."""
+    """Latent cache of the training split: a folder that `ldm cache-latents` made;
+    `own`: the run makes it in its folder after stage 1; unset: stage 2 encodes images.
+    Does not change the training."""
 
     def _check(self) -> None:
         kind, _, name = self.source.partition(":")
@@ -62,30 +62,30 @@ class DataConfig:
 
 @checked_dataclass
 class OptimConfig:
-    """AdamW or Muon with linear warm-up, clipping, and an average of the weights."""
+    """AdamW or Muon, with warm-up, gradient clipping and an EMA of the weights."""
 
     algorithm: AlgorithmName = "adamw"
-    """AdamW; or Muon, which makes the updates of matrices orthogonal and leaves all
-    else to AdamW at the same rate: small networks learn shapes sooner by it."""
+    """`adamw`, or `muon`: orthogonal updates of matrices, AdamW at the same rate for
+    other parameters. Muon trains small networks faster."""
     muon_embeddings: bool = True
-    """Whether Muon also moves tables of embeddings, whose rows no product mixes. False
-    leaves them to AdamW: words find their neighbours sooner."""
+    """Whether Muon also updates embedding tables; False leaves them to AdamW, with
+    which text embeddings train faster."""
     lr: float = 1e-4
-    """Learning rate after warm-up; absolute, for the global batch."""
+    """Learning rate after warm-up, above 0; not scaled by the batch size."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    """First steps, over which the learning rate rises linearly from 0."""
     decay_steps: int = 0
     """Last steps over which the learning rate falls linearly to 0."""
     b1: float = 0.9
-    """Adam's decay of the gradient average, in [0, 1)."""
+    """Adam's decay of the average gradient, in [0, 1)."""
     b2: float = 0.999
-    """Adam's decay of the squared-gradient average, in [0, 1)."""
+    """Adam's decay of the average squared gradient, in [0, 1)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, at least 0."""
     clip_norm: float = 1.0
-    """Largest global norm of the gradient, longer ones are scaled down; 0: no limit."""
+    """Largest global norm of the gradient, which is scaled down to it; 0: no limit."""
     ema_decay: float = 0.9999
-    """Decay of the average of the weights, in [0, 1); shorter at first."""
+    """Decay of the EMA of the weights, in [0, 1); smaller in the first steps."""
 
     def _check(self) -> None:
         require(self, "lr", self.lr > 0.0, "above 0")
@@ -99,12 +99,12 @@ class OptimConfig:
 
 @checked_dataclass
 class CheckpointConfig:
-    """When the state is written, and how much of it is kept."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = 1000
-    """Steps between two checkpoints; the last step always writes one."""
+    """Steps between checkpoints, at least 1; the last step always writes one."""
     keep: int = 2
-    """Checkpoints kept of each stage."""
+    """Newest checkpoints kept of each stage, at least 1."""
 
     def _check(self) -> None:
         require_at_least(self, 1, "every", "keep")
@@ -112,12 +112,12 @@ class CheckpointConfig:
 
 @checked_dataclass
 class LogConfig:
-    """When numbers and pictures are written."""
+    """When metrics and images are written."""
 
     every: int = 20
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl, at least 1."""
     images_every: int = 1000
-    """Steps between two grids of pictures; the last step always draws one."""
+    """Steps between image grids, at least 1; the last step always draws one."""
 
     def _check(self) -> None:
         require_at_least(self, 1, "every", "images_every")
@@ -125,28 +125,28 @@ class LogConfig:
 
 @checked_dataclass
 class ScoresConfig:
-    """How good samples are while stage 2 is trained: a curve beside the loss.
+    """Scores of samples during stage 2, as `ldm evaluate` measures them.
 
-    The samples are those of `ldm evaluate`, seeds 0 and on with the
-    averaged weights, and so are the scores. Training itself stays as it is without.
+    The samples have the seeds 0, 1, ... and the averaged weights. The training does not
+    change.
     """
 
     every: int = 0
-    """Steps between two measurements, a multiple of log.every; the last step is always
+    """Steps between measurements, a multiple of log.every; the last step is always
     measured; 0: never."""
     images: int = 1000
-    """Samples of each; the scores of fewer are worse."""
+    """Samples of a measurement, at least 2; fewer samples give worse FIDs."""
     protocol: ProtocolName = "dataset-classifier"
-    """How they are measured (docs/how_to/evaluation.md)."""
+    """Protocol of the scores (docs/how_to/evaluation.md)."""
     inception: str | None = None
-    """Weights of FID's Inception network, which all protocols but dataset-classifier
-    look with."""
+    """Weights of FID's Inception network; needed by all protocols but
+    dataset-classifier."""
     sampler: SamplerName = "ddim"
-    """Of the samples."""
+    """Sampler."""
     steps: int = 50
-    """Denoising steps of the samples."""
+    """Sampling steps, at least 1."""
     guidance_scale: float = 1.0
-    """Guidance scale of the samples; 1 is none."""
+    """Guidance scale, at least 0; 1 is no guidance."""
 
     def _check(self) -> None:
         require_at_least(self, 0, "every", "guidance_scale")
@@ -156,14 +156,14 @@ class ScoresConfig:
 
 @checked_dataclass
 class PreviewConfig:
-    """How images are made, in training's grids and in `sample.py`."""
+    """How images are made, in the grids of training and by `ldm sample`."""
 
     chunk: int = 16
-    """Images the network sees at once; part of what fixes the bits of an image."""
+    """Images of one sampling call, at least 1; on a chip the bits depend on it."""
     grid_steps: int = 50
-    """DDIM steps of training's grids."""
+    """DDIM steps of the grids of training, at least 1."""
     grid_guidance_scale: float = 2.0
-    """Guidance scale of training's grids."""
+    """Guidance scale of the grids of training, at least 0."""
 
     def _check(self) -> None:
         require_at_least(self, 1, "chunk", "grid_steps")
@@ -172,21 +172,21 @@ class PreviewConfig:
 
 @checked_dataclass
 class ParallelConfig:
-    """How a run is spread over chips and hosts; it may change when a run goes on."""
+    """How a run is computed on its devices; may change when the run resumes."""
 
     layout: LayoutName = "pmap"
-    """`pmap`: every chip holds the whole state. `fsdp`: each holds a part of it."""
+    """`pmap`: every device holds the whole state. `fsdp`: each holds a part of it."""
     accumulate: int = 1
-    """Parts a batch is computed in, one after the other; divides each chip's share."""
+    """Gradient accumulation: parts of a device's batch, computed one by one."""
     steps_per_dispatch: int = 1
-    """Steps a chip makes before the host is asked again, where nothing is due."""
+    """Steps in one call of the training program, fewer before logs or checkpoints."""
     cpu_devices: int = 1
-    """Devices that a CPU counts as, at most one a core: each has its share of a batch,
-    which small networks use the cores better by. Chips ignore it."""
+    """Devices that a CPU is split into, at most one a core; small networks then use the
+    cores better. Ignored on GPUs and TPUs."""
     peer_timeout: int = 100
-    """Seconds without a sign of life after which a process counts as dead."""
+    """Seconds without a heartbeat after which a process counts as dead, at least 10."""
     stall_timeout: int = 1800
-    """Seconds a step may take before every thread's stack is printed; 0: never."""
+    """Seconds of a step after which every thread's stack is printed; 0: never."""
 
     def _check(self) -> None:
         require_at_least(self, 1, "accumulate", "steps_per_dispatch", "cpu_devices")

@@ -1,4 +1,4 @@
-"""Whole models converted: foreign weights into a folder of ours, a run into theirs."""
+"""Conversion of models between our format and those of other programs."""
 
 import contextlib
 import os
@@ -27,18 +27,18 @@ def import_weights(
     tokenizer: Path | None = None,
     latent_scale: float | None = None,
 ) -> None:
-    """Write foreign weights as a folder of ours, whole or not at all.
+    """Convert weights of another program to a folder of our own format, atomically.
 
     Args:
-      path: A diffusers folder, or a file in CompVis naming.
+      path: A diffusers folder, or a CompVis file.
       out: A new folder.
-      config_file: Config of a file that does not carry one: the name of one, or a file.
-      tokenizer: Folder of the tokenizer's files, where the weights have none.
-      latent_scale: Of the autoencoder, where the weights do not say it.
+      config_file: Config of a file that does not carry one: a config's name or file.
+      tokenizer: Folder of the tokenizer, if the weights have none.
+      latent_scale: Factor of the latents, if the weights do not state it.
 
     Raises:
-      InputError: If the weights cannot be read, or `out` is there and not empty.
-      OSError: If it cannot be written.
+      InputError: If the weights cannot be read, or `out` exists and is not empty.
+      OSError: If a file cannot be written.
     """
     opened = open_weights(path, config_file=config_file, tokenizer=tokenizer)
     weights = with_latent_scale(opened.read(), latent_scale)
@@ -57,17 +57,17 @@ def export_run(
     layout: Literal["diffusers", "compvis"],
     dtype: DtypeName = "float32",
 ) -> None:
-    """Write a run in another program's format, whole or not at all.
+    """Convert a run to the format of another program, atomically.
 
     Args:
       workdir: Folder of the run.
       out: A new folder for diffusers, a .safetensors file for CompVis.
-      layout: Whose format.
-      dtype: Of the numbers; float32 loses nothing.
+      layout: Format of the result.
+      dtype: Dtype of the parameters; float32 is lossless.
 
     Raises:
-      InputError: If the folder is no run, or `out` cannot be what is written.
-      OSError: If it cannot be written.
+      InputError: If the folder is no run, or `out` does not fit the format.
+      OSError: If a file cannot be written.
     """
     if not (workdir / CONFIG_FILE).is_file():
         raise InputError(
@@ -88,10 +88,10 @@ def export_run(
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Give a folder to fill, which becomes `out` when all went well.
+    """Yield a temporary folder, which becomes `out` if no exception is raised.
 
     Raises:
-      InputError: If `out` is there and not empty.
+      InputError: If `out` exists and is not empty.
       OSError: If it cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -99,7 +99,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     private = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        # A folder within: `mkdtemp` gives its own to one user alone.
+        # An inner folder: that of `mkdtemp` is readable by one user only.
         part = private / "part"
         part.mkdir()
         yield part
