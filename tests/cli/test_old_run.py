@@ -76,7 +76,7 @@ def known_versions() -> bool:
 
 
 def promised(made: dict[str, str], recorded: dict[str, str]) -> bool:
-    """Return for the metadata of two images whether the pixels must be the same to the last bit."""
+    """Return whether two images with this metadata must have equal bits."""
     versions = [json.loads(texts["versions"]) for texts in (made, recorded)]
     ours, theirs = ({k: v for k, v in each.items() if k != OURS} for each in versions)
     return made["platform"] == recorded["platform"] and ours == theirs
