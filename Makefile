@@ -7,16 +7,17 @@ INSTALLED := .venv/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo     train on handwritten digits and sample"
-	@echo "make quality  measure what the demo made"
-	@echo "make adversary  train through the switch of the discriminator, and measure"
-	@echo "make test     run the tests"
-	@echo "make proofs   what takes longer: caches, scores and averages of runs, the adversary"
-	@echo "make faults   kill, stop and starve runs of one process and of two"
-	@echo "make torture  the same, ten times as often"
-	@echo "make parity   compare with diffusers, transformers and PyTorch (installs them)"
-	@echo "make recipes  dry-run every recipe; compare every table of names"
-	@echo "make lint     ruff; make types: the type checker"
+	@echo "make demo       train on handwritten digits and sample"
+	@echo "make quality    measure the run of make demo"
+	@echo "make adversary  train an autoencoder with its discriminator, and measure it"
+	@echo "make test       run the tests"
+	@echo "make proofs     run the tests that take longer: caches, scores, averages"
+	@echo "make faults     kill, stop and starve runs of one process and of two"
+	@echo "make torture    the same, ten times as often"
+	@echo "make parity     compare with diffusers, transformers and PyTorch (installs them)"
+	@echo "make recipes    dry-run every config; compare every table of names"
+	@echo "make lint       check style with ruff"
+	@echo "make types      check types"
 
 setup: $(INSTALLED)
 
