@@ -1,10 +1,10 @@
-"""What does the adversary cost? Stage 1 before it is heard, and at the end.
+"""PSNR of stage 1 before its discriminator is switched on, and at the end.
 
     python benchmarks/adversarial_switch.py --seeds 0 1 2 --check
 
 Trains stage 1 of a config for each seed and prints the PSNR of the held-out images,
 reconstructed with the averaged weights. With --check it exits 1 if a number was not
-finite, or the adversary cost more than 1.5 dB.
+finite, or the discriminator cost more than 1.5 dB.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from ldm_jax.rng import root_key
 from ldm_jax.training.autoencoder_stage import autoencoder_stage, make_reconstruct
 
 MAX_LOSS = 1.5
-"""Decibels that the adversary may cost."""
+"""Decibels that the discriminator may cost."""
 CHECK_EVERY = 25
 
 
 class Switch(NamedTuple):
-    """Stage 1 around the step at which its adversary is first heard."""
+    """Stage 1 around the step at which its discriminator is switched on."""
 
     before: float
     """PSNR just before that step, in dB."""
@@ -86,7 +86,7 @@ def make_psnr(config: Config) -> Callable[[Any], float]:
 
 
 def main() -> int:
-    """Measure, print, and judge if asked to."""
+    """Measure, print, and check if asked to."""
     parser = argparse.ArgumentParser(description="Measure what an adversary costs.")
     parser.add_argument("--config", default="configs/digits_adversarial.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

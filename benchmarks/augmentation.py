@@ -3,9 +3,9 @@
     python benchmarks/augmentation.py --out runs/augmentation --json augmentation.json
 
 For n = 50, 100, 200 and 500 real digits and five seeds each: both stages are trained on
-these n digits and on nothing else, `sample.py --as-dataset` draws 50 digits of each
-class, and a small network learns to read digits, of the real ones alone and with the
-samples. It is judged on the 297 held-out digits.
+these n digits and on nothing else, `ldm sample --as-dataset` draws 50 digits of each
+class, and a small network is trained to read digits, on the real ones alone and with
+the samples. It is tested on the 297 held-out digits.
 
 Seed s takes the digits from s * (1500 - n) // 4 on, in the data set's own order: five
 windows, which do not overlap up to n = 300 and overlap by half at n = 500.

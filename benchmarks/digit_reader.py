@@ -1,6 +1,6 @@
-"""A small network that reads digits, for `augmentation.py` to teach.
+"""A small network that reads digits, trained by `augmentation.py`.
 
-Nothing of it is about diffusion: images and labels in, an accuracy out. Every draw is a
+It has no diffusion in it: images and labels in, an accuracy out. Every draw is a
 function of the key, the step and what it is for.
 """
 
@@ -121,7 +121,7 @@ def draw(key: Key[Array, ""], data: Labelled, num: int) -> Labelled:
 
 
 class Examples(NamedTuple):
-    """What a network learns from, and what it is judged on."""
+    """Training and test data of a network."""
 
     real: Labelled
     """The real digits that it may see."""

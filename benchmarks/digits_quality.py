@@ -3,7 +3,7 @@
     python benchmarks/digits_quality.py --workdir runs/digits
 
 Prints a table, and JSON with --json FILE. With --check it exits 1 when the run falls
-short of what the README promises.
+short of the documented figures.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def measure(run: Run, per_class: int, steps: int, scale: float) -> list[Row]:
 
 
 def main() -> int:
-    """Measure, print, and judge if asked to."""
+    """Measure, print, and check if asked to."""
     parser = argparse.ArgumentParser(description="Measure a digits run.")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--per-class", type=int, default=100)

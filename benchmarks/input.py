@@ -4,8 +4,8 @@
 
 A source is read as training reads it: in its shuffled order, resized, in batches. What
 it costs is the processor time of all threads. Then stage 2 of the digits and the scenes
-is trained for some steps, and the share of the time is told that the loop spent asking
-for batches: an upper bound of waiting, as the devices go on with the step before.
+is trained for some steps, and the share of the time is printed that the loop spent
+asking for batches: an upper bound of waiting, as the devices compute meanwhile.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def images_a_core(reading: Reading, *, batches: int) -> float:
 
 
 def waiting_share(config: Config, workdir: Path, *, steps: int) -> float:
-    """Train stage 2, on latents of a first stage that never learned, and watch it."""
+    """Train stage 2 on latents of an untrained first stage, and time its input."""
     layout = make_layout(config.parallel)
     workdir.mkdir()
     keep_tokenizer(config, workdir)
@@ -166,7 +166,7 @@ def waiting_share(config: Config, workdir: Path, *, steps: int) -> float:
 
 
 def main() -> int:
-    """Measure, print, and judge if asked to."""
+    """Measure, print, and check if asked to."""
     parser = argparse.ArgumentParser(description="Measure the input.")
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--steps", type=int, default=120)

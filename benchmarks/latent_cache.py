@@ -1,4 +1,4 @@
-"""What does a cache of latents save? Steps from it and steps from images, in turns.
+"""Time and FLOPs that a cache of latents saves: steps from it and from images.
 
     python benchmarks/latent_cache.py --workdir runs/digits
     python benchmarks/latent_cache.py --recipes lsun_churches256_kl8 sd15
@@ -212,7 +212,7 @@ def to_table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure or count, print, and judge if asked to."""
+    """Measure or count, print, and check if asked to."""
     parser = argparse.ArgumentParser(description="Time steps from a cache of latents.")
     parser.add_argument("--workdir", type=Path, help="a run with a finished stage 1")
     parser.add_argument("--recipes", nargs="*", default=None, help="of configs/ldm")

@@ -1,4 +1,4 @@
-"""Plan every recipe, one after the other, and print the table of `docs/how_to/pods.md`.
+"""Plan every recipe, one after the other, and print the table of the benchmarks.
 
     python benchmarks/plan_table.py --out plans --topology v5e:4x4 --batch-per-device 4
 

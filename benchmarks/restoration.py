@@ -5,7 +5,7 @@
 What is compared with depends on the run: an enlarged image with the bicubic one, a
 filled hole with the mean of what is around it. The peak signal-to-noise ratio is over
 all pixels, or over those of the holes, of all images together. One sample is one of
-many answers, so the mean of several comes nearer to the truth; both are told. With
+many answers, so the mean of several comes nearer to the truth; both are printed. With
 --check it exits 1 when the run falls short of what the documentation says.
 """
 
@@ -49,7 +49,7 @@ class Task(NamedTuple):
     plain: Images
     """What the plain way makes of it."""
     counted: Float[np.ndarray, "b h w 1"]
-    """1 where a pixel is judged."""
+    """1 where a pixel is compared."""
     cond: ConditionInputs
     """What the model is given."""
     edit: Edit
@@ -143,7 +143,7 @@ def sheet(rows: dict[str, Images]) -> UInt8[np.ndarray, "h w c"]:
 
 
 def main() -> int:
-    """Measure, print, draw, and judge if asked to."""
+    """Measure, print, draw, and check if asked to."""
     parser = argparse.ArgumentParser(description="Measure a run that restores images.")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--num", type=int, help="images, of the split; unset: all")

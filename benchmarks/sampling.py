@@ -306,7 +306,7 @@ def to_text(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, print, and judge if asked to."""
+    """Measure, print, and check if asked to."""
     parser = make_parser(PROG, __doc__)
     parser.add_argument("--model", choices=("digits", "text"), default="digits")
     parser.add_argument("--config", help="a recipe, in the place of --model")

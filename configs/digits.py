@@ -2,7 +2,7 @@
 
     python train.py --config configs/digits.py --workdir runs/digits
 
-The figures this config reaches stand in the README, with the commands.
+docs/reference/benchmarks.md has the figures, with their commands.
 """
 
 from ldm_jax.config import (

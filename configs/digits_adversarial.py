@@ -5,9 +5,9 @@ r"""Handwritten digits, 32x32 grey, with a discriminator in the second half of s
 
 Stage 2 is that of `digits.py`. Measured on two CPU cores that others used too: 151 s
 for stage 1, 298 s for stage 2. `benchmarks/adversarial_switch.py` measures the held-out
-digits at step 250, just before the adversary is heard, and at the end: 36.8 and 39.7 dB
-with seed 0, 36.5 and 39.7 with seed 1, 36.0 and 38.9 with seed 2, never below the first
-in between.
+digits at step 250, just before the discriminator is switched on, and at the end: 36.8
+and 39.7 dB with seed 0, 36.5 and 39.7 with seed 1, 36.0 and 38.9 with seed 2, never
+below the first in between.
 """
 
 from ldm_jax.config import (
@@ -42,8 +42,8 @@ def get_config() -> Config:
             batch_size=16,
             steps=500,
             scale_batches=40,
-            # The rate falls from the step on at which the adversary is heard: at the
-            # full one, all that was learnt is lost in the first steps of the contest.
+            # The rate falls from the step at which the discriminator is switched on: at
+            # the full rate, its first steps undo the training so far.
             optim=OptimConfig(
                 lr=2e-3, warmup_steps=20, decay_steps=250, b2=0.99, ema_decay=0.99
             ),

@@ -3,9 +3,9 @@
     python train.py --config configs/digits_inpaint.py --workdir runs/digits_inpaint
     python sample.py --workdir runs/digits_inpaint --image digit.png --mask mask.png
 
-Stage 1 is that of `digits.py`; to take one that is trained: --first-stage runs/digits.
-The UNet sees the image with its hole, and the hole, beside the noise. The figures it
-reaches stand in docs/reference/benchmarks.md.
+Stage 1 is that of `digits.py`; to use a trained one: --first-stage runs/digits.
+The UNet sees the image with its hole, and the hole, beside the noise. The figures
+are in docs/reference/benchmarks.md.
 """
 
 from ldm_jax.config import (

@@ -3,9 +3,9 @@
     python train.py --config configs/digits_superres.py --workdir runs/digits_superres
     python sample.py --workdir runs/digits_superres --image small.png
 
-Stage 1 is that of `digits.py`; to take one that is trained: --first-stage runs/digits.
-The UNet sees the small image beside the noise, and needs no class. The figures it
-reaches stand in docs/reference/benchmarks.md.
+Stage 1 is that of `digits.py`; to use a trained one: --first-stage runs/digits.
+The UNet sees the small image beside the noise, and needs no class. The figures
+are in docs/reference/benchmarks.md.
 """
 
 from ldm_jax.config import (

@@ -4,9 +4,8 @@
     python sample.py --workdir runs/scenes --prompt "a red circle" --seeds 0-7
 
 The pictures are drawn and captioned by the data set itself
-(`scenes_dataset_builder.py`); some pairs of colour and shape never occur in them, to be
-asked for afterwards. Byte pairs are learned from the captions. How far it gets in 20
-minutes stands in docs/reference/benchmarks.md.
+(`scenes_dataset_builder.py`); some pairs of colour and shape are held out. Byte pairs
+are learned from the captions. docs/reference/benchmarks.md has the figures.
 """
 
 from ldm_jax.config import (

@@ -7,8 +7,7 @@
 
 As `config.py`, on the builder's config `two`: a third of its pictures show one shape,
 and most captions of two say how they stand. Which colour goes with which shape must be
-read from the order of the words. How far it gets, and how long that takes, stands in
-docs/reference/benchmarks.md.
+read from the order of the words. docs/reference/benchmarks.md has the figures.
 """
 
 from ldm_jax.config import (

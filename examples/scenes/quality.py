@@ -1,10 +1,11 @@
-"""Does a text-to-image run draw what the words ask for: read by an exact checker.
+"""Share of a text-to-image run's samples that an exact checker reads as asked.
 
     python -m examples.scenes.quality --workdir runs/scenes --grid scenes.png
 
-Captions come from two splits that it never saw: `test`, of the pairs of colour and
+Captions come from two splits that the run never saw: `test`, of the pairs of colour and
 shape it was trained on, and `held_out`, of the others. Prints a table, and JSON with
---json FILE. With --check it exits 1 when the run falls short of what the README says.
+--json FILE. With --check it exits 1 when the run falls short of the figures
+in docs/reference/benchmarks.md.
 """
 
 import argparse
@@ -203,7 +204,7 @@ def sheet(rows: list[Row]) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def shortfalls(found: dict[str, float], *, things: int) -> list[str]:
-    """List what is below what the README says."""
+    """List the figures that are below the documented ones."""
     kind = "shape and colour" if things == 1 else "everything"
     bounds: dict[str, float] = {}
     for split, name in SPLITS.items():
@@ -219,7 +220,7 @@ def shortfalls(found: dict[str, float], *, things: int) -> list[str]:
 
 
 def main() -> int:
-    """Measure, print, and judge if asked to."""
+    """Measure, print, and check if asked to."""
     parser = argparse.ArgumentParser(description="Measure a run of scenes.")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--things", type=int, choices=sorted(MIN_DRAWN), default=1)

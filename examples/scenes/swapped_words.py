@@ -1,12 +1,11 @@
-"""What does a wrong word cost a text-to-image run of scenes, at each noise level?
+"""How much a wrong word raises the loss of a run of scenes, by noise level.
 
     python -m examples.scenes.swapped_words --workdir runs/scenes
 
 Takes captions of the split `test` with a place or a relation in them, swaps one word
-for another, and prints by how much the loss of the true picture rises. A word that the
-run heeds costs something where what it says is decided: colours and places at high
-noise, shapes in the middle. One that costs nothing anywhere is not read. Works on a run
-that is still being trained.
+for another, and prints by how much the loss of the true picture rises: for colours and
+places at high noise, for shapes in the middle. A word that raises the loss nowhere is
+not read. Works on a run that is still being trained.
 """
 
 import json
