@@ -1,6 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both install first.
 PYTHON ?= python3
 RUN := .venv/bin/python
+LDM := .venv/bin/ldm
 INSTALLED := .venv/.installed
 
 .PHONY: setup demo quality adversary test proofs faults torture parity recipes lint types
@@ -29,9 +30,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(RUN) train.py --config configs/digits.py --workdir runs/digits
-	$(RUN) sample.py --workdir runs/digits --labels 0-9 --seeds 0-9 --steps 50 --sampler ddim --guidance-scale 2 --out runs/digits/samples
-	$(RUN) sample.py --workdir runs/digits --labels 0-9 --seeds 0 --steps 50 --out runs/digits/trajectory --trajectory
+	$(LDM) train --config digits --workdir runs/digits
+	$(LDM) sample --workdir runs/digits --labels 0-9 --seeds 0-9 --steps 50 --sampler ddim --guidance-scale 2 --out runs/digits/samples
+	$(LDM) sample --workdir runs/digits --labels 0-9 --seeds 0 --steps 50 --out runs/digits/trajectory --trajectory
 	@echo
 	@echo "Look at:"
 	@ls runs/digits/samples/grid.png runs/digits/trajectory/trajectory.png \

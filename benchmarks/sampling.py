@@ -1,7 +1,7 @@
 """How fast is a whole sample: ours and diffusers', the same weights, taking turns.
 
     python benchmarks/sampling.py --model digits --batches 1 16
-    python benchmarks/sampling.py --config configs/ldm/sd15.py --dtype bfloat16
+    python benchmarks/sampling.py --config ldm/sd15 --dtype bfloat16
 
 Times 50 guided DDIM steps and the decoder, from noise on the host to images on the
 host. What a frozen text encoder would say of a prompt is random vectors here. Prints a

@@ -1,7 +1,7 @@
 """How fast is a training step of stage 2: ours and diffusers', taking turns.
 
     python benchmarks/train_step.py --model digits --batches 32 --against diffusers
-    python benchmarks/train_step.py --config configs/ldm/sd15.py --batches 32 \
+    python benchmarks/train_step.py --config ldm/sd15 --batches 32 \
         --dtype bfloat16
 
 Times whole updates from random latents: noise, loss, gradients, clipping, AdamW and the

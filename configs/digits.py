@@ -1,6 +1,6 @@
 """Handwritten digits, 32x32 grey: the whole system in minutes on two CPU cores.
 
-    python train.py --config configs/digits.py --workdir runs/digits
+    ldm train --config digits --workdir runs/digits
 
 docs/reference/benchmarks.md has the figures, with their commands.
 """

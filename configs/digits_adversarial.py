@@ -1,6 +1,6 @@
 r"""Handwritten digits, 32x32 grey, with a discriminator in the second half of stage 1.
 
-    python train.py --config configs/digits_adversarial.py \
+    ldm train --config digits_adversarial \
         --workdir runs/digits_adversarial
 
 Stage 2 is that of `digits.py`. Measured on two CPU cores that others used too: 151 s

@@ -1,7 +1,7 @@
 """Holes in handwritten digits, filled by a model of inpainting, on two CPU cores.
 
-    python train.py --config configs/digits_inpaint.py --workdir runs/digits_inpaint
-    python sample.py --workdir runs/digits_inpaint --image digit.png --mask mask.png
+    ldm train --config digits_inpaint --workdir runs/digits_inpaint
+    ldm sample --workdir runs/digits_inpaint --image digit.png --mask mask.png
 
 Stage 1 is that of `digits.py`; to use a trained one: --first-stage runs/digits.
 The UNet sees the image with its hole, and the hole, beside the noise. The figures

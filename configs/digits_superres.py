@@ -1,7 +1,7 @@
 """Handwritten digits four times larger: 8x8 to 32x32, on two CPU cores.
 
-    python train.py --config configs/digits_superres.py --workdir runs/digits_superres
-    python sample.py --workdir runs/digits_superres --image small.png
+    ldm train --config digits_superres --workdir runs/digits_superres
+    ldm sample --workdir runs/digits_superres --image small.png
 
 Stage 1 is that of `digits.py`; to use a trained one: --first-stage runs/digits.
 The UNet sees the small image beside the noise, and needs no class. The figures

@@ -1,6 +1,6 @@
 """Handwritten digits, 32x32 grey, with a codebook in place of the Gaussian.
 
-    python train.py --config configs/digits_vq.py --workdir runs/digits_vq
+    ldm train --config digits_vq --workdir runs/digits_vq
 
 Stage 2 is that of `digits.py`. Measured on two CPU cores that others used too: 86 s for
 stage 1, 267 s for stage 2. The held-out digits come back at 35.8 dB, and the latents of

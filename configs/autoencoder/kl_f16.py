@@ -1,6 +1,6 @@
 r"""KL-regularized, 16 times smaller: 256x256 images, 16x16x16 latents.
 
-    python train.py --config configs/autoencoder/kl_f16.py \
+    ldm train --config autoencoder/kl_f16 \
         --workdir runs/kl_f16 \
         --autoencoder.perceptual-files vgg16.safetensors lpips.safetensors
 

@@ -1,6 +1,6 @@
 r"""KL-regularized, 32 times smaller: 256x256 images, 8x8x64 latents.
 
-    python train.py --config configs/autoencoder/kl_f32.py \
+    ldm train --config autoencoder/kl_f32 \
         --workdir runs/kl_f32 \
         --autoencoder.perceptual-files vgg16.safetensors lpips.safetensors
 

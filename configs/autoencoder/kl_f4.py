@@ -1,6 +1,6 @@
 r"""KL-regularized, 4 times smaller: 256x256 images, 64x64x3 latents.
 
-    python train.py --config configs/autoencoder/kl_f4.py \
+    ldm train --config autoencoder/kl_f4 \
         --workdir runs/kl_f4 \
         --autoencoder.perceptual-files vgg16.safetensors lpips.safetensors
 

@@ -1,6 +1,6 @@
 r"""KL-regularized, 8 times smaller: 256x256 images, 32x32x4 latents.
 
-    python train.py --config configs/autoencoder/kl_f8.py \
+    ldm train --config autoencoder/kl_f8 \
         --workdir runs/kl_f8 \
         --autoencoder.perceptual-files vgg16.safetensors lpips.safetensors
 

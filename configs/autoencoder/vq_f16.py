@@ -1,6 +1,6 @@
 r"""Vector-quantized, 16 times smaller, 16384 codes: 256x256 images, 16x16x8 latents.
 
-    python train.py --config configs/autoencoder/vq_f16.py \
+    ldm train --config autoencoder/vq_f16 \
         --workdir runs/vq_f16 \
         --autoencoder.perceptual-files vgg16.safetensors lpips.safetensors
 

@@ -1,6 +1,6 @@
 r"""Vector-quantized, 4 times smaller, 8192 codes: 256x256 images, 64x64x3 latents.
 
-    python train.py --config configs/autoencoder/vq_f4.py \
+    ldm train --config autoencoder/vq_f4 \
         --workdir runs/vq_f4 \
         --autoencoder.perceptual-files vgg16.safetensors lpips.safetensors
 

@@ -1,6 +1,6 @@
 r"""vq_f4 without attention: 8192 codes, 256x256 images, 64x64x3 latents.
 
-    python train.py --config configs/autoencoder/vq_f4_noattn.py \
+    ldm train --config autoencoder/vq_f4_noattn \
         --workdir runs/vq_f4_noattn \
         --autoencoder.perceptual-files vgg16.safetensors lpips.safetensors
 

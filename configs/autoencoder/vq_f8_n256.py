@@ -1,6 +1,6 @@
 r"""Vector-quantized, 8 times smaller, 256 codes: 256x256 images, 32x32x4 latents.
 
-    python train.py --config configs/autoencoder/vq_f8_n256.py \
+    ldm train --config autoencoder/vq_f8_n256 \
         --workdir runs/vq_f8_n256 \
         --autoencoder.perceptual-files vgg16.safetensors lpips.safetensors
 

@@ -1,6 +1,6 @@
 r"""FFHQ at 256x256, without conditions: LDM-4 on vq_f4.
 
-    python train.py --config configs/ldm/ffhq256_vq4.py \
+    ldm train --config ldm/ffhq256_vq4 \
         --workdir runs/ffhq256_vq4 \
         --first-stage runs/vq_f4
 

@@ -1,6 +1,6 @@
 r"""ImageNet at 256x256 by class, for classifier-free guidance: LDM-4 on vq_f4.
 
-    python train.py --config configs/ldm/imagenet256_vq4_cfg.py \
+    ldm train --config ldm/imagenet256_vq4_cfg \
         --workdir runs/imagenet256_vq4_cfg \
         --first-stage runs/vq_f4
 

@@ -1,6 +1,6 @@
 r"""ImageNet at 256x256 by class, through cross-attention: LDM-8 on vq_f8.
 
-    python train.py --config configs/ldm/imagenet256_vq8.py \
+    ldm train --config ldm/imagenet256_vq8 \
         --workdir runs/imagenet256_vq8 \
         --first-stage runs/vq_f8
 

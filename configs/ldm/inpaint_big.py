@@ -1,6 +1,6 @@
 r"""Inpainting at 256x256 on Places: the big LDM-4 on vq_f4_noattn.
 
-    python train.py --config configs/ldm/inpaint_big.py \
+    ldm train --config ldm/inpaint_big \
         --workdir runs/inpaint_big \
         --first-stage runs/vq_f4_noattn
 

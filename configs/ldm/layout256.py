@@ -1,6 +1,6 @@
 r"""OpenImages at 256x256 from layouts of boxes: LDM-4 on vq_f4.
 
-    python train.py --config configs/ldm/layout256.py \
+    ldm train --config ldm/layout256 \
         --workdir runs/layout256 \
         --first-stage runs/vq_f4
 

@@ -1,6 +1,6 @@
 r"""LSUN-Churches at 256x256, without conditions: LDM-8 on kl_f8.
 
-    python train.py --config configs/ldm/lsun_churches256_kl8.py \
+    ldm train --config ldm/lsun_churches256_kl8 \
         --workdir runs/lsun_churches256_kl8 \
         --first-stage runs/kl_f8
 

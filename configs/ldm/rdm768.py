@@ -1,6 +1,6 @@
 r"""Images at 768x768 from CLIP embeddings of their neighbours: RDM on kl_f16.
 
-    python train.py --config configs/ldm/rdm768.py \
+    ldm train --config ldm/rdm768 \
         --workdir runs/rdm768 \
         --first-stage runs/kl_f16
 

@@ -1,6 +1,6 @@
 r"""Stable Diffusion 1.5: 512x512 by text, with CLIP ViT-L/14 as it is.
 
-    python train.py --config configs/ldm/sd15.py \
+    ldm train --config ldm/sd15 \
         --workdir runs/sd15 \
         --first-stage runs/kl_f8 \
         --diffusion.condition.weights text_encoder \

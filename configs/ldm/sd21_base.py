@@ -1,6 +1,6 @@
 r"""Stable Diffusion 2.1 base: 512x512 by text, with OpenCLIP ViT-H/14 as it is.
 
-    python train.py --config configs/ldm/sd21_base.py \
+    ldm train --config ldm/sd21_base \
         --workdir runs/sd21_base \
         --first-stage runs/kl_f8 \
         --diffusion.condition.weights text_encoder \

@@ -1,6 +1,6 @@
 r"""Stable Diffusion 2.1: 768x768 by text, predicting the velocity.
 
-    python train.py --config configs/ldm/sd21_v.py \
+    ldm train --config ldm/sd21_v \
         --workdir runs/sd21_v \
         --first-stage runs/kl_f8 \
         --diffusion.condition.weights text_encoder \

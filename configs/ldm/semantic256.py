@@ -1,6 +1,6 @@
 r"""Landscapes at 256x256 from segmentation maps: LDM-4 on vq_f4.
 
-    python train.py --config configs/ldm/semantic256.py \
+    ldm train --config ldm/semantic256 \
         --workdir runs/semantic256 \
         --first-stage runs/vq_f4
 

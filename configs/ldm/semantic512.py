@@ -1,6 +1,6 @@
 r"""Landscapes at 512x512 from segmentation maps: LDM-4 on vq_f4.
 
-    python train.py --config configs/ldm/semantic512.py \
+    ldm train --config ldm/semantic512 \
         --workdir runs/semantic512 \
         --first-stage runs/vq_f4
 

@@ -1,6 +1,6 @@
 r"""Super-resolution from 64x64 to 256x256 on OpenImages: LDM-4 on vq_f4.
 
-    python train.py --config configs/ldm/sr_bsr_x4.py \
+    ldm train --config ldm/sr_bsr_x4 \
         --workdir runs/sr_bsr_x4 \
         --first-stage runs/vq_f4
 

@@ -1,6 +1,6 @@
 r"""LAION-400M at 256x256 by text: LDM-8 on kl_f8, 1.45 billion parameters.
 
-    python train.py --config configs/ldm/text2img256_kl8_1p4b.py \
+    ldm train --config ldm/text2img256_kl8_1p4b \
         --workdir runs/text2img256_kl8_1p4b \
         --first-stage runs/kl_f8 \
         --diffusion.condition.tokenizer bert_base_uncased

@@ -1,6 +1,6 @@
 r"""Conceptual Captions at 256x256 by text: LDM-4 on vq_f4.
 
-    python train.py --config configs/ldm/text2img256_vq4.py \
+    ldm train --config ldm/text2img256_vq4 \
         --workdir runs/text2img256_vq4 \
         --first-stage runs/vq_f4 \
         --diffusion.condition.tokenizer bert_base_uncased

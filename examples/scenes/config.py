@@ -1,7 +1,7 @@
 """Text to image: one coloured shape, 32x32, on two CPU cores.
 
-    python train.py --config examples/scenes/config.py --workdir runs/scenes
-    python sample.py --workdir runs/scenes --prompt "a red circle" --seeds 0-7
+    ldm train --config examples/scenes/config.py --workdir runs/scenes
+    ldm sample --workdir runs/scenes --prompt "a red circle" --seeds 0-7
 
 The pictures are drawn and captioned by the data set itself
 (`scenes_dataset_builder.py`); some pairs of colour and shape are held out. Byte pairs

@@ -1,7 +1,7 @@
 """Text to image: one or two coloured shapes and how they stand, on two CPU cores.
 
-    python train.py --config examples/scenes/config_two.py --workdir runs/scenes_two
-    python sample.py --workdir runs/scenes_two --seeds 0-7 --eta 1 \
+    ldm train --config examples/scenes/config_two.py --workdir runs/scenes_two
+    ldm sample --workdir runs/scenes_two --seeds 0-7 --eta 1 \
         --guidance-scale 2.5 --guidance-interval 0.3 inf \
         --prompt "a red circle to the left of a large blue square"
 

@@ -237,7 +237,7 @@ def main() -> int:
         nargs=2,
         default=EVERYWHERE,
         metavar=("LOW", "HIGH"),
-        help="of sigma / alpha, as of sample.py",
+        help="of sigma / alpha, as of ldm sample",
     )
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--grid", type=Path)

@@ -150,6 +150,6 @@ def read_config(workdir: Path) -> Config:
     if not path.is_file():
         raise InputError(
             f"--workdir: {workdir} is not a run (no {CONFIG_FILE}); try the folder "
-            "that was given to train.py"
+            "that was given to ldm train"
         )
     return from_json(path.read_text())

@@ -56,7 +56,7 @@ def folder_config(folder: Folder) -> Config:
         raise InputError(
             f"{folder.root}: got a LDMTextToImagePipeline, whose text encoder is not "
             "supported, wanted a StableDiffusionPipeline or LDMPipeline; try the "
-            "original file with --config configs/ldm/text2img256_kl8_1p4b.py"
+            "original file with --config ldm/text2img256_kl8_1p4b"
         )
     autoencoder = folder.get(AUTOENCODERS)
     unet = folder.find(UNETS)

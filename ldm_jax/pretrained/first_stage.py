@@ -88,7 +88,7 @@ def read_first_stage(config: Config) -> tuple[PyTree, Float[Array, ""]]:
         params, measured, _ = load_first_stage(theirs, path)
         if measured is None:
             raise InputError(
-                f"first_stage: stage 1 of {path} is not finished; run train.py there "
+                f"first_stage: stage 1 of {path} is not finished; run ldm train there "
                 "to its end first"
             )
         stated = float(measured)

@@ -132,7 +132,7 @@ def load_finished(
     params, scale, _ = load_first_stage(config, workdir)
     if scale is None:
         raise InputError(
-            f"--workdir: stage 1 of {workdir} is not finished; run train.py there to "
+            f"--workdir: stage 1 of {workdir} is not finished; run ldm train there to "
             "its end first"
         )
     return FrozenParams(params, scale, frozen_weights.conditioner)
@@ -157,7 +157,7 @@ def open_encoders(
         return Encoders(params, read_conditioner(config, model) if keeps else {})
     if (workdir / WEIGHTS_FILE).exists():
         raise InputError(
-            f"--workdir: {workdir} holds weights, wanted a run of train.py; try "
+            f"--workdir: {workdir} holds weights, wanted a run of ldm train; try "
             f"--config FILE.py --first-stage {workdir}"
         )
     frozen = load_finished(config, model, workdir)

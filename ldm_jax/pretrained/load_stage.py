@@ -28,6 +28,6 @@ def load_stage(
     if found is None:
         raise InputError(
             f"--workdir: {workdir} has no finished checkpoint of the {stage.name} "
-            "stage; run train.py with the same --workdir first"
+            "stage; run ldm train with the same --workdir first"
         )
     return found

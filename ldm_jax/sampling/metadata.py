@@ -117,7 +117,7 @@ def read_metadata(path: Path) -> tuple[ImageSpec, SamplingConfig, dict[str, str]
         texts = texts_of(image)
     if not texts.keys() >= REQUIRED_KEYWORDS:
         raise InputError(
-            f"--replay: {path} has no metadata, wanted a PNG that sample.py wrote "
+            f"--replay: {path} has no metadata, wanted a PNG that ldm sample wrote "
             "(other programs drop the metadata when they save it)"
         )
     try:

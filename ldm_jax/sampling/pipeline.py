@@ -184,7 +184,7 @@ def open_weak(run: Run, settings: SamplingConfig) -> Run | None:
     if not _same_arrays(*stages):
         raise InputError(
             f"--autoguidance: {path} has another first stage, wanted one trained on "
-            "the same; try train.py --first-stage"
+            "the same; try ldm train --first-stage"
         )
     return weak
 

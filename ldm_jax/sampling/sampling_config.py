@@ -27,7 +27,7 @@ class SamplingConfig:
     """
 
     workdir: str | None = None
-    """Folder of the run, as given to train.py."""
+    """Folder of the run, as given to ldm train."""
     weights: str | None = None
     """Instead of a run: a diffusers folder, or a file in CompVis naming."""
     step: int | None = None

@@ -74,7 +74,8 @@ def test_a_recipe_reads_back_from_json_equal(path):
 @every_recipe
 def test_a_recipe_says_how_to_run_it_and_what_to_expect(path):
     text = path.read_text().split('"""')[1]
-    assert f"--config {path.relative_to(ROOT)}" in text
+    name = path.relative_to(ROOT / "configs").with_suffix("")
+    assert f"--config {name} " in text
     assert f"--workdir runs/{path.stem}" in text
     assert "Hours: not measured here." in text
     assert "Published" in text

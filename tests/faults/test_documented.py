@@ -7,9 +7,7 @@ import socket
 import subprocess
 import sys
 
-from tests.support.commands import ROOT, environment
-
-TIMEOUT = 560
+from tests.support.commands import ROOT, TIMEOUT, environment
 
 
 def test_the_lines_for_two_processes_train_and_sample(tmp_path):
@@ -20,7 +18,7 @@ def test_the_lines_for_two_processes_train_and_sample(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         lines = lines.replace("12345", str(free.getsockname()[1]))
-    lines = lines.replace("configs/digits.py", "tests/support/tiny.py")
+    lines = lines.replace("--config digits", "--config tests/support/tiny.py")
     lines = lines.replace("runs/digits", str(tmp_path / "run"))
     lines = lines.replace(
         "runs/samples", f"{tmp_path / 'samples'} --steps 2 --seeds 0-1"

@@ -811,7 +811,7 @@ def test_a_first_stage_alone_asks_for_a_recipe_of_one(tmp_path):
             f"    return dataclasses.replace(config_of('label'), stages={stages})\n"
         )
     message = refusal(open_weights, path, config_file=recipes[0])
-    assert "configs/autoencoder" in message
+    assert "autoencoder/kl_f8" in message
     found = open_weights(path, config_file=recipes[1]).read()
     assert same(found.autoencoder, weights.autoencoder)
     assert found.unet is None

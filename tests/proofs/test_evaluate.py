@@ -57,7 +57,7 @@ from tests.support.commands import ldm, succeeded, train, write_run
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """A run as sample.py reads it, its parameters drawn and not trained."""
+    """A run as `ldm sample` reads it, its parameters drawn and not trained."""
     return write_run(tiny.get_config(), tmp_path_factory.mktemp("tiny"))
 
 

@@ -44,7 +44,7 @@ def exported(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(exported, tmp_path_factory):
-    """What sample.py draws straight from the exported folder."""
+    """What `ldm sample` draws straight from the exported folder."""
     out = tmp_path_factory.mktemp("pictures")
     prompt = ["--prompt", "hello cat", "--guidance-scale", 7.5, "--out", out]
     sample_here("--weights", exported, *prompt, *STEPS)

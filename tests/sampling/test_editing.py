@@ -1,4 +1,4 @@
-"""Edits through `sample.py`: what is kept, what is made, and how large it is."""
+"""Edits through `ldm sample`: what is kept, what is made, and how large it is."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Images on disk through `sample.py`: made once, kept, edited, and shared out."""
+"""Images on disk through `ldm sample`: made once, kept, edited, and shared out."""
 
 import shutil
 import time

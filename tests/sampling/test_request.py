@@ -1,4 +1,4 @@
-"""What `sample.py` may be asked: every mistake one line, and nothing written."""
+"""What `ldm sample` may be asked: every mistake one line, and nothing written."""
 
 import dataclasses
 import shlex

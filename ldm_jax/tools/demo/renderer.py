@@ -44,7 +44,7 @@ class Drawn(NamedTuple):
     seed: int
     """Its own."""
     png: bytes
-    """The file that `sample.py` would write, its recipe included."""
+    """The file that `ldm sample` would write, its recipe included."""
 
 
 def set_up(request: BrowseRequest) -> Renderer:
