@@ -19,7 +19,11 @@ from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.types import PyTree
 
 AXIS_NAME = "devices"
-OPTIMIZATION = "xla_backend_optimization_level"
+QUICKLY_COMPILED = {
+    "xla_backend_optimization_level": 1,
+    "xla_disable_hlo_passes": "small-while-loop-hoisting",
+}
+"""For a program that runs once on a CPU; what it draws has the same bits."""
 
 MappedImages = Callable[[Any, Any, Any], Any]
 
@@ -46,9 +50,8 @@ class PmapLayout(Layout):
         def made() -> PyTree:
             return jax.tree.map(lambda leaf: leaf[None], make())
 
-        # It runs once: not worth the time that optimising it takes. Bits are the same.
-        quickly = {OPTIMIZATION: 1} if self.platform == "cpu" else None
-        return self._spread(jax.jit(made, compiler_options=quickly)())
+        options: Any = QUICKLY_COMPILED if self.platform == "cpu" else None
+        return self._spread(jax.jit(made, compiler_options=options)())
 
     def _spread(self, tree: PyTree) -> PyTree:
         """Give every device a copy of a tree of arrays with a leading axis of one."""
