@@ -172,6 +172,10 @@ class CheckpointStore:
             self.check()
             time.sleep(SECONDS_BETWEEN_CHECKS)
 
+    def is_empty(self) -> bool:
+        """Say whether there is nothing to restore."""
+        return self._saving is None and not self._manager.all_steps()
+
     def restore(
         self, target: PyTree, *, step: int | None = None, shardings: PyTree = None
     ) -> Checkpoint | None:

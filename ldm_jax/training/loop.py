@@ -170,9 +170,11 @@ def run_stage(
     clock = StallClock(loop_config.parallel.stall_timeout)
     profile = Profile(loop_config.workdir / "profile" / stage.name, loop_config.profile)
     try:
-        target = stage_target(stage, root_key)
-        shardings = layout.restore_shardings(target)
-        found = store.restore(target, shardings=shardings)
+        found, shardings = None, None
+        if not store.is_empty():
+            target = stage_target(stage, root_key)
+            shardings = layout.restore_shardings(target)
+            found = store.restore(target, shardings=shardings)
         if found is not None and found.step == stage.num_steps:
             kept = found.tree["state"].ema, found.tree["extra"]
             ema, extra = kept if shardings is None else layout.local(kept)
