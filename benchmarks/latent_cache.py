@@ -68,16 +68,17 @@ def open_side(
     """Start training; return what makes steps, and says seconds and loss of each."""
     note = check_cache(
         config,
+        model,
         Path(),
         first_stage=frozen.autoencoder,
         conditioner=frozen.conditioner,
     )
     cache = open_cache(config, frozen.autoencoder, note)
-    null_state = None if cache is None else cache.null_state
-    stage = diffusion_stage(config, model, frozen, Path(), null_state=null_state)
+    null = None if cache is None else cache.null_embedding
+    stage = diffusion_stage(config, model, frozen, Path(), null_embedding=null)
     opened = functools.partial(open_iterator, config)
     if cache is not None:
-        opened = functools.partial(open_latents, config, cache)
+        opened = functools.partial(open_latents, cache, seed=config.seed)
     mapped = layout.map_step(stage.step)
     placed = layout.place(stage.frozen)
     key = layout.place(root_key(config.seed))

@@ -133,13 +133,13 @@ def prepare_ours(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model, layout = build_model(config), make_layout(config.parallel)
     layout.check_batch_size(config.diffusion.batch_size, "--batches")
-    condition, null_state = config.diffusion.condition, None
+    condition, null = config.diffusion.condition, None
     if condition.freezes_text:
         vectors = condition.as_vectors()
         shape = (vectors.embedding_length, vectors.embedding_width)
-        null_state = np.zeros(shape, np.float32)
+        null = np.zeros(shape, np.float32)
     frozen = FrozenParams({}, jnp.float32(LATENT_SCALE), {})
-    stage = diffusion_stage(config, model, frozen, Path(), null_state=null_state)
+    stage = diffusion_stage(config, model, frozen, Path(), null_embedding=null)
     conditioner = weights.conditioner if condition.trained else {}
     params = jax.tree.map(jnp.asarray, DiffusionParams(weights.unet, conditioner))
     optimizer = make_optimizer(config.diffusion.optim, num_steps=config.diffusion.steps)

@@ -1,4 +1,4 @@
-"""From a config to everything it names; the only file that chooses by name."""
+"""From a config to what it describes; the only file that chooses by name."""
 
 import dataclasses
 import functools
@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.config import ConditionConfig, Config
+from ldm_jax.config import (
+    AutoencoderConfig,
+    ConditionConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+)
 from ldm_jax.data.bert_tokenizer import load_bert_tokenizer
 from ldm_jax.data.byte_pair_tokenizer import empty_prompt, load_byte_pairs
 from ldm_jax.data.caption_tokens import TokenizedExamples
@@ -55,27 +61,48 @@ INPUT_BY_CONTEXT: dict[str, Literal["none", "label", "tokens", "embedding"]] = {
 
 
 def build_model(config: Config) -> LatentDiffusion:
-    """Build both networks, unbound, and the schedule."""
-    second, side = config.diffusion, config.data.image_size
+    """Build the model that a config describes."""
+    first, second, data = config.autoencoder, config.diffusion, config.data
     return LatentDiffusion(
-        autoencoder=build_autoencoder(config),
-        unet=build_unet(config),
-        conditioner=build_conditioner(config),
-        schedule=build_schedule(config),
+        autoencoder=build_autoencoder(first, data),
+        unet=build_unet(
+            second,
+            latent_channels=first.latent_channels,
+            num_classes=data.num_classes,
+        ),
+        conditioner=build_conditioner(second, num_classes=data.num_classes),
+        schedule=build_schedule(second),
         prediction=second.prediction,
         sigma_data=second.sigma_data,
-        image_shape=(side, side, config.data.image_channels),
+        image_shape=(data.image_size, data.image_size, data.image_channels),
         latent_shape=config.latent_shape,
         condition=second.condition,
-        num_classes=config.data.num_classes,
-        null_tokens=null_tokens(config),
+        num_classes=data.num_classes,
+        null_tokens=null_tokens(second.condition),
         chunk=config.sampling.chunk,
     )
 
 
-def build_schedule(config: Config) -> Schedule:
-    """Build the noise levels that stage 2 is trained on."""
-    second = config.diffusion
+def build_autoencoder(first: AutoencoderConfig, data: DataConfig) -> Autoencoder:
+    """Build the first stage."""
+    return Autoencoder(
+        regularizer=first.regularizer,
+        channels=first.channels,
+        channel_multipliers=first.channel_multipliers,
+        num_res_blocks=first.num_res_blocks,
+        attention_levels=first.attention_levels(data.image_size),
+        mid_attention=first.mid_attention,
+        z_channels=first.encoder_channels,
+        latent_channels=first.latent_channels,
+        codebook_size=first.codebook_size,
+        image_channels=data.image_channels,
+        num_groups=first.num_groups,
+        dtype=jnp.dtype(first.dtype),
+    )
+
+
+def build_schedule(second: DiffusionConfig) -> Schedule:
+    """Build the noise levels of training."""
     match second.schedule:
         case "flow":
             return FlowSchedule(second.num_timesteps)
@@ -98,11 +125,12 @@ def build_schedule(config: Config) -> Schedule:
             )
 
 
-def build_unet(config: Config) -> UNet:
-    """Build the second stage, unbound."""
-    second = config.diffusion
+def build_unet(
+    second: DiffusionConfig, *, latent_channels: int, num_classes: int
+) -> UNet:
+    """Build the UNet."""
     return UNet(
-        out_channels=config.autoencoder.latent_channels,
+        out_channels=latent_channels,
         channels=second.channels,
         channel_multipliers=second.channel_multipliers,
         num_res_blocks=second.num_res_blocks,
@@ -110,7 +138,7 @@ def build_unet(config: Config) -> UNet:
         num_heads=second.num_heads,
         head_channels=second.head_channels,
         transformer_depth=second.transformer_depth,
-        num_classes=config.data.num_classes if second.condition.label else 0,
+        num_classes=num_classes if second.condition.label else 0,
         pooled_context=second.condition.pooled,
         coordinates=second.coordinates,
         scale_shift_norm=second.scale_shift_norm,
@@ -122,15 +150,13 @@ def build_unet(config: Config) -> UNet:
     )
 
 
-def build_conditioner(config: Config) -> Conditioner:
-    """Build what prepares the UNet's condition, unbound."""
-    condition, dtype = config.diffusion.condition, jnp.dtype(config.diffusion.dtype)
+def build_conditioner(second: DiffusionConfig, *, num_classes: int) -> Conditioner:
+    """Build the network that prepares the UNet's condition."""
+    condition, dtype = second.condition, jnp.dtype(second.dtype)
     encoder, rescaler = None, None
     match condition.context:
         case "class":
-            encoder = ClassEmbedding(
-                config.data.num_classes, condition.class_width, dtype
-            )
+            encoder = ClassEmbedding(num_classes, condition.class_width, dtype)
         case "text":
             encoder = TextTransformer(**dataclasses.asdict(condition.text), dtype=dtype)
         case "clip":
@@ -151,13 +177,12 @@ def build_conditioner(config: Config) -> Conditioner:
     )
 
 
-def null_tokens(config: Config) -> tuple[int, ...]:
-    """Return the tokens of the empty prompt; all 0 where there is no tokenizer.
+def null_tokens(condition: ConditionConfig) -> tuple[int, ...]:
+    """Return the tokens of the empty prompt; all 0 without a tokenizer.
 
     Raises:
       InputError: If the tokenizer's files cannot be read.
     """
-    condition = config.diffusion.condition
     if condition.tokenizer is None:
         return (0,) * condition.num_tokens
     if condition.learns_tokenizer:
@@ -194,34 +219,16 @@ def open_tokenizer(condition: ConditionConfig) -> Tokenizer:
     return tokenizer
 
 
-def build_autoencoder(config: Config) -> Autoencoder:
-    """Build the first stage, unbound."""
-    first = config.autoencoder
-    return Autoencoder(
-        regularizer=first.regularizer,
-        channels=first.channels,
-        channel_multipliers=first.channel_multipliers,
-        num_res_blocks=first.num_res_blocks,
-        attention_levels=first.attention_levels(config.data.image_size),
-        mid_attention=first.mid_attention,
-        z_channels=first.encoder_channels,
-        latent_channels=first.latent_channels,
-        codebook_size=first.codebook_size,
-        image_channels=config.data.image_channels,
-        num_groups=first.num_groups,
-        dtype=jnp.dtype(first.dtype),
-    )
-
-
 def open_split(config: Config, split: Split) -> Source:
-    """Open a split and check that it is what the config says.
+    """Open a split, after a check that its examples match the config.
 
     Raises:
-      InputError: If classes, channels or the number of examples differ.
+      InputError: If classes, channels, conditions or the number of examples differ.
     """
-    data = config.data
+    data, condition = config.data, config.diffusion.condition
+    trains_diffusion = "diffusion" in config.stages
     name = data.train_split if split == "train" else data.test_split
-    needs = needs_of(config)
+    needs = needs_of(condition) if trains_diffusion else ()
     source = open_source(
         data.source,
         name,
@@ -241,22 +248,20 @@ def open_split(config: Config, split: Split) -> Source:
                 f"data.{name}: got {getattr(data, name)}, but {data.source} has "
                 f"{value}; try --data.{name.replace('_', '-')} {value}"
             )
-    condition, first = config.diffusion.condition, source.examples[0]
+    first = source.examples[0]
     if "caption" in needs and "tokens" not in first and "caption" in first:
-        if condition.learns_tokenizer:  # there are captions: that is all to check yet
-            first = {**first, "tokens": null_tokens(config)}
+        if condition.learns_tokenizer:  # nothing but captions to check before training
+            first = {**first, "tokens": null_tokens(condition)}
         else:
             words = TokenizedExamples(source.examples, open_tokenizer(condition))
             source, first = source._replace(examples=words), words[0]
-    check_example(config, first)
+    if trains_diffusion:
+        check_example(condition, first, source=data.source)
     return source
 
 
-def needs_of(config: Config) -> tuple[Need, ...]:
-    """Return what a run trains stage 2 on beside images."""
-    if "diffusion" not in config.stages:
-        return ()
-    condition = config.diffusion.condition
+def needs_of(condition: ConditionConfig) -> tuple[Need, ...]:
+    """Return what examples must have for a condition, besides images."""
     needs: dict[Need, bool] = {
         "label": condition.uses_classes,
         "caption": condition.uses_tokens,
@@ -264,15 +269,14 @@ def needs_of(config: Config) -> tuple[Need, ...]:
     return tuple(need for need, needed in needs.items() if needed)
 
 
-def check_example(config: Config, example: Mapping[str, Any]) -> None:
-    """Check that examples have what the model is conditioned on.
+def check_example(
+    condition: ConditionConfig, example: Mapping[str, Any], *, source: str
+) -> None:
+    """Check that an example of a source has the condition of a model.
 
     Raises:
-      InputError: If something is missing, or of another shape or range.
+      InputError: If an array is missing, or has another shape or range.
     """
-    if "diffusion" not in config.stages:
-        return
-    condition = config.diffusion.condition
     wanted: dict[str, tuple[int, ...] | None] = {}
     if condition.uses_classes:
         wanted["label"] = ()
@@ -285,20 +289,19 @@ def check_example(config: Config, example: Mapping[str, Any]) -> None:
     for name, shape in wanted.items():
         if name not in example:
             raise InputError(
-                f"data.source: {config.data.source} has no {name!r} but "
+                f"data.source: {source} has no {name!r} but "
                 f"{', '.join(example)}; the model is conditioned on it"
             )
         got = np.shape(example[name])
         if shape is not None and got != shape:
             raise InputError(
-                f"data.source: {name!r} of {config.data.source} has the shape {got}, "
-                f"wanted {shape}"
+                f"data.source: {name!r} of {source} has the shape {got}, wanted {shape}"
             )
     limits = {"tokens": condition.vocab_size, "segmentation": condition.num_segments}
     for name in wanted.keys() & limits.keys():
         if np.max(example[name]) >= limits[name] or np.min(example[name]) < 0:
             raise InputError(
-                f"data.source: {name!r} of {config.data.source} holds "
+                f"data.source: {name!r} of {source} holds "
                 f"{np.max(example[name])}, wanted 0 to {limits[name] - 1}"
             )
 

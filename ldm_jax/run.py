@@ -1,4 +1,4 @@
-"""A run and its folder: train what is not finished, seal it, load it again."""
+"""A whole run: train the stages that are not finished, and record the result."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ from ldm_jax.build import build_model, load_split, open_iterator, open_split
 from ldm_jax.config import OWN_LATENTS, Config
 from ldm_jax.evaluation.online import check_scores, make_measure
 from ldm_jax.files import write_json
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout, PmapLayout, make_layout
 from ldm_jax.parallel.multihost import (
     StopSignal,
@@ -19,7 +20,12 @@ from ldm_jax.parallel.multihost import (
     stop_signal,
     together,
 )
-from ldm_jax.pretrained.frozen import open_encoders, read_frozen, save_frozen
+from ldm_jax.pretrained.frozen import (
+    PretrainedWeights,
+    open_encoders,
+    read_frozen,
+    save_frozen,
+)
 from ldm_jax.pretrained.load_run import (
     Run,
     load_run,
@@ -37,15 +43,10 @@ from ldm_jax.training.digest import tree_digest
 from ldm_jax.training.dry_run import check_batches
 from ldm_jax.training.encode_latents import keep_latents
 from ldm_jax.training.latent_cache import Cache, check_cache, open_cache, open_latents
-from ldm_jax.training.loop import (
-    Finished,
-    LoopConfig,
-    Stage,
-    run_stage,
-)
+from ldm_jax.training.loop import Finished, LoopConfig, Stage, run_stage
 from ldm_jax.training.train_tokenizer import (
     keep_tokenizer,
-    notes_of_words,
+    tokenizer_notes,
     with_own_tokenizer,
 )
 from ldm_jax.training.workdir import check_workdir, facts_of, open_workdir
@@ -53,7 +54,6 @@ from ldm_jax.training.workdir import check_workdir, facts_of, open_workdir
 __all__ = [
     "Outcome",
     "Run",
-    "StageOutcome",
     "load_run",
     "load_weights",
     "run_digest",
@@ -65,116 +65,109 @@ FINAL_FILE = "final.json"
 
 
 class Outcome(NamedTuple):
-    """How a run ended."""
+    """The result of a run."""
 
     final: dict[str, Any]
     """The content of `final.json`."""
     trained: bool
-    """False if nothing was left to do."""
+    """False if the run was finished already."""
+
+
+class StageOutcome(NamedTuple):
+    """The result of a stage, as `final.json` records it."""
+
+    digest: str
+    """sha256 over its state, or over the parameters that were read."""
+    seconds: float
+    """Training time; 0 if the stage was not trained."""
+
+
+class FirstStage(NamedTuple):
+    """A finished first stage."""
+
+    params: Any
+    """Averaged parameters of the autoencoder."""
+    latent_scale: Any
+    """Factor from its latents to scaled latents."""
+    outcome: StageOutcome
+    """For `final.json`."""
 
 
 def train(
     config: Config, workdir: Path, *, profile: tuple[int, int] | None = None
 ) -> Outcome:
-    """Run the stages of a run that are not finished, and write `final.json`.
+    """Train the stages of a run that are not finished, and write `final.json`.
 
-    On several processes, each calls this, with the same arguments and a folder that
-    all of them see.
+    On several processes, each calls this with the same arguments and a shared folder.
 
     Args:
-      config: Of the run; must equal the one the folder was made with, `parallel` aside.
-      workdir: Its folder; made if it is not there.
-      profile: Steps of each stage between which a trace is written; None for none.
-
-    Returns:
-      How it ended.
+      config: Equals the config in the folder, except `parallel`.
+      workdir: Folder of the run; created if it does not exist.
+      profile: First and last step of a trace of each stage; None traces nothing.
 
     Raises:
       InputError: If the folder belongs to another config or another process, a batch
         does not divide by the devices, the data cannot be read, or the processes
         differ.
-      Preempted: If this process was told to stop (SIGTERM), once the state is saved.
+      Preempted: If the process was asked to stop (SIGTERM); the state is saved.
       RunError: If a loss is not finite, or no checkpoint is intact.
-      OSError: If something cannot be written.
+      OSError: If a file cannot be written.
     """
     layout = make_layout(config.parallel)
     check_same(facts_of(config, layout))
-    final_path = workdir / FINAL_FILE
-    # Before the folder is taken: what is missing must not leave a run behind.
+    # Before the folder is created: a run that cannot start leaves nothing behind.
     with together():
         check_batches(config, layout)
         check_scores(config.scores, num_classes=config.data.num_classes)
         check_workdir(config, workdir)
         model = build_model(config)
+    final_path = workdir / FINAL_FILE
     if gather_texts(str(final_path.exists()))[0] == str(True):
         return Outcome(json.loads(final_path.read_text()), trained=False)
     with together():
-        frozen_weights = read_frozen(config, model, workdir)
+        weights = read_frozen(config, model, workdir)
         for split in ("test", "train"):
             open_split(config, split)
-        first_stage = frozen_weights.first_stage
         note = check_cache(
             config,
+            model,
             workdir,
-            first_stage=None if first_stage is None else first_stage[0],
-            conditioner=frozen_weights.conditioner,
+            first_stage=weights.first_stage and weights.first_stage[0],
+            conditioner=weights.conditioner,
         )
+
     with open_workdir(config, workdir), stop_signal() as stop:
-        first_alone(lambda: save_frozen(frozen_weights, workdir))
+        first_alone(lambda: save_frozen(weights, workdir))
         first_alone(lambda: keep_tokenizer(config, workdir))
         opened = with_own_tokenizer(config, workdir)
         run = functools.partial(
-            _run,
+            _run_stage,
             config=config,
             workdir=workdir,
             layout=layout,
             profile=profile,
             stop=stop,
         )
-        done: dict[str, StageOutcome] = {}
-        if frozen_weights.first_stage is None:
-            stage = autoencoder_stage(
-                opened, model, workdir, perceptual=frozen_weights.perceptual
-            )
-            finished = run(stage)
-            done["autoencoder"] = StageOutcome(finished.digest, finished.seconds)
-            params = finished.ema
-            scale = latent_scale(opened, model, params, layout, workdir)
-        else:
-            params, scale = frozen_weights.first_stage
-            done["autoencoder"] = StageOutcome(tree_digest(frozen_weights[1:]), 0.0)
+        first = _first_stage(opened, model, workdir, layout, weights=weights, run=run)
+        outcomes = {"autoencoder": first.outcome}
         if "diffusion" in config.stages:
-            frozen = FrozenParams(params, scale, frozen_weights.conditioner)
+            frozen = FrozenParams(first.params, first.latent_scale, weights.conditioner)
             if config.data.latents == OWN_LATENTS:
                 with stop.at_once(f"{OWN_LATENTS} latents are not all made"):
                     opened, note = keep_latents(
                         opened, workdir, open_encoders=open_encoders
                     )
             with together():
-                cache = open_cache(opened, params, note)
-            null_state = None if cache is None else cache.null_state
-            stage = diffusion_stage(
-                opened, model, frozen, workdir, null_state=null_state
-            )
-            draw = make_preview(
-                model,
-                frozen,
-                workdir,
-                preview=config.sampling,
-                load_test=lambda num: load_split(opened, "test", limit=num),
-                seed=config.seed,
-            )
-            stage = stage._replace(draw=draw)
-            if config.scores.every:
-                measure = make_measure(opened, model, frozen, workdir)
-                stage = stage._replace(measure=measure)
+                cache = open_cache(opened, frozen.autoencoder, note)
+            stage = _diffusion_stage(opened, model, workdir, frozen, cache=cache)
             finished = run(stage, cache=cache)
-            done["diffusion"] = StageOutcome(finished.digest, finished.seconds)
+            outcomes["diffusion"] = StageOutcome(finished.digest, finished.seconds)
+        digests = {name: outcome.digest for name, outcome in outcomes.items()}
         final = {
-            "digest": run_digest({k: v.digest for k, v in done.items()}),
-            "digest_by_stage": {k: v.digest for k, v in done.items()},
-            "seconds_by_stage": {k: round(v.seconds, 1) for k, v in done.items()},
-            "latent_scale": float(scale),
+            "digest": run_digest(digests),
+            "digest_by_stage": digests,
+            "seconds_by_stage": {k: round(v.seconds, 1) for k, v in outcomes.items()},
+            "latent_scale": float(first.latent_scale),
             "config_digest": config_lib.digest(config),
             "trained_on": f"{layout.num_devices} x {platform_text(PmapLayout())}",
         }
@@ -182,16 +175,58 @@ def train(
         return Outcome(final, trained=True)
 
 
-class StageOutcome(NamedTuple):
-    """How a stage ended."""
+def _first_stage(
+    config: Config,
+    model: LatentDiffusion,
+    workdir: Path,
+    layout: Layout,
+    *,
+    weights: PretrainedWeights,
+    run: Any,
+) -> FirstStage:
+    """Train the first stage and measure its latent scale, unless both were read."""
+    if weights.first_stage is not None:
+        outcome = StageOutcome(tree_digest(weights[1:]), 0.0)
+        return FirstStage(*weights.first_stage, outcome)
+    stage = autoencoder_stage(config, model, workdir, perceptual=weights.perceptual)
+    finished = run(stage)
+    scale = latent_scale(config, model, finished.ema, layout, workdir)
+    outcome = StageOutcome(finished.digest, finished.seconds)
+    return FirstStage(finished.ema, scale, outcome)
 
-    digest: str
-    """sha256 over its state."""
-    seconds: float
-    """It took; 0 if it was taken from elsewhere."""
+
+def _diffusion_stage(
+    config: Config,
+    model: LatentDiffusion,
+    workdir: Path,
+    frozen: FrozenParams,
+    *,
+    cache: Cache | None,
+) -> Stage:
+    """Build the diffusion stage with its previews and scores."""
+    stage = diffusion_stage(
+        config,
+        model,
+        frozen,
+        workdir,
+        null_embedding=None if cache is None else cache.null_embedding,
+    )
+    draw = make_preview(
+        model,
+        frozen,
+        workdir,
+        preview=config.sampling,
+        load_test=lambda num: load_split(config, "test", limit=num),
+        seed=config.seed,
+    )
+    stage = stage._replace(draw=draw)
+    if config.scores.every:
+        measure = make_measure(config, model, frozen, workdir)
+        stage = stage._replace(measure=measure)
+    return stage
 
 
-def _run(
+def _run_stage(
     stage: Stage,
     *,
     config: Config,
@@ -201,9 +236,17 @@ def _run(
     stop: StopSignal,
     cache: Cache | None = None,
 ) -> Finished:
-    iterator_of = functools.partial(open_iterator, with_own_tokenizer(config, workdir))
-    if cache is not None:
-        iterator_of = functools.partial(open_latents, config, cache)
+    batch_size = stage.batch_size
+    if cache is None:
+        opened = with_own_tokenizer(config, workdir)
+        iterator = open_iterator(opened, batch_size=batch_size, layout=layout)
+    else:
+        iterator = open_latents(
+            cache, seed=config.seed, batch_size=batch_size, layout=layout
+        )
+    notes = {"config": json.loads(config_lib.to_json(config))}
+    if stage.name == "diffusion":
+        notes |= tokenizer_notes(config, workdir)
     return run_stage(
         stage,
         loop_config=LoopConfig(
@@ -211,16 +254,13 @@ def _run(
             config.checkpoint,
             config.log,
             config.parallel,
-            config.max_skipped_steps,
-            profile,
-            config.scores.every,
+            max_skipped=config.max_skipped_steps,
+            profile=profile,
+            scores_every=config.scores.every,
         ),
         layout=layout,
-        iterator=iterator_of(batch_size=stage.batch_size, layout=layout),
+        iterator=iterator,
         root_key=root_key(config.seed),
-        notes={
-            "config": json.loads(config_lib.to_json(config)),
-            **(notes_of_words(config, workdir) if stage.name == "diffusion" else {}),
-        },
+        notes=notes,
         stop=stop,
     )

@@ -213,10 +213,3 @@ def _set_tokenizer(config: Config, tokenizer: str | None) -> Config:
     condition = dataclasses.replace(config.diffusion.condition, tokenizer=tokenizer)
     diffusion = dataclasses.replace(config.diffusion, condition=condition)
     return dataclasses.replace(config, diffusion=diffusion)
-
-
-def with_states(config: Config) -> Config:
-    """Return a config that reads cached text embeddings instead of text."""
-    condition = config.diffusion.condition.as_vectors()
-    diffusion = dataclasses.replace(config.diffusion, condition=condition)
-    return dataclasses.replace(config, diffusion=diffusion)

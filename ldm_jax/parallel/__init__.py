@@ -1,1 +1,1 @@
-"""Where arrays live and how a step is mapped over devices and hosts."""
+"""Devices and processes: the placement of arrays, the mapping of steps."""

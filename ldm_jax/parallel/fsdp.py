@@ -1,10 +1,9 @@
 """The layout of fully sharded data parallelism: each device holds a part of the state.
 
-One `jit` over a mesh of two axes. Parameters, optimiser state, average and whatever
-is frozen are cut along both, batches along their product. Parameters are gathered where
-examples are learned from, gradients are reduced and scattered, and every device updates
-its part. Two axes, since the widths of these networks divide by 16 twice and not by 256
-once.
+One `jit` over a mesh of two axes. State and frozen parameters are sharded over both
+axes, batches over their product. Each step gathers the parameters, takes gradients on
+every device, scatters their mean, and updates every part in its place. There are two
+axes because the widths of these networks divide by 16 twice and not by 256 once.
 
 Source: Rajbhandari et al., arXiv:1910.02054 (ZeRO, stage 3); Xu et al.,
 arXiv:2105.04663 (GSPMD).
@@ -33,23 +32,23 @@ from ldm_jax.types import PyTree
 
 AXES = ("rows", "columns")
 MIN_SIZE = 2**12
-"""Smaller leaves are replicated: cutting them saves less than gathering them costs."""
+"""Smaller leaves are replicated: sharding saves less than gathering them costs."""
 
 
 class FsdpLayout(Layout):
-    """Cut the state and the batch over all devices of all processes."""
+    """Shards the state and the batch over all devices of all processes."""
 
     def __init__(self, devices: list[Any] | None = None) -> None:
-        """Use `devices` of all processes, or all there are."""
+        """Use some devices of all processes, or all."""
         everyone = devices or jax.devices()
         self.num_devices = len(everyone)
         here = [d for d in everyone if d.process_index == jax.process_index()]
-        self.devices = here or everyone  # of a topology, none is here
+        self.devices = here or everyone  # a topology has no local devices
         self.mesh = make_mesh(everyone)
         self._everywhere = NamedSharding(self.mesh, PartitionSpec())
 
     def shardings(self, shapes: PyTree) -> PyTree:
-        """Return where each leaf of a tree lies, by its shape alone."""
+        """Return the sharding of each leaf of a tree, a function of its shape."""
 
         def where(leaf: Any) -> NamedSharding:
             return NamedSharding(self.mesh, spec_of(np.shape(leaf), self.mesh))
@@ -57,7 +56,7 @@ class FsdpLayout(Layout):
         return jax.tree.map(where, shapes)
 
     def place(self, tree: PyTree) -> PyTree:
-        """Send every device its part."""
+        """Send every device its part of a tree."""
 
         def cut(leaf: Any) -> Array:
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -74,11 +73,11 @@ class FsdpLayout(Layout):
         return jax.tree.map(cut, tree)
 
     def init(self, make: Callable[[], PyTree]) -> PyTree:
-        """Make a tree where its parts belong; no device ever holds it whole."""
+        """Make a tree in parts; no device ever holds it whole."""
         return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
 
     def split(self, batch: PyTree, *, stacked: bool = False) -> PyTree:
-        """Cut the examples' axis over all devices."""
+        """Split the axis of examples over all devices."""
         spec = PartitionSpec(None, AXES) if stacked else PartitionSpec(AXES)
         send = functools.partial(
             jax.make_array_from_process_local_data, NamedSharding(self.mesh, spec)
@@ -86,7 +85,7 @@ class FsdpLayout(Layout):
         return jax.tree.map(send, batch)
 
     def local(self, tree: PyTree) -> PyTree:
-        """Gather a tree, leaf by leaf, and take the first device's copy."""
+        """Gather a tree leaf by leaf, and return the first device's copy."""
 
         def first(leaf: Array) -> Array:
             if not leaf.is_fully_replicated:
@@ -96,11 +95,11 @@ class FsdpLayout(Layout):
         return jax.tree.map(first, tree)
 
     def saved(self, tree: PyTree) -> PyTree:
-        """Return the tree as it is: its arrays span all processes already."""
+        """Return the tree as it is: its arrays span all processes."""
         return tree
 
     def restore_shardings(self, shapes: PyTree) -> PyTree:
-        """Read every part to where it belongs."""
+        """Return the shardings of training: no process restores a whole array."""
         return self.shardings(shapes)
 
     def map_step(
@@ -113,7 +112,7 @@ class FsdpLayout(Layout):
             state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]
         ) -> tuple[PyTree, Any]:
             after, metrics = step(state, frozen, batch, root_key, reduce=reduce)
-            # The same places as before, or its buffers could not be donated.
+            # The shardings of the arguments, or their buffers could not be donated.
             after = jax.lax.with_sharding_constraint(after, self.shardings(after))
             return after, jax.lax.with_sharding_constraint(metrics, self._everywhere)
 
@@ -163,12 +162,12 @@ class FsdpLayout(Layout):
         return jax.tree.map(lambda leaf: spec_of(np.shape(leaf), self.mesh), tree)
 
     def _scatter(self, leaf: Array, spec: PartitionSpec) -> Array:
-        """Average a leaf over all devices, and keep this one's part of it."""
+        """Average a leaf over all devices, and return this device's part."""
         left: list[str] = list(AXES)
         for axis, names in enumerate(spec):
             for name in names_of(names):
-                # One axis of the mesh at a time: over two, a TPU's compiler makes an
-                # all-reduce of it, which sends twice as much.
+                # One axis of the mesh at a time: for two, the TPU compiler makes an
+                # all-reduce, which sends twice as much.
                 leaf = jax.lax.psum_scatter(
                     leaf, name, scatter_dimension=axis, tiled=True
                 )
@@ -176,7 +175,7 @@ class FsdpLayout(Layout):
         return (jax.lax.psum(leaf, left) if left else leaf) / self.num_devices
 
     def stand_ins(self, state: PyTree, frozen: PyTree, batch: PyTree) -> tuple:
-        """Say of every shape where it lies."""
+        """Add the sharding of every argument."""
 
         def at(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -192,7 +191,7 @@ class FsdpLayout(Layout):
 
 
 def gather(leaf: Array, spec: PartitionSpec) -> Array:
-    """Put the parts of a leaf together, on every device."""
+    """Gather the parts of a leaf on every device."""
     for axis, names in enumerate(spec):
         if names is not None:
             leaf = jax.lax.all_gather(leaf, names, axis=axis, tiled=True)
@@ -200,12 +199,12 @@ def gather(leaf: Array, spec: PartitionSpec) -> Array:
 
 
 def names_of(names: Any) -> tuple[str, ...]:
-    """Return the axes of the mesh that an axis of a leaf is cut along, outer first."""
+    """Return the mesh axes in an entry of a `PartitionSpec`, outer first."""
     return () if names is None else (names,) if isinstance(names, str) else names
 
 
 def make_mesh(devices: list[Any]) -> Mesh:
-    """Lay devices out as a rectangle, as square as their number allows."""
+    """Arrange devices in a rectangle that is as square as their number allows."""
     num = len(devices)
     columns = next(n for n in range(math.isqrt(num), 0, -1) if num % n == 0)
     shape = (num // columns, columns)
@@ -215,16 +214,12 @@ def make_mesh(devices: list[Any]) -> Mesh:
 
 
 def spec_of(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Choose along which axes a leaf is cut, by its shape alone.
-
-    Args:
-      shape: Of the leaf.
-      mesh: Of two axes.
+    """Choose the sharding of a leaf by its shape.
 
     Returns:
-      One axis of the leaf over the whole mesh if one divides by it, or an axis of the
-      leaf for each axis of the mesh, or for one of them; the largest first. Small
-      leaves are not cut.
+      The largest axis that divides by the whole mesh, sharded over it. If there is
+      none, the largest axis for each axis of the mesh that divides by it. Nothing for a
+      small leaf.
     """
     spec: list[Any] = [None] * len(shape)
     if math.prod(shape) < MIN_SIZE:

@@ -1,6 +1,6 @@
-"""How a program starts: its devices, its fellow processes, and the compiled programs.
+"""The start of a program: compilation cache, CPU devices, other processes.
 
-Nothing here imports JAX before `start`: help and bad input answer at once.
+Nothing here imports JAX before `start`, so that help and input errors are fast.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from ldm_jax.types import InputError
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 MIN_COMPILE_SECONDS = 0.5
 PEER_TIMEOUT = 100
-"""Seconds without a sign of life after which a process counts as dead."""
+"""Seconds without a heartbeat after which a process is considered dead."""
 JOIN_TIMEOUT = 300
 """Seconds to wait for the others when joining."""
 
@@ -26,7 +26,7 @@ def num_cores() -> int:
 
 
 def cpu_devices_are_given() -> bool:
-    """Say whether the user said how many devices a CPU counts as."""
+    """Return whether the user set the number of CPU devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     return (
         "JAX_NUM_CPU_DEVICES" in os.environ
@@ -41,19 +41,18 @@ def start(
     beside: Path | None = None,
     cpu_devices: int = 1,
 ) -> None:
-    """Start JAX: set the cache and what a CPU counts as, join the others.
+    """Start JAX: set its cache and its CPU devices, join the other processes.
 
     Args:
-      launch: How.
-      beside: The run whose neighbour is the folder of compiled programs, where the
-        launch names none; None keeps none.
-      cpu_devices: Devices that a CPU counts as, if it has the cores and the user did
-        not say otherwise.
-      peer_timeout: Seconds without a sign of life after which a process counts as
-        dead. Then the others end themselves too, and name it.
+      beside: A run; compiled programs are cached next to its folder if the launch names
+        no folder. None caches nothing then.
+      cpu_devices: CPU devices, if there are as many cores and the user set no number.
+      peer_timeout: Seconds without a heartbeat after which a process is considered
+        dead; the other processes then end with its name.
 
     Raises:
-      InputError: If the cluster does not say how to join, or the others do not come.
+      InputError: If the cluster does not describe how to join, or processes are
+        missing.
     """
     import jax
 
@@ -64,7 +63,7 @@ def start(
         jax.config.update(seconds, MIN_COMPILE_SECONDS)
     devices = min(cpu_devices, num_cores())
     if devices > 1 and not cpu_devices_are_given():
-        with contextlib.suppress(RuntimeError):  # JAX runs already, with what it has
+        with contextlib.suppress(RuntimeError):  # JAX has started already
             jax.config.update("jax_num_cpu_devices", devices)
     if not launch.joins or jax.distributed.is_initialized():
         return

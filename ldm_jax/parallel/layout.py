@@ -1,4 +1,4 @@
-"""What the loop asks of the machine: where arrays live and how a step is mapped."""
+"""The interface of layouts: where arrays are placed, how a step is mapped."""
 
 import abc
 from collections.abc import Callable
@@ -10,21 +10,16 @@ from ldm_jax.types import InputError, PyTree
 
 
 class Layout(abc.ABC):
-    """Where the state, the batch and what is frozen live.
-
-    Attributes:
-      devices: This process' devices, in order.
-      num_devices: Devices over all processes.
-      process_index: Which process this is.
-      process_count: How many there are.
-    """
+    """Places the state, the batch and frozen parameters on devices."""
 
     devices: list[Any]
+    """Devices of this process, in order."""
     num_devices: int
+    """Devices of all processes."""
 
     @property
     def platform(self) -> str:
-        """What the devices are, in JAX's words."""
+        """JAX's name of the platform of the devices."""
         return self.devices[0].platform
 
     @property
@@ -34,12 +29,12 @@ class Layout(abc.ABC):
 
     @property
     def process_index(self) -> int:
-        """Which process this is."""
+        """Index of this process."""
         return jax.process_index()
 
     @property
     def process_count(self) -> int:
-        """How many processes there are."""
+        """Number of processes."""
         return jax.process_count()
 
     def check_batch_size(
@@ -59,38 +54,35 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def place(self, tree: PyTree) -> PyTree:
-        """Lay out a tree that every process holds as the step takes it."""
+        """Place a tree that every process holds whole."""
 
     @abc.abstractmethod
     def init(self, make: Callable[[], PyTree]) -> PyTree:
-        """Make a tree and lay it out; nowhere is more of it than the layout keeps."""
+        """Make a tree and place it; no device holds more of it than its share."""
 
     @abc.abstractmethod
     def split(self, batch: PyTree, *, stacked: bool = False) -> PyTree:
-        """Send the devices this process' part of a batch, without waiting.
+        """Send this process' part of a batch to its devices, without waiting.
 
         Args:
           batch: Arrays with a leading axis of examples.
-          stacked: Whether an axis of steps stands before it.
-
-        Returns:
-          The batch as the step takes it.
+          stacked: Whether an axis of steps precedes it.
         """
 
     @abc.abstractmethod
     def local(self, tree: PyTree) -> PyTree:
-        """Take a whole copy of a tree on this process' first device.
+        """Return a whole copy of a tree on this process' first device.
 
-        Every process must ask, where parts of it lie with others.
+        A collective where other processes hold parts of the tree.
         """
 
     @abc.abstractmethod
     def saved(self, tree: PyTree) -> PyTree:
-        """View a tree as arrays over all processes, as a checkpoint holds them."""
+        """Return a tree as arrays over all processes, as a checkpoint holds them."""
 
     @abc.abstractmethod
     def restore_shardings(self, shapes: PyTree) -> PyTree | None:
-        """Return where a checkpoint's arrays are to be read to; None for the host."""
+        """Return the shardings of restored arrays; None restores to the host."""
 
     @abc.abstractmethod
     def map_step(
@@ -106,7 +98,7 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def stand_ins(self, state: PyTree, frozen: PyTree, batch: PyTree) -> tuple:
-        """Turn logical shapes and a global batch's into those the mapped step takes."""
+        """Return the shapes of the mapped step's arguments, from logical shapes."""
 
     def lower(
         self,
@@ -120,14 +112,9 @@ class Layout(abc.ABC):
         """Lower the mapped step by shapes alone, on one process.
 
         Args:
-          step: As for `map_step`.
           state: Shapes of the state.
           frozen: Shapes of what the step only reads.
-          batch: Shapes of a batch of all the layout's devices.
-          accumulate: As for `map_step`.
-
-        Returns:
-          The program that training runs, ready to be compiled.
+          batch: Shapes of a global batch.
         """
         mapped = self.map_step(step, accumulate=accumulate)
         return mapped.lower(*self.stand_ins(state, frozen, batch))

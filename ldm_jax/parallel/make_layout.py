@@ -1,4 +1,4 @@
-"""Which layout a run has: `pmap`, or `fsdp`."""
+"""The choice of a layout: `pmap` or `fsdp`."""
 
 from typing import Any
 
@@ -11,10 +11,5 @@ __all__ = ["FsdpLayout", "Layout", "PmapLayout", "make_layout"]
 
 
 def make_layout(config: ParallelConfig, devices: list[Any] | None = None) -> Layout:
-    """Make the layout that a config names.
-
-    Args:
-      config: With the name.
-      devices: To use; None for all there are.
-    """
+    """Make the layout that a config names, over some devices or all."""
     return FsdpLayout(devices) if config.layout == "fsdp" else PmapLayout(devices)

@@ -1,7 +1,7 @@
-"""Several processes as one run: agree, wait, stop together.
+"""Several processes as one run: they agree, wait and stop together.
 
-Everything here is a collective: every process calls it, in the same order. On one
-process each call is what it says, without a collective.
+Every function is a collective: all processes call it, in the same order. On a single
+process nothing is communicated.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 def is_first() -> bool:
-    """Say whether this is the process that writes logs and pictures."""
+    """Return whether this process writes logs and pictures."""
     return jax.process_index() == 0
 
 
 def gather_texts(text: str) -> list[str]:
-    """Tell every process a text; return what each told, in order of processes."""
+    """Exchange texts; return those of all processes, in order."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -38,19 +38,19 @@ def gather_texts(text: str) -> list[str]:
 
 
 def wait_for_all(name: str) -> None:
-    """Wait until every process is here."""
+    """Wait until every process calls this."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Do a part of the run that can fail on one process alone.
+    """Raise an error of one process on all of them, with the same message.
 
     Raises:
-      InputError: If it did, here or elsewhere; on every process the same line.
+      InputError: If the body raised one on any process.
       RunError: Likewise.
-      OSError: Likewise, with the same number.
+      OSError: Likewise, with the same error number.
     """
     failure: Exception | None = None
     try:
@@ -71,7 +71,7 @@ def together() -> Iterator[None]:
 
 
 def first_alone(do: Callable[[], T]) -> T | None:
-    """Do something on process 0 alone, and wait for it; its failure is everyone's."""
+    """Call `do` on process 0 alone; all processes wait, and raise its error."""
     found = None
     with together():
         if is_first():
@@ -83,10 +83,10 @@ def check_same(facts: Mapping[str, Any]) -> None:
     """Check that every process has the same facts.
 
     Args:
-      facts: JSON-compatible values by what to call them.
+      facts: JSON-compatible values by name.
 
     Raises:
-      InputError: If one has not: which process, which fact, and both values.
+      InputError: If a process has another value.
     """
     everyone = [json.loads(text) for text in gather_texts(json.dumps(dict(facts)))]
     for process, theirs in enumerate(everyone):
@@ -104,35 +104,35 @@ def check_same(facts: Mapping[str, Any]) -> None:
 
 
 class StopSignal:
-    """Whether the machine is about to be taken away (SIGTERM), agreed upon by all."""
+    """Whether this process, or any other, was asked to stop (SIGTERM)."""
 
     def __init__(self) -> None:
-        """Start with nothing heard and no question asked."""
-        self._heard = False
-        self._questions = 0
+        """Start without a request to stop."""
+        self._requested = False
+        self._polls = 0
         self._unsaved: str | None = None
 
-    def hear(self) -> None:
-        """Note that this process was told to stop.
+    def request(self) -> None:
+        """Handle a request to stop this process.
 
         Raises:
-          Preempted: If nothing is to be saved first, see `at_once`.
+          Preempted: Within `at_once`.
         """
-        self._heard = True
+        self._requested = True
         if self._unsaved is not None:
             raise Preempted(self._unsaved)
 
     @contextlib.contextmanager
     def at_once(self, details: str) -> Iterator[None]:
-        """Do what can be stopped anywhere and loses nothing that is worth a wait.
+        """Stop the body at any point: it can be interrupted without a loss.
 
         Args:
-          details: What to say if it is.
+          details: Message of the `Preempted`.
 
         Raises:
-          Preempted: If this process is told to stop, or was before.
+          Preempted: If this process is asked to stop, or was before.
         """
-        if self._heard:
+        if self._requested:
             raise Preempted(details)
         self._unsaved = details
         try:
@@ -141,25 +141,24 @@ class StopSignal:
             self._unsaved = None
 
     def agreed(self) -> bool:
-        """Say whether all stop here; every process asks once a dispatch."""
-        self._questions += 1
-        if jax.process_count() > 1 and not self._heard:
-            # JAX's own handler hears it, on any process, and picks a question to come.
-            question = self._questions
-            self._heard = multihost_utils.reached_preemption_sync_point(question)
-        return self._heard
+        """Return whether all processes stop now; called once a dispatch."""
+        self._polls += 1
+        if jax.process_count() > 1 and not self._requested:
+            # JAX handles the signal on any process, and agrees on a poll to stop at.
+            self._requested = multihost_utils.reached_preemption_sync_point(self._polls)
+        return self._requested
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[StopSignal]:
-    """Turn SIGTERM into a question that the loop asks between two dispatches."""
+    """Turn SIGTERM into a request that the loop reads between two dispatches."""
     stop = StopSignal()
     if jax.process_count() > 1:
         yield stop
         return
     try:
-        before = signal.signal(signal.SIGTERM, lambda *_: stop.hear())
-    except ValueError:  # not the main thread: nobody to tell
+        before = signal.signal(signal.SIGTERM, lambda *_: stop.request())
+    except ValueError:  # not the main thread
         yield stop
         return
     try:

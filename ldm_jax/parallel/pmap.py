@@ -1,8 +1,7 @@
 """The layout of `jax.pmap`: every device holds the whole state.
 
-The state is stacked on a leading axis of local devices (the form in which donation
-works on one process and on several), batches are cut along it, and nobody outside
-this file sees that axis.
+The state has a leading axis of local devices, in which form donation works on one
+process and on several. No other file sees that axis.
 """
 
 import functools
@@ -29,10 +28,10 @@ MappedImages = Callable[[Any, Any, Any], Any]
 
 
 class PmapLayout(Layout):
-    """Replicate the state, split the batch, average with `pmean`."""
+    """Replicates the state, splits the batch, averages with `pmean`."""
 
     def __init__(self, devices: list[Any] | None = None) -> None:
-        """Use `devices` on this process, or all local ones."""
+        """Use some devices of this process, or all devices of all processes."""
         self.devices = devices or jax.local_devices()
         self._all_devices = devices or jax.devices()
         self.num_devices = len(self._all_devices)
@@ -41,7 +40,6 @@ class PmapLayout(Layout):
 
     def place(self, tree: PyTree) -> PyTree:
         """Give every device a copy of a tree of arrays."""
-
         return self._spread(jax.tree.map(lambda leaf: leaf[None], tree))
 
     def init(self, make: Callable[[], PyTree]) -> PyTree:
@@ -66,7 +64,7 @@ class PmapLayout(Layout):
         return jax.tree.map(stack, tree)
 
     def split(self, batch: PyTree, *, stacked: bool = False) -> PyTree:
-        """Cut the examples' axis into the devices'."""
+        """Split the axis of examples over the devices."""
 
         def cut(leaf: np.ndarray) -> Array:
             if stacked:
@@ -80,7 +78,7 @@ class PmapLayout(Layout):
         return jax.tree.map(cut, batch)
 
     def local(self, tree: PyTree) -> PyTree:
-        """Take the first device's copy, without moving it."""
+        """Return the first device's copy, without moving it."""
 
         def first(leaf: Array) -> Array:
             return leaf.addressable_shards[0].data.reshape(leaf.shape[1:])
@@ -88,7 +86,7 @@ class PmapLayout(Layout):
         return jax.tree.map(first, tree)
 
     def saved(self, tree: PyTree) -> PyTree:
-        """View the first copies of all processes as one replicated array."""
+        """Join the first copies of all processes to replicated arrays."""
         if self.process_count == 1:
             return self.local(tree)
         firsts = {device.process_index: device for device in reversed(jax.devices())}
@@ -103,7 +101,7 @@ class PmapLayout(Layout):
         return jax.tree.map(join, self.local(tree))
 
     def restore_shardings(self, shapes: PyTree) -> None:
-        """Read to the host, from where every device gets its copy."""
+        """Return None: `place` copies from the host to every device."""
         del shapes
 
     def map_step(
@@ -124,7 +122,7 @@ class PmapLayout(Layout):
         )
 
     def stand_ins(self, state: PyTree, frozen: PyTree, batch: PyTree) -> tuple:
-        """Stack the shapes, cut the batch's."""
+        """Add the leading axis of devices."""
         num = len(self.devices)
 
         def stack(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -139,11 +137,11 @@ class PmapLayout(Layout):
         return state, frozen, jax.tree.map(cut, batch), key
 
     def map_images(self, fn: MappedImages) -> MappedImages:
-        """Map `fn(models, knobs, inputs)` over the devices, each with its own images.
+        """Map `fn(placed, shared, inputs)` over the devices, each with its own images.
 
         Args:
-          fn: From replicated arrays, arrays that hold for all images, and arrays by
-            image to arrays by image.
+          fn: From replicated arrays, arrays for all images, and arrays by image to
+            arrays by image.
 
         Returns:
           A function of the same arguments, whose images divide by the devices.
@@ -156,8 +154,8 @@ class PmapLayout(Layout):
         def join(leaf: Array) -> np.ndarray:
             return np.concatenate(list(np.asarray(leaf)))
 
-        def spread(models: PyTree, knobs: PyTree, inputs: PyTree) -> PyTree:
-            outputs = mapped(models, knobs, jax.tree.map(cut, inputs))
+        def spread(placed: PyTree, shared: PyTree, inputs: PyTree) -> PyTree:
+            outputs = mapped(placed, shared, jax.tree.map(cut, inputs))
             return jax.tree.map(join, outputs)
 
         return spread

@@ -17,7 +17,7 @@ from ldm_jax.training.ema import (
     Mixture,
     Profile,
     array_digest,
-    kept_steps,
+    list_snapshots,
     mixture,
     snapshot_key,
 )
@@ -61,7 +61,7 @@ def make_average(
       InputError: If there is no snapshot, one is damaged or of another model, or the
         length is too far from all that were kept.
     """
-    steps = [kept for kept in kept_steps(folder) if kept <= newest]
+    steps = [kept for kept in list_snapshots(folder) if kept <= newest]
     if not steps or step not in (None, *steps):
         there = ", ".join(map(str, steps)) or "none yet"
         raise InputError(

@@ -1,6 +1,7 @@
-"""Checkpoints: the whole state of a stage, whole or not at all, and proven intact."""
+"""Checkpoints of a stage: written atomically, verified when they are read."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -15,8 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ldm_jax.parallel.multihost import first_alone, gather_texts, together
-from ldm_jax.training.asyncio_errors import AsyncioErrors, quieten, reason_of
 from ldm_jax.training.digest import join_digests, leaf_digests, tree_digest
+from ldm_jax.training.orbax_errors import OrbaxErrors, reason_of
 from ldm_jax.training.state import TrainState
 from ldm_jax.types import InputError, PyTree, RunError
 
@@ -26,34 +27,33 @@ SECONDS_BETWEEN_CHECKS = 0.005
 
 
 class Checkpoint(NamedTuple):
-    """What was restored."""
+    """A restored checkpoint."""
 
     step: int
     """The step it was saved at."""
     tree: PyTree
     """The arrays, in the structure they were saved in."""
     notes: dict[str, Any]
-    """The JSON saved beside them."""
+    """The JSON that was saved with them."""
     digest: str
     """sha256 over every leaf."""
 
 
 class CheckpointStore:
-    """The checkpoints of one stage in one folder, of one process or of several.
+    """The checkpoints of one stage, in one folder.
 
-    A step counts once its writing is complete (Orbax renames a finished folder into
-    place) and as long as its leaves and its notes have the digests that were noted
-    when it was saved: Orbax alone restores flipped bits without a word. Where there
-    are several processes, all of them call every method.
+    A checkpoint is valid once it is complete (Orbax renames a finished folder) and as
+    long as its leaves and notes have the digests that were saved with them: Orbax alone
+    restores flipped bits without an error. With several processes, all of them call
+    every method.
     """
 
     def __init__(self, directory: Path, *, keep: int, read_only: bool = False) -> None:
-        """Open a folder; it is made unless `read_only`.
+        """Open a folder; it is created unless `read_only`.
 
         Args:
-          directory: Of this stage alone.
+          directory: Holds nothing but these checkpoints.
           keep: How many steps to keep.
-          read_only: Only restore.
 
         Raises:
           InputError: If it is a file.
@@ -64,25 +64,24 @@ class CheckpointStore:
         self._read_only = read_only
         self._saving: int | None = None
         self._failed = False
-        self._asyncio_errors = AsyncioErrors(self.directory)
-        quieten(self._asyncio_errors)
+        self._errors = OrbaxErrors(self.directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
-            # Made in the background, one that cannot be made keeps the threads that
-            # want to write into it, and so the process, for twenty minutes.
+            # In the background, a folder that cannot be created blocks the threads
+            # that write into it, and so the process, for twenty minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=("state", "notes")
         )
-        # It would ask JAX's counter of questions, which `hosts.StopSignal` asks too, by
-        # its steps: the step to stop at, which all agree on, could be passed unseen.
+        # Orbax would poll JAX's preemption sync point, which `StopSignal` polls too,
+        # with its own steps: the processes could miss the step at which to stop.
         self._manager.reached_preemption = lambda step: False
-        # The manager's own reader waits for all processes at its end, for ever where
-        # one of them found its files torn.
+        # The manager's own reader waits for all processes, for ever if one of them
+        # cannot read its files.
         this = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=this,
@@ -94,7 +93,7 @@ class CheckpointStore:
         )
 
     def save(self, step: int, tree: PyTree, notes: dict[str, Any]) -> str:
-        """Write a checkpoint in the background; an older failure is raised here.
+        """Write a checkpoint in the background.
 
         Args:
           tree: Arrays over all processes.
@@ -104,16 +103,16 @@ class CheckpointStore:
           The digest of the tree.
 
         Raises:
-          RunError: If the step before could not be written, or a leaf is not finite:
-            such a state is never written.
+          RunError: If the previous checkpoint could not be written, or a leaf is not
+            finite.
         """
         self.wait()
         leaves = leaf_digests(tree)
         for path, leaf in leaves.items():
             if not leaf.finite:
                 raise RunError(
-                    f"step {step}: {path} is not finite; nothing "
-                    "was written for this step; try a lower learning rate"
+                    f"step {step}: {path} is not finite; nothing was written for this "
+                    "step; try a lower learning rate"
                 )
         digest = join_digests(tree, leaves)
         notes = {
@@ -125,8 +124,8 @@ class CheckpointStore:
             },
         }
         notes["sha256"] = notes_digest(notes)
-        self._saving, self._asyncio_errors.error = step, None
-        with self._details():
+        self._saving, self._errors.error = step, None
+        with self._reported():
             first_alone(lambda: self._probe(step))
             self._manager.save(
                 step,
@@ -138,35 +137,33 @@ class CheckpointStore:
         return digest
 
     def check(self) -> None:
-        """Raise what went wrong with a save in the background, as soon as it is known.
+        """Raise the error of a save in the background as soon as it is known.
 
-        It costs nothing while nothing is being written.
+        Costs nothing while nothing is being written.
 
         Raises:
-          RunError: If it could not be written, here or on another process.
+          RunError: If a process could not write the checkpoint.
         """
         if self._saving is None:
             return
-        heard, ended = (
-            self._asyncio_errors.error,
-            not self._manager.is_saving_in_progress(),
-        )
-        # It ends at a moment of its own on each process; they stop at the same step.
-        states = set(gather_texts("failed" if heard else "ended" if ended else ""))
+        error = self._errors.error
+        ended = not self._manager.is_saving_in_progress()
+        # Saves end at different times on the processes, which stop at the same step.
+        states = set(gather_texts("failed" if error else "ended" if ended else ""))
         if "failed" in states:
             self._failed = True
-            with together(), self._details():
-                if heard:
-                    raise heard
+            with together(), self._reported():
+                if error:
+                    raise error
         if states == {"ended"}:
             with together():
                 self._join()
 
     def wait(self) -> None:
-        """Wait for the last save.
+        """Wait until the last save has ended.
 
         Raises:
-          RunError: If it could not be written, here or on another process.
+          RunError: If a process could not write the checkpoint.
         """
         while self._saving is not None:
             self.check()
@@ -181,22 +178,22 @@ class CheckpointStore:
     ) -> Checkpoint | None:
         """Restore the newest intact checkpoint, or that of one step.
 
-        A damaged one is moved into `damaged/` (unless read-only), and the one before
-        it is tried.
+        A damaged checkpoint is moved into `damaged/` (unless read-only), and the one
+        before it is tried.
 
         Args:
           target: Shapes and dtypes, as `jax.eval_shape` gives them.
-          step: Which one; None for the newest.
-          shardings: Where each array is to lie; None reads to the host.
+          step: None for the newest.
+          shardings: Of the restored arrays; None restores to the host.
 
         Returns:
           The checkpoint, or None if none was ever completed.
 
         Raises:
-          InputError: If there is none of that step, or it is one of another model.
+          InputError: If there is no checkpoint of that step, or it has other leaves.
           RunError: If there are checkpoints and none is intact.
         """
-        self.wait()  # for a step that is being written
+        self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
         if step is not None and step not in steps:
             raise InputError(
@@ -222,10 +219,10 @@ class CheckpointStore:
         return None
 
     def close(self) -> None:
-        """Wait for this process' part of the last save and raise what went wrong.
+        """Wait for this process' part of the last save, and close the store.
 
         Raises:
-          RunError: If it could not be written, and nobody was told yet.
+          RunError: If it could not be written and no method has raised that yet.
         """
         try:
             if not self._failed:
@@ -237,30 +234,30 @@ class CheckpointStore:
         self._reader.close()
         if not self._failed:
             self._manager.close()
-            logging.getLogger("absl").removeFilter(self._asyncio_errors)
+            self._errors.close()
         elif jax.process_count() == 1:
-            # It has been told of, and Orbax may raise more of it. Where there are
-            # others it may wait for them for twenty minutes.
+            # Orbax may raise the reported error again. With several processes it may
+            # wait for the others for twenty minutes.
             with contextlib.suppress(Exception):
                 self._manager.close()
 
     def _join(self) -> None:
         if self._saving is None:
             return
-        with self._details():
+        with self._reported():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         self._saving = None
 
     def _probe(self, step: int) -> None:
-        """Fail alone, where Orbax would while the other processes wait for this one."""
+        """Fail on one process, where Orbax would let the other processes wait."""
         probe = self.directory / f"{step}.probe"
         probe.mkdir(exist_ok=True)
         probe.rmdir()
 
     @contextlib.contextmanager
-    def _details(self) -> Iterator[None]:
-        """Turn what a writing thread raised into one line."""
+    def _reported(self) -> Iterator[None]:
+        """Raise the error of a writing thread as a `RunError` of one line."""
         try:
             yield
         except Exception as error:
@@ -280,9 +277,9 @@ class CheckpointStore:
     def _intact(
         self, step: int, target: PyTree, shardings: PyTree
     ) -> tuple[Checkpoint | None, str]:
-        """Read a step; where that fails on any process, say to all of them why.
+        """Read a step; if that fails on any process, all return the reason.
 
-        They agree after each part, as the next one may be a collective.
+        They agree after each part, since the next one may be a collective.
         """
         notes, reason = _agreed(lambda: self._read_notes(step))
         if notes is None:
@@ -313,7 +310,7 @@ class CheckpointStore:
     def _read_notes(self, step: int) -> dict[str, Any]:
         items = ocp.args.Composite(notes=ocp.args.JsonRestore())
         notes = dict(self._reader.restore(self._folder(step), args=items)["notes"])
-        saved = notes.pop("sha256", None)  # an early version noted none
+        saved = notes.pop("sha256", None)  # None in early versions
         if saved is not None and saved != notes_digest(notes):
             raise ValueError("its notes are not what was saved")
         return notes
@@ -350,15 +347,14 @@ class CheckpointStore:
 
 
 def verified_digest(tree: PyTree, notes: dict[str, Any]) -> str:
-    """Return the digest of what was restored.
+    """Return the digest of restored arrays, after a check of every leaf.
 
     Args:
-      tree: The arrays.
-      notes: With the digests of when it was saved; an early version noted one sha256
-        over everything.
+      notes: With the digests of the saved leaves; early versions saved one sha256 over
+        all of them.
 
     Raises:
-      ValueError: If a leaf has another digest now: which, and how many.
+      ValueError: If a leaf has another digest.
     """
     if "leaves" not in notes:
         digest = tree_digest(tree)
@@ -378,18 +374,20 @@ def verified_digest(tree: PyTree, notes: dict[str, Any]) -> str:
 
 
 def _agreed(do: Callable[[], T]) -> tuple[T | None, str]:
-    """Do a part of a restore; None on all processes, and why, if it failed on one."""
+    """Call `do`; if it fails on one process, return None and the reason on all."""
     found, reason = None, ""
     try:
         found = do()
     except Exception as error:
         reason = reason_of(error)
+    if reason:
+        gc.collect()  # now asyncio logs reads that failed too, while that is filtered
     details = [text for text in gather_texts(reason) if text]
     return (None, details[0]) if details else (found, "")
 
 
 def notes_digest(notes: dict[str, Any]) -> str:
-    """Return the sha256 of notes, however their JSON is laid out."""
+    """Return the sha256 of notes in a canonical JSON form."""
     return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What a training example is conditioned on: taken from the data or from its image."""
+"""Conditions of training examples, and those that are computed from images."""
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,11 @@ def drop_conditions(
     null: ConditionInputs,
     dropped: Bool[Array, " b"],
 ) -> ConditionInputs:
-    """Replace the inputs of some examples by those that mean "none".
+    """Replace the inputs of some examples by null inputs.
 
     Args:
-      inputs: Of every example.
-      null: Of the same shapes.
+      null: Null inputs of the same shapes.
       dropped: Which examples lose their condition.
-
-    Returns:
-      The inputs.
 
     Source:
       Ho & Salimans, arXiv:2207.12598, algorithm 1.
@@ -40,15 +36,7 @@ def drop_conditions(
 def low_resolution(
     images: Float[Array, "b h w c"], *, factor: int
 ) -> Float[Array, "b h2 w2 c"]:
-    """Shrink images by averages: the input of super-resolution.
-
-    Args:
-      images: In [-1, 1].
-      factor: How much smaller.
-
-    Returns:
-      The small images, in [-1, 1].
-    """
+    """Downsample images by averages of blocks: the condition of super-resolution."""
     return area_downsample(images, factor=factor)
 
 
@@ -58,13 +46,13 @@ def random_holes(
     """Draw a rectangular hole for each image: the mask of inpainting.
 
     Args:
-      keys: One per image.
+      keys: One for each image.
       height: Of the image, in pixels.
       width: Of the image, in pixels.
 
     Returns:
-      1 in the hole and 0 outside; each side between a quarter and three quarters of
-      the image's.
+      1 in the hole and 0 outside. Each side of a hole is between a quarter and three
+      quarters of the image's.
     """
 
     def interval(key: Key[Array, ""], size: int) -> Bool[Array, " n"]:
@@ -92,15 +80,15 @@ def cut_holes(
 def join_masked(
     latents: Float[Array, "b h w c"], holes: Float[Array, "b h2 w2 1"]
 ) -> Float[Array, "b h w d"]:
-    """Stack the latents of images with holes and the holes themselves.
+    """Join the latents of images with holes and the mask: the condition of inpainting.
 
     Args:
       latents: Of the images with holes, in scaled-latent units.
       holes: 1 in the hole, at the images' resolution.
 
     Returns:
-      The latents and, as the last channel, the mask in {-1, 1}: the pixel at the top
-      left of each block stands for it, as nearest-neighbour resizing takes it.
+      The latents and, as the last channel, the mask in {-1, 1}, resized by taking the
+      top left pixel of each block, as nearest-neighbour resizing does.
     """
     factor = holes.shape[1] // latents.shape[1]
     small = holes[:, ::factor, ::factor]

@@ -37,23 +37,23 @@ def diffusion_stage(
     frozen: FrozenParams,
     workdir: Path,
     *,
-    null_state: Float[Any, "n d"] | None = None,
+    null_embedding: Float[Any, "n d"] | None = None,
 ) -> Stage:
     """Build the diffusion stage on a finished first stage.
 
     Args:
       frozen: All parameters that sampling reads and this stage does not train. Where
         batches hold latents, the step does not read the first stage.
-      null_state: Text embedding of the empty prompt, where batches hold text
+      null_embedding: Text embedding of the empty prompt, where batches hold text
         embeddings.
     """
     settings, trained_on = config.diffusion, frozen
     if config.data.latents is not None:
         trained_on = trained_on._replace(autoencoder={})
     step_model = model
-    if null_state is not None:
+    if null_embedding is not None:
         step_model = reading_embeddings(model)
-        trained_on = trained_on._replace(conditioner={}, null_embedding=null_state)
+        trained_on = trained_on._replace(conditioner={}, null_embedding=null_embedding)
     optimizer = make_optimizer(
         settings.optim,
         num_steps=settings.steps,
@@ -70,11 +70,11 @@ def diffusion_stage(
         params = init_diffusion_params(model, root_key(config.seed))
         return init_state(params, optimizer)
 
-    def keep(averages: tuple[DiffusionParams, ...], step_number: int) -> None:
+    def write_averages(averages: tuple[DiffusionParams, ...], step_number: int) -> None:
         folder = averages_folder(workdir)
         write_snapshot(folder, settings.average_lengths, averages, step_number)
 
-    kept = snapshot_steps(settings.steps, snapshots=settings.average_snapshots)
+    steps = snapshot_steps(settings.steps, snapshots=settings.average_snapshots)
     return Stage(
         name="diffusion",
         num_steps=settings.steps,
@@ -84,8 +84,8 @@ def diffusion_stage(
         frozen=trained_on,
         extra={"latent_scale": frozen.latent_scale},
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
-        keep=keep,
-        kept_steps=tuple(kept) if settings.average_lengths else (),
+        write_averages=write_averages,
+        average_steps=tuple(steps) if settings.average_lengths else (),
     )
 
 

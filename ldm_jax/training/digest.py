@@ -1,10 +1,10 @@
-"""A digest of every leaf, computed where its parts lie.
+"""A digest of every leaf of a tree, computed on the devices that hold it.
 
-Orbax restores flipped bits without a word. A cryptographic hash of a leaf wants it
-whole and in order on one host; on a pod it lies in pieces. So a leaf's digest is a sum
-over its elements, modulo 2**32, of a mix of the element's bits and of its index, four
-times with other constants: the same however the leaf is cut, in one pass on the
-device, and changed for certain by any change of one element (the mix is a bijection).
+Orbax restores flipped bits without an error. A cryptographic hash needs a whole leaf on
+one host; on a pod leaves are sharded. The digest of a leaf is a sum over its elements,
+modulo 2**32, of a mix of the element's bits and index, with four sets of constants. It
+does not depend on the sharding, takes one pass on the device, and any change of one
+element changes it (the mix is a bijection).
 """
 
 import hashlib
@@ -19,18 +19,18 @@ from ldm_jax.types import PyTree
 
 LANES = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
 MOST_BY_NUMPY = 2**20
-"""Elements of a leaf up to which NumPy is as quick as what would have to be compiled."""
+"""Elements of a leaf up to which NumPy takes less time than compiling a program."""
 PIECE = 2**13
 """Elements that it takes at once: they stay in the cache."""
 
 
 class LeafDigest(NamedTuple):
-    """What was found of a leaf."""
+    """Digest of a leaf."""
 
     digest: str
     """32 hexadecimal digits."""
     finite: bool
-    """Whether every number is."""
+    """Whether every number is finite."""
 
 
 def mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -125,14 +125,10 @@ def words_of(leaf: Shaped[Array, "*shape"]) -> list[UInt32[Array, "*shape"]]:
 
 
 def leaf_digests(tree: PyTree) -> dict[str, LeafDigest]:
-    """Examine every leaf of a tree.
+    """Return the digest of every leaf by its path.
 
     Args:
-      tree: Arrays, whole or cut over devices of one process or several (then every
-        process asks).
-
-    Returns:
-      By path: what was found.
+      tree: Arrays, whole or sharded; if over several processes, a collective.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     found = jax.device_get(
@@ -173,5 +169,5 @@ def tree_digest(tree: PyTree) -> str:
 
 
 def _first(tree: Any) -> Any:
-    """Take this process' copy of arrays that every process holds."""
+    """Return this process' copy of replicated arrays."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)

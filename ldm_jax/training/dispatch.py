@@ -1,4 +1,4 @@
-"""Around a pure step: skip what is not finite, several steps a dispatch."""
+"""Around a pure step: skip non-finite updates, make several steps a dispatch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +15,11 @@ Step = Callable[..., tuple[TrainState, Any]]
 
 
 def skip_nonfinite(step: Step) -> Step:
-    """Make a step that changes nothing but its number where it is not finite.
+    """Make a step that only counts itself where a metric is not finite.
 
     Args:
-      step: A pure step whose metrics hold the loss and the norm of every gradient, and
-        are the same on every device.
-
-    Returns:
-      The same step; parameters, average and optimiser stay as they were wherever a
-      metric is not finite.
+      step: Its metrics hold the loss and the norm of every gradient, and are equal on
+        every device.
     """
 
     def guarded(
@@ -43,21 +39,13 @@ def skip_nonfinite(step: Step) -> Step:
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Say whether every number of a tree is finite."""
+    """Return whether every number of a tree is finite."""
     leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(leaves).all()
 
 
 def several_steps(step: Step) -> Step:
-    """Make a function that takes as many steps as it is given batches, by a scan.
-
-    Args:
-      step: A pure step.
-
-    Returns:
-      The same with an axis of steps before every array of the batch and, in what it
-      returns, of the metrics.
-    """
+    """Make a step of stacked batches; the metrics get the same leading axis."""
 
     def steps(
         state: TrainState,

@@ -107,7 +107,7 @@ def stages_by_shape(config: Config, model: LatentDiffusion) -> list[Stage]:
             model,
             frozen,
             nowhere,
-            null_state=null_state_shape(model, config.data),
+            null_embedding=null_embedding_shape(model, config.data),
         )
         stages.append(stage)
     return stages
@@ -136,7 +136,7 @@ def batch_shapes(
     return LatentBatch(shape_of((size, *model.moments_shape), jnp.float32), *batch[1:])
 
 
-def null_state_shape(model: LatentDiffusion, data: DataConfig) -> Any:
+def null_embedding_shape(model: LatentDiffusion, data: DataConfig) -> Any:
     """Return the shape of a cache's null embedding; None if the run reads none.
 
     Reads no cache: it is assumed to hold text embeddings if the text encoder is frozen.

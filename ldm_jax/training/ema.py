@@ -1,9 +1,9 @@
-"""Averages of weights by a power of the step, and any of them from a few of them.
+"""Power-function averages of parameters, and post-hoc EMA.
 
-An average whose weight of step tau grows as tau**gamma keeps its shape, relative to the
-training so far, however long that is. So its length is a share of training: the
-standard deviation of its profile over its end, `sigma_rel`. From what two such averages
-were at several steps, that of any other length follows afterwards, by least squares.
+An average that weights step tau by tau**gamma has a profile that keeps its shape
+relative to the training so far. Its relative length `sigma_rel` is the standard
+deviation of the profile divided by its last step. From snapshots of two such averages
+an average of any other length can be computed after training, by least squares.
 
 Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
 Models", arXiv:2312.02696, section 3 and equations 2 to 5.
@@ -24,26 +24,25 @@ from ldm_jax.files import write_safetensors
 from ldm_jax.types import PyTree
 
 MOST_CELLS = 8192
-"""Cells that steps are grouped into, where there are more steps."""
+"""Cells of steps in the least-squares problem, where there are more steps."""
 
 
 class Profile(NamedTuple):
-    """Which average it is, and when."""
+    """The profile of a power-function average: its weight of every step."""
 
     length: float
-    """Relative; standard deviation of its profile over its last step."""
+    """Relative length: standard deviation over last step."""
     step: int
-    """The last one in it."""
+    """Last step."""
 
 
 class Mixture(NamedTuple):
-    """How an average is made of others."""
+    """A weighted sum of averages."""
 
     weights: Float[np.ndarray, " n"]
-    """Of each of them; their sum is 1."""
+    """Weight of each average; their sum is 1."""
     error: float
-    """Distance of the profile that results from the one that is wanted, as a share of
-    the norm of that."""
+    """Distance of the resulting profile from the wanted one, relative to its norm."""
 
 
 def power_of(length: float) -> float:
@@ -68,14 +67,14 @@ def power_of(length: float) -> float:
 
 
 def share_of_new(step: Int[Array, ""], *, length: float) -> Float[Array, ""]:
-    """Return how much of an average becomes the newest parameters: 1 - beta.
+    """Return the weight of the newest parameters in an average: 1 - beta.
 
     `1 - (1 - 1 / step) ** (gamma + 1)`, without its loss of digits late in training. At
     step 1 it is 1.
 
     Args:
-      step: Updates made, the newest one counted; at least 1.
-      length: Of the average.
+      step: Updates made, including the newest; at least 1.
+      length: Relative length of the average.
 
     Source:
       Karras et al., arXiv:2312.02696, equation 3.
@@ -85,20 +84,16 @@ def share_of_new(step: Int[Array, ""], *, length: float) -> Float[Array, ""]:
 
 
 def mixture(kept: list[Profile], wanted: Profile) -> Mixture:
-    """Make an average of others, as near to the wanted one as can be.
+    """Approximate an average by a weighted sum of others.
 
-    Least squares between the profiles, over all steps (or cells of several steps, where
-    there are very many), among weights whose sum is 1: so parameters that stand still
-    are left as they are. The profile of an average over cell (a, b] of steps has the
-    mass `(b / step)**(gamma + 1) - (a / step)**(gamma + 1)`: with cells of one step,
-    that is what `share_of_new` makes, exactly.
+    Least squares between the profiles, over all steps (or cells of several steps),
+    among weights whose sum is 1, so that constant parameters stay as they are. The
+    profile has the mass `(b / step)**(gamma + 1) - (a / step)**(gamma + 1)` in a cell
+    (a, b] of steps; in cells of one step that is exactly what `share_of_new` gives.
 
     Args:
-      kept: The averages there are.
-      wanted: The one to make.
-
-    Returns:
-      The weight of each, and how well the profiles agree.
+      kept: Profiles of the averages that exist.
+      wanted: Profile to approximate.
 
     Source:
       Karras et al., arXiv:2312.02696, section 3.2 (least squares of profiles).
@@ -124,7 +119,7 @@ def _masses(
 
 
 def snapshot_steps(num_steps: int, *, snapshots: int) -> list[int]:
-    """Return the steps at which averages are kept, evenly, the last step the last."""
+    """Return evenly spaced steps for snapshots of averages; the last step is one."""
     steps = [round(i * num_steps / snapshots) for i in range(1, snapshots + 1)]
     return sorted({step for step in steps if step})
 
@@ -136,16 +131,16 @@ DIGESTS = "digests"
 def write_snapshot(
     folder: Path, lengths: tuple[float, ...], averages: tuple[PyTree, ...], step: int
 ) -> None:
-    """Write averages as they are at a step, whole or not at all; the same bytes again.
+    """Write a snapshot of averages atomically; equal averages give equal bytes.
 
     Args:
-      folder: Of these files alone; made if it is not there.
+      folder: Holds snapshots alone; created if it does not exist.
       lengths: Relative lengths.
-      averages: Their parameters, whole.
+      averages: Their parameters, whole on this process.
       step: Updates made.
 
     Raises:
-      InputError: If they cannot be written.
+      InputError: If the file cannot be written.
     """
     folder.mkdir(exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
@@ -159,8 +154,8 @@ def write_snapshot(
     write_safetensors(folder / f"{step:06d}.safetensors", arrays, texts)
 
 
-def kept_steps(folder: Path) -> list[int]:
-    """List the steps of a folder's snapshots, in order."""
+def list_snapshots(folder: Path) -> list[int]:
+    """Return the steps of the snapshots in a folder, rising."""
     names = (path.stem for path in folder.glob("*.safetensors"))
     return sorted(int(name) for name in names if name.isdigit())
 

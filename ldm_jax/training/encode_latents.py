@@ -1,4 +1,4 @@
-"""A cache of latents, made: every image encoded once, by all devices of all hosts."""
+"""Make a cache of latents: encode every image once, on all devices of all hosts."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.build import build_model, open_split
-from ldm_jax.config import IMAGES_AT_ONCE, Config
+from ldm_jax.config import IMAGES_AT_ONCE, Config, DataConfig
 from ldm_jax.data.caption_tokens import TokenizedExamples
 from ldm_jax.data.latent_cache import (
     NOTE_FILE,
@@ -48,9 +48,9 @@ from ldm_jax.training.latent_cache import (
 )
 from ldm_jax.training.latent_encoders import (
     Encoders,
+    encode_empty_prompt,
     encode_records,
     make_encode,
-    null_state_of,
     prepare,
 )
 from ldm_jax.training.latent_shards import find_shards, make_shard
@@ -59,7 +59,8 @@ from ldm_jax.training.workdir import facts_of
 from ldm_jax.types import InputError
 
 MIN_SHARDS = 16
-"""A killed command loses the shards it was writing, and as many hosts can share."""
+"""A killed command loses only the shards it was writing; as many hosts can share the
+work."""
 SHARD_BYTES = 256 * 2**20
 LOCK_FILE = ".lock"
 OWN_FOLDER = "latents"
@@ -67,7 +68,7 @@ OWN_FOLDER = "latents"
 
 @runtime_checkable
 class OpenEncoders(Protocol):
-    """Loads what encodes examples."""
+    """Loads the networks that encode examples."""
 
     def __call__(
         self,
@@ -77,17 +78,17 @@ class OpenEncoders(Protocol):
         *,
         states: bool,
     ) -> Encoders:
-        """Load the first stage of a run, and its frozen text encoder if `states`."""
+        """Load the first stage of a run and, if `states`, its frozen text encoder."""
         ...
 
 
-class Outcome(NamedTuple):
-    """How the making of a cache ended."""
+class CacheOutcome(NamedTuple):
+    """A finished cache."""
 
     note: CacheNote
-    """What it says of itself."""
+    """The note in its folder."""
     num_made: int
-    """Shards that were made now, by all processes."""
+    """Shards that all processes wrote now."""
 
 
 def make_cache(
@@ -99,32 +100,28 @@ def make_cache(
     num_shards: int | None,
     batch_size: int,
     states: bool,
-) -> Outcome:
-    """Encode the training split, or what is left of it.
+) -> CacheOutcome:
+    """Encode the training split, except shards that exist and are intact.
 
-    On several processes, each calls this with the same arguments and a folder that all
-    of them see; shard s is made by process s modulo their number. A shard that is
-    there and whole is kept.
+    On several processes, each calls this with the same arguments and a shared folder.
+    Process `i` makes every shard whose index is `i` modulo the number of processes.
 
     Args:
-      config: Of the run whose data and first stage are meant.
-      workdir: Its folder; None to take what the config names.
-      out: Folder of the cache; made if it is not there.
-      open_encoders: Loads the first stage, and a frozen text encoder if there is one.
-      num_shards: Files of records; None for what is there, or by the size.
+      config: Of the run with the data and the first stage.
+      workdir: Folder of that run; None to read the first stage that the config names.
+      out: Folder of the cache; created if it does not exist.
+      num_shards: Files of records; None keeps the number of an existing cache, or
+        chooses by size.
       batch_size: Images that a device encodes at once.
-      states: Whether to keep what a frozen text encoder says.
-
-    Returns:
-      How it ended.
+      states: Whether to cache the text embeddings of a frozen text encoder.
 
     Raises:
       InputError: If there is no finished first stage, the data cannot be read, or the
         folder holds another cache.
       RunError: If a shard cannot be written.
-      OSError: If anything else cannot.
+      OSError: If another file cannot be written.
     """
-    if "diffusion" in config.stages:  # as the runs that are to read it are checked
+    if "diffusion" in config.stages:  # checks that runs can read the cache
         data = dataclasses.replace(config.data, latents=str(out))
         config = dataclasses.replace(config, data=data)
     layout = PmapLayout()
@@ -134,15 +131,15 @@ def make_cache(
         model = build_model(config)
         encoders = open_encoders(config, model, workdir, states=states)
         source = open_split(config, "train")
-        note = plan_cache(config, encoders, source, num_shards=num_shards)
+        note = plan_cache(config, model, encoders, source, num_shards=num_shards)
     with contextlib.ExitStack() as held:
-        first_alone(lambda: held.enter_context(_held(out)))
-        first_alone(lambda: _begin(config, model, encoders, out, note, num_shards))
+        first_alone(lambda: held.enter_context(_locked(out)))
+        first_alone(lambda: _begin(model, encoders, out, note, num_shards=num_shards))
         with together():
             note = read_note(out)
         encode_batch = make_encode(model, encoders, layout)
         records = functools.partial(
-            encode_records, config, source.examples, note, encode_batch
+            encode_records, config.data, source.examples, note, encode_batch
         )
         size = batch_size * len(layout.devices)
         return _fill(out, note, functools.partial(records, size=size), layout)
@@ -151,19 +148,18 @@ def make_cache(
 def keep_latents(
     config: Config, workdir: Path, *, open_encoders: OpenEncoders
 ) -> tuple[Config, CacheNote]:
-    """Make the cache that a run keeps in its own folder, or take it if it stands.
+    """Make the cache in a run's own folder, unless it is finished.
 
     Args:
-      config: Of the run, whose stage 1 is finished.
-      open_encoders: Loads the first stage, and a frozen text encoder if there is one.
+      config: Of a run whose first stage is finished.
 
     Returns:
-      The config that reads the cache, and what the cache says of itself.
+      The config that reads the cache, and the note of the cache.
 
     Raises:
       InputError: If the data cannot be read.
-      RunError: If the cache cannot be written.
-      OSError: If anything else cannot.
+      RunError: If a shard cannot be written.
+      OSError: If another file cannot be written.
     """
     out = workdir / OWN_FOLDER
     data = dataclasses.replace(config.data, latents=str(out))
@@ -183,7 +179,7 @@ def keep_latents(
 
 
 def _is_whole(out: Path) -> bool:
-    """Say whether a folder holds a finished cache, by the sizes of its files."""
+    """Return whether a folder holds a finished cache, judged by the file sizes."""
     try:
         check_files(out, read_note(out))
     except InputError:
@@ -192,16 +188,21 @@ def _is_whole(out: Path) -> bool:
 
 
 def plan_cache(
-    config: Config, encoders: Encoders, source: Source, *, num_shards: int | None
+    config: Config,
+    model: LatentDiffusion,
+    encoders: Encoders,
+    source: Source,
+    *,
+    num_shards: int | None,
 ) -> CacheNote:
-    """Say what a cache will hold, before anything is encoded.
+    """Make the note of an unfinished cache.
 
     Raises:
       InputError: If there are fewer examples than shards, or captions and no tokenizer.
     """
     total = len(source.examples)
-    has_captions = _words_are_captions(source)
-    fields = _fields(config, source, states=bool(encoders.conditioner))
+    has_captions = _keeps_captions(source)
+    fields = _fields(model, config.data, source, states=bool(encoders.conditioner))
     if num_shards is None:
         by_size = -(-total * sum(field.size for field in fields) // SHARD_BYTES)
         num_shards = min(max(by_size, MIN_SHARDS), total)
@@ -210,7 +211,7 @@ def plan_cache(
     text_encoder = None
     if encoders.conditioner:
         text_encoder = text_encoder_digest(
-            config, encoders.conditioner, has_captions=has_captions
+            model, encoders.conditioner, has_captions=has_captions
         )
     return CacheNote(
         made_of=made_of(config),
@@ -225,8 +226,8 @@ def plan_cache(
     )
 
 
-def _words_are_captions(source: Source) -> bool:
-    """Say whether captions are kept: a tokenizer makes the tokens, if there are any."""
+def _keeps_captions(source: Source) -> bool:
+    """Return whether records hold captions, in place of tokens made from them."""
     first = source.examples[0]
     has_own_tokens = "tokens" in first and not isinstance(
         source.examples, TokenizedExamples
@@ -234,17 +235,19 @@ def _words_are_captions(source: Source) -> bool:
     return "caption" in first and not has_own_tokens
 
 
-def _fields(config: Config, source: Source, *, states: bool) -> tuple[Field, ...]:
-    """List the arrays of a record: what is encoded, and what the examples have."""
+def _fields(
+    model: LatentDiffusion, data: DataConfig, source: Source, *, states: bool
+) -> tuple[Field, ...]:
+    """List the arrays of a record: the encoded ones, then those of the examples."""
     example = source.examples[0]
-    fields = [Field("moments", "<f4", config.moments_shape)]
+    fields = [Field("moments", "<f4", model.moments_shape)]
     if states:
-        vectors = config.diffusion.condition.as_vectors()
+        vectors = model.condition.as_vectors()
         shape = (vectors.embedding_length, vectors.embedding_width)
         fields.append(Field("states", "<f4", shape))
-    prepared = prepare({**example, "index": 0}, config)
+    prepared = prepare({**example, "index": 0}, data)
     for name in ("label", "tokens", "embedding", "segmentation"):
-        again = name == "tokens" and _words_are_captions(source)
+        again = name == "tokens" and _keeps_captions(source)
         if name in example and not again:
             array = prepared[name]
             little = array.dtype.newbyteorder("<").str
@@ -253,8 +256,8 @@ def _fields(config: Config, source: Source, *, states: bool) -> tuple[Field, ...
 
 
 @contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Make a folder, and hold it against another command of these processes' kind."""
+def _locked(out: Path) -> Iterator[None]:
+    """Create a folder and lock it against other processes."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, wanted a folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -270,19 +273,19 @@ def _held(out: Path) -> Iterator[None]:
 
 
 def _begin(
-    config: Config,
     model: LatentDiffusion,
     encoders: Encoders,
     out: Path,
     note: CacheNote,
+    *,
     num_shards: int | None,
 ) -> None:
-    """Write the note of an unfinished cache, or check the one that is there."""
+    """Write the note of an unfinished cache, or check the one that exists."""
     if not (out / NOTE_FILE).exists():
         if encoders.conditioner:
-            state = null_state_of(config, model, encoders)
+            embedding = encode_empty_prompt(model, encoders)
             file = io.BytesIO()
-            np.save(file, state, allow_pickle=False)
+            np.save(file, embedding, allow_pickle=False)
             (out / NULL_FILE).write_bytes(file.getvalue())
             digest = hashlib.sha256(file.getvalue()).hexdigest()
             note = dataclasses.replace(note, null_state=digest)
@@ -299,7 +302,7 @@ def _begin(
 
 
 def _facts(note: CacheNote) -> dict[str, Any]:
-    """List what makes two caches the same, in words for people."""
+    """List what must be equal in two caches, by its name in messages."""
     return {
         **note.made_of,
         "first stage": short(note.first_stage),
@@ -318,13 +321,13 @@ def _fill(
     note: CacheNote,
     records: Callable[[int], Iterable[bytes]],
     layout: PmapLayout,
-) -> Outcome:
-    """Make this process' shards that are not whole, and finish when all stand."""
+) -> CacheOutcome:
+    """Make this process' missing shards; finish the note when all shards exist."""
     own = range(layout.process_index, note.num_shards, layout.process_count)
     with together():
         shards = find_shards(out, note, own)
     num_made = sum(map(int, gather_texts(str(len(own) - len(shards)))))
-    if num_made and note.shards:  # a shard was damaged: not finished any more
+    if num_made and note.shards:  # a damaged shard: no longer finished
         note = dataclasses.replace(note, shards=())
         first_alone(lambda: write_json(out / NOTE_FILE, to_json(note)))
     with together():
@@ -335,7 +338,7 @@ def _fill(
     finished = dataclasses.replace(note, shards=whole)
     if finished != note:
         first_alone(lambda: write_json(out / NOTE_FILE, to_json(finished)))
-    return Outcome(finished, num_made)
+    return CacheOutcome(finished, num_made)
 
 
 def make_shards(
@@ -345,16 +348,15 @@ def make_shards(
     whole: dict[int, Shard],
     records: Callable[[int], Iterable[bytes]],
 ) -> dict[int, Shard]:
-    """Make the shards of a process that are not whole.
+    """Make the missing shards of a process.
 
     Args:
-      out: Folder of the cache.
-      own: The shards of this process.
-      whole: What is known of those that are whole.
+      own: Indices of the shards of this process.
+      whole: Those that exist and are intact.
       records: Encodes the examples of a shard.
 
     Returns:
-      What is known of each.
+      All of them, by index.
 
     Raises:
       InputError: If an example cannot be read.

@@ -1,4 +1,4 @@
-"""What a run takes from a cache of latents, once the cache is proved to be its own."""
+"""Open a cache of latents for a run, after a check that it belongs to the run."""
 
 import dataclasses
 import hashlib
@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from ldm_jax import config as config_lib
-from ldm_jax.build import check_example, null_tokens, open_tokenizer
-from ldm_jax.config import OWN_LATENTS, Config
-from ldm_jax.config.run import with_states
+from ldm_jax.build import check_example, open_tokenizer
+from ldm_jax.config import OWN_LATENTS, ConditionConfig, Config
 from ldm_jax.data.caption_tokens import TokenizedExamples
 from ldm_jax.data.latent_cache import (
     MAKER,
@@ -26,6 +26,7 @@ from ldm_jax.data.latent_cache import (
 )
 from ldm_jax.data.pipeline import BatchIterator, make_iterator
 from ldm_jax.data.sources import Examples, folder_digest
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout
 from ldm_jax.training.autoencoder_stage import SCALE_FILE
 from ldm_jax.training.digest import tree_digest
@@ -40,36 +41,35 @@ NUMBERS_DEPEND_ON = (
     "autoencoder.num_groups",
     "autoencoder.dtype",
 )
-"""Fields that a cache's numbers depend on, beside the first stage's parameters."""
+"""Config fields that the arrays of a cache depend on, besides the parameters."""
 
 FILES = "images and captions"
-"""What the files of a folder are called where two caches are compared."""
+"""Key of the digest of a folder's files where two caches are compared."""
 
 MAX_BYTES_IN_MEMORY = 256 * 2**20
-"""Caches of fewer bytes of arrays are read once and kept, with the tokens of their
-captions: a batch of 32 takes 1.4 ms that took 5.0, beside a step of 190."""
+"""Smaller caches are read once into memory, with the tokens of their captions: reading
+a batch of 32 took 1.4 ms instead of 5.0, where a step took 190."""
 
 READING_THREADS = 8
-"""Of a cache on disk, which may be far away: they wait, and do not compute."""
+"""Threads that read a cache on disk; a remote disk makes them wait."""
 
 
 class Cache(NamedTuple):
-    """A cache of latents, opened for a run."""
+    """A cache of latents, open for training."""
 
     examples: Examples
     """The training split."""
-    null_state: Float[np.ndarray, "n d"] | None
-    """What the frozen text encoder says of the empty prompt; None if the run does not
-    read text states."""
+    null_embedding: Float[np.ndarray, "n d"] | None
+    """Text embedding of the empty prompt; None if the run reads no text embeddings."""
     num_threads: int
-    """That read batches."""
+    """Threads that read batches."""
 
 
 def made_of(config: Config) -> dict[str, Any]:
-    """Collect what a cache's numbers depend on: fields of a config, files of a folder.
+    """Return what the arrays of a cache depend on: config fields, digest of a folder.
 
     Raises:
-      InputError: If the folder is not there.
+      InputError: If the folder does not exist.
     """
     flat = config_lib.flatten(config)
     facts = {name: flat[name] for name in NUMBERS_DEPEND_ON}
@@ -79,31 +79,36 @@ def made_of(config: Config) -> dict[str, Any]:
 
 
 def text_encoder_digest(
-    config: Config, conditioner: PyTree, *, has_captions: bool
+    model: LatentDiffusion, conditioner: PyTree, *, has_captions: bool
 ) -> str:
-    """Digest all that a frozen text encoder's output depends on, but the text.
+    """Digest everything that a text embedding depends on besides the text.
 
     Args:
-      config: With the encoder's settings, and the folder of the tokenizer.
+      conditioner: Parameters of the frozen text encoder.
       has_captions: Whether the data has captions, which a tokenizer reads.
 
     Raises:
       InputError: If the tokenizer's files cannot be read.
     """
-    condition = config.diffusion.condition
+    condition = model.condition
     reads = has_captions and condition.tokenizer is not None
     facts = {
         "parameters": tree_digest(conditioner),
         "settings": dataclasses.asdict(condition.clip),
-        "dtype": config.diffusion.dtype,
-        "null_tokens": null_tokens(config),
+        "dtype": jnp.dtype(model.unet.dtype).name,
+        "null_tokens": model.null_tokens,
         "tokenizer": open_tokenizer(condition).backend.to_str() if reads else "",
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def check_cache(
-    config: Config, workdir: Path, *, first_stage: PyTree, conditioner: PyTree
+    config: Config,
+    model: LatentDiffusion,
+    workdir: Path,
+    *,
+    first_stage: PyTree,
+    conditioner: PyTree,
 ) -> CacheNote | None:
     """Check that a run's cache is finished and made of its data and networks.
 
@@ -125,9 +130,9 @@ def check_cache(
     check_files(folder, note)
     found = {**note.made_of}
     wanted = made_of(config)
-    if FILES not in found:  # an early version did not note them
+    if FILES not in found:  # caches of early versions
         wanted.pop(FILES, None)
-    if config.diffusion.condition.uses_classes:
+    if model.condition.uses_classes:
         found["data.num_classes"] = note.num_classes
         wanted["data.num_classes"] = data.num_classes
     if data.num_train_examples:
@@ -138,10 +143,9 @@ def check_cache(
             f"data.latents: {folder} was made of something else: {details}; try the "
             f"same values, or make another cache with {MAKER}"
         )
-    _check_states(config, conditioner, note)
-    _check_words(config, note)
+    _check_text(model, conditioner, folder, note)
     if first_stage is not None:
-        check_first_stage(config, first_stage, note)
+        check_first_stage(first_stage, folder, note)
     elif not (workdir / "autoencoder" / SCALE_FILE).exists():
         raise InputError(
             f"data.latents: got {folder}, but the first stage of {workdir} is not "
@@ -152,7 +156,7 @@ def check_cache(
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Name what differs between two tables of facts, with both values."""
+    """List the entries that differ between two tables, with both values."""
     return ", ".join(
         f"{name} ({found.get(name)!r} there, {wanted.get(name)!r} here)"
         for name in wanted
@@ -160,98 +164,94 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     )
 
 
-def check_first_stage(config: Config, params: PyTree, note: CacheNote) -> None:
-    """Raise `InputError` if a cache was not made by this first stage.
+def check_first_stage(params: PyTree, folder: Path, note: CacheNote) -> None:
+    """Raise `InputError` if a cache was made by another first stage.
 
     Args:
-      params: The first stage's averaged parameters.
+      params: Averaged parameters of the run's first stage.
     """
     ours = tree_digest(params)
     if note.first_stage != ours:
         raise InputError(
-            f"data.latents: {config.data.latents} was made by another first stage "
+            f"data.latents: {folder} was made by another first stage "
             f"({short(note.first_stage)} there, {short(ours)} here); make a cache of "
             f"this one with {MAKER}"
         )
 
 
 def short(digest: str | None) -> str:
-    """Return the beginning of a digest, as people compare it."""
+    """Return the first characters of a digest, for messages."""
     return "none" if digest is None else digest[:12]
 
 
-def _reads_states(config: Config, note: CacheNote) -> bool:
-    return config.diffusion.condition.freezes_text and note.text_encoder is not None
+def _reads_embeddings(condition: ConditionConfig, note: CacheNote) -> bool:
+    return condition.freezes_text and note.text_encoder is not None
 
 
-def _check_states(config: Config, conditioner: PyTree, note: CacheNote) -> None:
-    if not _reads_states(config, note):
+def _check_text(
+    model: LatentDiffusion, conditioner: PyTree, folder: Path, note: CacheNote
+) -> None:
+    if _reads_embeddings(model.condition, note):
+        ours = text_encoder_digest(model, conditioner, has_captions=note.has_captions)
+        if note.text_encoder != ours:
+            raise InputError(
+                f"data.latents: the text embeddings of {folder} are of another text "
+                f"encoder or tokenizer ({short(note.text_encoder)} there, "
+                f"{short(ours)} here); make another cache with {MAKER}, where "
+                "--no-states leaves them out"
+            )
         return
-    ours = text_encoder_digest(config, conditioner, has_captions=note.has_captions)
-    if note.text_encoder != ours:
-        raise InputError(
-            f"data.latents: the text states of {config.data.latents} are of another "
-            f"text encoder or tokenizer ({short(note.text_encoder)} there, "
-            f"{short(ours)} here); make another cache with {MAKER}, where --no-states "
-            "leaves them out"
-        )
-
-
-def _check_words(config: Config, note: CacheNote) -> None:
     has_tokens = note.has_captions or "tokens" in {field.name for field in note.fields}
-    reads = config.diffusion.condition.uses_tokens and not _reads_states(config, note)
-    if reads and not has_tokens:
+    if model.condition.uses_tokens and not has_tokens:
         raise InputError(
-            f"data.latents: {config.data.latents} holds no captions, which this model "
-            f"reads; make another cache, with this config, by {MAKER}"
+            f"data.latents: {folder} holds no captions, which this model reads; make "
+            f"another cache, with this config, by {MAKER}"
         )
 
 
 def open_cache(config: Config, params: PyTree, note: CacheNote | None) -> Cache | None:
-    """Open a cache that `check_cache` found good, for training.
+    """Open a checked cache for training; a small one is read into memory.
 
     Args:
-      config: Of the run, with its own tokenizer if it learned one.
-      params: The first stage's averaged parameters.
-      note: Of the cache, if the run asks for one.
-
-    Returns:
-      The cache; a small one is read once and kept. None if there is no note.
+      config: With the run's own tokenizer, if it trained one.
+      params: Averaged parameters of the first stage.
+      note: From `check_cache`; None opens nothing.
 
     Raises:
-      InputError: If it is of another first stage, damaged, or has not what the model is
-        conditioned on.
+      InputError: If the cache was made by another first stage, is damaged, or lacks a
+        condition of the model.
     """
     if note is None:
         return None
-    check_first_stage(config, params, note)
     folder, condition = Path(str(config.data.latents)), config.diffusion.condition
-    states = _reads_states(config, note)
-    examples: Examples = LatentExamples(folder, note, states=states)
+    check_first_stage(params, folder, note)
+    embeddings = _reads_embeddings(condition, note)
+    examples: Examples = LatentExamples(folder, note, states=embeddings)
     num_threads = READING_THREADS
-    if condition.uses_tokens and not states and note.has_captions:
+    if condition.uses_tokens and not embeddings and note.has_captions:
         examples = TokenizedExamples(examples, open_tokenizer(condition))
     if note.num_examples * note.record_size < MAX_BYTES_IN_MEMORY:
         num_threads = 1
         with ThreadPoolExecutor(READING_THREADS) as pool:
             examples = list(pool.map(examples.__getitem__, range(len(examples))))
-    check_example(with_states(config) if states else config, examples[0])
-    null_state = read_null_state(folder, note) if states else None
-    return Cache(examples, null_state, num_threads)
+    read = condition.as_vectors() if embeddings else condition
+    check_example(read, examples[0], source=config.data.source)
+    null_embedding = read_null_state(folder, note) if embeddings else None
+    return Cache(examples, null_embedding, num_threads)
 
 
 def open_latents(
-    config: Config, cache: Cache, *, batch_size: int, layout: Layout
+    cache: Cache, *, seed: int, batch_size: int, layout: Layout
 ) -> BatchIterator:
     """Open this process' part of the endless training stream, as latents.
 
-    The order is that of the images, and so is what is drawn for each example.
+    Its order and every random draw are those of training from images.
     """
     return make_iterator(
         cache.examples,
         prepare_latents,
         batch_size=batch_size,
-        seed=config.seed,
+        seed=seed,
         process_index=layout.process_index,
         process_count=layout.process_count,
         num_threads=cache.num_threads,

@@ -1,4 +1,4 @@
-"""What makes the numbers of a cache: the first stage and a frozen text encoder."""
+"""Examples to the records of a latent cache: first stage and frozen text encoder."""
 
 import functools
 import itertools
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from ldm_jax.build import null_tokens
-from ldm_jax.config import Config
+from ldm_jax.config import DataConfig
 from ldm_jax.data.latent_cache import CacheNote, pack, shard_range
 from ldm_jax.data.pipeline import prepare_example
 from ldm_jax.data.sources import Examples, reading_threads
@@ -24,37 +23,37 @@ from ldm_jax.types import PyTree
 
 
 class Encoders(NamedTuple):
-    """What makes numbers of examples."""
+    """Parameters of the networks that encode examples."""
 
     autoencoder: PyTree
-    """The first stage's parameters."""
+    """Parameters of the first stage."""
     conditioner: PyTree
-    """A frozen text encoder's; {} if no text states are kept."""
+    """Parameters of a frozen text encoder; {} if the cache has no text embeddings."""
 
 
-class Given(NamedTuple):
-    """What is encoded."""
+class EncoderInputs(NamedTuple):
+    """A batch of examples before encoding."""
 
     image: UInt8[Any, "b h w c"]
-    """uint8 images."""
+    """8-bit images."""
     tokens: Int[Any, "b n"] | None
-    """Of their captions, where text states are kept."""
+    """Tokens of the captions, where text embeddings are cached."""
 
 
-class Made(NamedTuple):
-    """What it is encoded to."""
+class Encoded(NamedTuple):
+    """A batch of examples after encoding."""
 
     moments: Float[Any, "b h w e"]
-    """Of the posterior of each latent."""
-    states: Float[Any, "b n d"] | None
-    """What the text encoder says."""
+    """Moments of the posterior of each latent."""
+    embeddings: Float[Any, "b n d"] | None
+    """Text embeddings."""
 
 
-def null_state_of(
-    config: Config, model: LatentDiffusion, encoders: Encoders
+def encode_empty_prompt(
+    model: LatentDiffusion, encoders: Encoders
 ) -> Float[np.ndarray, "n d"]:
-    """Return what a frozen text encoder says of the empty prompt."""
-    tokens = jnp.asarray([null_tokens(config)], jnp.int32)
+    """Return the text embedding of the empty prompt."""
+    tokens = jnp.asarray([model.null_tokens], jnp.int32)
     apply = jax.jit(model.conditioner.apply)
     variables = {"params": encoders.conditioner}
     cond = cast(Condition, apply(variables, ConditionInputs(tokens=tokens)))
@@ -63,56 +62,53 @@ def null_state_of(
 
 def make_encode(
     model: LatentDiffusion, encoders: Encoders, layout: PmapLayout
-) -> Callable[[Given], Made]:
+) -> Callable[[EncoderInputs], Encoded]:
     """Make a function that encodes examples on this process' devices.
 
-    On a CPU an example has the same bits wherever it stands: see `images_per_call`.
-
-    Args:
-      encoders: Their parameters.
-      layout: The devices.
+    On a CPU the bits of an example do not depend on its place in the batch: see
+    `images_per_call`.
 
     Returns:
-      A function of as many examples as divide by the devices.
+      A function of a batch that divides by the devices.
     """
 
-    def encode_some(encoders: Encoders, given: Given) -> Made:
-        images = to_float(given.image)
+    def encode_some(encoders: Encoders, inputs: EncoderInputs) -> Encoded:
+        images = to_float(inputs.image)
         posterior = encode(model.autoencoder, encoders.autoencoder, images)
-        states = None
-        if given.tokens is not None:
+        embeddings = None
+        if inputs.tokens is not None:
             variables = {"params": encoders.conditioner}
-            inputs = ConditionInputs(tokens=given.tokens)
-            cond = cast(Condition, model.conditioner.apply(variables, inputs))
-            states = jnp.asarray(cond.context, jnp.float32)
-        return Made(posterior.moments(), states)
+            text = ConditionInputs(tokens=inputs.tokens)
+            cond = cast(Condition, model.conditioner.apply(variables, text))
+            embeddings = jnp.asarray(cond.context, jnp.float32)
+        return Encoded(posterior.moments(), embeddings)
 
-    def on_device(encoders: Encoders, knobs: None, given: Given) -> Made:
-        del knobs
-        num = 1 if layout.platform == "cpu" else len(given.image)
-        return in_chunks(functools.partial(encode_some, encoders), given, size=num)
+    def on_device(encoders: Encoders, unused: None, inputs: EncoderInputs) -> Encoded:
+        del unused
+        num = 1 if layout.platform == "cpu" else len(inputs.image)
+        return in_chunks(functools.partial(encode_some, encoders), inputs, size=num)
 
     placed = layout.place(jax.tree.map(jnp.asarray, encoders))
     mapped = layout.map_images(on_device)
-    return lambda given: mapped(placed, None, given)
+    return lambda inputs: mapped(placed, None, inputs)
 
 
 def encode_records(
-    config: Config,
+    data: DataConfig,
     examples: Examples,
     note: CacheNote,
-    encode_batch: Callable[[Given], Made],
+    encode_batch: Callable[[EncoderInputs], Encoded],
     shard: int,
     *,
     size: int,
 ) -> Iterator[bytes]:
-    """Encode the examples of a shard; the last batch is filled up.
+    """Encode the examples of a shard.
 
     Args:
-      examples: The split.
+      examples: The whole split.
       encode_batch: Made by `make_encode`.
-      shard: Which.
-      size: Examples a call.
+      shard: Index of the shard.
+      size: Examples a call; the last batch is padded.
 
     Yields:
       The records, in the order of the split.
@@ -121,10 +117,10 @@ def encode_records(
     reads_text = note.text_encoder is not None
     dataset = grain.MapDataset.source(cast(Any, examples))
     dataset = dataset[indices.start : indices.stop].map(
-        functools.partial(prepare, config=config)
+        functools.partial(prepare, data=data)
     )
     options = grain.ReadOptions(
-        num_threads=reading_threads(config.data.source), prefetch_buffer_size=size
+        num_threads=reading_threads(data.source), prefetch_buffer_size=size
     )
     rows = iter(dataset.to_iter_dataset(options))
     try:
@@ -133,23 +129,23 @@ def encode_records(
             filled = [*batch, *batch[-1:] * (size - len(batch))]
             images = np.stack([row["image"] for row in filled])
             tokens = np.stack([row["tokens"] for row in filled]) if reads_text else None
-            made = encode_batch(Given(images, tokens))
+            encoded = encode_batch(EncoderInputs(images, tokens))
             for number, row in enumerate(batch):
-                row["moments"] = made.moments[number]
-                if made.states is not None:
-                    row["states"] = made.states[number]
+                row["moments"] = encoded.moments[number]
+                if encoded.embeddings is not None:
+                    row["states"] = encoded.embeddings[number]
                 yield pack(row, note, where=f"example {place + number}")
             place += len(batch)
     finally:
         cast(Any, rows).close()
 
 
-def prepare(example: Any, config: Config) -> dict[str, Any]:
-    """Make an example what a run sees of it, and keep its caption."""
+def prepare(example: Any, data: DataConfig) -> dict[str, Any]:
+    """Prepare an example as training does, and keep its caption."""
     prepared: dict[str, Any] = prepare_example(
         {"index": 0, **example},
-        image_size=config.data.image_size,
-        image_channels=config.data.image_channels,
+        image_size=data.image_size,
+        image_channels=data.image_channels,
     )
     if "caption" in example:
         prepared["caption"] = example["caption"]

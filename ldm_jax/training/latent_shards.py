@@ -1,4 +1,4 @@
-"""A file of records: written whole or not at all, and found again when it is whole."""
+"""Shards of a latent cache: written atomically, found again by size and digest."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,7 @@ HASH_CHUNK = 2**20
 
 
 def find_shards(out: Path, note: CacheNote, wanted: Iterable[int]) -> dict[int, Shard]:
-    """Find shards that are there, of this cache, and whole: every byte is read.
-
-    Args:
-      out: Folder of the cache.
-      wanted: Which shards are looked for.
-
-    Returns:
-      What is known of those that were found.
-    """
+    """Find the intact shards of a cache among `wanted`; reads every byte."""
     found = {}
     for shard in wanted:
         path = out / shard_name(shard, note.num_shards)
@@ -43,15 +35,7 @@ def find_shards(out: Path, note: CacheNote, wanted: Iterable[int]) -> dict[int, 
 def make_shard(
     out: Path, shard: int, note: CacheNote, records: Iterable[bytes]
 ) -> Shard:
-    """Write a shard, and beside it what proves it whole.
-
-    Args:
-      out: Folder of the cache.
-      shard: Which.
-      records: Its records, in order.
-
-    Returns:
-      What is known of it.
+    """Write a shard, and beside it the file that proves it intact.
 
     Raises:
       RunError: If it cannot be written.
@@ -68,13 +52,13 @@ def _proof(path: Path) -> Path:
 
 
 def _key(note: CacheNote) -> str:
-    """Return a digest of what a cache is made of, the same before it is finished."""
+    """Return a digest of a note that does not depend on which shards exist."""
     text = json.dumps(to_json(dataclasses.replace(note, shards=())), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> None:
-    """Write a file of records whole or not at all, equal bytes for equal records.
+    """Write a file of records atomically; equal records give equal bytes.
 
     Raises:
       RunError: If it cannot be written.

@@ -1,5 +1,6 @@
-"""The loop: when to save, draw, step, log and stop. The same for every stage."""
+"""The training loop, the same for every stage: steps, logs, pictures, checkpoints."""
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from ldm_jax.files import naming
 from ldm_jax.parallel.layout import Layout
 from ldm_jax.parallel.multihost import StopSignal, check_same, first_alone, is_first
 from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
-from ldm_jax.training.dispatch import several_steps, skip_nonfinite
+from ldm_jax.training.dispatch import Step, several_steps, skip_nonfinite
 from ldm_jax.training.metrics import (
     PLOT_FILE,
     Measure,
@@ -34,70 +35,70 @@ CHECKPOINTS = "checkpoints"
 
 
 class Stage(NamedTuple):
-    """One stage of training, built and ready to run."""
+    """One stage of training, ready to run."""
 
     name: str
     """`autoencoder` or `diffusion`."""
     num_steps: int
-    """Steps it takes in all."""
+    """All steps of the stage."""
     batch_size: int
-    """Global."""
-    step: Callable[..., tuple[TrainState, Any]]
-    """The pure step, all but state, frozen, batch and key bound."""
+    """Examples of a global batch."""
+    step: Step
+    """The pure step, with everything bound but its arrays and `reduce`."""
     init: Callable[[], TrainState]
     """Makes the state before the first step."""
     frozen: PyTree
-    """Arrays the step reads and never changes, or None."""
+    """Arrays that the step reads and does not change, or None."""
     extra: dict[str, Any]
-    """More arrays that belong into the checkpoint."""
+    """Further arrays of a checkpoint."""
     learning_rate: Callable[[int], Any]
-    """Of a step, for the log."""
+    """From a step to the learning rate, for the log."""
     draw: Callable[[Any, int], None] | None = None
-    """Writes the pictures of averaged parameters at a step; None writes none."""
+    """Writes pictures of averaged parameters at a step."""
     measure: Measure | None = None
-    """Scores them; None does not."""
-    keep: Callable[[Any, int], None] | None = None
-    """Writes the other averages that its state has, at a step."""
-    kept_steps: tuple[int, ...] = ()
-    """At which it does."""
+    """Scores averaged parameters at a step."""
+    write_averages: Callable[[Any, int], None] | None = None
+    """Writes the power-function averages at a step."""
+    average_steps: tuple[int, ...] = ()
+    """Steps at which those are written, rising."""
 
 
 class LoopConfig(NamedTuple):
-    """When the loop writes, where, and what it bears."""
+    """Settings of the training loop."""
 
     workdir: Path
     """Folder of the run."""
     checkpoint: CheckpointConfig
-    """When the state is written."""
+    """When the state is saved."""
     log: LogConfig
-    """When numbers and pictures are."""
+    """When metrics and pictures are written."""
     parallel: ParallelConfig = ParallelConfig()
-    """Steps a dispatch, and how long one may take."""
+    """Steps a dispatch, parts of a batch, and the longest time of a dispatch."""
     max_skipped: int = 0
-    """Steps that may be skipped for not being finite."""
+    """Non-finite steps that may be skipped."""
     profile: tuple[int, int] | None = None
-    """Steps between which a trace is written; None for none."""
+    """First and last step of a trace; None traces nothing."""
     scores_every: int = 0
     """Steps between two scores of a stage that has a measure."""
 
 
 class Finished(NamedTuple):
-    """A stage that has made all its steps."""
+    """A finished stage."""
 
     ema: PyTree
     """Its averaged parameters, whole on this process."""
     extra: dict[str, Any]
-    """The arrays kept beside its state."""
+    """Further arrays of its checkpoints."""
     digest: str
-    """sha256 over every leaf of what was saved."""
+    """sha256 over every leaf of the last checkpoint."""
     seconds: float
-    """Wall time, interruptions left out."""
+    """Training time, without interruptions."""
 
 
 def checkpoint_tree(
     state: TrainState, root_key: Key[Array, ""], extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """Collect what a checkpoint of a stage holds."""
+    """Return the arrays of a checkpoint."""
     return {"state": state, "root_key": jax.random.key_data(root_key), "extra": extra}
 
 
@@ -109,16 +110,15 @@ def stage_target(stage: Stage, root_key: Key[Array, ""]) -> PyTree:
 def dispatch_size(
     done: int, *, num_steps: int, loop_config: LoopConfig, also: tuple[int, ...] = ()
 ) -> int:
-    """Return how many steps to make at once after `done` of them.
+    """Return how many steps the next dispatch makes.
 
-    As many as are asked for, if nothing is due before they are made; else one. A
-    function of `done` alone, so that a run that is stopped anywhere and goes on makes
-    the dispatches that the unbroken run makes.
+    It makes `steps_per_dispatch` steps, or one if something is due before those are
+    made. The result depends on `done` alone, so a resumed run makes the same dispatches
+    as an unbroken one.
 
     Args:
       done: Steps made.
-      loop_config: When something is due.
-      also: Steps at which something else is, rising.
+      also: Further steps at which something is due, rising.
     """
     every = (
         loop_config.checkpoint.every,
@@ -141,64 +141,28 @@ def run_stage(
     notes: dict[str, Any],
     stop: StopSignal,
 ) -> Finished:
-    """Run a stage to its end, from its newest checkpoint if there is one.
+    """Train a stage to its end, from its newest intact checkpoint if there is one.
 
     Args:
-      stage: What to run.
-      loop_config: When and where to write.
-      layout: Where the arrays live.
-      iterator: The stage's batches, from the first; set to its place on a resume.
-      notes: JSON saved with every checkpoint (the config).
-      stop: Whether the machine is about to be taken away.
-
-    Returns:
-      The finished stage.
+      iterator: The stage's batches from the first; closed afterwards.
+      notes: JSON saved with every checkpoint.
 
     Raises:
-      Preempted: If it is, once the state is saved.
+      Preempted: If the process was asked to stop; the state is saved.
       RunError: If a loss is not finite, no checkpoint is intact, or one could not be
         written.
-      OSError: If something cannot be written.
+      OSError: If another file cannot be written.
     """
     directory = loop_config.workdir / stage.name
     first_alone(lambda: directory.mkdir(exist_ok=True))
-    store = CheckpointStore(directory / CHECKPOINTS, keep=loop_config.checkpoint.keep)
-    log = MetricsLog(loop_config.workdir, writes=is_first())
-    curve = ScoreCurve(
-        stage, log, every=loop_config.scores_every, measure=stage.measure
-    )
-    clock = StallClock(loop_config.parallel.stall_timeout)
-    profile = Profile(loop_config.workdir / "profile" / stage.name, loop_config.profile)
-    try:
-        found, shardings = None, None
-        if not store.is_empty():
-            target = stage_target(stage, root_key)
-            shardings = layout.restore_shardings(target)
-            found = store.restore(target, shardings=shardings)
-        if found is not None and found.step == stage.num_steps:
-            kept = found.tree["state"].ema, found.tree["extra"]
-            ema, extra = kept if shardings is None else layout.local(kept)
-            if curve.is_missing(found.step):
-                curve.add(ema, found.step)
-            return Finished(ema, extra, found.digest, found.notes["seconds"])
-        done = found.step if found else 0
-        first_alone(lambda: log.rewind(stage.name, done))
-        trainer = Trainer(
-            stage, loop_config, layout, root_key, notes, store, log, curve
-        )
-        trainer.begin(found, iterator)
-        del found
-        return trainer.run(stop, clock, profile)
-    finally:
-        profile.close()
-        clock.close()
-        log.close()
-        iterator.close()
-        store.close()
+    with contextlib.closing(iterator):
+        trainer = Trainer(stage, loop_config, layout, root_key, notes)
+        with contextlib.closing(trainer):
+            return trainer.run(iterator, stop)
 
 
 class Trainer:
-    """One stage on its way: the only thing here that changes."""
+    """Trains one stage; the only mutable state of the loop."""
 
     def __init__(
         self,
@@ -207,27 +171,84 @@ class Trainer:
         layout: Layout,
         root_key: Key[Array, ""],
         notes: dict[str, Any],
-        store: CheckpointStore,
-        log: MetricsLog,
-        curve: ScoreCurve,
     ) -> None:
-        """Keep what does not change."""
-        self._stage, self._loop_config, self._layout = stage, loop_config, layout
+        """Open the checkpoints and the log."""
+        self._stage, self._config, self._layout = stage, loop_config, layout
         self._root_key, self._notes = root_key, notes
-        self._store, self._log, self._curve = store, log, curve
         self._started = time.perf_counter()
         self._digest = ""
         self._checked: set[int] = set()
+        workdir = loop_config.workdir
+        checkpoints = workdir / stage.name / CHECKPOINTS
+        self._store = CheckpointStore(checkpoints, keep=loop_config.checkpoint.keep)
+        self._log = MetricsLog(workdir, writes=is_first())
+        self._curve = ScoreCurve(stage, self._log, every=loop_config.scores_every)
+        self._clock = StallClock(loop_config.parallel.stall_timeout)
+        self._profile = Profile(workdir / "profile" / stage.name, loop_config.profile)
 
-    def begin(self, found: Checkpoint | None, iterator: BatchIterator) -> None:
-        """Lay out the state before the first step, or where a run stopped."""
+    def close(self) -> None:
+        """Close everything that is open; raise the error of an unfinished save."""
+        self._profile.close()
+        self._clock.close()
+        self._log.close()
+        self._store.close()
+
+    def run(self, iterator: BatchIterator, stop: StopSignal) -> Finished:
+        """Make the remaining steps."""
+        stage = self._stage
+        found, shardings = None, None
+        if not self._store.is_empty():
+            target = stage_target(stage, self._root_key)
+            shardings = self._layout.restore_shardings(target)
+            found = self._store.restore(target, shardings=shardings)
+        if found is not None and found.step == stage.num_steps:
+            return self._restored(found, whole=shardings is None)
+        self._begin(found, iterator)
+        del found
+        with progress_bar(
+            stage.name, num_steps=stage.num_steps, done=self._done, visible=is_first()
+        ) as bar:
+            if stop.agreed():
+                raise Preempted(f"{stage.name} step {self._done}: nothing new to save")
+            if self._curve.is_missing(self._done):
+                self._score()
+            while self._done < stage.num_steps:
+                before = self._done
+                self._dispatch()
+                stopping = stop.agreed()
+                if self._is_due(self._config.log.every):
+                    bar.set_postfix_str(self._buffer.log(), refresh=False)
+                bar.update(self._done - before)
+                self._write(stopping=stopping)
+                is_last = self._done == stage.num_steps
+                if is_last or stopping:
+                    self._store.wait()
+                if stopping and not is_last:
+                    raise Preempted(f"{stage.name} step {self._done} is saved")
+                if self._curve.is_due(self._done):
+                    self._score()
+        ema = self._layout.local(self._state.ema)
+        return Finished(ema, self._extra, self._digest, self._seconds())
+
+    def _restored(self, found: Checkpoint, *, whole: bool) -> Finished:
+        """Return a stage that was finished before, and score it if that is missing."""
+        kept = found.tree["state"].ema, found.tree["extra"]
+        ema, extra = kept if whole else self._layout.local(kept)
+        if self._curve.is_missing(found.step):
+            self._curve.add(ema, found.step)
+        return Finished(ema, extra, found.digest, found.notes["seconds"])
+
+    def _begin(self, found: Checkpoint | None, iterator: BatchIterator) -> None:
+        """Place the initial or the restored state on the devices."""
         stage, layout = self._stage, self._layout
         self._done, self._before, skipped = 0, 0.0, 0
+        if found is not None:
+            self._done, self._before = found.step, found.notes["seconds"]
+            skipped = found.notes.get("skipped", 0)
+        first_alone(lambda: self._log.rewind(stage.name, self._done))
         if found is None:
             state, self._extra = layout.init(stage.init), stage.extra
         else:
-            self._done, self._before = found.step, found.notes["seconds"]
-            skipped = found.notes.get("skipped", 0)
             state, self._extra = layout.place(found.tree["state"]), found.tree["extra"]
             iterator.set_state(found.notes["data"])
         self._state = state
@@ -240,62 +261,18 @@ class Trainer:
             layout,
             progress=self._done,
             skipped=skipped,
-            max_skipped=self._loop_config.max_skipped,
+            max_skipped=self._config.max_skipped,
         )
         step = stage.step
-        if self._loop_config.max_skipped:
+        if self._config.max_skipped:
             step = skip_nonfinite(step)
-        accumulate = self._loop_config.parallel.accumulate
+        accumulate = self._config.parallel.accumulate
         self._one = layout.map_step(step, accumulate=accumulate)
         self._several = layout.map_step(several_steps(step), accumulate=accumulate)
 
-    def run(self, stop: StopSignal, clock: StallClock, profile: Profile) -> Finished:
-        """Make what is left of the steps."""
-        stage, loop_config = self._stage, self._loop_config
-        with progress_bar(
-            stage.name, num_steps=stage.num_steps, done=self._done, visible=is_first()
-        ) as bar:
-            if stop.agreed():
-                raise Preempted(f"{stage.name} step {self._done}: nothing new to save")
-            if self._curve.is_missing(self._done):
-                self._score()
-            while self._done < stage.num_steps:
-                profile.before(self._done, self._size(self._done))
-                before = self._done
-                self._dispatch()
-                clock.alive()
-                self._store.check()
-                done, stopping = self._done, stop.agreed()
-                is_last = done == stage.num_steps
-                if is_last or done % loop_config.log.every == 0:
-                    bar.set_postfix_str(self._buffer.log(), refresh=False)
-                bar.update(done - before)
-                draw_due = is_last or done % loop_config.log.images_every == 0
-                save_due = (
-                    is_last or stopping or done % loop_config.checkpoint.every == 0
-                )
-                keep_due = done in stage.kept_steps
-                if draw_due or save_due or keep_due:
-                    self._buffer.check()
-                    with self._buffer.paused():
-                        # The state last: a kill in between makes the rest again.
-                        if draw_due:
-                            self._draw()
-                        if keep_due:
-                            self._keep()
-                        if save_due:
-                            self._save()
-                if is_last or stopping:
-                    self._store.wait()
-                if stopping and not is_last:
-                    raise Preempted(f"{stage.name} step {done} is saved")
-                if self._curve.is_due(done):
-                    self._score()
-        ema = self._layout.local(self._state.ema)
-        return Finished(ema, self._extra, self._digest, self._seconds())
-
     def _dispatch(self) -> None:
         size = self._size(self._done)
+        self._profile.before(self._done, size)
         batch, indices = self._batches.take(size, then=self._size(self._done + size))
         mapped = self._one if size == 1 else self._several
         if size not in self._checked:
@@ -304,39 +281,64 @@ class Trainer:
         self._state, metrics = mapped(self._state, self._frozen, batch, self._keys)
         self._done += size
         self._buffer.add(Dispatch(self._done, metrics, indices))
+        self._clock.alive()
+        self._store.check()
 
     def _size(self, done: int) -> int:
         stage = self._stage
         return dispatch_size(
             done,
             num_steps=stage.num_steps,
-            loop_config=self._loop_config,
-            also=stage.kept_steps,
+            loop_config=self._config,
+            also=stage.average_steps,
         )
 
     def _check_program(self, mapped: Any, batch: PyTree) -> None:
-        """Stop if the processes would not run the same program."""
+        """Raise `InputError` if the processes would run different programs."""
         if self._layout.process_count == 1:
             return
         lowered = mapped.lower(self._state, self._frozen, batch, self._keys)
         text = lowered.as_text().encode()
         check_same({f"{self._stage.name} step": hashlib.sha256(text).hexdigest()})
 
+    def _is_due(self, every: int) -> bool:
+        return self._done % every == 0 or self._done == self._stage.num_steps
+
+    def _write(self, *, stopping: bool) -> None:
+        """Write pictures, averages and the state, as far as they are due.
+
+        The state comes last: a run that is killed in between writes the others again.
+        """
+        draw_due = self._is_due(self._config.log.images_every)
+        averages_due = self._done in self._stage.average_steps
+        save_due = stopping or self._is_due(self._config.checkpoint.every)
+        if not (draw_due or averages_due or save_due):
+            return
+        self._buffer.check()
+        with self._buffer.paused():
+            if draw_due:
+                self._draw()
+            if averages_due:
+                self._write_averages()
+            if save_due:
+                self._save()
+
     def _draw(self) -> None:
         ema = self._layout.local(self._state.ema)
 
         def draw() -> None:
             if self._stage.draw is not None:
-                with naming(self._loop_config.workdir / self._stage.name):
+                with naming(self._config.workdir / self._stage.name):
                     self._stage.draw(ema, self._done)
-            plot_losses(self._log.path, self._loop_config.workdir / PLOT_FILE)
+            plot_losses(self._log.path, self._config.workdir / PLOT_FILE)
 
         first_alone(draw)
 
-    def _keep(self) -> None:
-        averages, keep = self._layout.local(self._state.averages), self._stage.keep
-        if keep is not None:
-            first_alone(lambda: keep(averages, self._done))
+    def _write_averages(self) -> None:
+        averages = self._layout.local(self._state.averages)
+        write = self._stage.write_averages
+        if write is not None:
+            first_alone(lambda: write(averages, self._done))
 
     def _score(self) -> None:
         with self._buffer.paused():

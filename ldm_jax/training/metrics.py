@@ -1,4 +1,4 @@
-"""What a run tells: a line of JSON a log step, a plot, and a progress bar."""
+"""The log of a run: JSON lines, TensorBoard, a plot, and the progress bar."""
 
 import json
 import math
@@ -23,15 +23,15 @@ class MetricsLog:
     """`metrics.jsonl`, and TensorBoard where `tensorboardX` is installed.
 
     Attributes:
-      path: Of the metrics.
-      fault_path: Of the steps that were not finite.
+      path: File of the metrics.
+      fault_path: File of the non-finite steps.
     """
 
     def __init__(self, workdir: Path, *, writes: bool = True) -> None:
         """Open the log of a run for appending.
 
         Args:
-          writes: False on all processes but one, whose log stays silent.
+          writes: True on one process; the logs of the others write nothing.
         """
         self.path = workdir / METRICS_FILE
         self.fault_path = workdir / "not_finite.jsonl"
@@ -39,7 +39,7 @@ class MetricsLog:
         self._board = _open_board(workdir / "tensorboard") if writes else None
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget what a killed run logged of `stage` after `step`, and torn lines."""
+        """Remove records of `stage` after `step`, and incomplete lines."""
         if not self._writes:
             return
         for path in (self.path, self.fault_path):
@@ -53,7 +53,7 @@ class MetricsLog:
             write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def records(self, stage: str) -> list[dict[str, Any]]:
-        """Read what was logged of a stage."""
+        """Read the records of a stage."""
         found = read_metrics(self.path) if self.path.exists() else []
         return [record for record in found if record["stage"] == stage]
 
@@ -68,12 +68,12 @@ class MetricsLog:
                 self._board.add_scalar(f"{stage}/{name}", value, step)
 
     def write_fault(self, record: Mapping[str, Any]) -> None:
-        """Append what is known of a step that was not finite."""
+        """Append the record of a non-finite step."""
         if self._writes:
             _append(self.fault_path, record)
 
     def close(self) -> None:
-        """Flush what is buffered."""
+        """Close TensorBoard's file."""
         if self._board is not None:
             self._board.close()
 
@@ -84,7 +84,7 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a log; a line torn by a kill or a full disk is left out."""
+    """Read the records of a log, except incomplete lines."""
     records = []
     for line in path.read_text(errors="replace").splitlines():
         try:
@@ -97,11 +97,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(log: Path, path: Path) -> None:
-    """Draw loss and scores of each stage against its steps, on logarithmic axes.
+    """Plot loss and scores of each stage against its steps, on logarithmic axes.
 
     Args:
       log: `metrics.jsonl`.
-      path: The PNG to write, whole or not at all.
+      path: PNG file; written atomically.
     """
     from matplotlib.figure import Figure
 
@@ -140,10 +140,9 @@ def plot_losses(log: Path, path: Path) -> None:
 
 
 def progress_bar(stage: str, *, num_steps: int, done: int, visible: bool) -> tqdm:
-    """Make a bar that shows step, loss, images/s and the time left.
+    """Make a progress bar of step, loss, images/s and remaining time.
 
-    Away from a terminal it prints a line now and then instead of thousands; where it
-    is not `visible`, nothing.
+    Outside a terminal it prints a line every ten seconds.
     """
     quiet = not sys.stderr.isatty()
     return tqdm(
@@ -159,7 +158,7 @@ def progress_bar(stage: str, *, num_steps: int, done: int, visible: bool) -> tqd
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Average the logarithms, half-life six values, unbiased from the first on."""
+    """Average logarithms with a half-life of six values, without initial bias."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         total = 0.9 * total + math.log(max(value, MIN_PLOTTED))
@@ -177,45 +176,34 @@ def _open_board(directory: Path) -> Any:
 
 
 ScoreRecord = dict[str, float | str]
-"""Scores by name, and how they were found."""
+"""Scores by name, and how they were computed."""
 Measure = Callable[[Any, int], ScoreRecord]
-"""From averaged parameters and their step to their scores; every process calls it, and
-that of the first one counts."""
+"""From averaged parameters and their step to scores. Every process calls it; the scores
+of process 0 are logged."""
 HOW = "how"
 SCORE = "fid"
-"""What a record of scores holds, and one of losses does not."""
+"""Key of score records that other records do not have."""
 
 
 class ScoreCurve:
-    """The scores of one stage, step by step, in the log of its run.
+    """Scores of a stage during training, in the log of its run.
 
-    Where a state is saved, that is done before it is scored, since drawing takes long.
-    A run that is killed in between scores what it finds when it goes on; a score that
-    is there stays.
+    Scoring takes long, so it follows the save of a state. A run that was killed in
+    between adds the missing score when it resumes.
     """
 
-    def __init__(
-        self, stage: Any, log: MetricsLog, *, every: int, measure: Measure | None
-    ) -> None:
-        """Measure nothing yet.
-
-        Args:
-          stage: Whose.
-          log: Where scores are written.
-          every: Steps between two of them.
-          measure: Finds them; None never does.
-        """
-        self._stage, self._log = stage, log
-        self._every, self._measure = every, measure
+    def __init__(self, stage: Any, log: MetricsLog, *, every: int) -> None:
+        """Score a stage every so many steps, if it has a `measure`."""
+        self._stage, self._log, self._every = stage, log, every
 
     def is_due(self, step: int) -> bool:
-        """Say whether averaged parameters are scored at a step."""
-        if self._measure is None or not step:
+        """Return whether averaged parameters are scored at a step."""
+        if self._stage.measure is None or not step:
             return False
         return step % self._every == 0 or step == self._stage.num_steps
 
     def is_missing(self, step: int) -> bool:
-        """Say whether a score is due and not in the log; every process asks."""
+        """Return whether a due score is not in the log; a collective."""
         if not self.is_due(step):
             return False
         found = is_first() and any(
@@ -225,11 +213,11 @@ class ScoreCurve:
         return gather_texts(str(found))[0] == str(False)
 
     def add(self, ema: Any, step: int) -> None:
-        """Score averaged parameters, whole on this process; every process calls it."""
-        if self._measure is not None:
-            scores = self._measure(ema, step)
-            first_alone(lambda: self._report(step, scores))
+        """Score averaged parameters, whole on this process; a collective."""
+        if self._stage.measure is not None:
+            scores = self._stage.measure(ema, step)
+            first_alone(lambda: self._write(step, scores))
 
-    def _report(self, step: int, scores: ScoreRecord) -> None:
+    def _write(self, step: int, scores: ScoreRecord) -> None:
         self._log.write(self._stage.name, step, scores)
         plot_losses(self._log.path, self._log.path.with_name(PLOT_FILE))

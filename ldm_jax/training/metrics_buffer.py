@@ -1,4 +1,4 @@
-"""Metrics still on the device: read late, so that no step waits for them."""
+"""Metrics on the device, read late so that no step waits for them."""
 
 import contextlib
 import math
@@ -17,21 +17,21 @@ from ldm_jax.types import RunError
 
 
 class Dispatch(NamedTuple):
-    """What one call of the mapped step gave."""
+    """Metrics of one call of the mapped step."""
 
     step: int
-    """The last step of it."""
+    """The last step of the call."""
     metrics: Any
-    """On the device; with a leading axis of steps where it made several."""
+    """On the device, with a leading axis of steps if the call made several."""
     example_index: UInt32[np.ndarray, "k b"]
-    """Of this process' examples, for each step."""
+    """Index of this process' examples, by step."""
 
 
 class MetricsBuffer:
-    """The metrics of the steps since the last look at them.
+    """Metrics of the steps since the last check.
 
     Attributes:
-      skipped: Steps of the stage that changed nothing, as they were not finite.
+      skipped: Non-finite steps of the stage, which changed nothing.
     """
 
     def __init__(
@@ -44,7 +44,12 @@ class MetricsBuffer:
         skipped: int,
         max_skipped: int,
     ) -> None:
-        """Start with nothing pending and the clock running."""
+        """Start with an empty buffer and the clock running.
+
+        Args:
+          progress: Steps that were made before.
+          skipped: Steps that were skipped before.
+        """
         self.skipped = skipped
         self._max_skipped = max_skipped
         self._stage = stage
@@ -57,16 +62,16 @@ class MetricsBuffer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside out of the images per second."""
+        """Exclude the body from the images per second."""
         start = time.perf_counter()
         yield
         self._clock += time.perf_counter() - start
 
     def add(self, dispatch: Dispatch) -> None:
-        """Keep the metrics of a dispatch; wait for those of the one before.
+        """Keep the metrics of a dispatch, and wait for the dispatch before it.
 
-        Two in flight hide the host's work. Emulated devices get one: they share
-        their threads, and queued steps can dead-lock.
+        Two dispatches in flight hide the host's work. Emulated devices get one: they
+        share threads, and queued steps can dead-lock.
         """
         if self._layout.emulated:
             jax.block_until_ready(dispatch.metrics)
@@ -75,19 +80,19 @@ class MetricsBuffer:
         self._rows.append(dispatch)
 
     def check(self) -> None:
-        """Read what is pending; on several processes, all of them look.
+        """Read the buffered metrics; a collective.
 
         Raises:
-          RunError: If more steps are not finite than may be skipped.
+          RunError: If more steps are non-finite than may be skipped.
         """
         rows, self._rows = self._rows, []
         found = jax.device_get([self._layout.local(row.metrics) for row in rows])
         for row, metrics in zip(rows, found, strict=True):
             num = len(row.example_index)
-            details = _details(metrics)
+            by_name = _by_name(metrics)
             for i in range(num):
                 step = row.step - num + 1 + i
-                values = {k: float(np.ravel(value)[i]) for k, value in details.items()}
+                values = {k: float(np.ravel(value)[i]) for k, value in by_name.items()}
                 if all(map(math.isfinite, values.values())):
                     self._last = (step, values)
                 else:
@@ -96,7 +101,7 @@ class MetricsBuffer:
     def _fault(
         self, step: int, values: dict[str, float], indices: UInt32[np.ndarray, " b"]
     ) -> None:
-        """Write down a step that was not finite, so that it can be made again."""
+        """Log a non-finite step with its examples, so that it can be reproduced."""
         everyone = gather_texts(",".join(map(str, indices)))
         record = {
             "stage": self._stage.name,
@@ -120,13 +125,13 @@ class MetricsBuffer:
         )
 
     def log(self) -> str:
-        """Check what is pending, log the last step, and say how it goes.
+        """Check the buffered metrics and log those of the last step.
 
         Returns:
-          Loss, images per second and time left, for the progress bar.
+          Loss, images per second and remaining time, for the progress bar.
 
         Raises:
-          RunError: If more steps are not finite than may be skipped.
+          RunError: If more steps are non-finite than may be skipped.
         """
         self.check()
         if self._last is None:
@@ -134,7 +139,7 @@ class MetricsBuffer:
         step, values = self._last
         now = time.perf_counter()
         steps_per_second = (step - self._logged) / max(now - self._clock, 1e-9)
-        made = max(step - 1 - self.skipped, 0)  # by the updates that were made
+        made = max(step - 1 - self.skipped, 0)  # the schedule counts updates
         values["learning_rate"] = float(self._stage.learning_rate(made))
         values["images_per_second"] = steps_per_second * self._stage.batch_size
         first_alone(lambda: self._log.write(self._stage.name, step, values))
@@ -146,6 +151,6 @@ class MetricsBuffer:
         )
 
 
-def _details(metrics: Any) -> dict[str, Any]:
-    """Name the metrics of a step; None marks one that this run does not have."""
+def _by_name(metrics: Any) -> dict[str, Any]:
+    """Return the metrics of a step by name, without those that do not apply."""
     return {k: value for k, value in metrics._asdict().items() if value is not None}

@@ -1,4 +1,4 @@
-"""Muon: updates of matrices made orthogonal, those of one shape all at once."""
+"""Muon for matrices, all matrices of one shape in one operation."""
 
 from collections import defaultdict
 from typing import Any, NamedTuple, cast
@@ -12,16 +12,16 @@ from ldm_jax.types import PyTree
 
 Shape = tuple[int, ...]
 TABLE = "embedding"
-"""What linen calls a table of vectors, one for each token or position."""
+"""Name of an embedding table in linen."""
 
 
-class Places(NamedTuple):
-    """Where the leaves of a tree are, sorted by shape."""
+class LeafGroups(NamedTuple):
+    """The leaves of a tree, grouped by shape."""
 
     structure: Any
-    """Of the tree."""
+    """Structure of the tree."""
     indices: dict[Shape, list[int]]
-    """Of its leaves, by shape."""
+    """Indices of its leaves, by shape."""
 
 
 def muon(
@@ -32,21 +32,18 @@ def muon(
     weight_decay: float,
     moves_tables: bool,
 ) -> optax.GradientTransformation:
-    """Make Muon for matrices and AdamW, with Nesterov's momentum too, for the rest.
+    """Make Muon for matrices and AdamW with Nesterov momentum for other parameters.
 
-    An update of a matrix has singular values of about 1, times the root of its width
-    out over its width in where that is more. The state is that of `optax.contrib.muon`.
+    The update of a matrix has singular values of about 1, times the square root of
+    `width_out / width_in` where that is above 1. The state is that of
+    `optax.contrib.muon`.
 
     Args:
       rate: Learning rate of both.
       b1: Of AdamW.
       b2: Of AdamW.
       weight_decay: Of both.
-      moves_tables: Whether tables of embeddings, whose rows no product mixes, count as
-        matrices.
-
-    Returns:
-      The optimiser.
+      moves_tables: Whether Muon updates embedding tables too.
 
     Source:
       Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024);
@@ -59,7 +56,7 @@ def muon(
 
     matrices = optax.chain(
         orthogonal_momentum(),
-        optax.stateless_with_tree_map(_as_wide),
+        optax.stateless_with_tree_map(_scaled),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(rate),
     )
@@ -71,22 +68,21 @@ def muon(
 
 
 def gain(shape: Shape) -> float:
-    """Return what makes an update of a wide matrix as large as that of a square one."""
+    """Return the factor that scales updates of wide matrices as square ones."""
     width_in, width_out = shape
     return max(1.0, width_out / width_in) ** 0.5
 
 
-def _as_wide(update: Any, param: Any) -> jax.Array:
+def _scaled(update: Any, param: Any) -> jax.Array:
     del param
     return update * gain(update.shape)
 
 
 def orthogonal_momentum() -> optax.GradientTransformation:
-    """Make optax's `scale_by_muon` work on all matrices of a shape in one operation.
+    """Make `optax.contrib.scale_by_muon` for stacks of matrices of one shape.
 
-    The numbers are the same up to rounding. Networks have dozens of small matrices of
-    few shapes: products one by one took a third of a training step on a CPU, and
-    minutes to compile.
+    Equal up to rounding. Networks have dozens of small matrices of few shapes: one by
+    one, their products took a third of a training step on a CPU and minutes to compile.
     """
     inner = scale_by_muon(
         weight_dimension_numbers=lambda stacks: jax.tree.map(
@@ -98,39 +94,39 @@ def orthogonal_momentum() -> optax.GradientTransformation:
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, MuonState]:
         del params
-        places = places_of(updates)
-        stacked = state._replace(mu=stack(state.mu, places))
-        turned, after = inner.update(stack(updates, places), stacked)
+        groups = group_leaves(updates)
+        stacked = state._replace(mu=stack(state.mu, groups))
+        orthogonal, after = inner.update(stack(updates, groups), stacked)
         after = cast(MuonState, after)
-        return unstack(turned, places), after._replace(mu=unstack(after.mu, places))
+        return unstack(orthogonal, groups), after._replace(mu=unstack(after.mu, groups))
 
     return optax.GradientTransformation(inner.init, update)
 
 
-def places_of(tree: PyTree) -> Places:
-    """Sort the leaves of a tree by shape."""
+def group_leaves(tree: PyTree) -> LeafGroups:
+    """Group the leaves of a tree by shape."""
     leaves, structure = jax.tree.flatten(tree)
     indices: dict[Shape, list[int]] = defaultdict(list)
     for index, leaf in enumerate(leaves):
         indices[leaf.shape].append(index)
-    return Places(structure, dict(indices))
+    return LeafGroups(structure, dict(indices))
 
 
-def stack(tree: PyTree, places: Places) -> dict[str, jax.Array]:
+def stack(tree: PyTree, groups: LeafGroups) -> dict[str, jax.Array]:
     """Stack the leaves of each shape."""
     leaves = jax.tree.leaves(tree)
     return {
         str(shape): jnp.stack([leaves[index] for index in indices])
-        for shape, indices in places.indices.items()
+        for shape, indices in groups.indices.items()
     }
 
 
-def unstack(stacks: Any, places: Places) -> PyTree:
-    """Put stacked leaves back where they were."""
+def unstack(stacks: Any, groups: LeafGroups) -> PyTree:
+    """Invert `stack`."""
     leaf_by_index = {
         index: stacks[str(shape)][row]
-        for shape, indices in places.indices.items()
+        for shape, indices in groups.indices.items()
         for row, index in enumerate(indices)
     }
     leaves = [leaf_by_index[index] for index in range(len(leaf_by_index))]
-    return jax.tree.unflatten(places.structure, leaves)
+    return jax.tree.unflatten(groups.structure, leaves)

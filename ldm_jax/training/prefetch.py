@@ -1,4 +1,4 @@
-"""Batches on their way to the devices while a step is still running."""
+"""Batches that are sent to the devices while a step is running."""
 
 from typing import Any
 
@@ -12,10 +12,7 @@ from ldm_jax.types import PyTree
 
 
 class Prefetch:
-    """Batches one dispatch ahead on the devices.
-
-    The position is that of what was handed out.
-    """
+    """Reads and sends batches one dispatch ahead."""
 
     def __init__(self, iterator: BatchIterator, layout: Layout) -> None:
         """Wrap an iterator; nothing is read yet."""
@@ -25,17 +22,17 @@ class Prefetch:
         self._position = iterator.get_state()
 
     def position(self) -> Any:
-        """Return the state from which the next batch would be read again."""
+        """Return the iterator's state before the batches that were not taken yet."""
         return self._position
 
     def take(
         self, num_steps: int, *, then: int
     ) -> tuple[PyTree, UInt32[np.ndarray, "k b"]]:
-        """Hand out the batches of a dispatch and start sending the next.
+        """Return the batches of a dispatch and start to send those of the next.
 
         Args:
-          num_steps: Of this dispatch, as was announced by the one before.
-          then: Of the next; 0 if this is the last.
+          num_steps: Steps of this dispatch; equals `then` of the call before.
+          then: Steps of the next dispatch; 0 if this is the last.
 
         Returns:
           The batches on the devices, and the indices of this process' examples.

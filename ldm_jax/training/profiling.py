@@ -1,4 +1,4 @@
-"""What watches a run from outside its steps: a profile, and a clock for stalls."""
+"""A profiler trace of some steps, and stack traces of a stalled run."""
 
 import faulthandler
 import sys
@@ -11,22 +11,22 @@ SECONDS_BETWEEN_ARMS = 1.0
 
 
 class Profile:
-    """Trace the steps from `start` to `stop`, for TensorBoard and Perfetto."""
+    """Traces some steps for TensorBoard and Perfetto."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
-        """Trace nothing yet.
+        """Prepare a trace.
 
         Args:
-          folder: To write to.
-          steps: Steps done when it begins and when it ends, or the dispatches that
-            hold these; None traces nothing.
+          folder: Receives the trace.
+          steps: Numbers of finished steps at its start and end, widened to whole
+            dispatches; None traces nothing.
         """
         self._folder = folder
         self._steps = steps
         self._tracing = False
 
     def before(self, done: int, size: int) -> None:
-        """Begin or end, by the steps that are done and those that come at once."""
+        """Start or stop the trace before a dispatch of `size` steps after `done`."""
         if self._steps is None:
             return
         start, stop = self._steps
@@ -37,27 +37,27 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """End, if it has begun."""
+        """Stop the trace if it is running."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing, self._steps = False, None
 
 
 class StallClock:
-    """Print the stack of every thread when no step ends for too long."""
+    """Prints the stack of every thread if no step ends for too long."""
 
     def __init__(self, seconds: int) -> None:
-        """Set the clock.
+        """Start the clock.
 
         Args:
-          seconds: Until it strikes; 0 for never.
+          seconds: Longest time without the end of a step; 0 for no limit.
         """
         self._seconds = seconds
         self._armed = 0.0
         self.alive()
 
     def alive(self) -> None:
-        """Set it again: a step has ended."""
+        """Restart the clock: a step has ended."""
         now = time.monotonic()
         if self._seconds and now - self._armed >= SECONDS_BETWEEN_ARMS:
             self._armed = now
@@ -65,6 +65,6 @@ class StallClock:
             faulthandler.dump_traceback_later(self._seconds, repeat=True, file=where)
 
     def close(self) -> None:
-        """Stop it."""
+        """Stop the clock."""
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()

@@ -1,11 +1,11 @@
-"""The tokenizer that a run learns from its own captions and keeps in its folder."""
+"""The tokenizer that a run trains on its captions and keeps in its folder."""
 
 import contextlib
 import json
 import logging
 from pathlib import Path
 
-from ldm_jax.build import needs_of, open_tokenizer
+from ldm_jax.build import open_tokenizer
 from ldm_jax.config import Config
 from ldm_jax.config.run import with_tokenizer
 from ldm_jax.data.byte_pair_tokenizer import (
@@ -23,29 +23,29 @@ from ldm_jax.training.metrics import METRICS_FILE
 FOLDER = "tokenizer"
 NOTE = "tokenizer"
 MAX_COUNTED = 10_000
-"""Captions that are counted where none need be read to begin."""
+"""Captions that are checked for their length where training reads none first."""
 
 
 def own_tokenizer(config: Config, workdir: Path) -> Path | None:
-    """Return the folder of the tokenizer a run learns; None if it learns none."""
+    """Return the folder of the tokenizer that a run trains; None if it trains none."""
     if "diffusion" not in config.stages:
         return None
     return workdir / FOLDER if config.diffusion.condition.learns_tokenizer else None
 
 
 def with_own_tokenizer(config: Config, workdir: Path) -> Config:
-    """Return the config with the tokenizer that the run learned, if it learns one."""
+    """Return a config with the tokenizer that the run trained, if it trains one."""
     return with_tokenizer(config, own_tokenizer(config, workdir))
 
 
 def keep_tokenizer(config: Config, workdir: Path) -> None:
-    """Learn a run's tokenizer from the captions it trains on, if it has yet to.
+    """Train a run's tokenizer on the captions of its data, unless it has one.
 
-    One that is lost is taken from the run's checkpoints, which hold it too: learned
-    anew from captions that have changed, its numbers would mean other things.
+    A lost tokenizer is restored from the run's checkpoints: trained again on changed
+    captions, it would give its tokens other meanings.
 
-    Says, when a run begins, how many captions are longer than the context, whoever made
-    the tokenizer.
+    At the start of a run it warns how many captions are longer than the context,
+    whatever the tokenizer.
 
     Raises:
       InputError: If there are no captions, or the vocabulary is too small.
@@ -54,7 +54,7 @@ def keep_tokenizer(config: Config, workdir: Path) -> None:
     folder = own_tokenizer(config, workdir)
     if folder is None:
         if not (workdir / METRICS_FILE).exists():
-            _warn_of_cut_by_another(config)
+            _warn_of_pretrained(config)
         return
     if (folder / TOKENIZER_FILE).exists():
         return
@@ -68,8 +68,8 @@ def keep_tokenizer(config: Config, workdir: Path) -> None:
     _warn_of_cut(captions, tokenizer, "try a larger --diffusion.condition.text.length")
 
 
-def notes_of_words(config: Config, workdir: Path) -> dict[str, str]:
-    """Return what a checkpoint notes of the tokenizer that its run learned."""
+def tokenizer_notes(config: Config, workdir: Path) -> dict[str, str]:
+    """Return the notes of a checkpoint: the tokenizer that the run trained, if any."""
     folder = own_tokenizer(config, workdir)
     if folder is None:
         return {}
@@ -77,7 +77,7 @@ def notes_of_words(config: Config, workdir: Path) -> dict[str, str]:
 
 
 def _in_checkpoints(directory: Path) -> str | None:
-    """Find the tokenizer in the newest checkpoint whose notes are intact."""
+    """Return the tokenizer in the newest checkpoint with intact notes."""
     steps = [path for path in directory.glob("*") if path.name.isdigit()]
     for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
         with contextlib.suppress(OSError, ValueError):
@@ -87,10 +87,11 @@ def _in_checkpoints(directory: Path) -> str | None:
     return None
 
 
-def _warn_of_cut_by_another(config: Config) -> None:
-    """Tell of captions that are cut by a tokenizer made elsewhere."""
+def _warn_of_pretrained(config: Config) -> None:
+    """Warn of captions that a pretrained tokenizer truncates."""
     condition, data = config.diffusion.condition, config.data
-    if "caption" not in needs_of(config) or condition.tokenizer is None:
+    reads_text = "diffusion" in config.stages and condition.uses_tokens
+    if not reads_text or condition.tokenizer is None:
         return
     if has_captions(data.source, directory=data.directory):
         captions = read_captions(

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and that no one else trains in it."""
+"""The folder of a run: check its config, and lock it against other processes."""
 
 import contextlib
 import dataclasses
@@ -17,11 +17,11 @@ from ldm_jax.types import InputError
 
 LOCK_FILE = ".lock"
 MAY_CHANGE = "max_skipped_steps"
-"""What a run bears may be told once it has met it: what it computes stays the same."""
+"""Config field that may change when a run resumes: it changes no finite step."""
 
 
 def facts_of(config: Config, layout: Layout) -> dict[str, Any]:
-    """Collect what must be the same on every process of a run."""
+    """Return what must be equal on all processes of a run."""
     return {
         **config_lib.flatten(config),
         "ldm_jax": version("ldm_jax"),
@@ -34,7 +34,7 @@ def facts_of(config: Config, layout: Layout) -> dict[str, Any]:
 
 
 def check_workdir(config: Config, workdir: Path) -> None:
-    """Check that a folder is free, or belongs to this config.
+    """Check that a folder is new or belongs to this config.
 
     Raises:
       InputError: If it was made with another config, or is a file.
@@ -56,10 +56,7 @@ def check_workdir(config: Config, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
-    """Take a run's folder for these processes alone, and write or check its config.
-
-    Args:
-      workdir: Its folder; made if it is not there.
+    """Create and lock the folder of a run, and write or check its config.
 
     Raises:
       InputError: If it was made with another config, holds something else, or

@@ -31,7 +31,7 @@ def theirs(config):
 def test_the_signal_powers_are_theirs(schedule, zero_terminal_snr):
     fields = {"schedule": schedule, "zero_terminal_snr": zero_terminal_snr}
     config = config_of("none", prediction="v", **fields)
-    ours = build_schedule(config).abar
+    ours = build_schedule(config.diffusion).abar
     found = theirs(config).alphas_cumprod.numpy()
     # Theirs are float32 products of a thousand factors.
     assert np.abs(ours - found).max() < 1e-5
@@ -43,7 +43,7 @@ def test_a_flow_goes_the_way_of_theirs():
     scheduler = theirs(config)
     scheduler.set_timesteps(4)
     index = scheduler.timesteps.numpy().astype(np.float64)
-    level = level_at(build_schedule(config), index - 1.0)
+    level = level_at(build_schedule(config.diffusion), index - 1.0)
     assert level.t == pytest.approx(index)
     assert level.sigma == pytest.approx(scheduler.sigmas[:-1].numpy(), rel=1e-6)
     x_0, eps = torch.full((1, 1), 3.0), torch.full((1, 1), -2.0)

@@ -17,7 +17,7 @@ from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.sampling.metadata import read_settings, settings_text
 from ldm_jax.training.ema import (
     Profile,
-    kept_steps,
+    list_snapshots,
     mixture,
     power_of,
     share_of_new,
@@ -194,8 +194,8 @@ def averaged_toy(folder):
     return toy_stage()._replace(
         step=averaged_step,
         init=averaged_state,
-        keep=keep,
-        kept_steps=tuple(snapshot_steps(12, snapshots=5)),
+        write_averages=keep,
+        average_steps=tuple(snapshot_steps(12, snapshots=5)),
     )
 
 
@@ -209,12 +209,12 @@ def test_a_cut_run_ends_with_the_same_files_and_a_spread_one_with_the_same_avera
     one = jax.devices()[:1]
     unbroken = run_toy(tmp_path / "a", averaged_toy(tmp_path / "whole"), devices=one)
     whole = files(tmp_path / "whole")
-    assert kept_steps(tmp_path / "whole") == [2, 5, 7, 10, 12] and len(whole) == 5
+    assert list_snapshots(tmp_path / "whole") == [2, 5, 7, 10, 12] and len(whole) == 5
     cut = averaged_toy(tmp_path / "cut")
     for dispatches in (3, 4):
         with pytest.raises(Preempted):
             run_toy(tmp_path / "b", cut, devices=one, stop=StopAfter(dispatches))
-    assert kept_steps(tmp_path / "cut") == [2, 5, 7]
+    assert list_snapshots(tmp_path / "cut") == [2, 5, 7]
     found = run_toy(tmp_path / "b", cut, devices=one)
     assert found.digest == unbroken.digest
     assert files(tmp_path / "cut") == whole

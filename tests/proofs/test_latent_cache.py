@@ -37,7 +37,7 @@ from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.dry_run import batch_shapes, describe
 from ldm_jax.training.encode_latents import make_cache, make_shards, plan_cache
-from ldm_jax.training.latent_encoders import Encoders, Made, encode_records
+from ldm_jax.training.latent_encoders import Encoded, Encoders, encode_records
 from ldm_jax.training.latent_shards import find_shards
 from ldm_jax.types import InputError, RunError
 from tests.data.test_tokenizer import write_clip
@@ -99,17 +99,17 @@ class Prepared:
     def train(self, config):
         """Train a few steps; return the batches' indices and labels, and the losses."""
         frozen_weights, layout = self.frozen_weights(), PmapLayout(jax.devices()[:1])
-        note = reading.check_cache(config, frozen_weights, self.workdir)
+        note = checked(config, frozen_weights, self.workdir)
         cache = reading.open_cache(config, frozen_weights.first_stage[0], note)
         opened = functools.partial(open_iterator, config)
         if cache is not None:
-            opened = functools.partial(reading.open_latents, config, cache)
+            opened = functools.partial(reading.open_latents, cache, seed=config.seed)
         stage = diffusion_stage(
             config,
             self.model,
             FrozenParams(*frozen_weights.first_stage, frozen_weights.conditioner),
             self.workdir,
-            null_state=None if cache is None else cache.null_state,
+            null_embedding=None if cache is None else cache.null_embedding,
         )
         step = jax.jit(functools.partial(stage.step, reduce=reduce_over_axis))
         state = jax.eval_shape(stage.init)
@@ -161,9 +161,9 @@ def test_losses_from_latents_are_those_from_images(prepared):
 def check_tokens(prepared):
     """Check that an encoder in training reads the captions of the same cache."""
     config = prepared.reading(prepared.of_condition(trained=True))
-    note = reading.check_cache(config, prepared.frozen_weights(), prepared.workdir)
+    note = checked(config, prepared.frozen_weights(), prepared.workdir)
     cache = reading.open_cache(config, prepared.weights.autoencoder, note)
-    assert cache.null_state is None and "embedding" not in cache.examples[0]
+    assert cache.null_embedding is None and "embedding" not in cache.examples[0]
     source = open_split(prepared.config, "train").examples
     for i in range(NUM):
         assert np.array_equal(cache.examples[i]["tokens"], source[i]["tokens"])
@@ -180,7 +180,7 @@ def test_an_unchanged_cache_is_left_alone_and_a_damaged_shard_made_anew(cached):
     files = {path: path.read_bytes() for path in cached.out.iterdir()}
     (cached.out / shard_name(1, 2)).write_bytes(b"torn")
     with pytest.raises(InputError, match=r"has 4 bytes, wanted \d+ bytes; give the"):
-        reading.check_cache(cached.reading(), cached.frozen_weights(), cached.workdir)
+        checked(cached.reading(), cached.frozen_weights(), cached.workdir)
     assert cached.make(num_shards=None).num_made == 1
     assert cached.make(num_shards=2).num_made == 0
     assert {path: path.read_bytes() for path in cached.out.iterdir()} == files
@@ -236,6 +236,7 @@ def checked(config, frozen_weights, workdir):
     first_stage = frozen_weights.first_stage
     return reading.check_cache(
         config,
+        build_model(config),
         workdir,
         first_stage=first_stage and first_stage[0],
         conditioner=frozen_weights.conditioner,
@@ -328,7 +329,7 @@ def test_a_flipped_bit_is_found_where_it_is_read(cached, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "MAX_BYTES_IN_MEMORY", 0)
     cache = reading.open_cache(config, params, note)
     layout = PmapLayout(jax.devices()[:1])
-    iterator = reading.open_latents(config, cache, batch_size=NUM, layout=layout)
+    iterator = reading.open_latents(cache, seed=0, batch_size=NUM, layout=layout)
     with pytest.raises(InputError, match=r"example \d+ is damaged"):
         next(iterator)
     iterator.close()
@@ -337,7 +338,7 @@ def test_a_flipped_bit_is_found_where_it_is_read(cached, tmp_path, monkeypatch):
 def test_text_states_of_another_encoder_or_tokenizer_are_refused(tmp_path):
     made = Prepared("clip", tmp_path)
     digest = reading.text_encoder_digest(
-        made.config, made.weights.conditioner, has_captions=True
+        made.model, made.weights.conditioner, has_captions=True
     )
     other = jax.tree.map(lambda leaf: -leaf, made.weights.conditioner)
     (tmp_path / "other").mkdir()
@@ -347,7 +348,7 @@ def test_text_states_of_another_encoder_or_tokenizer_are_refused(tmp_path):
         conditioner = conditioner or made.weights.conditioner
         note = note_of(made, text_encoder=digest, has_captions=True)
         with pytest.raises(InputError, match="another text encoder or tokenizer"):
-            reading._check_states(made.reading(config), conditioner, note)
+            reading._check_text(build_model(config), conditioner, made.out, note)
 
 
 # What is written, and what is left where writing stops.
@@ -359,7 +360,7 @@ def note_of(made, **fields) -> CacheNote:
         "train",
     )
     encoders = Encoders(made.weights.autoencoder, {})
-    note = plan_cache(made.config, encoders, source, num_shards=5)
+    note = plan_cache(made.config, made.model, encoders, source, num_shards=5)
     return dataclasses.replace(note, **fields)
 
 
@@ -370,14 +371,14 @@ def records_of(made, note, *, stops_at=None):
 
     def encode(given):
         means = given.image.mean((1, 2, 3), dtype=np.float32)
-        return Made(
+        return Encoded(
             np.broadcast_to(means[:, None, None, None], (len(means), *shape)), None
         )
 
     def records(shard):
         if shard == stops_at:
             raise KeyboardInterrupt
-        return encode_records(made.config, examples, note, encode, shard, size=4)
+        return encode_records(made.config.data, examples, note, encode, shard, size=4)
 
     return records
 

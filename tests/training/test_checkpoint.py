@@ -2,6 +2,7 @@ import asyncio
 import collections
 import gc
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -200,11 +201,9 @@ def read_what_is_torn(folder):
 @pytest.mark.parametrize(
     "begin, lines", [(open_nothing, 0), (read_what_is_torn, 0), (of_somebody_else, 1)]
 )
-def test_reads_that_fail_beside_the_one_that_is_told_are_silent(
-    begin, lines, tmp_path, caplog
+def test_further_failed_reads_of_an_open_store_are_not_logged(
+    begin, lines, store, tmp_path, caplog
 ):
-    CheckpointStore(tmp_path / "checkpoints", keep=1).close()
-
     async def leave_one_alone():
         await asyncio.wait([asyncio.ensure_future(begin(tmp_path))])
 
@@ -214,3 +213,12 @@ def test_reads_that_fail_beside_the_one_that_is_told_are_silent(
     loop.close()
     gc.collect()
     assert len(caplog.messages) == lines
+
+
+def test_a_closed_store_filters_nothing(store):
+    before = {
+        name: len(logging.getLogger(name).filters) for name in ("absl", "asyncio")
+    }
+    CheckpointStore(store.directory.parent / "another", keep=1).close()
+    for name, num in before.items():
+        assert len(logging.getLogger(name).filters) == num

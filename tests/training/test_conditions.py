@@ -300,7 +300,7 @@ def test_conditions_that_do_not_fit_are_refused():
 )
 def test_data_without_the_condition_is_refused_before_training(kind, example, words):
     with pytest.raises(InputError) as caught:
-        check_example(config_of(kind), example)
+        check_example(config_of(kind).diffusion.condition, example, source="here")
     assert all(word in str(caught.value) for word in words), caught.value
 
 

@@ -28,8 +28,8 @@ from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.loop import CHECKPOINTS
 from ldm_jax.training.train_tokenizer import (
     keep_tokenizer,
-    notes_of_words,
     own_tokenizer,
+    tokenizer_notes,
     with_own_tokenizer,
 )
 from ldm_jax.types import InputError
@@ -232,7 +232,7 @@ def test_a_run_learns_its_words_from_the_captions_it_trains_on(
     examples = open_split(opened, "train").examples
     rows = [examples[i]["tokens"] for i in range(24)]
     assert np.array_equal(rows, tokenizer.encode(captions))
-    assert null_tokens(config) == tuple(tokenizer.encode([""])[0])
+    assert null_tokens(config.diffusion.condition) == tuple(tokenizer.encode([""])[0])
     # Learned once: the words stay as they are when the run goes on.
     (tmp_path / "tokenizer/tokenizer.json").write_text(kept + "\n")
     keep_tokenizer(config, tmp_path)
@@ -244,7 +244,7 @@ def test_words_that_are_lost_are_in_the_checkpoints(config, tmp_path):
     path = tmp_path / "tokenizer/tokenizer.json"
     learned = train_byte_pairs(CAPTIONS, vocab_size=300)
     path.write_text(learned)  # of captions that are no longer those of the data
-    notes = notes_of_words(config, tmp_path)
+    notes = tokenizer_notes(config, tmp_path)
     (tmp_path / "diffusion").mkdir()
     store = CheckpointStore(tmp_path / "diffusion" / CHECKPOINTS, keep=2)
     for step in (3, 12):

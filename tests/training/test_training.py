@@ -238,7 +238,7 @@ def test_a_step_downhill_lowers_every_objective(schedule, zero_terminal_snr):
             zero_terminal_snr=zero_terminal_snr,
             prediction=prediction,
         )
-        levels = build_schedule(config)
+        levels = build_schedule(config.diffusion)
         level = draw_levels(
             levels, example_keys(root_key(0), Stream.TIMESTEP, 0, index)
         )
