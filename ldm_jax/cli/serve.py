@@ -12,14 +12,14 @@ from ldm_jax.config.launch import Launch, check_local
 from ldm_jax.config.validation import checked_dataclass, require
 from ldm_jax.parallel.launch import PEER_TIMEOUT, start
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.tools.demo.arguments import (
+from ldm_jax.tools.demo.controls import (
     LOOPBACK,
     MAX_PORT,
-    MOST_IMAGES,
-    MOST_STEPS,
+    MAX_IMAGES,
+    MAX_STEPS,
     PORT,
-    STEPS_AT_FIRST,
-    BrowseRequest,
+    FIRST_STEPS,
+    DemoRequest,
     read_run,
 )
 from ldm_jax.tools.demo.server import LOOPBACKS, address_of, open_socket, serve
@@ -58,8 +58,8 @@ class Flags:
 
     def _check(self) -> None:
         require(self, "port", 0 <= self.port <= MAX_PORT, f"0 to {MAX_PORT}")
-        few = 1 <= self.max_images <= MOST_IMAGES
-        require(self, "max_images", few, f"1 to {MOST_IMAGES}")
+        few = 1 <= self.max_images <= MAX_IMAGES
+        require(self, "max_images", few, f"1 to {MAX_IMAGES}")
         check_local(self.workdir, "WORKDIR")
         if self.spacing == "ldm":
             raise InputError(
@@ -68,7 +68,7 @@ class Flags:
             )
 
 
-def parse(args: list[str]) -> tuple[BrowseRequest, Flags]:
+def parse(args: list[str]) -> tuple[DemoRequest, Flags]:
     """Read the command line, as far as the run's config tells without JAX.
 
     Raises:
@@ -78,7 +78,7 @@ def parse(args: list[str]) -> tuple[BrowseRequest, Flags]:
     flags = parse_flags(Flags, args, prog="ldm serve")
     config = read_run(flags.workdir)
     top = config.diffusion.num_timesteps
-    most = min(MOST_STEPS, top) if flags.max_steps is None else flags.max_steps
+    most = min(MAX_STEPS, top) if flags.max_steps is None else flags.max_steps
     if not 1 <= most <= top:
         raise InputError(f"--max-steps: got {most}, wanted 1 to {top}")
     try:
@@ -87,7 +87,7 @@ def parse(args: list[str]) -> tuple[BrowseRequest, Flags]:
             step=flags.step,
             sampler=cast(SamplerName, flags.sampler),
             spacing=flags.spacing,
-            steps=min(STEPS_AT_FIRST, most),
+            steps=min(FIRST_STEPS, most),
         )
     except InputError as error:
         raise as_flag(error) from None
@@ -96,7 +96,7 @@ def parse(args: list[str]) -> tuple[BrowseRequest, Flags]:
             "nicegui: not installed, and the page needs it; try pip install "
             "'ldm_jax[browse]'"
         )
-    return BrowseRequest(
+    return DemoRequest(
         settings=settings, max_steps=most, max_images=flags.max_images
     ), flags
 
@@ -109,9 +109,9 @@ def main(args: list[str]) -> None:
     start(launch, beside=flags.workdir, peer_timeout=PEER_TIMEOUT)
     print("loading the run and compiling one program ...", flush=True)
     from ldm_jax.tools.demo.page import make_page
-    from ldm_jax.tools.demo.renderer import set_up
+    from ldm_jax.tools.demo.renderer import make_renderer
 
-    app = make_page(set_up(request))
+    app = make_page(make_renderer(request))
     if port_in_use.getsockname()[0] not in LOOPBACKS:
         logging.getLogger(__name__).warning(
             "--host: whoever reaches this address may use the page"

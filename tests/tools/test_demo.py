@@ -1,4 +1,4 @@
-"""The page that a run is looked through by: its limits, its door, and in a browser."""
+"""The web page to try a run: its limits, its command, and in a browser."""
 
 import asyncio
 import base64
@@ -24,7 +24,7 @@ from ldm_jax.cli.serve import parse
 from ldm_jax.config import to_json
 from ldm_jax.sampling.request import MAX_SEED, command_line
 from ldm_jax.tools.demo.controls import (
-    MAX_LETTERS,
+    MAX_PROMPT_LENGTH,
     Limits,
     check_controls,
     request_of,
@@ -91,14 +91,14 @@ def test_texts_are_short_and_of_one_line():
     controls = check_controls({**GIVEN, "prompt": "a\n red\x00\tcross "}, TEXTS)
     assert controls.prompt == "a red cross" and controls.label is None
     with pytest.raises(InputError, match="got 1001 letters, wanted at most 1000"):
-        check_controls({**GIVEN, "prompt": "a" * (MAX_LETTERS + 1)}, TEXTS)
+        check_controls({**GIVEN, "prompt": "a" * (MAX_PROMPT_LENGTH + 1)}, TEXTS)
     with pytest.raises(InputError, match="negative prompt: got list, wanted a text"):
         check_controls({**GIVEN, "negative_prompt": ["a"]}, TEXTS)
 
 
 @pytest.mark.parametrize("limits", [CLASSES, TEXTS])
 @pytest.mark.parametrize("num_images", [1, 3])
-def test_the_command_asks_for_what_was_wished_for(workdir, limits, num_images):
+def test_the_command_requests_what_the_controls_select(workdir, limits, num_images):
     settings = parsed(workdir, "--sampler", "unipc", "--spacing", "karras").settings
     controls = check_controls({**GIVEN, "num_images": num_images}, limits)
     asked = sampling_of(controls, settings), request_of(controls)
@@ -107,7 +107,7 @@ def test_the_command_asks_for_what_was_wished_for(workdir, limits, num_images):
     assert parse_sample(words[2:])[:2] == asked
 
 
-def test_one_draws_and_few_wait():
+def test_one_page_makes_images_and_few_wait():
     async def count():
         queue, inside, most = RenderQueue(3), 0, 0
         refused = []
@@ -115,7 +115,7 @@ def test_one_draws_and_few_wait():
         async def draw():
             nonlocal inside, most
             try:
-                async with queue.take():
+                async with queue.turn():
                     inside += 1
                     most = max(most, inside)
                     await asyncio.sleep(0)
@@ -293,7 +293,7 @@ def test_no_file_is_served_that_is_not_the_page_s(served):
 
 
 STATUS = "document.querySelector('.status')?.innerText ?? ''"
-IMAGES = "[...document.querySelectorAll('.pictures img')].map(x => x.src)"
+IMAGES = "[...document.querySelectorAll('.images img')].map(x => x.src)"
 COMMAND = "document.querySelector('.command code').innerText"
 
 
@@ -365,7 +365,7 @@ def test_the_page_of_a_model_of_texts(tmp_path):
         open_tab(tmp_path / "profile") as tab,
     ):
         tab.go(url)
-        tab.wait(f"({STATUS}).includes('Write what is to be drawn')")
+        tab.wait(f"({STATUS}).includes('Enter a prompt')")
         write(tab, "prompt", "cat")
         tab.wait(f"({STATUS}).includes('9 steps, ')")
         before = tab.run(IMAGES)
@@ -379,5 +379,5 @@ def test_the_page_of_a_model_of_texts(tmp_path):
         image = Image.open(io.BytesIO(base64.b64decode(after[0][22:])))
         assert image.text["prompt"] == "hello 'cat'"
         write(tab, "prompt", "")
-        tab.wait(f"({STATUS}).includes('Write what is to be drawn')")
+        tab.wait(f"({STATUS}).includes('Enter a prompt')")
         assert not tab.said

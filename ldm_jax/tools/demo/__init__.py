@@ -1,1 +1,1 @@
-"""A run looked through by hand: a page whose knobs make images as they move."""
+"""A web page to try a run: controls, and the images they select."""

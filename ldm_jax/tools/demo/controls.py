@@ -1,79 +1,105 @@
-"""What a page may wish for: whatever it sends is looked at here, number by number."""
+"""The controls of the page of `ldm serve`, and their limits. Imports no JAX."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.config import Config, read_config
 from ldm_jax.sampling.request import MAX_SEED, SampleRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
+LOOPBACK, PORT = "127.0.0.1", 7860
+MAX_PORT = 2**16 - 1
+MAX_STEPS, MAX_IMAGES = 100, 64
+FIRST_STEPS = 20
 MAX_SCALE = 15
-MAX_LETTERS = 1000
+MAX_PROMPT_LENGTH = 1000
 DECIMALS = 3
-"""Of a guidance scale: what a slider leaves behind these is not meant."""
+"""Decimals of a guidance scale; a slider sends more by rounding errors."""
+
+
+class DemoRequest(NamedTuple):
+    """A page to serve."""
+
+    settings: SamplingConfig
+    """Settings of the first images."""
+    max_steps: int
+    """Maximum number of denoising steps."""
+    max_images: int
+    """Maximum number of images at a time."""
+
+
+def read_run(workdir: Path) -> Config:
+    """Read the config of a run that samples from labels, texts or noise alone.
+
+    Raises:
+      InputError: If the folder is no run, or a run of another kind.
+    """
+    try:
+        config = read_config(workdir)
+    except InputError as error:
+        raise InputError(str(error).replace("--workdir:", "WORKDIR:", 1)) from None
+    if "diffusion" not in config.stages:
+        raise InputError(
+            f"WORKDIR: {workdir} is a run of an autoencoder alone, wanted one with a "
+            "diffusion stage"
+        )
+    condition = config.diffusion.condition
+    if condition.context == "embedding" or condition.concat != "none":
+        raise InputError(
+            f"WORKDIR: {workdir} is conditioned on vectors or images, wanted a "
+            "model of classes or texts, or without condition; try ldm sample --image"
+        )
+    return config
 
 
 class Controls(NamedTuple):
-    """What a page wishes for."""
+    """Values of the page's controls."""
 
     seed: int
-    """Of the first image; the next one has the next."""
+    """Seed of the first image; the others have the following seeds."""
     num_images: int
-    """How many."""
+    """Number of images."""
     steps: int
     """Denoising steps."""
     guidance_scale: float
     """0 ignores the label or text, 1 follows it."""
     label: int | None
-    """Class to draw; None where the model has none."""
+    """Class; None where the model has none."""
     prompt: str
-    """Text to draw; "" where the model reads none."""
+    """Text; "" where the model reads none."""
     negative_prompt: str
     """Text to be guided away from."""
 
 
 class Limits(NamedTuple):
-    """What a page may wish for."""
+    """Limits of the page's controls."""
 
     max_steps: int
-    """The most denoising steps."""
+    """Maximum number of denoising steps."""
     max_images: int
-    """The most images at a time."""
+    """Maximum number of images at a time."""
     num_classes: int
-    """Classes there are; 0 where the model has none."""
+    """Number of classes; 0 where the model has none."""
     reads_text: bool
     """Whether the model reads text."""
 
     @property
     def guided(self) -> bool:
-        """Whether there is anything to be guided by."""
+        """Whether the model has a condition to be guided by."""
         return bool(self.num_classes) or self.reads_text
 
 
-def limits_of(model: LatentDiffusion, *, max_steps: int, max_images: int) -> Limits:
-    """Return the limits of a model's page."""
-    condition = model.condition
-    return Limits(
-        max_steps=max_steps,
-        max_images=max_images,
-        num_classes=model.num_classes if condition.uses_classes else 0,
-        reads_text=condition.uses_tokens,
-    )
-
-
 def check_controls(given: dict[str, Any], limits: Limits) -> Controls:
-    """Make a wish of what a page sent, which may be anything.
+    """Check the values that a page sent, which may be anything.
 
     Args:
-      given: Values by the names of `Controls`'s fields.
-      limits: Of the page.
-
-    Returns:
-      The wish; what the model does not read is left out.
+      given: Values by the names of `Controls`' fields; those that the model does not
+        read are ignored.
 
     Raises:
-      InputError: If something is of another kind or out of range.
+      InputError: If a value has another type or is out of range.
     """
     num_images = _whole(given, "num_images", 1, limits.max_images)
     scale, label = 1.0, None
@@ -94,7 +120,7 @@ def check_controls(given: dict[str, Any], limits: Limits) -> Controls:
 
 def _whole(given: dict[str, Any], name: str, low: int, high: int) -> int:
     value = _number(given, name, low, high)
-    # A page sends numbers as it likes: 3 or 3.0.
+    # A page may send 3 as 3.0.
     if value != int(value):
         raise _outside(name, value, low, high)
     return int(value)
@@ -110,22 +136,23 @@ def _number(given: dict[str, Any], name: str, low: int, high: int) -> int | floa
 
 
 def _outside(name: str, value: Any, low: int, high: int) -> InputError:
-    return InputError(f"{_details(name)}: got {_short(value)}, wanted {low} to {high}")
+    return InputError(f"{_words(name)}: got {_short(value)}, wanted {low} to {high}")
 
 
 def _text(given: dict[str, Any], name: str) -> str:
     value = given.get(name)
     if not isinstance(value, str):
-        raise InputError(f"{_details(name)}: got {_short(value)}, wanted a text")
-    if len(value) > MAX_LETTERS:
+        raise InputError(f"{_words(name)}: got {_short(value)}, wanted a text")
+    if len(value) > MAX_PROMPT_LENGTH:
         raise InputError(
-            f"{_details(name)}: got {len(value)} letters, wanted at most {MAX_LETTERS}"
+            f"{_words(name)}: got {len(value)} letters, wanted at most "
+            f"{MAX_PROMPT_LENGTH}"
         )
-    # One line of what can be written: it stands in a command and in a PNG.
+    # One printable line, which a command and a PNG can hold.
     return " ".join("".join(c if c.isprintable() else " " for c in value).split())
 
 
-def _details(name: str) -> str:
+def _words(name: str) -> str:
     return name.replace("num_", "").replace("_", " ")
 
 

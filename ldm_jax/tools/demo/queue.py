@@ -1,4 +1,4 @@
-"""One drawing at a time, and no more than a few that wait."""
+"""A queue of pages: one makes images, a few wait."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,24 +8,24 @@ from ldm_jax.types import InputError
 
 
 class RenderQueue:
-    """Who draws next: one at a time, in the order they came.
+    """Lets one page at a time make images, in order of arrival.
 
     Attributes:
-      most: How many may wait.
+      max_waiting: Maximum number of pages that wait.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting = max_waiting
         self._lock, self._waiting = asyncio.Lock(), 0
 
     @asynccontextmanager
-    async def take(self) -> AsyncIterator[None]:
-        """Wait for one's turn, and have it.
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait, then run the block alone.
 
         Raises:
-          InputError: If too many wait already.
+          InputError: If too many pages wait already.
         """
-        if self._waiting >= self.most:
+        if self._waiting >= self.max_waiting:
             raise InputError(
                 f"busy: {self._waiting} other pages wait for their images; try again"
             )

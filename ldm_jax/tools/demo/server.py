@@ -1,28 +1,28 @@
-"""A place on this machine where a page is served, and who may ask what there."""
+"""The server of the page, and the requests that it accepts."""
 
 import errno
 import socket
 from typing import Any
 
-from ldm_jax.tools.demo.arguments import LOOPBACK
+from ldm_jax.tools.demo.controls import LOOPBACK
 from ldm_jax.types import InputError
 
 LOOPBACKS = ("127.0.0.1", "localhost", "::1")
 MAX_MESSAGE = 2**16
-"""Bytes that a page may send at once: a text and some numbers."""
+"""Maximum bytes of a page's message: a text and some numbers."""
 MAX_CONNECTIONS = 64
 SECONDS_TO_CLOSE = 2
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Listen, before anything slow is done.
+    """Open a listening socket.
 
     Args:
       host: Address or name of this machine.
       port: 0 for any that is free.
 
     Raises:
-      InputError: If the address is not this machine's, or the port is not to be had.
+      InputError: If the address is not this machine's, or the port is not available.
     """
     try:
         kind, _, _, _, address = socket.getaddrinfo(
@@ -32,7 +32,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError):
         raise _no_address(host) from None
     try:
-        # A port that was let go of a minute ago is free; one in use is not.
+        # A port that was closed a minute ago is free; one in use is not.
         port_in_use.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         port_in_use.bind(address)
         port_in_use.listen()
@@ -59,21 +59,21 @@ def _no_address(host: str) -> InputError:
 
 
 def address_of(port_in_use: socket.socket) -> str:
-    """Write where a socket listens, as a browser takes it."""
+    """Return the URL of a listening socket."""
     host, port = port_in_use.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 class Gate:
-    """Lets in what a page needs, and nothing else.
+    """Accepts the requests that a page needs, and no others.
 
-    Only reading, by this machine's own names where it listens to itself alone (a page
-    from elsewhere may not have its name stand for this machine), and no connection that
-    another site's page has begun.
+    Only GET and HEAD; only this machine's own names as host, where the socket listens
+    to this machine alone (against DNS rebinding); and no connection that a page of
+    another site opens.
 
     Attributes:
-      app: What is behind it, an ASGI application.
-      hosts: Names by which it may be asked; () for any.
+      app: The ASGI application behind it.
+      hosts: Host names that are accepted; () for any.
     """
 
     def __init__(self, app: Any, hosts: tuple[str, ...]) -> None:
@@ -112,7 +112,7 @@ def serve(app: Any, port_in_use: socket.socket) -> None:
 
     Args:
       app: The page, an ASGI application.
-      port_in_use: Where, as `open_socket` gives it.
+      port_in_use: The socket of `open_socket`.
     """
     import uvicorn
 
