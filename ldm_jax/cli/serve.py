@@ -13,12 +13,12 @@ from ldm_jax.config.validation import checked_dataclass, require
 from ldm_jax.parallel.launch import PEER_TIMEOUT, start
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.tools.demo.controls import (
+    FIRST_STEPS,
     LOOPBACK,
-    MAX_PORT,
     MAX_IMAGES,
+    MAX_PORT,
     MAX_STEPS,
     PORT,
-    FIRST_STEPS,
     DemoRequest,
     read_run,
 )
