@@ -41,5 +41,5 @@ def main(args: list[str]) -> None:
     start(flags.launch, beside=flags.workdir, peer_timeout=PEER_TIMEOUT)
     from ldm_jax.tools.report.writing import write_report
 
-    write_report(summary, out, draws=flags.samples)
+    write_report(summary, out, with_samples=flags.samples)
     print(out)

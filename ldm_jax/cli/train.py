@@ -108,7 +108,9 @@ def main(args: list[str]) -> None:
     if outcome.trained:
         # Of several processes the others are gone, and samples are drawn by all.
         draws = sum(by_stage.values()) > WORTH_DRAWING and jax.process_count() == 1
-        write_report(read_run_summary(workdir), workdir / "report.html", draws=draws)
+        write_report(
+            read_run_summary(workdir), workdir / "report.html", with_samples=draws
+        )
         seconds = ", ".join(f"{name} {value:.0f} s" for name, value in by_stage.items())
         print(f"finished: {workdir} ({seconds})")
     else:

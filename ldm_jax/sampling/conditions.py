@@ -111,8 +111,6 @@ def check_settings(model: LatentDiffusion, settings: SamplingConfig) -> None:
     """Raise `InputError` if settings lack what a model needs, or have no meaning."""
     condition = model.condition
     concat = condition.concat
-    if settings.strength is not None and settings.image is None:
-        raise InputError("--strength: got it without --image, wanted an image")
     if concat == "segmentation" or condition.context == "embedding":
         needs = "embedding" if concat == "none" else concat
         raise InputError(

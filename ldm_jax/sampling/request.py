@@ -25,12 +25,12 @@ class SampleRequest:
 
     out: Path = Path("samples")
     """Folder for 000000.png ... and grid.png. Images that are there already, made the
-    same way, are kept; made otherwise, they stop the command."""
+    same way, are kept; made differently, they stop the command."""
     as_dataset: Path | None = None
     """Instead of --out: folder for a labelled data set, as a folder of images in
     images/ and as tfds:synthetic in tfds/ (docs/how_to/images.md)."""
     overwrite: bool = False
-    """Replace images that were made otherwise."""
+    """Replace images that were made differently."""
     labels: tuple[int, ...] | None = None
     """Classes to sample, as a list; all of them by default."""
     prompts: tuple[str, ...] = ()
@@ -86,6 +86,8 @@ class ReplayRequest:
 
 def check_request(settings: SamplingConfig, request: SampleRequest) -> None:
     """Raise `InputError` if a request and its settings exclude each other."""
+    if settings.strength is not None and settings.image is None:
+        raise InputError("strength: got it without --image, wanted an image")
     if settings.image is not None and request.interpolate:
         raise InputError("interpolate: got it beside --image, wanted one of the two")
     if settings.image is not None and request.as_dataset is not None:

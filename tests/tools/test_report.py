@@ -16,7 +16,7 @@ from ldm_jax.pretrained.model_weights import write_native
 from ldm_jax.tools.report import writing
 from ldm_jax.tools.report.charts import Curve, chart
 from ldm_jax.tools.report.run_summary import read_run_summary
-from ldm_jax.tools.report.scores import _sweep, best_by_way
+from ldm_jax.tools.report.scores import _sweep, best_scores
 from ldm_jax.types import InputError
 from tests.support import tiny
 from tests.support.commands import error_line, ldm
@@ -110,7 +110,7 @@ def write(workdir, *flags):
     return (workdir / "report.html").read_text()
 
 
-def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
+def test_all_sections_of_a_run_are_on_one_page(tmp_path):
     workdir = make_run(tmp_path / "<b>run & co</b>")
     for i, (scale, fid) in enumerate([(1.0, 0.5), (2.0, 0.2), (4.0, 0.9)]):
         folder = workdir / "evaluation" / str(i)
@@ -132,7 +132,7 @@ def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
     words = [
         "<b>run & co</b>",
         "finished",
-        "How good is it?",
+        "Scores",
         "297 held-out real images",
         "FID against guidance scale",
         "Precision and recall against guidance scale",
@@ -142,7 +142,7 @@ def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
         "Reconstructions",
         "Samples over training",
         "Denoising",
-        "Is it copying?",
+        "Nearest training images",
         "nearest of 1,500 training images",
         "unipc, 10 steps",
         "d" * 64,
@@ -161,7 +161,7 @@ def test_everything_there_is_to_tell_is_on_one_page(tmp_path):
 def test_a_run_that_has_only_begun_has_a_page_too(tmp_path):
     workdir = make_run(tmp_path / "begun", trained=False, finished=False)
     page = Page(write(workdir))
-    assert "unfinished" in page.text and "Nothing was drawn" in page.text
+    assert "unfinished" in page.text and "No samples were made" in page.text
     assert "Curves" in page.text
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -169,23 +169,25 @@ def test_a_run_that_has_only_begun_has_a_page_too(tmp_path):
     assert "0 of 8 steps" in Page(write(empty, "--no-samples")).text
 
 
-def test_a_page_is_written_where_there_is_no_memory_to_draw(tmp_path, monkeypatch):
-    def shoot(workdir, config):
+def test_a_page_is_written_where_there_is_no_memory_for_samples(tmp_path, monkeypatch):
+    def make_samples(summary):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB\nallocations: ...")
 
-    monkeypatch.setattr(writing, "shoot", shoot)
+    monkeypatch.setattr(writing, "make_samples", make_samples)
     workdir = make_run(tmp_path / "run")
-    writing.write_report(read_run_summary(workdir), tmp_path / "page.html", draws=True)
+    writing.write_report(
+        read_run_summary(workdir), tmp_path / "page.html", with_samples=True
+    )
     text = Page((tmp_path / "page.html").read_text()).text
-    assert "Nothing was drawn for this report: RESOURCE_EXHAUSTED: 3 GiB." in text
+    assert "No samples were made for this report: RESOURCE_EXHAUSTED: 3 GiB." in text
 
 
 def test_a_torn_line_and_half_a_file_are_left_out(tmp_path):
     workdir = make_run(tmp_path / "run", finished=False)
     (workdir / "final.json").write_text('{"digest": ')
-    story = read_run_summary(workdir)
-    assert not story.is_finished
-    assert [len(stage.records) for stage in story.stages] == [6, 8]
+    summary = read_run_summary(workdir)
+    assert not summary.is_finished
+    assert [len(stage.records) for stage in summary.stages] == [6, 8]
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -244,8 +246,8 @@ def test_scores_of_different_protocols_have_a_tile_each(tmp_path):
     workdir = make_run(tmp_path / "run")
     adm = {**measured(1.0, 12.0), "protocol": {"name": "adm", "network": "inception"}}
     found = [measured(1.0, 0.5), measured(2.0, 0.3), adm]
-    story = read_run_summary(workdir)._replace(metrics=found)
-    assert best_by_way(story) == {
+    summary = read_run_summary(workdir)._replace(metrics=found)
+    assert best_scores(summary) == {
         "dataset-classifier, 500 samples": 0.3,
         "adm, 500 samples": 12.0,
     }

@@ -1,1 +1,1 @@
-"""A run told on one page, for a person: `report.html`, complete in itself."""
+"""A report of a run: one HTML page that is complete in itself."""

@@ -1,4 +1,4 @@
-"""Curves as SVG that lives in a page: sharp at any size, in the page's own colours."""
+"""Curves as SVG elements, in the colours of the page."""
 
 import html
 import math
@@ -7,20 +7,20 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 66.0, 22.0, 14.0, 40.0
-MOST_POINTS = 400
-"""Drawn of a curve; more are thinned out."""
+MAX_POINTS = 400
+"""Points of a curve in a chart; of more, every n-th is kept."""
 SMOOTHING = 0.03
-"""Share of a curve that is averaged over."""
+"""Share of a curve that the running mean covers."""
 TICKS = 5
 
 
 class Curve(NamedTuple):
-    """A curve to draw."""
+    """A curve of a chart."""
 
     name: str
-    """In the legend."""
+    """Name in the legend."""
     x: Sequence[float]
-    """Places, rising."""
+    """Rising positions."""
     y: Sequence[float]
     """Values."""
 
@@ -34,19 +34,19 @@ def chart(
     smooth: bool,
     dots: bool = False,
 ) -> str:
-    """Draw curves over one another.
+    """Plot curves in one chart.
 
     Args:
-      curves: What is drawn; values that are not finite are left out, and those that are
-        not above 0 where the axis is logarithmic.
-      title: Said to those who do not see.
-      x_name: Under the axis.
-      logarithmic: Whether the values' axis is.
-      smooth: Whether each is drawn thin, and a running mean of it thick.
+      curves: Values that are not finite are left out, and so are those that are not
+        above 0 where the axis is logarithmic.
+      title: Title for screen readers.
+      x_name: Label of the x axis.
+      logarithmic: Whether the y axis is logarithmic.
+      smooth: Whether each curve is thin, with a thick running mean.
       dots: Whether each point is marked.
 
     Returns:
-      An SVG element and its legend, or "" where there is nothing to draw.
+      An SVG element and its legend, or "" where no curve has a point.
     """
     kept = [_cleaned(curve, logarithmic=logarithmic) for curve in curves]
     kept = [curve for curve in kept if curve.x]
@@ -77,12 +77,12 @@ def chart(
 
 
 class _Axis:
-    """From values to places on the page."""
+    """Maps values to positions in the chart."""
 
     def __init__(
         self, low: float, high: float, start: float, end: float, *, logarithmic: bool
     ) -> None:
-        """Stretch `low` to `high` over `start` to `end`."""
+        """Map `low` to `high` onto `start` to `end`."""
         self.logarithmic = logarithmic
         low, high = (self._scaled(value) for value in (low, high))
         room = (high - low) * (0.05 if logarithmic else 0.0) or (
@@ -95,12 +95,12 @@ class _Axis:
         return math.log10(value) if self.logarithmic else value
 
     def place(self, value: float) -> float:
-        """Return where a value is."""
+        """Return the position of a value."""
         share = (self._scaled(value) - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return round values within."""
+        """Return round values within the axis."""
         if not self.logarithmic:
             return _round_values(self.low, self.high)
         powers = range(math.floor(self.low), math.ceil(self.high) + 1)
@@ -126,7 +126,7 @@ def _cleaned(curve: Curve, *, logarithmic: bool) -> Curve:
         for x, y in zip(curve.x, curve.y, strict=True)
         if math.isfinite(y) and (y > 0.0 or not logarithmic)
     ]
-    stride = max(1, math.ceil(len(points) / MOST_POINTS))
+    stride = max(1, math.ceil(len(points) / MAX_POINTS))
     thinned = points[::stride]
     if points and thinned[-1] != points[-1]:
         thinned.append(points[-1])
@@ -174,7 +174,7 @@ def _grid(across: _Axis, up: _Axis, x_name: str) -> str:
 
 
 def _legend(names: list[str]) -> str:
-    """Name the curves beneath the chart, where the words stay readable at any width."""
+    """Write the names of the curves below the chart, in the page's own text size."""
     entries = "".join(
         f'<span><i style="background: var(--curve-{i % 4})"></i>'
         f"{html.escape(name.replace('_', ' '))}</span>"

@@ -1,4 +1,4 @@
-"""What pages are put together of: sections, tables, figures and escaped text."""
+"""HTML of sections, tables and figures, with escaped text."""
 
 import html
 import json
@@ -11,7 +11,7 @@ def section(title: str, body: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], *, kind: str = "") -> str:
-    """Write a table; `head` may be empty texts, for none."""
+    """Write a table; without a head where `head` holds empty texts."""
     top = "".join(f"<th>{escaped(cell)}</th>" for cell in head)
     body = "".join(
         "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>"
@@ -25,16 +25,16 @@ def table(head: list[str], rows: list[list[str]], *, kind: str = "") -> str:
 
 
 def figure(body: str, caption: str) -> str:
-    """Write a figure; without caption where that is ""."""
+    """Write a figure; without a caption where that is ""."""
     below = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
     return f"<figure>{body}{below}</figure>"
 
 
 def number(value: float | None) -> str:
-    """Write a number short, or nothing."""
+    """Write a number with four digits, or "" for None."""
     return "" if value is None else f"{value:.4g}"
 
 
 def escaped(value: Any) -> str:
-    """Write a value as text that no browser takes for a tag."""
+    """Write a value as escaped text."""
     return html.escape(value if isinstance(value, str) else json.dumps(value))

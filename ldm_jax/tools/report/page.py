@@ -1,4 +1,4 @@
-"""A story and its pictures as one page of HTML that needs nothing from outside."""
+"""The report of a run as one HTML page without external files."""
 
 import base64
 import io
@@ -16,16 +16,16 @@ from ldm_jax.tools.report.html import escaped, figure, section, table
 from ldm_jax.tools.report.run_summary import RunSummary, StageSummary
 from ldm_jax.tools.report.samples import ReportSamples
 from ldm_jax.tools.report.scores import (
-    best_by_way,
+    best_scores,
     num_samples,
     score_curves,
     scores_section,
 )
 from ldm_jax.tools.report.style import STYLE
 
-MOST_BYTES = 500_000
-"""Of a picture as PNG; larger ones are written as JPEG."""
-MOST_WIDTH = 1600
+MAX_BYTES = 500_000
+"""Bytes of an image as PNG; larger ones are written as JPEG."""
+MAX_WIDTH = 1600
 STAGE_TITLES = {
     "autoencoder": "First stage: autoencoder",
     "diffusion": "Second stage: diffusion",
@@ -42,18 +42,17 @@ def page(
     """Write the page.
 
     Args:
-      summary: What there is to tell.
-      samples: Pictures drawn for the report; None if none could be.
+      samples: Samples made for the report; None if there are none.
       note: Why there are none, or "".
-      facts: More to say of how the report was made, by name.
+      facts: Further facts of the run and the report, by name.
     """
-    pictures = [_stage_pictures(summary, stage) for stage in reversed(summary.stages)]
+    images = [_stage_images(summary, stage) for stage in reversed(summary.stages)]
     sections = [
         _hero(summary),
-        pictures[0] if pictures else "",
+        images[0] if images else "",
         scores_section(summary),
         _samples(samples, note),
-        *pictures[1:],
+        *images[1:],
         _curves(summary),
         _steps(summary),
         _making(summary, facts),
@@ -100,7 +99,7 @@ def _hero(summary: RunSummary) -> str:
             more = f"{more} in {_duration(stage.seconds)}"
         tiles.append(_tile(STAGE_TITLES[stage.name], share, more))
     tiles += [
-        _tile("FID", f"{fid:.3g}", of) for of, fid in best_by_way(summary).items()
+        _tile("FID", f"{fid:.3g}", of) for of, fid in best_scores(summary).items()
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
@@ -124,37 +123,36 @@ def _curves(summary: RunSummary) -> str:
             for name in ("loss", "reconstruction", "gradient_norm")
         ]
         curves = [curve for curve in curves if curve.x]
-        drawn = chart(
+        svg = chart(
             curves,
             title=f"{stage.name}: loss against steps",
             x_name="steps",
             logarithmic=True,
             smooth=True,
         )
-        if drawn:
-            figures.append(figure(drawn, STAGE_TITLES[stage.name]))
+        if svg:
+            figures.append(figure(svg, STAGE_TITLES[stage.name]))
     figures += [score_curves(stage) for stage in summary.stages]
     if not any(figures):
         return ""
     return section("Curves", f'<div class="pair">{"".join(figures)}</div>')
 
 
-def _stage_pictures(summary: RunSummary, stage: StageSummary) -> str:
-    if not stage.pictures:
+def _stage_images(summary: RunSummary, stage: StageSummary) -> str:
+    if not stage.images:
         return ""
     first = stage.name == "autoencoder"
     title = "Reconstructions" if first else "Samples over training"
     what = (
-        "Held-out images and what the autoencoder makes of them"
+        "Held-out images and their reconstructions by the autoencoder"
         if first
         else f"The same seeds at each step, {summary.config.sampling.grid_steps} DDIM "
         f"steps, guidance {summary.config.sampling.grid_guidance_scale:g}"
     )
-    last = stage.pictures[-1]
+    last = stage.images[-1]
     visible = [figure(_file(last.path), f"Step {last.step:,}. {what}.")]
     earlier = [
-        figure(_file(picture.path), f"step {picture.step:,}")
-        for picture in stage.pictures[:-1]
+        figure(_file(image.path), f"step {image.step:,}") for image in stage.images[:-1]
     ]
     if earlier:
         visible.append(f'<div class="row">{"".join(earlier)}</div>')
@@ -166,8 +164,8 @@ def _samples(samples: ReportSamples | None, note: str) -> str:
         return section("Denoising", f"<p>{escaped(note)}</p>") if note else ""
     how = f"{samples.steps} DDIM steps, guidance {samples.scale:g}"
     rows = [np.concatenate(list(frames), axis=1) for frames in samples.denoising]
-    visible = "; ".join(samples.condition_texts[: len(rows)])
-    strips = figure(_array(np.concatenate(rows)), visible)
+    captions = "; ".join(samples.captions[: len(rows)])
+    strips = figure(_array(np.concatenate(rows)), captions)
     pairs = "".join(
         f'<div class="two">{_array(sample)}{_array(near)}</div>'
         for sample, near in zip(*samples.neighbours, strict=True)
@@ -176,18 +174,18 @@ def _samples(samples: ReportSamples | None, note: str) -> str:
         "Denoising",
         f"<p>From noise to image, left to right; {how}.</p>" + strips,
     ) + section(
-        "Is it copying?",
+        "Nearest training images",
         f'<div class="pairs">{pairs}</div><p>Above, samples of seeds 0 to '
-        f"{samples.seeds - 1}; beneath each, the nearest of {samples.num_searched:,} "
+        f"{samples.seeds - 1}; below each, the nearest of {samples.num_searched:,} "
         "training images, by small averaged pixels. The median sample is "
         f"<strong>{samples.closeness:.2f}</strong> times as far from its nearest "
-        "training image as the median held-out image is: 1 is as new as real images "
-        "are, near 0 is a copy.</p>",
+        "training image as the median held-out image is: 1 is as far as new real "
+        "images are, near 0 is a copy.</p>",
     )
 
 
 def _steps(summary: RunSummary) -> str:
-    if summary.steps is None or summary.steps_picture is None:
+    if summary.steps is None or summary.steps_plot is None:
         return ""
     chosen = summary.steps["cheapest"]
     text = (
@@ -196,7 +194,7 @@ def _steps(summary: RunSummary) -> str:
         f"{summary.steps['num_images']:,} images' small pixels (ldm steps)."
     )
     return section(
-        "How many steps?", figure(_file(summary.steps_picture), "") + f"<p>{text}</p>"
+        "Sampling steps", figure(_file(summary.steps_plot), "") + f"<p>{text}</p>"
     )
 
 
@@ -216,7 +214,7 @@ def _making(summary: RunSummary, facts: dict[str, str]) -> str:
     rows += [["digest of the run", final["digest"]]] if "digest" in final else []
     rows += [[name, value] for name, value in facts.items()]
     return section(
-        "How it was made",
+        "Reproduction",
         table(["", ""], rows, kind="facts")
         + f"<pre>{escaped(listed)}</pre>"
         + f"<details><summary>The whole config</summary><pre>"
@@ -250,27 +248,27 @@ def _evaluation_command(summary: RunSummary, one: dict[str, Any]) -> str:
 
 
 def _file(path: Path) -> str:
-    with Image.open(path) as picture:
-        return _picture(picture.convert("RGB"))
+    with Image.open(path) as image:
+        return _img(image.convert("RGB"))
 
 
 def _array(image: UInt8[np.ndarray, "h w c"]) -> str:
-    return _picture(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
+    return _img(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
-def _picture(picture: Image.Image) -> str:
-    """Write a picture into the page; small ones stay as sharp as their pixels."""
-    if picture.width > MOST_WIDTH:
-        height = round(picture.height * MOST_WIDTH / picture.width)
-        picture = picture.resize((MOST_WIDTH, height), Image.Resampling.LANCZOS)
+def _img(image: Image.Image) -> str:
+    """Write an image as an `img` element that holds its data."""
+    if image.width > MAX_WIDTH:
+        height = round(image.height * MAX_WIDTH / image.width)
+        image = image.resize((MAX_WIDTH, height), Image.Resampling.LANCZOS)
     kind, buffer = "png", io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    if buffer.tell() > MOST_BYTES:
+    image.save(buffer, "PNG", optimize=True)
+    if buffer.tell() > MAX_BYTES:
         kind, buffer = "jpeg", io.BytesIO()
-        picture.convert("RGB").save(buffer, "JPEG", quality=90)
+        image.convert("RGB").save(buffer, "JPEG", quality=90)
     text = base64.b64encode(buffer.getvalue()).decode()
     return (
-        f'<img alt="" width="{picture.width}" height="{picture.height}" '
+        f'<img alt="" width="{image.width}" height="{image.height}" '
         f'src="data:image/{kind};base64,{text}">'
     )
 

@@ -1,4 +1,4 @@
-"""What there is to tell of a run, read from its folder. Imports no JAX."""
+"""Config, metrics, scores and images of a run, read from its folder. Imports no JAX."""
 
 import json
 import re
@@ -9,37 +9,37 @@ from ldm_jax.config import Config, digest, read_config
 from ldm_jax.training.metrics import METRICS_FILE, read_metrics
 from ldm_jax.types import InputError
 
-PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples"}
-"""What the pictures of each stage are called on disk."""
-MOST_PICTURES = 6
-"""Of a stage over its training."""
+IMAGE_NAMES = {"autoencoder": "reconstructions", "diffusion": "samples"}
+"""Names of each stage's images on disk."""
+MAX_IMAGES = 6
+"""Images of a stage in a report."""
 EVALUATION, STEPS = "evaluation", "steps"
 
 
 class StageImage(NamedTuple):
-    """A picture that training drew."""
+    """An image that training wrote."""
 
     step: int
-    """When."""
+    """Training step."""
     path: Path
-    """Where it is."""
+    """Path of the image."""
 
 
 class StageSummary(NamedTuple):
     """One stage of a run."""
 
     name: str
-    """Of the stage."""
+    """Name of the stage."""
     done: int
-    """Steps made."""
+    """Finished steps."""
     total: int
-    """Steps it has in all."""
+    """Steps of the whole stage."""
     seconds: float | None
-    """Of its training; None while it is not finished."""
+    """Training time; None while the stage is not finished."""
     records: list[dict[str, Any]]
-    """Lines of its log."""
-    pictures: list[StageImage]
-    """Over its training, the last one last."""
+    """Records of its log."""
+    images: list[StageImage]
+    """Images, in order of training."""
 
 
 class RunSummary(NamedTuple):
@@ -48,35 +48,35 @@ class RunSummary(NamedTuple):
     workdir: Path
     """Its folder."""
     config: Config
-    """What was trained."""
+    """Its config."""
     config_digest: str
-    """Of the config."""
+    """Digest of the config."""
     stages: list[StageSummary]
-    """In order."""
+    """Its stages, in order."""
     final: dict[str, Any] | None
-    """Of `final.json`; None while the run is not finished."""
+    """Content of `final.json`; None while the run is not finished."""
     metrics: list[dict[str, Any]]
-    """Of every `metrics.json` of an evaluation."""
+    """Content of each evaluation's `metrics.json`."""
     reconstructions: list[dict[str, Any]]
-    """What was found of the first stage, by protocol."""
+    """Scores of the first stage, by protocol."""
     steps: dict[str, Any] | None
-    """Of `steps.json`, with its picture; None where it was not made."""
-    steps_picture: Path | None
-    """The plot of it."""
+    """Content of `steps.json`; None where there is none."""
+    steps_plot: Path | None
+    """Path of `steps.png`; None likewise."""
 
     @property
     def name(self) -> str:
-        """The run's folder, as it is called."""
+        """Name of the run's folder."""
         return self.workdir.resolve().name
 
     @property
     def is_finished(self) -> bool:
-        """Whether everything was trained."""
+        """Whether every stage is trained."""
         return self.final is not None
 
 
 def read_run_summary(workdir: Path) -> RunSummary:
-    """Read what there is; a run that is not finished has less.
+    """Read the summary of a run, finished or not.
 
     Raises:
       InputError: If the folder is no run.
@@ -90,7 +90,7 @@ def read_run_summary(workdir: Path) -> RunSummary:
     for name in config.stages:
         own = [record for record in records if record["stage"] == name]
         if not own and name == "autoencoder" and config.first_stage is not None:
-            continue  # it was taken from elsewhere
+            continue  # the first stage is another run's
         total = getattr(config, name).steps
         done = max((record["step"] for record in own), default=0)
         stages.append(
@@ -100,14 +100,14 @@ def read_run_summary(workdir: Path) -> RunSummary:
                 total,
                 seconds.get(name),
                 own,
-                _pictures(workdir / name, PICTURES[name]),
+                _images(workdir / name, IMAGE_NAMES[name]),
             )
         )
     found = sorted((workdir / EVALUATION).glob("*/metrics.json"))
     metrics = [one for path in found if (one := _json(path)) is not None]
     found = sorted((workdir / EVALUATION).glob("reconstructions_*.json"))
     reconstructions = [one for path in found if (one := _json(path)) is not None]
-    picture = workdir / STEPS / "steps.png"
+    plot = workdir / STEPS / "steps.png"
     return RunSummary(
         workdir=workdir,
         config=config,
@@ -117,24 +117,24 @@ def read_run_summary(workdir: Path) -> RunSummary:
         metrics=metrics,
         reconstructions=reconstructions,
         steps=_json(workdir / STEPS / "steps.json"),
-        steps_picture=picture if picture.exists() else None,
+        steps_plot=plot if plot.exists() else None,
     )
 
 
-def _pictures(folder: Path, name: str) -> list[StageImage]:
+def _images(folder: Path, name: str) -> list[StageImage]:
     found: list[StageImage] = []
     for path in sorted(folder.glob(f"{name}_*.png")):
         if match := re.fullmatch(rf"{name}_(\d+)\.png", path.name):
             found.append(StageImage(int(match[1]), path))
-    if len(found) <= MOST_PICTURES:
+    if len(found) <= MAX_IMAGES:
         return found
     last = len(found) - 1
-    chosen = {round(i * last / (MOST_PICTURES - 1)) for i in range(MOST_PICTURES)}
+    chosen = {round(i * last / (MAX_IMAGES - 1)) for i in range(MAX_IMAGES)}
     return [found[i] for i in sorted(chosen)]
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """Read a file of JSON; None where there is none, or a part of one."""
+    """Read a JSON file; None if it is missing or incomplete."""
     try:
         value = json.loads(path.read_text())
     except (ValueError, OSError):

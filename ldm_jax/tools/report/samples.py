@@ -1,81 +1,77 @@
-"""Pictures that a report draws itself: denoising, and who stands next to a sample."""
+"""Samples of a report: their denoising, and the nearest training images."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from ldm_jax.build import load_split
-from ldm_jax.config import Config
 from ldm_jax.evaluation.components import small_images
 from ldm_jax.evaluation.samples import conditions_by_seed
 from ldm_jax.sampling.conditions import ImageSpec
 from ldm_jax.sampling.pipeline import open_pipeline, sample_images
 from ldm_jax.sampling.sampling_config import SamplingConfig
+from ldm_jax.tools.report.run_summary import RunSummary
 
 NUM_DENOISED, NUM_FRAMES = 4, 9
 NUM_NEIGHBOURS = 10
-"""Samples whose nearest training images are shown."""
+"""Samples that are compared with training images."""
 NUM_HELD_OUT = 200
-MOST_BYTES = 2**28
-"""Of training images that are looked through."""
+MAX_BYTES = 2**28
+"""Bytes of training images that are searched."""
 
 
 class ReportSamples(NamedTuple):
-    """What was drawn."""
+    """Samples made for a report."""
 
     denoising: UInt8[np.ndarray, "n f h w c"]
-    """Latents on the way, decoded: images by frames."""
-    condition_texts: list[str]
-    """What each of them shows."""
+    """Decoded latents during sampling, images by frames."""
+    captions: list[str]
+    """Class, text or seed of each image."""
     neighbours: UInt8[np.ndarray, "2 n h w c"]
     """Samples above their nearest training images."""
     closeness: float
     """Median distance of samples to their nearest training images, over that of
-    held-out images: 1 where they are as near as new real images are."""
+    held-out images: 1 where samples are as near as new real images."""
     num_searched: int
-    """Training images that were looked through."""
+    """Training images that were searched."""
     steps: int
     """Denoising steps."""
     scale: float
     """Guidance scale."""
     seeds: int
-    """Of the samples."""
+    """Number of seeds."""
 
 
-def shoot(workdir: Path, config: Config) -> ReportSamples:
-    """Draw samples of a run, and look for them among the images it was trained on.
+def make_samples(summary: RunSummary) -> ReportSamples:
+    """Make samples of a run, and find the nearest training images.
 
     Raises:
       InputError: If there is no checkpoint yet, or the data cannot be read.
       RunError: If no checkpoint is intact.
     """
-    sampling = config.sampling
+    config, sampling = summary.config, summary.config.sampling
     settings = SamplingConfig(
-        workdir=str(workdir),
+        workdir=str(summary.workdir),
         steps=sampling.grid_steps,
         guidance_scale=(sampling.grid_guidance_scale,),
     )
     pipeline = open_pipeline(settings)
-    condition_texts = conditions_by_seed(pipeline.model, config.data, NUM_NEIGHBOURS)
-    specs = [
-        ImageSpec(condition_texts[i % len(condition_texts)], i)
-        for i in range(NUM_NEIGHBOURS)
-    ]
+    rows = conditions_by_seed(pipeline.model, config.data, NUM_NEIGHBOURS)
+    specs = [ImageSpec(rows[i % len(rows)], i) for i in range(NUM_NEIGHBOURS)]
     frames = min(NUM_FRAMES, settings.steps + 1)
-    pictures = list(sample_images(pipeline, specs, num_frames=frames))
-    samples = np.stack([picture.image for picture in pictures])
+    made = list(sample_images(pipeline, specs, num_frames=frames))
+    samples = np.stack([one.image for one in made])
     data = config.data
-    one = data.image_size**2 * data.image_channels
-    train = load_split(config, "train", limit=max(MOST_BYTES // one, 1)).image
+    limit = max(MAX_BYTES // (data.image_size**2 * data.image_channels), 1)
+    train = load_split(config, "train", limit=limit).image
     test = load_split(config, "test", limit=NUM_HELD_OUT).image
     features = small_images(train)
     near, distances = _nearest(small_images(samples), features)
     _, usual = _nearest(small_images(test), features)
     return ReportSamples(
-        denoising=np.stack([p.frames for p in pictures[:NUM_DENOISED]]),
-        condition_texts=[
+        denoising=np.stack([one.frames for one in made[:NUM_DENOISED]]),
+        captions=[
             ", ".join(spec.condition_texts.values()) or f"seed {spec.seed}"
             for spec in specs
         ],
@@ -91,7 +87,7 @@ def shoot(workdir: Path, config: Config) -> ReportSamples:
 def _nearest(
     x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of `y` is nearest to each of `x`, and how far it is."""
+    """Return which of `y` is nearest to each of `x`, and its distance."""
     squares = np.square(x).sum(1)[:, None] + np.square(y).sum(1)[None]
     distances = np.sqrt(np.maximum(squares - 2.0 * x @ y.T, 0.0))
     return distances.argmin(axis=1), distances.min(axis=1)

@@ -1,4 +1,4 @@
-"""How good a run is, told on its page: a table, sweeps, and curves over training."""
+"""Scores of a run on its report: a table, sweeps, and curves over training."""
 
 import json
 import math
@@ -18,7 +18,7 @@ SCORE_NAMES = {
     "density": "density",
     "coverage": "coverage",
 }
-LIKE = {
+QUALITY_NAMES = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "lpips": "LPIPS",
@@ -29,30 +29,31 @@ SWEPT = {
     "steps": "steps",
     "ema_length": "EMA length",
 }
-"""What may be measured for several values."""
-LEAST_OF_A_SWEEP = 3
-DRAWN_OF_A_SWEEP = {("fid",): "FID", ("precision", "recall"): "Precision and recall"}
+"""Settings that may have several values in a run's evaluations."""
+MIN_SWEEP = 3
+"""Values of a setting that make a curve."""
+SWEEP_CHARTS = {("fid",): "FID", ("precision", "recall"): "Precision and recall"}
 
 
 def num_samples(one: dict[str, Any]) -> int:
-    """Return how many samples an evaluation is of."""
+    """Return the number of samples of an evaluation."""
     return int(one["seeds"].split("-")[1]) + 1
 
 
-def best_by_way(summary: RunSummary) -> dict[str, float]:
-    """Return the least FID of each protocol and number of samples: others differ."""
+def best_scores(summary: RunSummary) -> dict[str, float]:
+    """Return the lowest FID of each protocol and number of samples."""
     best: dict[str, float] = {}
     for one in summary.metrics:
-        way = f"{one['protocol']['name']}, {num_samples(one):,} samples"
-        best[way] = min(best.get(way, math.inf), one["scores"]["fid"])
+        kind = f"{one['protocol']['name']}, {num_samples(one):,} samples"
+        best[kind] = min(best.get(kind, math.inf), one["scores"]["fid"])
     return best
 
 
 def scores_section(summary: RunSummary) -> str:
-    """Write what evaluations found of a run, or "" where there was none."""
+    """Write the scores of all evaluations, or "" where there are none."""
     quality = _image_quality(summary)
     if not summary.metrics:
-        return section("How good is it?", quality) if quality else ""
+        return section("Scores", quality) if quality else ""
     names = [
         name
         for name in SCORE_NAMES
@@ -66,15 +67,15 @@ def scores_section(summary: RunSummary) -> str:
         *(SCORE_NAMES[n] for n in names),
     ]
     rows: list[list[str]] = []
-    details: set[str] = set()
+    with_held_out: set[str] = set()
     for one in summary.metrics:
         settings, protocol = one["settings"], one["protocol"]["name"]
         held_out = one.get("held_out_scores")
-        if held_out and protocol not in details:
+        if held_out and protocol not in with_held_out:
             cells = [number(held_out.get(n)) for n in names]
             real = f"{one['num_held_out']:,} held-out real images"
             rows.append([protocol, real, "", "", *cells])
-            details.add(protocol)
+            with_held_out.add(protocol)
         scale = ", ".join(f"{v:g}" for v in settings["guidance_scale"])
         how = f"{settings['sampler']}, {settings['steps']} steps"
         if (length := settings.get("ema_length")) is not None:
@@ -83,35 +84,35 @@ def scores_section(summary: RunSummary) -> str:
         rows.append([protocol, f"{num_samples(one):,}", how, scale, *cells])
     protocols = dict.fromkeys(row[0] for row in rows)
     reported = ""
-    if len(protocols) == 1:  # said once, and the table fits the page
+    if len(protocols) == 1:  # named once, so that the table fits the page
         reported = f"<p>By the protocol {escaped(rows[0][0])}.</p>"
         head, rows = head[1:], [row[1:] for row in rows]
     return section(
-        "How good is it?",
+        "Scores",
         reported
         + table(head, rows)
-        + "<p>Rows of different protocols cannot be compared, nor distances of "
-        "different numbers of images: fewer are further. Held-out real images stand "
-        "for scale.</p>" + _sweep(summary.metrics) + quality,
+        + "<p>Rows of different protocols are not comparable, nor distances of "
+        "different numbers of images: those of fewer images are larger. Held-out real "
+        "images are for reference.</p>" + _sweep(summary.metrics) + quality,
     )
 
 
 def _image_quality(summary: RunSummary) -> str:
-    """Write how like their originals the first stage's reconstructions are."""
+    """Write the image quality of the first stage's reconstructions."""
     rows = [
         [
             one["protocol"]["name"],
             f"{quality['num_images']:,} held-out images",
-            *(number(quality.get(name)) for name in LIKE),
+            *(number(quality.get(name)) for name in QUALITY_NAMES),
         ]
         for one in summary.reconstructions
         for quality in [one["reconstructions"]]
     ]
-    return table(["", "reconstructions", *LIKE.values()], rows) if rows else ""
+    return table(["", "reconstructions", *QUALITY_NAMES.values()], rows) if rows else ""
 
 
 def _sweep(metrics: list[dict[str, Any]]) -> str:
-    """Draw scores against what was measured for several values, all else equal."""
+    """Plot scores against each setting with several values, all else equal."""
     figures: list[str] = []
     for what, x_name in SWEPT.items():
         groups: dict[str, list[dict[str, Any]]] = {}
@@ -121,12 +122,12 @@ def _sweep(metrics: list[dict[str, Any]]) -> str:
         sweeps = [
             sorted(group, key=lambda one: _swept_value(one, what))
             for group in groups.values()
-            if len({_swept_value(one, what) for one in group}) >= LEAST_OF_A_SWEEP
+            if len({_swept_value(one, what) for one in group}) >= MIN_SWEEP
         ]
-        for scores, title in DRAWN_OF_A_SWEEP.items():
+        for scores, title in SWEEP_CHARTS.items():
             curves = [
                 Curve(
-                    f"{SCORE_NAMES[name]}, {_way(sweep[0], what)}",
+                    f"{SCORE_NAMES[name]}, {_other_settings(sweep[0], what)}",
                     [_swept_value(one, what) for one in sweep],
                     [one["scores"][name] for one in sweep],
                 )
@@ -134,7 +135,7 @@ def _sweep(metrics: list[dict[str, Any]]) -> str:
                 for name in scores
             ]
             title = f"{title} against {x_name}"
-            drawn = chart(
+            svg = chart(
                 curves,
                 title=title,
                 x_name=x_name,
@@ -142,21 +143,21 @@ def _sweep(metrics: list[dict[str, Any]]) -> str:
                 smooth=False,
                 dots=True,
             )
-            if drawn:
-                figures.append(figure(drawn, title))
+            if svg:
+                figures.append(figure(svg, title))
     return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
 
 
 def _swept_value(one: dict[str, Any], what: str) -> Any:
-    """Return the value of what may be swept; None where it has none, or several."""
+    """Return the value of a setting; None where it has none, or several."""
     value = one["settings"].get(what)
     if isinstance(value, list):
         return value[0] if len(value) == 1 else None
     return value
 
 
-def _way(one: dict[str, Any], what: str) -> str:
-    """Say how samples were made and measured, but for what is swept."""
+def _other_settings(one: dict[str, Any], what: str) -> str:
+    """Name protocol and settings of an evaluation, without the swept one."""
     settings = one["settings"]
     rest = ", ".join(
         f"{SWEPT[name]} {_listed(settings[name])}"
@@ -168,7 +169,7 @@ def _way(one: dict[str, Any], what: str) -> str:
 
 
 def _rest(one: dict[str, Any], what: str) -> str:
-    """Collect all that two points of a curve have in common."""
+    """Return what all points of a curve have in common."""
     settings = {k: v for k, v in one["settings"].items() if k != what}
     # An average of another length is another set of weights, of the same step.
     made_with = {} if what == "ema_length" else one["made_with"]
@@ -182,13 +183,13 @@ def _listed(value: Any) -> str:
 
 
 def score_curves(stage: StageSummary) -> str:
-    """Draw the scores of averaged weights, step by step, or return ""."""
-    details = [record for record in stage.records if "fid" in record]
-    ways = dict.fromkeys(record["how"] for record in details)
-    curves = [_score_curve(how, "fid", details, how=how) for how in ways]
-    curves.append(_score_curve("held-out real images", "held_out_fid", details))
+    """Plot the scores of averaged weights over training, or return ""."""
+    records = [record for record in stage.records if "fid" in record]
+    hows = dict.fromkeys(record["how"] for record in records)
+    curves = [_score_curve(how, "fid", records, how=how) for how in hows]
+    curves.append(_score_curve("held-out real images", "held_out_fid", records))
     title = "FID of the averaged weights over training"
-    drawn = chart(
+    svg = chart(
         curves,
         title=title,
         x_name="steps",
@@ -196,7 +197,7 @@ def score_curves(stage: StageSummary) -> str:
         smooth=False,
         dots=True,
     )
-    return figure(drawn, title) if drawn else ""
+    return figure(svg, title) if svg else ""
 
 
 def _score_curve(

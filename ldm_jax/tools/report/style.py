@@ -1,4 +1,4 @@
-"""How a report looks: one column, light or dark as the reader's machine is."""
+"""CSS of a report: one column, light or dark as the browser's setting."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #faf9f7; --card: #ffffff; --ink: #22242a;

@@ -1,4 +1,4 @@
-"""The page of a story, written whole or not at all."""
+"""The report of a run, written whole or not at all."""
 
 import datetime
 from importlib.metadata import version
@@ -11,46 +11,49 @@ from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.sampling.pipeline import platform_text
 from ldm_jax.tools.report.page import page
 from ldm_jax.tools.report.run_summary import RunSummary
-from ldm_jax.tools.report.samples import ReportSamples, shoot
+from ldm_jax.tools.report.samples import ReportSamples, make_samples
 from ldm_jax.training.dry_run import describe
 from ldm_jax.types import InputError, RunError
 
 
-def write_report(summary: RunSummary, out: Path, *, draws: bool) -> None:
-    """Draw what a report shows, and write it.
+def write_report(summary: RunSummary, out: Path, *, with_samples: bool) -> None:
+    """Write the report of a run.
 
     Args:
       out: The file.
-      draws: Whether samples are drawn for it.
+      with_samples: Whether samples are made for it.
 
     Raises:
       OSError: If it cannot be written.
     """
-    samples, note = _samples(summary) if draws else (None, "")
-    counts = _parameters(summary) if draws else {}
+    samples, note = _samples(summary) if with_samples else (None, "")
+    counts = _parameters(summary) if with_samples else {}
     write_text(out, page(summary, samples, note=note, facts=counts | _facts(summary)))
 
 
 def _samples(summary: RunSummary) -> tuple[ReportSamples | None, str]:
-    """Draw, or say why nothing can be drawn: the rest of the page is worth having."""
+    """Make samples, or return why there are none; the page is written without them."""
     config = summary.config
     if "diffusion" not in config.stages:
         return None, ""
     condition = config.diffusion.condition
     if condition.context == "embedding" or condition.concat != "none":
-        return None, "This model is given pictures or vectors: see its samples above."
+        return (
+            None,
+            "This model is conditioned on images or vectors: see its samples above.",
+        )
     try:
-        return shoot(summary.workdir, config), ""
+        return make_samples(summary), ""
     except (InputError, RunError, jax.errors.JaxRuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        return None, f"Nothing was drawn for this report: {lines[0]}."
+        return None, f"No samples were made for this report: {lines[0]}."
 
 
 def _parameters(summary: RunSummary) -> dict[str, str]:
     try:
         counts = describe(summary.config, _one_device())
     except InputError:
-        return {}  # as of a batch that does not divide by one device
+        return {}  # such as a batch that does not divide by one device
     details = (f"{name} {num:,}" for name, num in counts["parameters"].items())
     return {"parameters": ", ".join(details)}
 
