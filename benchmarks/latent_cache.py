@@ -33,8 +33,8 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout, make_layout
 from ldm_jax.pretrained.frozen import load_finished, open_encoders
 from ldm_jax.rng import root_key
-from ldm_jax.tools.plan.arguments import Request
 from ldm_jax.tools.plan.programs import step_flops
+from ldm_jax.tools.plan.request import PlanRequest
 from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.encode_latents import make_cache
@@ -154,8 +154,8 @@ def count(name: str) -> dict[str, Any]:
     ours = reading(dataclasses.replace(config, first_stage="elsewhere"), "elsewhere")
     flops = {}
     for side, each in (("images", config), ("latents", ours)):
-        request = Request(each, None, "diffusion", None, "ddim", 50, False)
-        flops[side] = step_flops(each, request, 1)
+        request = PlanRequest(each, None, "diffusion", None, "ddim", 50, False)
+        flops[side] = step_flops(request, 1)
     size, _, channels = config.moments_shape
     condition, states = config.diffusion.condition, 0
     if condition.freezes_text:

@@ -46,9 +46,9 @@ from ldm_jax.parallel.make_layout import make_layout
 from ldm_jax.pretrained.diffusers_export import write_folder
 from ldm_jax.pretrained.model_weights import ModelWeights
 from ldm_jax.rng import root_key
-from ldm_jax.tools.plan.arguments import ELSEWHERE, Request, change
 from ldm_jax.tools.plan.compiling import Memory, chip_of, compile_program
 from ldm_jax.tools.plan.programs import step_flops
+from ldm_jax.tools.plan.request import ELSEWHERE, PlanRequest, change
 from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import DiffusionParams, FrozenParams
 from ldm_jax.training.dispatch import several_steps
@@ -95,7 +95,8 @@ def prepare_config(
     dispatch: int | None,
 ) -> Config:
     """Return the config of a step from latents, of one batch size and precision."""
-    config = change(config, "diffusion", batch_size=batch)
+    request = PlanRequest(config, None, "diffusion", None, "ddim", 50, False)
+    config = change(request, batch_size=batch).config
     data = dataclasses.replace(config.data, latents=ELSEWHERE)
     second = config.diffusion
     if dtype is not None:
@@ -175,8 +176,8 @@ def prepare_ours(
         jax.block_until_ready(state)
         return busy
 
-    request = Request(config, None, "diffusion", None, "ddim", 50, False)
-    flops = step_flops(config, request, config.diffusion.batch_size)
+    request = PlanRequest(config, None, "diffusion", None, "ddim", 50, False)
+    flops = step_flops(request, config.diffusion.batch_size)
     return Ours(round_of, cold.seconds, seconds_warm, cold.memory, flops)
 
 

@@ -9,7 +9,7 @@ import tyro
 from ldm_jax.config import Config, LayoutName
 from ldm_jax.config.flags import Inline, parse_flags_with_config
 from ldm_jax.config.validation import checked_dataclass, require_at_least
-from ldm_jax.tools.plan.arguments import Request, WorkName, change
+from ldm_jax.tools.plan.request import PlanRequest, WorkName, change
 from ldm_jax.tools.plan.topology import parse_topology, prepare_environment
 from ldm_jax.types import InputError, SamplerName, choices
 
@@ -59,7 +59,7 @@ class Flags:
         require_at_least(self, 1, "batch_per_device", "accumulate", "steps")
 
 
-def parse(args: list[str]) -> tuple[Request, Flags]:
+def parse(args: list[str]) -> tuple[PlanRequest, Flags]:
     """Read the command line.
 
     Returns:
@@ -77,15 +77,16 @@ def parse(args: list[str]) -> tuple[Request, Flags]:
     work = _work(flags)
     spread = {"layout": flags.layout, "accumulate": flags.accumulate}
     given = {name: value for name, value in spread.items() if value is not None}
-    return Request(
-        config=change(flags.config, work, **given),
+    request = PlanRequest(
+        config=flags.config,
         topology=topology,
         work=work,
         batch_per_device=flags.batch_per_device,
         sampler=cast(SamplerName, flags.sampler),
         num_steps=flags.steps,
         suggest=flags.suggest,
-    ), flags
+    )
+    return change(request, **given), flags
 
 
 def _work(flags: Flags) -> WorkName:

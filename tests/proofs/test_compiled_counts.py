@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from ldm_jax.run import train
-from ldm_jax.tools.plan.arguments import Request
 from ldm_jax.tools.plan.compiling import Compiled, compile_program
-from ldm_jax.tools.plan.programs import resolve, sample_work, step_work
+from ldm_jax.tools.plan.programs import sample_work, step_work
+from ldm_jax.tools.plan.request import PlanRequest, resolve
 from tests.support.tiny import get_config
 
 NUM_DEVICES = 8
@@ -31,7 +31,7 @@ def compiled(work: str, layout: str) -> Compiled:
     config = get_config()
     parallel = dataclasses.replace(config.parallel, layout=layout)
     config = dataclasses.replace(config, parallel=parallel)
-    request = Request(
+    request = PlanRequest(
         config=config,
         topology=None,
         work=work,
@@ -41,7 +41,7 @@ def compiled(work: str, layout: str) -> Compiled:
         suggest=False,
     )
     prepare = sample_work if work == "sample" else step_work
-    lower = prepare(resolve(request, NUM_DEVICES), request, None).lower
+    lower = prepare(resolve(request, NUM_DEVICES), None).lower
     return compile_program(lower, label="", say=lambda _: None)
 
 
@@ -71,8 +71,8 @@ def test_state_is_updated_in_place(layout):
     config = get_config()
     parallel = dataclasses.replace(config.parallel, layout=layout)
     config = dataclasses.replace(config, parallel=parallel)
-    request = Request(config, None, "diffusion", None, "ddim", 4, False)
-    work = step_work(resolve(request, NUM_DEVICES), request, None)
+    request = PlanRequest(config, None, "diffusion", None, "ddim", 4, False)
+    work = step_work(resolve(request, NUM_DEVICES), None)
     stats: Any = work.lower().compile().memory_analysis()
     anew = stats.output_size_in_bytes - stats.alias_size_in_bytes
     assert stats.alias_size_in_bytes >= 0.99 * work.state_bytes

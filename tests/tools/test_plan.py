@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from ldm_jax.cli.plan import parse
-from ldm_jax.config import Config
-from ldm_jax.tools.plan.arguments import change
 from ldm_jax.tools.plan.chips import CHIPS, GIB, chip_named, chip_of_kind, send_rate
 from ldm_jax.tools.plan.estimate import estimate, scale_row
 from ldm_jax.tools.plan.flops import count_flops
@@ -25,9 +23,10 @@ from ldm_jax.tools.plan.hlo import (
 )
 from ldm_jax.tools.plan.kernels import PRODUCTS, kernel_cycles
 from ldm_jax.tools.plan.planner import plan
-from ldm_jax.tools.plan.programs import resolve, sample_work
+from ldm_jax.tools.plan.programs import sample_work
 from ldm_jax.tools.plan.remedies import remedies
 from ldm_jax.tools.plan.report import collective_rows, in_words
+from ldm_jax.tools.plan.request import PlanRequest, change, resolve
 from ldm_jax.tools.plan.topology import AXES_BY_CHIP, EXAMPLES, parse_topology
 from ldm_jax.types import InputError
 from tests.support.commands import ldm, succeeded
@@ -376,7 +375,11 @@ def test_flops_are_those_of_a_custom_gradient_too():
     assert count_flops(gradients, a, b) == 3 * 2 * 3 * 4 * 5
 
 
-def names_of(config: Config, **fields) -> list[str]:
+def request_of(work: str) -> PlanRequest:
+    return change(PlanRequest(get_config(), None, work, None, "ddim", 50, True))
+
+
+def names_of(request: PlanRequest, **fields) -> list[str]:
     given = {
         "shortage": Shortage(20.0 * GIB, 16.0 * GIB),
         "kept_bytes": 4.0 * GIB,
@@ -384,11 +387,11 @@ def names_of(config: Config, **fields) -> list[str]:
         "batch_per_device": 8,
         **fields,
     }
-    return [remedy.name for remedy in remedies(config, "diffusion", **given)]
+    return [remedy.name for remedy in remedies(request, **given)]
 
 
 def test_temporaries_that_are_too_large_are_cut_before_the_batch_is():
-    names = names_of(change(get_config(), "diffusion"))
+    names = names_of(request_of("diffusion"))
     assert names == [
         "--diffusion.remat",
         "--accumulate 2",
@@ -401,7 +404,7 @@ def test_temporaries_that_are_too_large_are_cut_before_the_batch_is():
 
 def test_a_state_that_is_too_large_alone_is_cut_by_fsdp():
     names = names_of(
-        change(get_config(), "diffusion"),
+        request_of("diffusion"),
         shortage=Shortage(30.0 * GIB, 16.0 * GIB),
         kept_bytes=20.0 * GIB,
     )
@@ -410,16 +413,14 @@ def test_a_state_that_is_too_large_alone_is_cut_by_fsdp():
 
 
 def test_a_call_of_the_sampler_can_only_be_made_smaller():
-    config = change(get_config(), "sample")
     found = remedies(
-        config,
-        "sample",
+        request_of("sample"),
         shortage=Shortage(20.0 * GIB, 16.0 * GIB),
         kept_bytes=2.0 * GIB,
         num_devices=1,
         batch_per_device=8,
     )
-    assert [remedy.batch_per_device for remedy in found] == [4, 2]
+    assert [remedy.request.batch_per_device for remedy in found] == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -481,8 +482,7 @@ def test_a_plan_of_the_sampler_counts_every_step():
     flops = []
     for steps in ("2", "4"):
         request, _ = parse([*TINY, *work, "--steps", steps])
-        config = resolve(request, 1)
-        flops.append(sample_work(config, request, None).flops)
+        flops.append(sample_work(resolve(request, 1), None).flops)
     # The decoder is there once.
     assert 1.5 < flops[1] / flops[0] < 2.0
 

@@ -1,4 +1,4 @@
-"""Compiling a program ahead of time, and reading what the compiler found."""
+"""Ahead-of-time compilation, and the compiler's analysis of a program."""
 
 import contextlib
 import os
@@ -27,62 +27,60 @@ Say = Callable[[str], None]
 
 
 class Memory(NamedTuple):
-    """Bytes of a device that a program takes."""
+    """Bytes of a device's memory that a program uses."""
 
     needed: float
-    """Arguments, temporaries and the program, which is what is set aside."""
+    """Bytes that are allocated: arguments, temporaries and code."""
     arguments: float
-    """State, batch and what is frozen, with the padding of their layouts."""
+    """Bytes of state, batch and frozen parameters, with the padding of their
+    layouts."""
     temporaries: float
-    """What lives within a run of the program, and what it returns anew."""
+    """Bytes of intermediate values and new outputs."""
     code: float
-    """The program itself."""
+    """Bytes of the program."""
     peak: float
-    """Most that is in use at one time, without the gaps between."""
+    """Largest number of bytes in use at one time, without fragmentation."""
 
 
 class Compiled(NamedTuple):
-    """A compiled program, or why there is none."""
+    """Result of a compilation; numbers are of one device."""
 
     seconds: float
     """Wall time of tracing and compiling."""
     memory: Memory | None
-    """What it takes; None if it does not fit."""
+    """Memory of the program; None if it does not fit."""
     shortage: Shortage | None
-    """What it would take; None if it fits."""
+    """Memory that is missing; None if it fits."""
     flops: float
-    """That the compiler counts, for each device."""
+    """FLOPs that the compiler counts."""
     moved: float
-    """Bytes that it counts as read and written, for each device."""
+    """Bytes read and written that the compiler counts."""
     cycles: int
-    """That it estimates for all that computes; 0 where it does not."""
+    """Cycles that the compiler estimates, without kernels; 0 if it does not."""
     kernels: list[Kernel]
-    """Of which it estimates none."""
+    """Pallas kernels, of which the compiler estimates no cycles."""
     collectives: list[Collective]
-    """All of them."""
+    """Collectives of the program."""
 
 
 def compile_program(
     lower: Callable[[], jax.stages.Lowered], *, label: str, say: Say
 ) -> Compiled:
-    """Trace and compile a program, saying now and then that it goes on.
+    """Trace and compile a program, with a line of progress every 30 s.
 
     Args:
-      lower: Traces it.
-      label: What to call it.
-      say: Takes a line of progress.
-
-    Returns:
-      What the compiler found; a program that is too large is an answer too.
+      lower: Traces the program.
+      label: Name of the program in the lines of progress.
+      say: Called with a line of progress.
 
     Raises:
-      RunError: If it cannot be compiled for another reason.
+      RunError: If it cannot be compiled for another reason than its size.
     """
     start = time.perf_counter()
     try:
-        with _ticking(f"tracing {label}", say):
+        with _progress(f"tracing {label}", say):
             lowered = lower()
-        with _ticking(f"compiling {label}", say):
+        with _progress(f"compiling {label}", say):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         shortage = parse_shortage(str(error))
@@ -106,17 +104,17 @@ def compile_program(
 
 
 def chip_of(device: Any) -> Chip | None:
-    """Return what is known of a device; None if nothing is."""
+    """Return the chip of a device; None if it is not in the table."""
     return chip_of_kind(device.device_kind)
 
 
 def usable_bytes(device: Any, chip: Chip | None, num_devices: int) -> float:
-    """Return the bytes that a program may take on a device.
+    """Return the bytes that a program may use on a device; 0 if unknown.
 
     Args:
-      device: One that is here, or of a topology.
-      chip: What is known of it.
-      num_devices: How many share a machine, where the device is a CPU.
+      device: A device of this machine, or of a topology.
+      chip: Its entry in the table.
+      num_devices: Devices that share the memory, if the device is a CPU.
     """
     if device.platform == "cpu":
         whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -139,7 +137,7 @@ def _memory(stats: Any) -> Memory:
 
 
 @contextlib.contextmanager
-def _ticking(what: str, say: Say) -> Iterator[None]:
+def _progress(what: str, say: Say) -> Iterator[None]:
     start = time.perf_counter()
     done = threading.Event()
     say(what)

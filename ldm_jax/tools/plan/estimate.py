@@ -1,4 +1,4 @@
-"""From what a compiler counted to seconds, on one chip and on many. Imports no JAX."""
+"""Time estimates from a compiler's counts, on one chip and on many. Imports no JAX."""
 
 import math
 from typing import NamedTuple
@@ -8,39 +8,39 @@ from ldm_jax.tools.plan.hlo import Collective
 
 
 class Estimate(NamedTuple):
-    """How long a program would take, by the compiler's estimate."""
+    """Estimated time of a program."""
 
     compute_seconds: float
-    """Its cycles over the clock."""
+    """Cycles divided by the clock."""
     waiting_seconds: float
-    """Collectives during which nothing else goes on."""
+    """Time of synchronous collectives."""
     hidden_seconds: float
-    """Collectives beside which other work goes on."""
+    """Time of asynchronous collectives, which overlap with computing."""
     seconds: float
-    """Computing and waiting, and what of the hidden ones computing is too short to
-    hide."""
+    """The longer of computing and asynchronous collectives, and the synchronous
+    ones."""
     mfu: float
-    """FLOPs of the mathematics over what the chip could do in that time."""
+    """Model FLOPs utilisation: FLOPs of the mathematics over the peak in that time."""
 
 
 class ScaleRow(NamedTuple):
-    """A step on a number of chips, each with the same share of the batch."""
+    """A step on a number of chips, each with the same number of images."""
 
     chips: int
-    """How many."""
+    """Number of chips."""
     images: int
-    """Of all of them in a step."""
+    """Images of a step on all chips."""
     compute_seconds: float
-    """Of a chip."""
+    """Computing time of a chip."""
     link_seconds: float
-    """Gradients, or parameters and gradients, over the links of a pod."""
+    """Time of the collectives over the links of a pod."""
     network_seconds: float | None
-    """The same between pods, over the data centre's network; None where more than one
-    pod is needed and its network is not known."""
+    """Time of the collectives between pods; None if several pods are needed and the
+    bandwidth of their network is unknown."""
     seconds: float | None
-    """All of it, one after the other."""
+    """Sum of the three."""
     efficiency: float | None
-    """Computing's share of that."""
+    """Computing time divided by `seconds`."""
 
 
 def estimate(
@@ -51,17 +51,14 @@ def estimate(
     collectives: list[Collective],
     flops: int,
 ) -> Estimate:
-    """Estimate the time of a program on a chip of a slice.
+    """Estimate the time of a program on a slice, without latency and the host.
 
     Args:
-      chip: With a clock.
+      chip: A chip with a clock.
       shape: Chips along each axis of the slice.
-      cycles: The compiler's, of all that computes.
-      collectives: Of the program.
-      flops: Of the mathematics, for one chip.
-
-    Returns:
-      The estimate. Latency is left out, and so is the host.
+      cycles: Cycles of a chip, without collectives.
+      collectives: Collectives of the program.
+      flops: FLOPs of the mathematics of one chip.
     """
     compute = cycles / chip.clock
     waiting, hidden = 0.0, 0.0
@@ -85,19 +82,18 @@ def scale_row(
     compute_seconds: float,
     ring_bytes: float,
 ) -> ScaleRow:
-    """Work out a step on `chips` chips by formula, nothing overlapped.
+    """Estimate a step on `chips` chips by formula, without overlap.
 
-    With R bytes that go round a ring of all chips, n chips in pods of c, and B bytes/s
-    that a chip sends over all its links:
+    With n chips in pods of c, R bytes that a ring of all chips circulates, and B
+    bytes/s of all links of a chip:
     T(n) = T_compute + R (m - 1) / (m B) + (R / m) (k - 1) / (k D), where m = min(n, c),
-    k = n / m pods, and D bytes/s a chip over the network between pods. An all-reduce of
-    G bytes is R = 2 G; what a program sends on n chips is R (n - 1) / n of each.
+    k = n / m pods, and D bytes/s of a chip over the network between pods. An all-reduce
+    of G bytes has R = 2 G; a chip sends R (n - 1) / n.
 
     Args:
-      chip: Which.
       chips: n.
-      images: Of each chip in a step.
-      compute_seconds: Of a chip.
+      images: Images of a chip.
+      compute_seconds: T_compute.
       ring_bytes: R.
 
     Source:
@@ -127,7 +123,7 @@ def scale_row(
 
 
 def _torus(chip: Chip, chips: int) -> tuple[int, ...]:
-    """Return the squarest slice of at least as many chips; () where all are linked."""
+    """Return the squarest slice of at least `chips` chips; () if all are linked."""
     if not chip.clock:
         return ()
     shape = [1] * (chip.ports // 2)

@@ -1,10 +1,9 @@
-"""FLOPs of the mathematics: what a function multiplies, whoever runs it.
+"""FLOPs of the mathematics of a function, independent of compiler and device.
 
-Counted on the traced function, before any compiler: a product of matrices and a
-convolution count 2 FLOPs for each multiply and add, a scan its body times its length.
-What is not a product is left out. Count a function without `jax.checkpoint`: what its
-backward pass computes a second time would count twice. Then the count is that of the
-model, and a utilisation made of it cannot be raised by doing more work.
+They are counted on the traced function: matrix products and convolutions count 2 FLOPs
+for each multiply-add, a scan its body times its length; everything else is left out.
+With `jax.checkpoint`, recomputed products would count twice: trace without it, so that
+a utilisation does not rise with recomputation.
 """
 
 import math
@@ -18,13 +17,12 @@ from jax.extend import core
 def count_flops(fn: Callable[..., Any], *args: Any) -> int:
     """Count the FLOPs of the products in a function.
 
+    Of branches, the most expensive counts, or the one for any platform; of a loop of
+    unknown length, one round.
+
     Args:
       fn: Any function that JAX can trace.
       args: Arrays or their shapes.
-
-    Returns:
-      Two for each multiply and add; of branches, those of the costliest, or of what
-      any platform can do; of loops whose length is not known, one round.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -41,7 +39,7 @@ def _count_equation(equation: Any) -> int:
         return _convolution_flops(equation)
     inner = [_count(jaxpr) for jaxpr in _inner(params)]
     if name == "cond":
-        # Of ways for each platform that is the plain one: others may pad.
+        # The branch for any platform: those of one platform may pad.
         platforms = params.get("branches_platforms") or ()
         if None in platforms:
             return inner[platforms.index(None)]
@@ -57,7 +55,7 @@ def _dot_flops(equation: Any) -> int:
 
 
 def _convolution_flops(equation: Any) -> int:
-    """Count taps on the padding too, but none on the zeros that dilation puts in."""
+    """Count products with padding, but not with the zeros of a dilated input."""
     numbers, params = equation.params["dimension_numbers"], equation.params
     kernel = equation.invars[1].aval.shape
     image = equation.invars[0].aval.shape
@@ -68,7 +66,7 @@ def _convolution_flops(equation: Any) -> int:
     pixels = math.prod(spatial)
     strided_input = math.prod(params["lhs_dilation"])
     if strided_input > 1:
-        # The gradient of a strided convolution: each pixel of its input, once a tap.
+        # Gradient of a strided convolution: every tap with every pixel of the input.
         pixels = math.prod(image[axis] for axis in numbers.lhs_spec[2:])
     return 2 * batch * pixels * taps * in_channels * out_channels
 

@@ -1,13 +1,13 @@
-"""What an optimised program says of itself: collectives, cycles, lack of memory.
+"""Collectives, cycles and memory in the text of an optimised HLO module.
 
-Reads the text that XLA prints of a compiled module. Imports no JAX.
+Imports no JAX.
 
-On TPU a collective can be asynchronous in two ways: as an instruction of two halves
-(`collective-permute-start`), or within fusions, one that ends in an
-`AsyncCollectiveStart` and more that carry it on beside other work. A reduce-scatter is
-printed as an all-reduce within a fusion named for it. Cycles are told of every
-instruction that computes; those that communicate have none, and nor have kernels, of
-which the program holds what they were said to cost.
+On TPUs a collective is asynchronous in one of two forms: as a pair of instructions
+(`collective-permute-start`), or inside fusions, of which the first ends in an
+`AsyncCollectiveStart` and others continue it beside other work. A reduce-scatter is
+printed as an all-reduce inside a fusion with its name. Every instruction that computes
+has an estimate of its cycles; collectives and Pallas kernels have none, but kernels
+have the cost estimate that they were given.
 """
 
 import math
@@ -58,20 +58,20 @@ class Collective(NamedTuple):
     """One collective of a program."""
 
     kind: str
-    """As `all-reduce`."""
+    """Name, such as `all-reduce`."""
     num_bytes: int
-    """Of the whole array, as every chip has it before an all-reduce or a
-    reduce-scatter, or after an all-gather."""
+    """Bytes of the whole array: before an all-reduce or a reduce-scatter, after an
+    all-gather."""
     group: int
-    """Chips that take part."""
+    """Chips of the collective."""
     asynchronous: bool
-    """Whether other work goes on meanwhile."""
+    """Whether it overlaps with other work."""
     times: int
-    """How often it happens in a run of the program."""
+    """Executions in a run of the program."""
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a chip sends in one: those of the algorithm on a ring."""
+        """Bytes that a chip sends in one execution, by the ring algorithm."""
         share = (self.group - 1) / max(self.group, 1)
         if self.kind == "all-reduce":
             return 2 * share * self.num_bytes
@@ -81,45 +81,45 @@ class Collective(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A kernel that the compiler was given, and cannot look into."""
+    """A Pallas kernel, with its own cost estimate."""
 
     name: str
-    """As it was named."""
+    """Name of the kernel."""
     flops: int
-    """That it was said to do."""
+    """FLOPs of the estimate."""
     transcendentals: int
-    """Exponentials and the like that it was said to do."""
+    """Exponentials and similar operations of the estimate."""
     times: int
-    """How often it runs in a run of the program."""
+    """Executions in a run of the program."""
 
 
 class Shortage(NamedTuple):
-    """What a program that does not fit would need."""
+    """Memory of a program that does not fit."""
 
     needed: float
-    """Bytes."""
+    """Bytes that it needs."""
     available: float
-    """Bytes."""
+    """Bytes of the device."""
 
 
 class Instruction(NamedTuple):
-    """A line of a program."""
+    """One instruction of a program."""
 
     opcode: str
-    """What it does."""
+    """Operation."""
     result: str
-    """The text of its type."""
+    """Text of the result's type."""
     text: str
-    """All of it."""
+    """Whole text."""
 
 
 class Program(NamedTuple):
-    """A module, parsed."""
+    """A parsed module."""
 
     computations: dict[str, list[Instruction]]
-    """Instructions by computation."""
+    """Instructions of each computation, by name."""
     entry: str
-    """The name of the computation it starts with."""
+    """Name of the entry computation."""
 
 
 def parse_program(text: str) -> Program:
@@ -145,7 +145,7 @@ def parse_program(text: str) -> Program:
 
 
 def estimated_cycles(program: Program) -> int:
-    """Sum the compiler's cycles over the instructions that run, loops multiplied."""
+    """Sum the estimated cycles of all executed instructions."""
     total = 0
     for instruction, times in _executed(program):
         found = _CYCLES.search(instruction.text)
@@ -154,7 +154,7 @@ def estimated_cycles(program: Program) -> int:
 
 
 def kernels(program: Program) -> list[Kernel]:
-    """List the kernels that run, of those that say what they cost."""
+    """List the executed kernels that have a cost estimate."""
     rows: list[Kernel] = []
     for instruction, times in _executed(program):
         cost = _COST.search(instruction.text)
@@ -166,7 +166,7 @@ def kernels(program: Program) -> list[Kernel]:
 
 
 def collectives(program: Program) -> list[Collective]:
-    """List the collectives that run, in the order of the program."""
+    """List the executed collectives in the order of the program."""
     rows: list[Collective] = []
     fused: dict[str, int] = {}
     for instruction, times in _executed(program):
@@ -185,12 +185,12 @@ def collectives(program: Program) -> list[Collective]:
             if "reduce-scatter" in name or "all-reduce-scatter" in name:
                 kind = "reduce-scatter"
             row = _collective(
-                kind, inner, _starts(program, name, instruction.opcode), times
+                kind, inner, _is_asynchronous(program, name, instruction.opcode), times
             )
-            chain = _CHAIN.search(inner.text)  # a channel may be that of many
+            chain = _CHAIN.search(inner.text)  # collectives may share a channel
             details = channel[1] if channel else name
             key = f"{kind} {details} {chain[1] if chain else 0}"
-            if key in fused:  # carried on in another fusion
+            if key in fused:  # continued in another fusion
                 known = rows[fused[key]]
                 both = known.asynchronous or row.asynchronous
                 rows[fused[key]] = known._replace(asynchronous=both)
@@ -201,7 +201,7 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def parse_shortage(message: str) -> Shortage | None:
-    """Read how much memory was wanted and there is; None if an error is another."""
+    """Read the memory in a compiler's error; None for an error of another kind."""
     found = _SHORT.search(message) or _SHORT_OLD.search(message)
     if found is None:
         return None
@@ -226,7 +226,7 @@ def _array_bytes(kind: str, shape: str) -> int:
 
 
 def _executed(program: Program) -> Iterator[tuple[Instruction, int]]:
-    """Yield each instruction that runs and how often; of branches, all."""
+    """Yield each executed instruction and its number of executions; all branches."""
     todo = [(program.entry, 1)]
     while todo:
         name, times = todo.pop()
@@ -247,10 +247,9 @@ def _executed(program: Program) -> Iterator[tuple[Instruction, int]]:
 
 
 def _trips(program: Program, loop: Instruction) -> int:
-    """Return the rounds of a loop: told, or what its counter is compared with.
+    """Return the rounds of a loop: stated, or the bound of its counter; else 1.
 
-    A TPU's program does not tell; JAX's scans count from 0 up to a constant. 1 where
-    neither is found.
+    TPU programs do not state it; JAX's scans count from 0 up to a constant.
     """
     if details := _TRIPS.search(loop.text):
         return int(details[1])
@@ -273,8 +272,8 @@ def _within(
                 yield name, inner
 
 
-def _starts(program: Program, name: str, opcode: str) -> bool:
-    """Say whether a fusion starts a collective or carries one on."""
+def _is_asynchronous(program: Program, name: str, opcode: str) -> bool:
+    """Return whether a fusion is part of an asynchronous collective."""
     return (
         opcode == "async-start"
         or name.startswith("async_collective")
@@ -300,7 +299,7 @@ def _collective(
     size = num_bytes(instruction.result)
     group = _group(instruction.text)
     if instruction.opcode.endswith("-start"):
-        # Its type holds operand and result; the larger is the whole array.
+        # The type has operand and result; the larger one is the whole array.
         arrays = _ARRAY.findall(instruction.result)
         size = max((_array_bytes(*found) for found in arrays), default=0)
     elif kind == "reduce-scatter" and instruction.opcode == "reduce-scatter":

@@ -1,4 +1,4 @@
-"""One question answered: compile, read, and look for what fits where this does not."""
+"""Plans: a program is compiled, and changed until it fits."""
 
 import importlib.metadata
 from typing import Any
@@ -6,9 +6,7 @@ from typing import Any
 import jax
 
 from ldm_jax import config as config_lib
-from ldm_jax.config import Config
 from ldm_jax.parallel.make_layout import make_layout
-from ldm_jax.tools.plan.arguments import Request
 from ldm_jax.tools.plan.chips import Chip
 from ldm_jax.tools.plan.compiling import (
     Compiled,
@@ -22,57 +20,58 @@ from ldm_jax.tools.plan.kernels import kernel_cycles
 from ldm_jax.tools.plan.programs import (
     Work,
     open_devices,
-    resolve,
     sample_work,
     step_work,
 )
 from ldm_jax.tools.plan.remedies import remedies
 from ldm_jax.tools.plan.report import NOTE, collective_rows
+from ldm_jax.tools.plan.request import PlanRequest, resolve
+from ldm_jax.tools.plan.topology import Topology
 
 SCALES = (4, 16, 64, 256, 1024, 4096)
 
 
-def plan(request: Request, say: Say) -> dict[str, Any]:
-    """Compile a step or a call of the sampler, and say what it would take.
+def plan(request: PlanRequest, say: Say) -> dict[str, Any]:
+    """Compile a training step or a sampling call, and report what it would take.
 
     Args:
-      request: The question.
-      say: Takes lines of progress.
+      request: The program and the devices.
+      say: Called with lines of progress.
 
     Returns:
-      JSON-compatible; all of it for one device. Bytes and seconds. `fits`, `memory`,
-      `model_flops`, `compiler` (what it counted), `estimate` (null where the compiler
-      estimates no cycles), `collectives`, `suggestions` (what was compiled instead,
-      where it does not fit) and `scale` (a step on more chips, by formula).
+      JSON-compatible values of one device, in bytes and seconds: `fits`, `memory`,
+      `model_flops`, `compiler` (its counts), `estimate` (None if the compiler estimates
+      no cycles), `collectives`, `suggestions` (changes that were compiled if it does
+      not fit) and `scale` (a step on more chips, by formula).
 
     Raises:
-      InputError: If libtpu knows no such slice, or the batch does not divide.
+      InputError: If libtpu knows no such slice, or the batch size does not divide.
       RunError: If a program cannot be compiled for another reason than its size.
     """
     devices = open_devices(request.topology)
     layout = make_layout(request.config.parallel, devices)
     device = layout.devices[0]
     chip = chip_of(device)
+    chip_name = chip.name if chip else device.device_kind
     available = usable_bytes(device, chip, layout.num_devices)
-    config = resolve(request, layout.num_devices)
-    work = _work(config, request, devices)
-    name = request.topology.name if request.topology else "local"
-    label = f"for {layout.num_devices} x {chip.name if chip else device.device_kind}"
+    request = resolve(request, layout.num_devices)
+    work = _work(request, devices)
+    label = f"for {layout.num_devices} x {chip_name}"
     found = compile_program(work.lower, label=label, say=say)
     report = {
-        "topology": name,
-        "chip": chip.name if chip else device.device_kind,
+        "topology": request.topology.name if request.topology else "local",
+        "chip": chip_name,
         "num_devices": layout.num_devices,
         "work": request.work,
-        "setting": _setting(config, request),
+        "setting": _setting(request),
         "batch_per_device": work.images,
-        "digest": config_lib.digest(config),
+        "digest": config_lib.digest(request.config),
         "fits": _fits(found, available),
         "memory": _memory(found, work, available),
         "model_flops": work.flops,
         "compiler": {"flops": found.flops, "bytes_moved": found.moved},
         "roofline_seconds": _roofline(chip, found, work),
-        "estimate": _estimate(chip, request, found, work),
+        "estimate": _estimate(chip, request.topology, found, work),
         "collectives": collective_rows(found.collectives),
         "compile_seconds": found.seconds,
         "versions": _versions(),
@@ -80,20 +79,17 @@ def plan(request: Request, say: Say) -> dict[str, Any]:
         "scale": _scale(chip, found, work),
     }
     if not report["fits"] and request.suggest:
-        report["suggestions"] = _suggest(
-            config, request, found, work, devices, available, say
-        )
+        report["suggestions"] = _suggest(request, found, work, devices, available, say)
     return report
 
 
-def _work(config: Config, request: Request, devices: list[Any] | None) -> Work:
+def _work(request: PlanRequest, devices: list[Any] | None) -> Work:
     prepare = sample_work if request.work == "sample" else step_work
-    return prepare(config, request, devices)
+    return prepare(request, devices)
 
 
 def _suggest(
-    config: Config,
-    request: Request,
+    request: PlanRequest,
     found: Compiled,
     work: Work,
     devices: list[Any] | None,
@@ -104,17 +100,15 @@ def _suggest(
     rows: list[dict[str, Any]] = []
     if found.shortage is None:
         return rows
-    say("does not fit; looking for what would (--no-suggest leaves that out)")
+    say("does not fit; looking for changes that do (--no-suggest skips this)")
     for remedy in remedies(
-        config,
-        request.work,
+        request,
         shortage=found.shortage,
         kept_bytes=work.state_bytes + work.frozen_bytes,
         num_devices=work.num_devices,
         batch_per_device=work.images,
     ):
-        changed = request._replace(batch_per_device=remedy.batch_per_device)
-        other = _work(remedy.config, changed, devices)
+        other = _work(remedy.request, devices)
         tried = compile_program(other.lower, label=f"with {remedy.name}", say=say)
         rows.append(
             {
@@ -153,7 +147,8 @@ def _memory(found: Compiled, work: Work, available: float) -> dict[str, Any]:
     }
 
 
-def _setting(config: Config, request: Request) -> dict[str, Any]:
+def _setting(request: PlanRequest) -> dict[str, Any]:
+    config = request.config
     first, second = config.autoencoder, config.diffusion
     sampled = request.work == "sample"
     return {
@@ -173,11 +168,11 @@ def _roofline(chip: Chip | None, found: Compiled, work: Work) -> float | None:
 
 
 def _estimate(
-    chip: Chip | None, request: Request, found: Compiled, work: Work
+    chip: Chip | None, topology: Topology | None, found: Compiled, work: Work
 ) -> dict[str, Any] | None:
     if chip is None or not chip.clock or not found.cycles:
         return None
-    shape = request.topology.shape if request.topology else ()
+    shape = topology.shape if topology else ()
     result = estimate(
         chip,
         shape,
@@ -199,7 +194,7 @@ def _cycles(chip: Chip, found: Compiled) -> int:
 
 
 def _scale(chip: Chip | None, found: Compiled, work: Work) -> list[dict[str, Any]]:
-    """Work out the same share of a batch on other numbers of chips."""
+    """Compute a step with the same images a chip on other numbers of chips."""
     num = work.num_devices
     if chip is None or not chip.clock or not found.cycles or num == 1:
         return []

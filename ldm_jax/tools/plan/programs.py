@@ -1,4 +1,4 @@
-"""The programs of a run, by shape alone, for devices that need not be here."""
+"""Programs of a run, traced by shape only, for devices that need not be present."""
 
 import functools
 import math
@@ -11,7 +11,6 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from ldm_jax.build import build_model, shape_of
-from ldm_jax.config import Config
 from ldm_jax.diffusion.tables import unpadded
 from ldm_jax.diffusion.timesteps import make_levels
 from ldm_jax.latent_diffusion import (
@@ -25,7 +24,7 @@ from ldm_jax.latent_diffusion import (
     param_shapes,
 )
 from ldm_jax.models.attention import for_chip
-from ldm_jax.parallel.make_layout import Layout, make_layout
+from ldm_jax.parallel.make_layout import make_layout
 from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.editing import Edit
@@ -36,8 +35,8 @@ from ldm_jax.sampling.sample_fn import (
     make_solver_inputs,
 )
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.tools.plan.arguments import Request, batch_size_of, change
 from ldm_jax.tools.plan.flops import count_flops
+from ldm_jax.tools.plan.request import PlanRequest, change
 from ldm_jax.tools.plan.topology import Topology
 from ldm_jax.training.dispatch import skip_nonfinite
 from ldm_jax.training.dry_run import (
@@ -50,41 +49,41 @@ from ldm_jax.types import InputError, PyTree
 
 
 class Work(NamedTuple):
-    """One program and what is known of it before it is compiled."""
+    """A program and its sizes before compilation; bytes are without padding."""
 
     lower: Callable[[], jax.stages.Lowered]
-    """Traces it."""
+    """Traces the program."""
     num_devices: int
     """Devices that run it together."""
     images: int
-    """Images of each."""
+    """Images of a device."""
     state_bytes: float
-    """Bytes of the state that each keeps, without padding."""
+    """Bytes of a device's part of the state."""
     frozen_bytes: float
-    """Bytes of the parameters that each only reads."""
+    """Bytes of a device's frozen parameters."""
     input_bytes: float
-    """Bytes of a batch that each is sent."""
+    """Bytes of a device's part of a batch."""
     gradient_bytes: int
-    """Bytes of all gradients; 0 where none are taken."""
+    """Bytes of all gradients; 0 for a sampling call."""
     flops: int
-    """Of the mathematics, for each device."""
+    """FLOPs of the mathematics of a device."""
 
 
 def open_devices(topology: Topology | None) -> list[Any] | None:
-    """Return the devices of a topology; None for those that are here.
+    """Return the devices of a topology; None for those of this machine.
 
     Raises:
       InputError: If libtpu knows no such slice.
     """
     if topology is None:
         return None
-    # A v4 chip runs as one device, as on the real machine.
+    # JAX sees a v4 chip, which has two cores, as one device.
     kwargs = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.name, **kwargs
         )
-    except Exception as error:  # whatever its plugin raises
+    except Exception as error:  # the plugin documents no types
         reason = " ".join(str(error).split())
         raise InputError(
             f"--topology: libtpu refuses {topology.name!r}: {reason}"
@@ -92,34 +91,27 @@ def open_devices(topology: Topology | None) -> list[Any] | None:
     return list(found.devices)
 
 
-def resolve(request: Request, num_devices: int) -> Config:
-    """Return the config of a question, its batch made that of these devices."""
-    if request.work == "sample" or request.batch_per_device is None:
-        return change(request.config, request.work)
-    size = request.batch_per_device * num_devices
-    return change(request.config, request.work, batch_size=size)
-
-
-def step_work(config: Config, request: Request, devices: list[Any] | None) -> Work:
+def step_work(request: PlanRequest, devices: list[Any] | None) -> Work:
     """Prepare the training step of a stage.
 
     Raises:
-      InputError: If the batch does not divide by devices and parts, or images are too
-        small for what is asked.
+      InputError: If the batch size does not divide by devices and parts, or images are
+        too small for a loss.
     """
+    config = request.config
     layout = make_layout(config.parallel, devices)
+    stage = _stage(request)
     layout.check_batch_size(
-        batch_size_of(config, request.work),
+        stage.batch_size,
         f"{request.work}.batch_size",
         accumulate=config.parallel.accumulate,
     )
-    stage = _stage(config, request)
     state = jax.eval_shape(stage.init)
     batch = batch_shapes(build_model(config), config.data, stage.name, stage.batch_size)
     placed = layout.stand_ins(state, stage.frozen, batch)
     local = stage.batch_size // layout.num_devices
     step = skip_nonfinite(stage.step) if config.max_skipped_steps else stage.step
-    share = functools.partial(_share, num_devices=_copies(layout))
+    share = functools.partial(_device_bytes, num_devices=len(layout.devices))
 
     def lower() -> jax.stages.Lowered:
         with for_chip(layout.devices[0].device_kind):
@@ -139,31 +131,31 @@ def step_work(config: Config, request: Request, devices: list[Any] | None) -> Wo
         frozen_bytes=share(placed[1]),
         input_bytes=share(placed[2]),
         gradient_bytes=tree_bytes(state.params),
-        flops=step_flops(config, request, local),
+        flops=step_flops(request, local),
     )
 
 
-def step_flops(config: Config, request: Request, images: int) -> int:
-    """Count the FLOPs of a step's mathematics on a number of images."""
-    plain = change(config, request.work, remat=False, accumulate=1)
-    stage = _stage(plain, request)
+def step_flops(request: PlanRequest, images: int) -> int:
+    """Count the FLOPs of a training step's mathematics on a number of images."""
+    plain = change(request, remat=False, accumulate=1)
+    stage = _stage(plain)
     return count_flops(
         functools.partial(stage.step, reduce=reduce_over_axis),
         jax.eval_shape(stage.init),
         stage.frozen,
-        batch_shapes(build_model(plain), plain.data, stage.name, images),
+        batch_shapes(build_model(plain.config), plain.config.data, stage.name, images),
         jax.eval_shape(lambda: jax.random.key(0)),
     )
 
 
-def sample_work(config: Config, request: Request, devices: list[Any] | None) -> Work:
-    """Prepare a call of the sampler: one device's chunk; devices do not communicate.
+def sample_work(request: PlanRequest, devices: list[Any] | None) -> Work:
+    """Prepare a sampling call of one device; devices do not communicate.
 
     Raises:
-      InputError: If the number of steps or the sampler is not one the schedule has.
+      InputError: If the schedule does not allow the sampler or the number of steps.
     """
-    layout = make_layout(config.parallel, devices)
-    model = build_model(config)
+    layout = make_layout(request.config.parallel, devices)
+    model = build_model(request.config)
     images = request.batch_per_device or images_per_call(model, layout.platform)
     program = make_program(model, guided=True, max_steps=request.num_steps)
     settings = SamplingConfig(sampler=request.sampler, steps=request.num_steps)
@@ -173,7 +165,7 @@ def sample_work(config: Config, request: Request, devices: list[Any] | None) -> 
         table = make_sampler_table(program.solver, levels, settings)
     except ValueError as error:
         raise InputError(f"--sample: {error}") from None
-    # Of its own length, so that calls that never take place are not counted.
+    # Without padding, so that steps that are skipped do not count.
     solver = solver._replace(
         table=jax.tree.map(jnp.asarray, unpadded(table)),
         scales=solver.scales[: table.num_calls],
@@ -218,17 +210,13 @@ def sample_work(config: Config, request: Request, devices: list[Any] | None) -> 
     )
 
 
-def _stage(config: Config, request: Request) -> Stage:
-    stages = stages_by_shape(config, build_model(config))
+def _stage(request: PlanRequest) -> Stage:
+    stages = stages_by_shape(request.config, build_model(request.config))
     return next(stage for stage in stages if stage.name == request.work)
 
 
-def _copies(layout: Layout) -> int:
-    return len(layout.devices)
-
-
-def _share(tree: PyTree, *, num_devices: int) -> float:
-    """Count the bytes of a placed tree that lie on one device."""
+def _device_bytes(tree: PyTree, *, num_devices: int) -> float:
+    """Count the bytes of a placed tree on one device."""
     total = 0.0
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

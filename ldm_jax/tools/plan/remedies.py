@@ -1,99 +1,110 @@
-"""What to change where a step does not fit. Imports no JAX."""
+"""Changes with which a program that does not fit may fit. Imports no JAX."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from ldm_jax.config import Config
-from ldm_jax.tools.plan.arguments import WorkName, change
 from ldm_jax.tools.plan.hlo import Shortage
+from ldm_jax.tools.plan.request import PlanRequest, change
 from ldm_jax.types import InputError
 
 MAX_PARTS = 64
 
 
 class Remedy(NamedTuple):
-    """A change that may make a step fit."""
+    """A change with which a program may fit."""
 
     name: str
-    """What to add to the command line."""
-    config: Config
-    """With the change."""
-    batch_per_device: int
-    """Images of a device after it."""
+    """Flags to add to the command."""
+    request: PlanRequest
+    """The changed request."""
 
 
 def remedies(
-    config: Config,
-    work: WorkName,
+    request: PlanRequest,
     *,
     shortage: Shortage,
     kept_bytes: float,
     num_devices: int,
     batch_per_device: int,
 ) -> list[Remedy]:
-    """List changes worth a compilation, those that cost least first.
+    """List changes worth compiling, the cheapest at run time first.
 
-    What arithmetic rules out is left out: where parameters, their optimiser's state and
-    their average alone are too large for a chip, all that is listed cuts them by fsdp.
-    Parts and smaller batches come in the size that would fit if only what is not kept
-    between steps shrank with them, and twice that.
+    Changes that cannot help are left out: if the state alone exceeds a device's memory,
+    every change includes fsdp. Numbers of parts and batch sizes are those that would
+    fit if everything but the state shrank with them, and half of that.
 
     Args:
-      config: That does not fit.
-      work: What was planned.
-      shortage: By how much.
-      kept_bytes: Of state and frozen parameters on a device.
-      num_devices: They are cut over, if they are.
+      request: A request that does not fit.
+      shortage: Memory that it needs.
+      kept_bytes: Bytes of state and frozen parameters on a device.
+      num_devices: Devices that fsdp splits them over.
       batch_per_device: Images of a device.
-
-    Returns:
-      The changes; none is known to fit before it is compiled.
     """
-    if work == "sample":
-        halves = _halves(batch_per_device, shortage, kept_bytes)
-        return [_smaller(config, images) for images in halves]
+    if request.work == "sample":
+        return [
+            Remedy(
+                f"--batch-per-device {images}",
+                request._replace(batch_per_device=images),
+            )
+            for images in _halves(batch_per_device, shortage, kept_bytes)
+        ]
+    request = request._replace(batch_per_device=batch_per_device)
     found: list[Remedy] = []
-    base, prefix, kept = config, "", kept_bytes
-    can_cut = config.parallel.layout == "pmap" and num_devices > 1
-    if can_cut and kept_bytes >= shortage.available:
-        base = _try(config, work, layout="fsdp")
+    base, prefix, kept = request, "", kept_bytes
+    can_shard = request.config.parallel.layout == "pmap" and num_devices > 1
+    if can_shard and kept_bytes >= shortage.available:
+        base = _try(request, layout="fsdp")
         if base is None:
             return []
         prefix, kept = "--layout fsdp", kept_bytes / num_devices
-        found.append(Remedy(prefix, base, batch_per_device))
-    options: list[tuple[str, Config | None, int]] = []
-    if work == "diffusion" and not config.diffusion.remat:
-        flag = "--diffusion.remat"
-        options.append((flag, _try(base, work, remat=True), batch_per_device))
-    already = config.parallel.accumulate
-    for images in _halves(batch_per_device // already, shortage, kept):
+        found.append(Remedy(prefix, base))
+        can_shard = False
+    options = _options(
+        base,
+        shortage=shortage,
+        kept_bytes=kept,
+        num_devices=num_devices,
+        batch_per_device=batch_per_device,
+        can_shard=can_shard,
+    )
+    return found + [
+        Remedy(f"{prefix} {flag}".strip(), changed)
+        for flag, changed in options
+        if changed is not None
+    ]
+
+
+def _options(
+    base: PlanRequest,
+    *,
+    shortage: Shortage,
+    kept_bytes: float,
+    num_devices: int,
+    batch_per_device: int,
+    can_shard: bool,
+) -> Iterator[tuple[str, PlanRequest | None]]:
+    """Yield flags and the request that they give; None if the config refuses it."""
+    if base.work == "diffusion" and not base.config.diffusion.remat:
+        yield "--diffusion.remat", _try(base, remat=True)
+    already = base.config.parallel.accumulate
+    for images in _halves(batch_per_device // already, shortage, kept_bytes):
         parts = batch_per_device // images
         if batch_per_device % parts == 0 and parts <= MAX_PARTS:
-            changed = _try(base, work, accumulate=parts)
-            options.append((f"--accumulate {parts}", changed, batch_per_device))
-    if can_cut and not prefix:
-        options.append(
-            ("--layout fsdp", _try(config, work, layout="fsdp"), batch_per_device)
-        )
-    for images in _halves(batch_per_device, shortage, kept):
+            yield f"--accumulate {parts}", _try(base, accumulate=parts)
+    if can_shard:
+        yield "--layout fsdp", _try(base, layout="fsdp")
+    for images in _halves(batch_per_device, shortage, kept_bytes):
         if images % already == 0:
-            size = images * num_devices
-            changed = _try(base, work, batch_size=size)
-            options.append((f"--batch-per-device {images}", changed, images))
-    for flag, changed, images in options:
-        if changed is not None:
-            found.append(Remedy(f"{prefix} {flag}".strip(), changed, images))
-    return found
+            smaller = base._replace(batch_per_device=images)
+            changed = _try(smaller, batch_size=images * num_devices)
+            yield f"--batch-per-device {images}", changed
 
 
-def _try(config: Config, work: WorkName, **fields: int | str | bool) -> Config | None:
+def _try(request: PlanRequest, **fields: int | str | bool) -> PlanRequest | None:
     try:
-        return change(config, work, **fields)  # pyright: ignore[reportArgumentType]
+        return change(request, **fields)  # pyright: ignore[reportArgumentType]
     except InputError:
-        return None  # an adversary takes a whole batch, and no part of it
-
-
-def _smaller(config: Config, images: int) -> Remedy:
-    return Remedy(f"--batch-per-device {images}", config, images)
+        return None  # a discriminator needs whole batches
 
 
 def _halves(images: int, shortage: Shortage, kept: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""A plan as JSON and in words. Imports no JAX."""
+"""The report of a plan as JSON and as text. Imports no JAX."""
 
 import collections
 import itertools
@@ -7,14 +7,14 @@ from typing import Any
 from ldm_jax.tools.plan.hlo import Collective
 
 NOTE = (
-    "an estimate: the compiler's own count of cycles, of kernels that of its schedule, "
-    "and bytes over the speed of the links; nothing was run"
+    "an estimate: the compiler's cycles, for kernels those of its schedule, and bytes "
+    "over the links' bandwidth; nothing was run"
 )
 WIDTH = 16
 
 
 def collective_rows(rows: list[Collective]) -> list[dict[str, Any]]:
-    """Turn collectives into JSON, equal ones counted together."""
+    """Convert collectives to JSON; equal ones are counted together."""
     counts = collections.Counter[Collective]()
     for row in rows:
         counts[row._replace(times=1)] += row.times
@@ -35,11 +35,11 @@ def collective_rows(rows: list[Collective]) -> list[dict[str, Any]]:
 
 
 def in_words(plan: dict[str, Any], *, scale: bool = False) -> str:
-    """Say what a plan found, as lines of text.
+    """Format a plan as lines of text.
 
     Args:
-      plan: From `planner.plan`.
-      scale: Whether to say what a step costs on other numbers of chips.
+      plan: Result of `planner.plan`.
+      scale: Whether to add a table of a step on other numbers of chips.
     """
     lines = [_title(plan), "", *_memory_lines(plan)]
     lines += _pair("model FLOPs", f"{plan['model_flops'] / 1e12:.4g} T a step")
@@ -56,7 +56,7 @@ def in_words(plan: dict[str, Any], *, scale: bool = False) -> str:
 def _title(plan: dict[str, Any]) -> str:
     setting = plan["setting"]
     what = {
-        "sample": f"{setting['sampler']}, {setting['num_steps']} steps, a call of",
+        "sample": f"{setting['sampler']}, {setting['num_steps']} steps, call of",
     }.get(plan["work"], f"{plan['work']} step of")
     parts = f" in {setting['accumulate']} parts" if setting["accumulate"] > 1 else ""
     how = "" if plan["work"] == "sample" else f", {setting['layout']}"
@@ -77,9 +77,7 @@ def _memory_lines(plan: dict[str, Any]) -> list[str]:
     lines += _pair("frozen", _bytes(memory["frozen"]))
     lines += _pair("batch", _bytes(memory["batch"]))
     if plan["fits"]:
-        lines += _pair(
-            "arguments", f"{_bytes(memory['arguments'])} (as they are laid out)"
-        )
+        lines += _pair("arguments", f"{_bytes(memory['arguments'])} (with padding)")
         lines += _pair("temporaries", _bytes(memory["temporaries"]))
         lines += _pair("program", _bytes(memory["code"]))
         lines += _pair("peak", f"{_bytes(memory['peak'])} in use at one time")
@@ -99,7 +97,7 @@ def _cost_lines(plan: dict[str, Any]) -> list[str]:
         "time",
         f"{_seconds(estimate['seconds'])}: computing "
         f"{_seconds(estimate['compute_seconds'])}, waiting for links "
-        f"{_seconds(estimate['waiting_seconds'])}, links beside it "
+        f"{_seconds(estimate['waiting_seconds'])}, links overlapped "
         f"{_seconds(estimate['hidden_seconds'])}",
     )
     lines += _pair(
@@ -162,7 +160,7 @@ def _pair(name: str, value: str) -> list[str]:
 
 
 def _bytes(number: float | int) -> str:
-    """Write bytes in the compiler's units, of which a chip's memory has whole ones."""
+    """Format bytes in powers of 1024, as the compiler does."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= size:
             return f"{number / size:.4g} {unit}"

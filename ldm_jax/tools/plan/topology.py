@@ -1,4 +1,4 @@
-"""Names of topologies, and the environment their compiler needs. Imports no JAX."""
+"""TPU slices by name, and the environment of their compiler. Imports no JAX."""
 
 import importlib.util
 import math
@@ -38,31 +38,31 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
-"""What lets libtpu compile where there is no TPU, and keeps it quiet.
+"""Environment in which libtpu compiles without a TPU, and without log lines.
 
-Programs for devices that are not here are written to JAX's cache and cannot be read
-back (0.10.2), so there is none.
+JAX's compilation cache is off: programs for absent devices are written to it but cannot
+be read back (0.10.2).
 """
 
 
 class Topology(NamedTuple):
-    """A slice of a TPU pod that need not be here."""
+    """A slice of a TPU pod."""
 
     name: str
-    """As libtpu takes it."""
+    """Name in libtpu's notation."""
     chip: Chip
-    """What it is made of."""
+    """Kind of its chips."""
     shape: tuple[int, ...]
     """Chips along each axis."""
     num_devices: int
-    """As JAX counts them."""
+    """JAX devices."""
 
 
 def parse_topology(name: str) -> Topology | None:
-    """Read the name of a topology; None for `local`, whatever JAX finds here.
+    """Read the name of a topology; None for `local`, the devices of this machine.
 
     Raises:
-      InputError: If it is not a name of one; the message lists some that are.
+      InputError: If there is no such topology.
     """
     if name == LOCAL:
         return None
@@ -82,7 +82,7 @@ def parse_topology(name: str) -> Topology | None:
 
 
 def prepare_environment() -> None:
-    """Set what the TPU's compiler reads; before JAX is imported.
+    """Set the environment of the TPU compiler; call it before JAX is imported.
 
     Raises:
       InputError: If libtpu is not installed.
