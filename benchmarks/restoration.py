@@ -34,7 +34,7 @@ MIN_GAIN = {"low_resolution": 1.5, "masked_image": 5.0}
 """Decibels of one sample over the plain way."""
 HOLE_SEED = 1
 PLAIN = {"low_resolution": "bicubic", "masked_image": "mean fill"}
-NUM_SHOWN, ZOOM, GAP, LEFT, FONT_SIZE = 12, 2, 8, 84, 14
+NUM_COLUMNS, ZOOM, GAP, LEFT, FONT_SIZE = 12, 2, 8, 84, 14
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 Images = UInt8[np.ndarray, "b h w c"]
 
@@ -128,13 +128,13 @@ def restore(run: Run, task: Task, *, steps: int, seed: int) -> Images:
 def sheet(rows: dict[str, Images]) -> UInt8[np.ndarray, "h w c"]:
     """Draw the first images of each row behind its name."""
     side = ZOOM * next(iter(rows.values())).shape[1]
-    size = (LEFT + NUM_SHOWN * (side + GAP), len(rows) * (side + GAP) + GAP)
+    size = (LEFT + NUM_COLUMNS * (side + GAP), len(rows) * (side + GAP) + GAP)
     page = Image.new("RGB", size, PAPER)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
     for row, (name, images) in enumerate(rows.items()):
         top = GAP + row * (side + GAP)
         pen.text((GAP, top + side // 2 - FONT_SIZE // 2), name, INK, font)
-        for column, image in enumerate(images[:NUM_SHOWN]):
+        for column, image in enumerate(images[:NUM_COLUMNS]):
             pixels = image[..., 0] if image.shape[-1] == 1 else image
             picture = Image.fromarray(pixels).convert("RGB")
             picture = picture.resize((side, side), Image.Resampling.NEAREST)

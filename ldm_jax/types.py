@@ -42,12 +42,12 @@ def choices(got: str, names: Iterable[str]) -> str:
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: what, got, wanted, and what to try."""
+    """Bad input, in one line: what, got, wanted, and what to try."""
 
 
 class RunError(RuntimeError):
-    """A run that had to stop, told in one line: why, where, and what is kept."""
+    """A run that had to stop, in one line: why, where, and what is kept."""
 
 
 class Preempted(Exception):
-    """A run that was told to stop, and has saved its state: where."""
+    """A run that was asked to stop and has saved its state: where."""

@@ -85,7 +85,7 @@ class Flags:
 
 
 def parse(args: list[str]) -> tuple[EvaluationRequest, Launch]:
-    """Read the command line, as far as the run's config tells without JAX.
+    """Read the command line, as far as the run's config allows without JAX.
 
     Raises:
       InputError: If it is wrong.

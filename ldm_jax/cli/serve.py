@@ -69,7 +69,7 @@ class Flags:
 
 
 def parse(args: list[str]) -> tuple[DemoRequest, Flags]:
-    """Read the command line, as far as the run's config tells without JAX.
+    """Read the command line, as far as the run's config allows without JAX.
 
     Raises:
       InputError: If it is wrong, or the package of the page is not installed.

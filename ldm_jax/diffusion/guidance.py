@@ -19,7 +19,7 @@ Denoiser = Callable[
     Float[Array, "b h w c"],
 ]
 """A network: `f(x_t, t, cond)`, the condition any tree of arrays with a leading batch
-axis. What it predicts is told beside it."""
+axis. A value beside it names what it predicts."""
 
 
 class Call(NamedTuple):

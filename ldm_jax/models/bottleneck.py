@@ -151,7 +151,7 @@ def nearest(
 
     The squared distance without its `|latent|^2`, which moves no minimum and would
     cost digits while the codes are still small. Full float32: accelerators multiply
-    matrices in bfloat16 unless told, and a wrong index is not a small error.
+    matrices in bfloat16 unless asked not to, and a wrong index is not a small error.
 
     Args:
       latents: Float32.

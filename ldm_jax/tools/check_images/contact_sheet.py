@@ -1,7 +1,7 @@
 """A contact sheet: some images of a folder on one page, each with what it shows.
 
 Whole images, what lies outside of the square in their middle dimmed: training cuts that
-square, unless it is told to cut anywhere.
+square, unless it may cut anywhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ def draw_sheet(
     size = (2 * MARGIN + columns * cell_w - GAP, head + rows * cell_h - GAP + MARGIN)
     page = Image.new("RGB", size, PAPER)
     font = ImageFont.load_default(FONT_SIZE)
-    heading = _fitted(_shown(title), font, size[0] - 2 * MARGIN)
+    heading = _fitted(_caption(title), font, size[0] - 2 * MARGIN)
     ImageDraw.Draw(page).text((MARGIN, MARGIN), heading, INK, font)
     for i, name in enumerate(names):
         left = MARGIN + i % columns * cell_w
@@ -108,7 +108,7 @@ def _thumbnail(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:
 def _wrapped(text: str, font: Font) -> list[str]:
     """Break a text into lines as wide as a tile; the last one is cut to fit."""
     lines = [""]
-    for word in _shown(text).split():
+    for word in _caption(text).split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= TILE or len(lines) == LABEL_LINES:
             lines[-1] = longer
@@ -126,6 +126,6 @@ def _fitted(text: str, font: Font, width: int) -> str:
     return f"{text.rstrip()}..."
 
 
-def _shown(text: str) -> str:
+def _caption(text: str) -> str:
     """Return a text without the bytes that a file's name may have and no font has."""
     return text.encode("utf-8", "replace").decode()
