@@ -339,5 +339,5 @@ def load_split(config: Config, split: Split, *, limit: int | None = None) -> Bat
 
 
 def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Stand for an array where only its shape is asked for."""
+    """Return a stand-in for an array of which only the shape is used."""
     return jax.ShapeDtypeStruct(shape, dtype)

@@ -170,7 +170,7 @@ class CheckpointStore:
             time.sleep(SECONDS_BETWEEN_CHECKS)
 
     def is_empty(self) -> bool:
-        """Say whether there is nothing to restore."""
+        """Return whether there is nothing to restore."""
         return self._saving is None and not self._manager.all_steps()
 
     def restore(

@@ -10,7 +10,7 @@ import pytest
 from ldm_jax.config import ParallelConfig
 from ldm_jax.parallel.make_layout import FsdpLayout, PmapLayout, make_layout
 from ldm_jax.rng import root_key
-from tests.proofs.test_adversary import RATE, distance, make_config, run, told
+from tests.proofs.test_adversary import RATE, distance, make_config, run, present
 from tests.training.test_conditions import batch_of, moved, stage_of, train
 from tests.training.test_training import CONFIG, batches, stage
 
@@ -56,7 +56,7 @@ def test_both_players_learn_the_same_on_one_four_and_eight_devices(regularizer):
     for devices, layout in ((8, PmapLayout), (4, FsdpLayout)):
         others, many = run(config, devices, 4, RATE, layout)
         for a, b in zip(one, many, strict=True):
-            assert told(a) == pytest.approx(told(b), rel=1e-4, abs=1e-6)
+            assert present(a) == pytest.approx(present(b), rel=1e-4, abs=1e-6)
             assert a.loss == pytest.approx(b.loss, rel=1e-5)
         for i in range(4):
             for player in (lambda s: s.params, lambda s: s.critic.params):

@@ -317,9 +317,7 @@ def test_rows_are_convolved_on_tpus_where_a_batch_is_small_and_maps_are_wide():
         (9, 9, 5, 3, ((2, 2), (1, 0))),
     ],
 )
-def test_gradients_in_one_order_are_the_plain_ones(
-    height, width, window, stride, padding
-):
+def test_ordered_gradients_equal_the_plain_ones(height, width, window, stride, padding):
     x, kernel = normal(0, (3, height, width, 4)), normal(1, (window, window, 4, 5))
     strides = (stride, stride)
 

@@ -90,7 +90,7 @@ class StopAfter(StopSignal):
 
 
 @pytest.mark.parametrize("dispatches", [1, 2, 3, 5])
-def test_a_run_that_is_taken_away_goes_on_elsewhere(tmp_path, unbroken, dispatches):
+def test_a_preempted_run_resumes_on_another_layout(tmp_path, unbroken, dispatches):
     with pytest.raises(Preempted, match="is saved"):
         run_toy(
             tmp_path,
@@ -103,7 +103,7 @@ def test_a_run_that_is_taken_away_goes_on_elsewhere(tmp_path, unbroken, dispatch
     assert rows(tmp_path) == unbroken[1]
 
 
-def test_a_checkpoint_of_eight_is_one_of_four_two_and_one(tmp_path, unbroken):
+def test_a_checkpoint_of_eight_devices_restores_on_fewer(tmp_path, unbroken):
     with pytest.raises(Preempted):
         run_toy(tmp_path, toy_stage(), parallel=FSDP, stop=StopAfter(6))
     for parallel, devices in ((None, 4), (FSDP, 2)):
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_eight_is_one_of_four_two_and_one(tmp_path, unbroken):
     assert found.digest == unbroken[0]
 
 
-def test_dispatches_are_a_function_of_the_step_and_miss_nothing_that_is_due(tmp_path):
+def test_dispatches_end_at_every_step_at_which_something_is_due(tmp_path):
     loop_config = LoopConfig(
         tmp_path,
         CheckpointConfig(every=7),
@@ -142,7 +142,7 @@ def test_dispatches_are_a_function_of_the_step_and_miss_nothing_that_is_due(tmp_
 
 
 @pytest.mark.parametrize("kind", [PmapLayout, FsdpLayout])
-def test_the_state_is_held_once(kind):
+def test_a_layout_holds_its_share_of_the_state_once(kind):
     layout, stage = kind(DEVICES[:4]), toy_stage()
     shapes = jax.eval_shape(stage.init)
     batch = layout_batch(layout, stage)
@@ -168,7 +168,7 @@ def layout_batch(layout, stage):
     return layout.split(batch)
 
 
-def test_leaves_are_cut_along_what_divides():
+def test_leaves_are_sharded_over_axes_that_divide():
     mesh = make_mesh(DEVICES)
     assert dict(mesh.shape) == {"rows": 4, "columns": 2}
     assert spec_of((3, 3, 64, 128), mesh) == PartitionSpec(None, None, None, AXES)
@@ -180,7 +180,7 @@ def test_leaves_are_cut_along_what_divides():
     assert spec_of((128,), mesh) == PartitionSpec()
 
 
-def test_the_mean_of_parts_is_that_of_the_whole():
+def test_the_mean_over_parts_is_the_mean_over_the_batch():
     batch = {"x": jnp.arange(24.0).reshape(12, 2), "n": jnp.arange(12)}
     whole = batch["x"].mean()
     for parts in (1, 2, 3, 4):
@@ -209,7 +209,7 @@ def numpy_digest(array):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "uint8", "float16"])
-def test_a_digest_is_its_formula_however_the_leaf_is_cut(dtype):
+def test_a_leaf_digest_does_not_depend_on_the_sharding(dtype):
     array = np.random.RandomState(0).randn(64, 128).astype(dtype)
     layout = FsdpLayout(DEVICES)
     (cut,) = leaf_digests(layout.place([array])).values()
@@ -217,7 +217,7 @@ def test_a_digest_is_its_formula_however_the_leaf_is_cut(dtype):
     assert cut.digest == whole.digest == numpy_digest(array)
 
 
-def test_a_digest_sees_a_flip_a_swap_and_a_sign_of_zero():
+def test_a_leaf_digest_changes_with_a_bit_an_order_and_a_sign_of_zero():
     array = np.random.RandomState(0).randn(999).astype(np.float32)
     (before,) = leaf_digests([array]).values()
     for bit in range(32):
@@ -234,7 +234,7 @@ def test_a_digest_sees_a_flip_a_swap_and_a_sign_of_zero():
 # What goes wrong.
 
 
-def test_steps_that_are_not_finite_are_skipped_as_often_as_is_allowed(tmp_path):
+def test_non_finite_steps_are_skipped_up_to_the_limit(tmp_path):
     stage = toy_stage(nan_at=(2, 5))
     with pytest.raises(RunError, match=r"diffusion step 6: loss = nan.*after 1 that"):
         run_toy(tmp_path, stage, max_skipped=1)
@@ -246,7 +246,7 @@ def test_steps_that_are_not_finite_are_skipped_as_often_as_is_allowed(tmp_path):
     assert told[0]["example_index"] == [list(range(16, 24))]
 
 
-def test_a_skipped_step_changes_nothing_but_its_number(tmp_path):
+def test_a_skipped_step_changes_only_the_step_count(tmp_path):
     def until(num_steps, nan_at):
         stage = toy_stage(num_steps=num_steps, nan_at=nan_at)
         return run_toy(tmp_path / f"{num_steps}{nan_at}", stage, max_skipped=1).ema
@@ -256,14 +256,14 @@ def test_a_skipped_step_changes_nothing_but_its_number(tmp_path):
     assert all(jax.tree.leaves(same))
 
 
-def test_a_skipped_step_does_not_move_the_rate_that_is_logged(tmp_path):
+def test_a_skipped_step_does_not_change_the_logged_learning_rate(tmp_path):
     stage = toy_stage(nan_at=(4,))._replace(learning_rate=float)
     run_toy(tmp_path, stage, max_skipped=1)
     rates = {step: rate for step, rate in logged(tmp_path, "learning_rate")}
     assert rates[4] == 3.0 and rates[12] == 10.0  # eleven updates: 0 to 10
 
 
-def test_a_save_asks_no_question_of_the_stop_signal(tmp_path, monkeypatch):
+def test_a_save_does_not_poll_the_stop_signal(tmp_path, monkeypatch):
     """Orbax would ask by steps the counter that all agree by on where to stop."""
 
     def asked(*args):
@@ -277,7 +277,7 @@ def test_a_save_asks_no_question_of_the_stop_signal(tmp_path, monkeypatch):
     store.close()
 
 
-def test_where_nothing_is_to_be_saved_a_run_stops_at_once():
+def test_at_once_raises_preempted_in_the_body():
     with stop_signal() as stop, pytest.raises(Preempted, match="nothing yet"):
         with stop.at_once("nothing yet"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -291,7 +291,7 @@ def test_where_nothing_is_to_be_saved_a_run_stops_at_once():
         assert stop.agreed()
 
 
-def test_a_checkpoint_of_another_model_is_named_and_left_alone(tmp_path):
+def test_a_checkpoint_of_another_model_is_an_input_error(tmp_path):
     store = CheckpointStore(tmp_path / "c", keep=2)
     store.save(1, {"w": jnp.zeros((4, 4))}, {})
     store.wait()
@@ -302,14 +302,16 @@ def test_a_checkpoint_of_another_model_is_named_and_left_alone(tmp_path):
     assert (tmp_path / "c" / "1").is_dir()
 
 
-def test_a_folder_of_checkpoints_that_is_a_file_is_named(tmp_path):
+def test_a_file_is_no_folder_of_checkpoints(tmp_path):
     (tmp_path / "c").write_text("")
     with pytest.raises(InputError, match="a file, wanted a folder"):
         CheckpointStore(tmp_path / "c", keep=2)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_save_that_fails_is_told_and_the_one_before_is_good(tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_and_keeps_the_checkpoint_before(
+    tmp_path, monkeypatch
+):
     store = CheckpointStore(tmp_path / "c", keep=2)
     store.save(1, {"w": jnp.ones(8)}, {})
     store.wait()
@@ -327,7 +329,7 @@ def test_a_save_that_fails_is_told_and_the_one_before_is_good(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("dispatch", [1, 4, 20])
-def test_a_profile_is_of_the_dispatches_that_hold_its_steps(dispatch, monkeypatch):
+def test_a_profile_covers_the_dispatches_of_its_steps(dispatch, monkeypatch):
     traced, tracing = [], []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: tracing.append(1))
     monkeypatch.setattr(jax.profiler, "stop_trace", tracing.clear)

@@ -40,7 +40,7 @@ RATE = 0.01
 
 
 def make_config(regularizer="kl", *, enabled=True, start_step=START, **fields):
-    """The tiny run with both players; a coarse rate makes the switch felt."""
+    """The tiny run with a discriminator, at a high learning rate."""
     config = get_config()
     optim = OptimConfig(lr=2e-3, b1=0.5, b2=0.9, clip_norm=0.0, ema_decay=0.9)
     rules = {
@@ -126,7 +126,7 @@ def distance(a, b):
     return float(optax.tree.norm(jax.tree.map(lambda x, y: x - y, a, b)))
 
 
-def told(metrics):
+def present(metrics):
     return {k: float(v) for k, v in metrics._asdict().items() if v is not None}
 
 
@@ -189,7 +189,7 @@ def plain_update(config):
         ("vq", {"commitment": "legacy", "loss": "vanilla", "weight": 2.0}),
     ],
 )
-def test_one_pass_back_is_the_gradient_of_the_whole_loss(regularizer, fields):
+def test_one_backward_pass_gives_the_gradient_of_the_whole_loss(regularizer, fields):
     config = make_config(regularizer, **fields)
     state, step = descend(config, 1.0)
     step = jax.jit(functools.partial(step, reduce=reduce_over_axis))
@@ -209,7 +209,7 @@ def test_one_pass_back_is_the_gradient_of_the_whole_loss(regularizer, fields):
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_before_the_start_the_adversary_neither_learns_nor_speaks(regularizer):
+def test_the_discriminator_is_inactive_before_its_start_step(regularizer):
     states, _ = run(make_config(regularizer), 1, 4, RATE)
     alone, _ = run(make_config(regularizer, enabled=False), 1, 4, RATE)
     assert alone[0].critic is None
@@ -224,7 +224,7 @@ def test_before_the_start_the_adversary_neither_learns_nor_speaks(regularizer):
     assert distance(states[START + 1].params, alone[START + 1].params) > 0.01 * length
 
 
-def test_without_synchronised_statistics_each_device_judges_its_own_part():
+def test_unsynchronised_batch_norm_has_statistics_of_each_device():
     config = make_config()
     adversary = dataclasses.replace(config.autoencoder.adversary, sync_batch_norm=False)
     first = dataclasses.replace(config.autoencoder, adversary=adversary)
@@ -236,10 +236,10 @@ def test_without_synchronised_statistics_each_device_judges_its_own_part():
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_every_number_stays_finite_through_the_switch(regularizer):
+def test_all_numbers_stay_finite_when_the_discriminator_starts(regularizer):
     config = make_config(regularizer, loss="vanilla")
     states, rows = run(config, 1, 10)
-    assert all(np.isfinite(value) for row in rows for value in told(row).values())
+    assert all(np.isfinite(value) for row in rows for value in present(row).values())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[-1]))
     assert [row.adversary_factor for row in rows] == [0.0] * START + [1.0] * 8
     # Not even Adam's counts had moved before.
@@ -257,7 +257,7 @@ def test_every_number_stays_finite_through_the_switch(regularizer):
         ("vq", True, {"codebook", "logits_real", "logits_fake"}, {"kl"}),
     ],
 )
-def test_a_run_tells_what_it_has_and_no_more(regularizer, enabled, present, absent):
+def test_metrics_that_do_not_apply_are_none(regularizer, enabled, present, absent):
     config = make_config(regularizer, enabled=enabled)
     stage = build(config)
     step = functools.partial(stage.step, reduce=reduce_over_axis)
@@ -268,7 +268,7 @@ def test_a_run_tells_what_it_has_and_no_more(regularizer, enabled, present, abse
     assert present <= set(names) and not absent & set(names)
 
 
-def test_the_factor_is_zero_then_rises_to_one():
+def test_the_adversary_factor_is_zero_then_rises_to_one():
     def factors(ramp_steps):
         return [
             float(adversary_factor(jnp.asarray(i), start_step=3, ramp_steps=ramp_steps))
@@ -279,7 +279,7 @@ def test_the_factor_is_zero_then_rises_to_one():
     assert factors(3) == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
 
 
-def test_the_adaptive_weight_is_a_ratio_of_lengths_within_bounds():
+def test_the_adaptive_weight_is_a_clipped_ratio_of_norms():
     ones = jnp.ones((3, 3, 2, 1))
     assert adaptive_weight(6.0 * ones, 2.0 * ones) == pytest.approx(3.0, rel=1e-4)
     assert adaptive_weight(ones, 0.0 * ones) == 1e4
@@ -288,7 +288,7 @@ def test_the_adaptive_weight_is_a_ratio_of_lengths_within_bounds():
     assert slope == 0.0
 
 
-def test_the_losses_of_the_adversary_equal_their_formulas():
+def test_hinge_and_vanilla_loss_equal_their_formulas():
     real = jnp.asarray([0.5, 2.0]).reshape(2, 1, 1)
     fake = jnp.asarray([-0.5, -3.0]).reshape(2, 1, 1)
     assert hinge_loss(real, fake) == pytest.approx(0.5 * (0.25 + 0.25))
@@ -297,7 +297,7 @@ def test_the_losses_of_the_adversary_equal_their_formulas():
     assert vanilla_loss(real, fake) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_the_adversary_learns_to_tell_real_from_made():
+def test_the_discriminator_learns_to_separate_blurred_images():
     config = make_config()
     adversary, optimizer = adversary_of(config), Optimizer(optax.adam(2e-3), 0.0)
     images = to_float(jnp.asarray(batches(1)[0].image))
@@ -306,20 +306,20 @@ def test_the_adversary_learns_to_tell_real_from_made():
 
     @jax.jit
     def learn(state):
-        game = gan_gradients(adversary, state.params, images, blurred, axis_name=None)
-        gradients = game.critic_gradients
+        found = gan_gradients(adversary, state.params, images, blurred, axis_name=None)
+        gradients = found.critic_gradients
         state = apply_gradients(state, gradients, optimizer)
-        return state, game
+        return state, found
 
     losses = []
     for _ in range(60):
-        state, game = learn(state)
-        losses.append(float(game.critic_loss))
+        state, found = learn(state)
+        losses.append(float(found.critic_loss))
     assert losses[-1] < 0.5 * losses[0]
-    assert game.logits_real > 0.5 > -0.5 > game.logits_fake
+    assert found.logits_real > 0.5 > -0.5 > found.logits_fake
 
 
-def test_a_clip_norm_of_zero_clips_nothing_and_keeps_the_shape_of_the_state():
+def test_a_clip_norm_of_zero_clips_nothing():
     params, gradients = {"w": jnp.zeros(3)}, {"w": jnp.full(3, 100.0)}
 
     def moment(clip_norm):
@@ -335,7 +335,7 @@ def test_a_clip_norm_of_zero_clips_nothing_and_keeps_the_shape_of_the_state():
     assert jax.tree.structure(free) == jax.tree.structure(bound)
 
 
-def test_an_adversary_that_needs_larger_images_is_refused():
+def test_a_discriminator_too_deep_for_the_images_is_an_input_error():
     config = make_config()
     adversary = dataclasses.replace(config.autoencoder.adversary, num_layers=3)
     first = dataclasses.replace(config.autoencoder, adversary=adversary)
@@ -343,7 +343,7 @@ def test_an_adversary_that_needs_larger_images_is_refused():
         build(dataclasses.replace(config, autoencoder=first))
 
 
-def test_the_state_of_both_players_survives_a_checkpoint(tmp_path):
+def test_a_checkpoint_restores_the_discriminator(tmp_path):
     stage, key = build(make_config()), root_key(0)
     state = stage.init()
     store = CheckpointStore(tmp_path, keep=1)
@@ -355,7 +355,7 @@ def test_the_state_of_both_players_survives_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_bfloat16_keeps_parameters_and_numbers_in_float32(regularizer):
+def test_bfloat16_keeps_parameters_and_metrics_in_float32(regularizer):
     stage = build(make_config(regularizer, dtype="bfloat16"))
     step = functools.partial(stage.step, reduce=reduce_over_axis)
     state = jax.eval_shape(stage.init)

@@ -35,7 +35,7 @@ KEPT = (0.05, 0.1)
 
 
 @pytest.mark.parametrize(("length", "power"), [(0.05, 16.97), (0.1, 6.94)])
-def test_a_length_is_the_deviation_of_its_profile(length, power):
+def test_a_relative_length_is_the_deviation_of_its_profile(length, power):
     found = power_of(length)
     assert found == pytest.approx(power, abs=5e-3)  # as the paper has them
     t = (np.arange(200_000) + 0.5) / 200_000
@@ -45,7 +45,7 @@ def test_a_length_is_the_deviation_of_its_profile(length, power):
 
 
 @pytest.mark.parametrize("length", [0.0, 0.3, -0.1])
-def test_no_average_has_such_a_length(length):
+def test_a_length_out_of_range_is_a_value_error(length):
     with pytest.raises(ValueError, match=r"wanted above 0, at most 0\.28"):
         power_of(length)
 
@@ -70,7 +70,7 @@ def averages_of(length, num_steps=600):
     return np.stack(found)
 
 
-def test_a_step_of_an_average_gives_the_weights_of_its_profile():
+def test_updates_of_an_average_give_its_profile():
     steps, power = np.arange(0, 601), power_of(0.07) + 1.0
     masses = np.diff((steps / 600) ** power)
     wanted = masses @ walk()
@@ -98,7 +98,7 @@ def made(folder, length, step=None, **fields):
 
 
 @pytest.mark.parametrize("length", [0.03, 0.05, 0.07, 0.1, 0.15, 0.2])
-def test_an_average_made_afterwards_is_the_one_tracked_on_the_way(kept, length):
+def test_a_post_hoc_average_is_the_one_tracked_in_training(kept, length):
     for step in (None, 375):
         found = made(kept, length, step)
         direct = averages_of(length)[(step or 600) - 1]
@@ -117,13 +117,13 @@ def test_an_average_made_afterwards_is_the_one_tracked_on_the_way(kept, length):
         assert other.max() > 10 * error.max()
 
 
-def test_weights_that_stand_still_are_left_as_they_are():
+def test_a_mixture_keeps_constant_parameters():
     profiles = [Profile(one, at) for at in (200, 400, 600) for one in KEPT]
     for length in (0.01, 0.04, 0.28):
         assert mixture(profiles, Profile(length, 600)).weights.sum() == pytest.approx(1)
 
 
-def test_long_training_is_told_in_cells():
+def test_a_mixture_of_a_million_steps_is_accurate():
     profiles = [
         Profile(one, at)
         for at in snapshot_steps(1_000_000, snapshots=16)
@@ -133,7 +133,7 @@ def test_long_training_is_told_in_cells():
     assert found.error < 0.005
 
 
-def test_what_cannot_be_made_is_refused(kept, tmp_path):
+def test_an_average_that_snapshots_cannot_give_is_an_input_error(kept, tmp_path):
     with pytest.raises(InputError, match=r"got 0\.005, but the nearest .* % off"):
         made(kept, 0.005)
     with pytest.raises(InputError, match=r"no averages of step 100 .* there: 38, 75"):
@@ -145,7 +145,7 @@ def test_what_cannot_be_made_is_refused(kept, tmp_path):
         made(kept, 0.07, lengths=(0.05, 0.2))
 
 
-def test_a_damaged_file_is_named(kept, tmp_path):
+def test_a_damaged_snapshot_is_named(kept, tmp_path):
     for path in kept.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     path = tmp_path / "000600.safetensors"
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_named(kept, tmp_path):
     assert made(tmp_path, 0.07).step == 562
 
 
-def test_an_update_moves_every_average():
+def test_an_update_follows_the_profile_of_every_average():
     optimizer = Optimizer(optax.sgd(1.0), ema_decay=0.9, average_lengths=KEPT)
     state = init_state({"w": jnp.asarray(0.0)}, optimizer)
     weights = []
@@ -203,7 +203,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_a_cut_run_ends_with_the_same_files_and_a_spread_one_with_the_same_averages(
+def test_snapshots_do_not_depend_on_interruptions_or_the_layout(
     tmp_path,
 ):
     one = jax.devices()[:1]
@@ -235,7 +235,7 @@ def test_snapshots_are_even_and_end_with_the_last_step():
 
 
 @pytest.mark.parametrize("lengths", [(0.0,), (0.29,), (0.1, 0.1)])
-def test_bad_lengths_are_refused(lengths):
+def test_lengths_out_of_range_are_input_errors(lengths):
     with pytest.raises(InputError, match=r"average_lengths: got .*wanted each above 0"):
         DiffusionConfig(average_lengths=lengths)
 

@@ -11,7 +11,7 @@ from tests.support.toys import run_toy, toy_stage
 SAVES = 3
 
 
-def test_two_processes_are_one_run_and_stop_together_when_one_is_told_to(tmp_path):
+def test_two_processes_are_one_run_and_stop_together(tmp_path):
     check_a_pair(tmp_path, "pmap")
 
 

@@ -1,7 +1,7 @@
 """A stage without networks, whose every number is exact in any order of summation.
 
-Its parameters drink every kind of draw, bit for bit: noise, times, dropped conditions
-and the pictures themselves. Two runs with the same digest have drawn the same.
+Its parameters depend on every bit of every random draw: noise, times, dropped
+conditions and the images. Equal digests mean equal draws.
 """
 
 import functools
@@ -32,7 +32,7 @@ SCHEDULE = make_schedule(
 BATCH = 8
 
 
-def drunk(bits):
+def bits_of(bits):
     """Twelve bits of every number, so that sums over a batch are exact."""
     return (jax.lax.bitcast_convert_type(bits, jnp.uint32) >> 11 & 0xFFF).astype("f4")
 
@@ -42,27 +42,27 @@ def toy_step(state, frozen, batch, root, *, reduce, nan_at=()):
         def keys(stream):
             return example_keys(root, stream, state.step, batch.example_index)
 
-        noise = drunk(normal(keys(Stream.NOISE), (2, 2, 2))).sum((1, 2, 3))
+        noise = bits_of(normal(keys(Stream.NOISE), (2, 2, 2))).sum((1, 2, 3))
         times = draw_levels(SCHEDULE, keys(Stream.TIMESTEP)).t.astype(jnp.float32)
-        dropped = drunk(uniform(keys(Stream.CONDITION_DROPOUT)))
+        dropped = bits_of(uniform(keys(Stream.CONDITION_DROPOUT)))
         pictures = batch.image.astype(jnp.float32).sum((1, 2, 3))
         rows = jnp.stack([noise, times, dropped, pictures]) / 2**16
-        told = rows.mean(axis=1)
+        means = rows.mean(axis=1)
         for bad in nan_at:
-            told = jnp.where(state.step == bad, jnp.nan, told)
-        gradient = jnp.concatenate([told, jnp.full(4, 0.5 * told.sum())])
+            means = jnp.where(state.step == bad, jnp.nan, means)
+        gradient = jnp.concatenate([means, jnp.full(4, 0.5 * means.sum())])
         of = functools.partial(jnp.broadcast_to, gradient)
         gradients = jax.tree.map(lambda w: of(w.shape), state.params)
-        return BatchGradients(gradients, (told, gradient))
+        return BatchGradients(gradients, (means, gradient))
 
     reduced = reduce(gradient_fn, state, frozen, batch, root)
-    told, gradient = reduced.means
+    means, gradient = reduced.means
     params = jax.tree.map(lambda w, g: w - g / 64, state.params, reduced.gradients)
     ema = jax.tree.map(lambda old, new: 0.5 * (old + new), state.ema, params)
     # Read, as an optimiser does: what a step does not read, it does not take over.
     last = jnp.where(state.step < 0, state.opt_state["last"], gradient)
     state = TrainState(state.step + 1, params, ema, {"last": last})
-    return state, DiffusionMetrics(told.sum(), told[0])
+    return state, DiffusionMetrics(means.sum(), means[0])
 
 
 def toy_state():

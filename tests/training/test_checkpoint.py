@@ -39,7 +39,7 @@ def reopened(store):
     return CheckpointStore(store.directory, keep=2)
 
 
-def test_a_checkpoint_comes_back_bit_for_bit_with_its_notes(store):
+def test_a_checkpoint_restores_bits_and_notes(store):
     digest = store.save(5, tree(0.1), {"data": {"next_index": 7}, "seconds": 1.5})
     found = reopened(store).restore(TARGET)
     assert found.step == 5
@@ -51,7 +51,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_notes(store):
     assert all(jax.tree.leaves(same))
 
 
-def test_only_the_newest_are_kept(store):
+def test_only_the_newest_checkpoints_are_kept(store):
     for step in (1, 2, 3):
         store.save(step, tree(step), {})
     store.close()
@@ -59,7 +59,7 @@ def test_only_the_newest_are_kept(store):
     assert {"2", "3"} <= names and "1" not in names
 
 
-def test_an_empty_folder_has_nothing_to_restore(store):
+def test_an_empty_folder_restores_none(store):
     assert store.restore(TARGET) is None
 
 
@@ -68,7 +68,7 @@ PARTS = {"critic": CriticState(tree(3.0), ()), "averages": (tree(4.0), tree(5.0)
 
 
 @pytest.mark.parametrize("parts", [(), ("critic",), ("averages",)])
-def test_a_state_without_optional_parts_is_saved_as_if_they_did_not_exist(store, parts):
+def test_absent_parts_of_a_state_leave_no_trace_in_a_checkpoint(store, parts):
     fields = {**FIELDS, **{name: PARTS[name] for name in parts}}
     # Earlier versions had one class for each set of parts.
     earlier = collections.namedtuple("Earlier", fields)(**fields)
@@ -93,13 +93,13 @@ def test_a_state_without_optional_parts_is_saved_as_if_they_did_not_exist(store,
 
 
 @pytest.mark.parametrize("leaf", ["w", "step", "key"])
-def test_the_digest_sees_every_leaf(leaf):
+def test_the_digest_depends_on_every_leaf(leaf):
     changed = tree()
     changed[leaf] = changed[leaf].at[-1].add(1) if leaf != "step" else changed[leaf] + 1
     assert tree_digest(changed) != tree_digest(tree())
 
 
-def test_the_digest_sees_shape_dtype_and_name():
+def test_the_digest_depends_on_shape_dtype_and_path():
     array = jnp.zeros((2, 3))
     digests = {
         tree_digest({"a": array}),
@@ -118,7 +118,7 @@ def flip_a_bit(directory):
     path.write_bytes(bytes(content))
 
 
-def test_a_flipped_bit_is_found_and_the_step_before_is_used(store):
+def test_restoring_skips_a_checkpoint_with_a_flipped_bit(store):
     store.save(1, tree(0.37), {})
     store.save(2, tree(0.73), {})
     store.close()
@@ -132,7 +132,7 @@ def test_a_flipped_bit_is_found_and_the_step_before_is_used(store):
 # Orbax closes its event loop when a read fails; tensorstore's other reads of the torn
 # step may end after that and then find it closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_torn_step_is_passed_over(store):
+def test_restoring_skips_a_truncated_checkpoint(store):
     store.save(1, tree(), {})
     store.save(2, tree(), {})
     store.close()
@@ -142,7 +142,7 @@ def test_a_torn_step_is_passed_over(store):
     assert reopened(store).restore(TARGET).step == 1
 
 
-def test_training_does_not_start_over_silently_when_nothing_is_intact(store):
+def test_restoring_raises_if_no_checkpoint_is_intact(store):
     store.save(1, tree(0.37), {})
     store.close()
     flip_a_bit(store.directory / "1")
@@ -150,7 +150,7 @@ def test_training_does_not_start_over_silently_when_nothing_is_intact(store):
         reopened(store).restore(TARGET)
 
 
-def test_a_state_that_is_not_finite_is_never_written(store):
+def test_a_non_finite_state_is_not_saved(store):
     store.save(1, tree(), {})
     bad = tree()
     bad["w"] = bad["w"].at[7].set(jnp.nan)
@@ -159,13 +159,13 @@ def test_a_state_that_is_not_finite_is_never_written(store):
     assert reopened(store).restore(TARGET).step == 1
 
 
-def test_notes_are_json(store):
+def test_notes_are_restored_as_json(store):
     store.save(1, tree(), {"config": {"seed": 0}})
     found = reopened(store).restore(TARGET)
     assert json.loads(json.dumps(found.notes))["config"] == {"seed": 0}
 
 
-def test_reading_only_moves_nothing(store):
+def test_a_read_only_store_moves_no_damaged_checkpoint(store):
     store.save(1, tree(0.37), {})
     store.save(2, tree(0.73), {})
     store.close()

@@ -112,7 +112,7 @@ def test_the_state_is_donated():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-def test_the_step_under_pmap_is_the_step_without_it():
+def test_pmap_of_one_device_equals_the_plain_step():
     built = stage("diffusion")
     layout = PmapLayout(jax.devices()[:1])
     batch = jax.tree.map(jnp.asarray, batches(1, layout)[0])
@@ -125,12 +125,12 @@ def test_the_step_under_pmap_is_the_step_without_it():
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
-def test_the_same_training_twice_is_bitwise_the_same(name):
+def test_training_twice_gives_equal_bits(name):
     (a, _), (b, _) = run(name, 2, 3), run(name, 2, 3)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
-def test_the_first_stage_is_not_changed_by_the_second():
+def test_the_diffusion_stage_does_not_change_the_first_stage():
     before = jax.device_get(first_stage().autoencoder)
     run("diffusion", 1, 3)
     after = jax.device_get(first_stage().autoencoder)
@@ -142,7 +142,7 @@ def with_diffusion(**fields):
     return dataclasses.replace(CONFIG, diffusion=diffusion)
 
 
-def test_condition_dropout_trains_the_null_class_and_only_as_often_as_asked():
+def test_condition_dropout_is_the_probability_of_training_the_null_class():
     def used(probability):
         state, _ = run("diffusion", 1, 4, with_diffusion(condition_dropout=probability))
         start = stage("diffusion").init().params.unet
@@ -167,7 +167,7 @@ def plain_step(config):
     return step, built, batch
 
 
-def test_the_step_takes_the_times_of_a_flow_and_every_weight():
+def test_the_diffusion_step_trains_a_flow_with_a_weight():
     flow = {"schedule": "flow", "prediction": "flow", "loss_weight": "p2"}
     step, built, batch = plain_step(with_diffusion(**SMALL, **flow))
     state = jax.eval_shape(built.init)
@@ -176,7 +176,7 @@ def test_the_step_takes_the_times_of_a_flow_and_every_weight():
     assert metrics.loss.shape == ()
 
 
-def test_a_step_on_continuous_levels_scores_what_its_config_says_and_trains():
+def test_the_diffusion_step_on_continuous_levels_has_the_loss_of_its_config():
     config = with_diffusion(
         **SMALL,
         schedule="edm",
@@ -225,7 +225,7 @@ LEVELS = [
 
 
 @pytest.mark.parametrize(("schedule", "zero_terminal_snr"), LEVELS)
-def test_a_step_downhill_lowers_every_objective(schedule, zero_terminal_snr):
+def test_a_gradient_step_lowers_every_objective(schedule, zero_terminal_snr):
     first, *others = get_args(PredictionName)
     assert first == "eps"
     pure = schedule == "flow" or zero_terminal_snr
@@ -259,7 +259,7 @@ def test_a_step_downhill_lowers_every_objective(schedule, zero_terminal_snr):
             assert loss(start - 0.01 * slope / length) < before
 
 
-def test_training_learns_to_reconstruct():
+def test_training_lowers_the_reconstruction_error():
     optim = OptimConfig(lr=3e-3, ema_decay=0.9)
     first = dataclasses.replace(CONFIG.autoencoder, steps=60, optim=optim)
     config = dataclasses.replace(CONFIG, autoencoder=first)
@@ -273,7 +273,7 @@ def test_training_learns_to_reconstruct():
     )
 
 
-def test_the_latent_scale_makes_latents_of_unit_deviation():
+def test_the_latent_scale_gives_latents_unit_standard_deviation():
     params = init_autoencoder(NETWORKS, root_key(CONFIG.seed))
     one, four = (PmapLayout(jax.devices()[:num]) for num in (1, 4))
 
@@ -311,7 +311,7 @@ def test_the_learning_rate_warms_up_holds_and_decays():
     assert rates[15:] == pytest.approx([2 * k / 6 for k in (5, 4, 3, 2, 1)])
 
 
-def test_the_average_of_the_weights_follows_its_formula():
+def test_the_ema_follows_its_formula():
     optimizer = Optimizer(optax.sgd(1.0), ema_decay=0.75)
     state = init_state({"w": jnp.asarray(0.0)}, optimizer)
     average, weight = 0.0, 0.0
@@ -341,7 +341,7 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     assert second_moment(1e8) == pytest.approx(0.5**2 / 3)
 
 
-def test_muon_makes_the_updates_of_matrices_orthogonal_and_leaves_the_rest_to_adam():
+def test_muon_orthogonalises_updates_of_matrices_alone():
     config = OptimConfig(algorithm="muon", lr=0.1, clip_norm=0.0)
     optimizer = make_optimizer(config, num_steps=10)
     random = np.random.default_rng(0)
@@ -380,7 +380,7 @@ def matrices_of_few_shapes():
     return jax.tree.map(jnp.float32, {**tree, "vector": random.normal(size=3)})
 
 
-def test_muon_of_stacked_matrices_is_optax_muon_and_has_its_state():
+def test_stacked_muon_equals_optax_muon():
     numbers = {"weight_decay": 0.01, "b1": 0.8, "b2": 0.99}
     config = OptimConfig(algorithm="muon", lr=0.1, clip_norm=0.0, **numbers)
     ours = make_transformation(config, num_steps=10)
@@ -410,7 +410,7 @@ def test_muon_of_stacked_matrices_is_optax_muon_and_has_its_state():
                 np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
 
 
-def test_muon_leaves_tables_of_embeddings_to_adam_when_told_to():
+def test_muon_embeddings_false_gives_embedding_tables_to_adam():
     params = matrices_of_few_shapes()
     moves = {}
     for told in (True, False):
@@ -429,7 +429,7 @@ def test_muon_leaves_tables_of_embeddings_to_adam_when_told_to():
     np.testing.assert_allclose(np.abs(table), length, rtol=1e-3)
 
 
-def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_path):
+def test_a_non_finite_loss_names_its_step_and_keeps_the_checkpoint(tmp_path):
     built = stage("autoencoder")
 
     def poisoned(state, *args, **kwargs):
@@ -456,7 +456,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_p
     store.close()
 
 
-def test_a_batch_that_does_not_divide_by_the_devices_is_refused():
+def test_a_batch_size_must_divide_by_the_devices():
     layout = PmapLayout(jax.devices()[:3])
     layout.check_batch_size(9, "diffusion.batch_size")
     with pytest.raises(InputError) as caught:
