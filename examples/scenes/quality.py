@@ -235,7 +235,7 @@ def main() -> int:
         "--guidance-interval",
         type=float,
         nargs=2,
-        default=EVERYWHERE,
+        default=(0.0, float("inf")),
         metavar=("LOW", "HIGH"),
         help="of sigma / alpha, as of ldm sample",
     )

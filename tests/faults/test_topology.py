@@ -10,7 +10,7 @@ import pytest
 from ldm_jax.config import ParallelConfig
 from ldm_jax.parallel.make_layout import FsdpLayout, PmapLayout, make_layout
 from ldm_jax.rng import root_key
-from tests.proofs.test_adversary import RATE, distance, make_config, run, present
+from tests.proofs.test_adversary import RATE, distance, make_config, present, run
 from tests.training.test_conditions import batch_of, moved, stage_of, train
 from tests.training.test_training import CONFIG, batches, stage
 

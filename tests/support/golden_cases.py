@@ -20,7 +20,12 @@ import numpy as np
 from ldm_jax import config as config_lib
 from ldm_jax.build import build_model
 from ldm_jax.config import Config
-from ldm_jax.latent_diffusion import init_autoencoder, init_conditioner, init_unet
+from ldm_jax.latent_diffusion import (
+    init_autoencoder,
+    init_conditioner,
+    init_unet,
+    param_shapes,
+)
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.conditioning import Condition, ConditionInputs
 from ldm_jax.pretrained import compvis_names, diffusers_names
@@ -112,8 +117,7 @@ def _put(tree: dict[str, Any], fields: Mapping[str, Any]) -> None:
 @functools.cache
 def tree_shapes(config: Config, kind: str) -> PyTree:
     """Return the shapes of the parameters of a network."""
-    model = build_model(config)
-    return jax.eval_shape(lambda: INIT[kind](config, model))
+    return param_shapes(INIT[kind], build_model(config))
 
 
 def stored_table(config: Config, kind: str, format_: Format) -> Table:
