@@ -11,6 +11,7 @@ from ldm_jax.images import read_png, to_uint8
 from tests.support.commands import (
     LDM,
     ROOT,
+    TIMEOUT,
     error_line,
     ldm,
     refusal,
@@ -205,7 +206,7 @@ def test_two_trainings_in_one_workdir_are_refused(tmp_path):
     args = ["--config", "tests/support/tiny.py", "--workdir", tmp_path / "run"]
     first = start(*LDM, "train", *args)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT
         while not (tmp_path / "run/config.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
