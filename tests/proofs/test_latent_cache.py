@@ -29,7 +29,12 @@ from ldm_jax.data.latent_cache import (
 from ldm_jax.data.pipeline import LatentBatch, to_batch
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.parallel.reduce import reduce_over_axis
-from ldm_jax.pretrained.frozen import load_frozen, open_encoders, save_frozen
+from ldm_jax.pretrained.frozen import (
+    PretrainedWeights,
+    load_frozen,
+    open_encoders,
+    save_frozen,
+)
 from ldm_jax.rng import root_key
 from ldm_jax.training import encode_latents as making
 from ldm_jax.training import latent_cache as reading
