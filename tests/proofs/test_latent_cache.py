@@ -483,7 +483,7 @@ def test_what_needs_the_images_reads_no_latents(kind, data, message):
 def test_a_first_stage_alone_reads_no_latents():
     config = dataclasses.replace(config_of("label"), stages=("autoencoder",))
     data = dataclasses.replace(config.data, latents="somewhere")
-    with pytest.raises(InputError, match=r"stage 1 alone.*learns from images"):
+    with pytest.raises(InputError, match=r"stage 1 alone.*trains on images"):
         dataclasses.replace(config, data=data)
 
 
