@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from ldm_jax.models.kernels.convolution import convolve
-from ldm_jax.models.kernels.upsample import convolve_doubled
+from ldm_jax.models.kernels.upsample import convolve_upsampled
 from ldm_jax.types import Dtype
 
 AUTOENCODER_EPSILON = 1e-6
@@ -271,7 +271,7 @@ class Upsample(nn.Module):
         channels = x.shape[-1]
         weights = Weights(channels, use_bias=True, zero_init=False, name="conv")
         kernel, bias = weights(channels, window=(3, 3))
-        y = convolve_doubled(x.astype(self.dtype), kernel)
+        y = convolve_upsampled(x.astype(self.dtype), kernel)
         return y + jnp.asarray(bias).astype(self.dtype)[None, None, None, :]
 
 

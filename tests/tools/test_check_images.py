@@ -107,12 +107,12 @@ def test_a_picture_on_both_sides_is_told(whole, tmp_path, capsys):
     Image.new("L", (SIDE, SIDE)).save(root / "train" / "class 0" / "new.png")
     code, out, _ = report(capsys, root, "--out", tmp_path / "sheet.png")
     assert code == 0
-    assert "of these, both trained on and held out: 4" in out
+    assert "of these, in both splits: 4" in out
     assert "test/class 0/0.png = train/class 0/0.png" in out
     _, out, _ = report(
         capsys, root, "--out", tmp_path / "sheet.png", "--test-split", "train"
     )
-    assert "both trained on" not in out
+    assert "in both splits" not in out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""Convolutions of maps whose pixels are first repeated twice in both directions."""
+"""Nearest-neighbour up-sampling followed by a 3x3 convolution, with fewer products."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,45 +9,37 @@ from jaxtyping import Array, Float
 from ldm_jax.models.kernels.convolution import (
     FEW_IMAGES,
     NUMBERS,
-    NUMBERS_OF_ROWS,
-    WIDE,
     convolve,
-    shifted_rows,
 )
 
 MANY_PIXELS = 64
-"""With fewer in a batch, four convolutions on a CPU take longer than a larger one."""
+"""With fewer pixels in a batch, four convolutions on a CPU are slower than one."""
 
 
-def convolve_doubled(
+def convolve_upsampled(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c e"]
 ) -> Float[Array, "b h2 w2 e"]:
-    """Repeat every pixel of a map twice in both directions, and convolve.
+    """Double both sides of a map by nearest neighbours, and convolve it.
 
-    Of the nine pixels under the window four are different, so that nine products are
-    four of sums of the kernel's weights: 4/9 of the arithmetic, on CPUs and TPUs.
+    A 3x3 window covers four different pixels of the map, so that sums of the kernel's
+    weights reduce nine products to four; used on CPUs and TPUs.
 
     Args:
-      x: The map.
-      kernel: The kernel, float32; cast to the dtype of the map, after any sums.
-
-    Returns:
-      The map doubled and convolved, its edges padded with zeros.
+      x: The map; its edges are padded with zeros after up-sampling.
+      kernel: Float32 kernel; cast to the map's dtype after the sums.
     """
     b, h, w, _ = x.shape
     ways: dict[str, Any] = {}
     if b >= FEW_IMAGES:
         ways["tpu"] = with_gaps
-    elif 2 * w >= WIDE:
-        ways["tpu"] = by_rows_with_gaps
     if b * h * w >= MANY_PIXELS:
         ways["cpu"] = in_four_phases
     if not ways:
-        return _doubled_plainly(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, default=_doubled_plainly, **ways)
+        return _upsampled_plainly(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, default=_upsampled_plainly, **ways)
 
 
-def _doubled_plainly(x: Array, kernel: Array) -> Array:
+def _upsampled_plainly(x: Array, kernel: Array) -> Array:
     return convolve(
         x.repeat(2, axis=1).repeat(2, axis=2),
         kernel.astype(x.dtype),
@@ -61,14 +52,10 @@ def _doubled_plainly(x: Array, kernel: Array) -> Array:
 def in_four_phases(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c e"]
 ) -> Float[Array, "b h2 w2 e"]:
-    """Make pixels of even and odd rows and columns one after the other.
+    """Compute even and odd rows and columns of the result by four 2x2 convolutions.
 
-    A window over an even row sees the row before once and its own twice; over an odd
-    row its own twice and the one after once.
-
-    Args:
-      x: The map.
-      kernel: The kernel, float32.
+    The window of an even row covers the row above once and its own twice; that of an
+    odd row covers its own twice and the row below once.
     """
     b, h, w, _ = x.shape
     rows = [
@@ -101,13 +88,9 @@ def _even_and_odd(kernel: Array, *, axis: int) -> tuple[Array, Array]:
 def with_gaps(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c e"]
 ) -> Float[Array, "b h2 w2 e"]:
-    """Put zeros between the pixels and convolve with a window of 4 x 4.
+    """Convolve the map, dilated by zeros, with a 4x4 kernel.
 
-    Wherever it stands, four of its sixteen weights meet a pixel: those of the phase.
-
-    Args:
-      x: The map.
-      kernel: The kernel, float32.
+    At every place, four of the sixteen weights meet a pixel that is not a zero.
     """
     return jax.lax.conv_general_dilated(
         x,
@@ -125,94 +108,3 @@ def _four_by_four(kernel: Float[Array, "3 3 c e"]) -> Float[Array, "4 4 c e"]:
         weights = [first, first + middle, middle + last, last]
         kernel = jnp.concatenate(weights, axis)
     return kernel
-
-
-EVEN_AND_ODD = (((0, 0), (1, 2)), ((1, 1), (2, 3)))
-"""Which rows an even and an odd row of a doubled map see (the one above, itself, the
-one below), each through which row of a 4x4 window."""
-
-
-def by_rows_with_gaps(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c e"]
-) -> Float[Array, "b h2 w2 e"]:
-    """Double rows one by one, as the images of a large batch, with gaps between pixels.
-
-    Args:
-      x: The map.
-      kernel: The kernel, float32.
-
-    Returns:
-      The map doubled and convolved; summed in float32.
-    """
-    return _doubled_rows(x, _four_by_four(kernel).astype(x.dtype))
-
-
-@jax.custom_vjp
-def _doubled_rows(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "4 4 c e"]
-) -> Float[Array, "b h2 w2 e"]:
-    b, h, w, _ = x.shape
-    rows = shifted_rows(x)
-    phases = [
-        sum(
-            _double_rows(rows[i], kernel[j], preferred_element_type=jnp.float32)
-            for i, j in seen
-        )
-        for seen in EVEN_AND_ODD
-    ]
-    apart = [jnp.reshape(one, (b, h, 2 * w, -1)).astype(x.dtype) for one in phases]
-    return jnp.stack(apart, axis=2).reshape(b, 2 * h, 2 * w, -1)
-
-
-def _doubled_rows_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _doubled_rows(x, kernel), (x, kernel)
-
-
-def _doubled_rows_backward(
-    kept: tuple[Array, Array], slope: Array
-) -> tuple[Array, Array]:
-    x, kernel = kept
-    rows = shifted_rows(x)
-    apart = slope.reshape(*x.shape[:2], 2, *slope.shape[2:])
-    total: Any = 0.0
-    of_kernel: dict[int, Array] = {}
-    for phase, seen in enumerate(EVEN_AND_ODD):
-        slopes = shifted_rows(apart[:, :, phase])
-        for i, j in seen:
-            # The row that sees the one above it is seen by that one as the one below.
-            total += _halve_rows(slopes[2 - i], kernel[j])
-            double = functools.partial(_double_rows, rows[i])
-            (of_kernel[j],) = jax.linear_transpose(double, kernel[j])(slopes[1])
-    of_x = jnp.reshape(total, x.shape).astype(x.dtype)
-    return of_x, jnp.stack([of_kernel[j] for j in range(4)])
-
-
-_doubled_rows.defvjp(_doubled_rows_forward, _doubled_rows_backward)
-
-
-def _double_rows(
-    rows: Float[Array, "n w c"], kernel: Float[Array, "4 c e"], **kwargs: Any
-) -> Float[Array, "n w2 e"]:
-    return jax.lax.conv_general_dilated(
-        rows,
-        kernel,
-        (1,),
-        ((2, 2),),
-        lhs_dilation=(2,),
-        dimension_numbers=NUMBERS_OF_ROWS,
-        **kwargs,
-    )
-
-
-def _halve_rows(
-    rows: Float[Array, "n w2 e"], kernel: Float[Array, "4 c e"]
-) -> Float[Array, "n w c"]:
-    """Transpose `_double_rows` with respect to its rows; in float32."""
-    return jax.lax.conv_general_dilated(
-        rows,
-        jnp.swapaxes(kernel[::-1], 1, 2),
-        (2,),
-        ((1, 1),),
-        dimension_numbers=NUMBERS_OF_ROWS,
-        preferred_element_type=jnp.float32,
-    )

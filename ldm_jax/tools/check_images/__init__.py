@@ -1,1 +1,1 @@
-"""A folder of images, checked before it is trained on."""
+"""Check of a folder of images before training."""

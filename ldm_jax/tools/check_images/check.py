@@ -1,4 +1,4 @@
-"""A folder of images checked, its contact sheet drawn, the findings in words."""
+"""Check of a folder of images: a report and a contact sheet."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -8,8 +8,8 @@ from ldm_jax.images import write_png
 from ldm_jax.tools.check_images.contact_sheet import choose, draw_sheet
 from ldm_jax.tools.check_images.survey import survey, to_tree
 
-NAMED = 10
-"""How many files of a kind are named; `--json` names all."""
+NUM_NAMED = 10
+"""Files of each kind that the text report names; JSON names all."""
 MAX_CLASSES = 40
 
 
@@ -24,14 +24,14 @@ def check_images(
     """Decode every image of a folder, and draw a contact sheet.
 
     Args:
-      folder: Where the images are.
-      out: PNG of the contact sheet; not written where no image can be read.
-      image_size: Name images smaller than so many pixels.
-      train_split: Split trained on.
-      test_split: Split held out; None for test, where there is one.
+      folder: Folder of the images.
+      out: PNG of the contact sheet; not written if no image can be read.
+      image_size: Side in pixels below which an image is listed as small.
+      train_split: Training split.
+      test_split: Held-out split; None for `test`, if there is one.
 
     Returns:
-      What `to_tree` makes of a survey, and the path of the `contact_sheet`.
+      The result of `to_tree`, and the path of the `contact_sheet`.
 
     Raises:
       InputError: If it is no folder of images.
@@ -40,7 +40,7 @@ def check_images(
     found = survey(folder, train_split=train_split, test_split=test_split)
     tree = to_tree(found, image_size=image_size)
     tree["contact_sheet"] = None
-    if chosen := choose(tuple(found.facts)):
+    if chosen := choose(tuple(found.images)):
         labels = {name: found.listing.class_of(name) or name for name in chosen}
         labels |= {name: text for name, text in found.captions.by_image.items() if text}
         title = f"{len(chosen)} of {len(found.listing.images)} images in {folder}"
@@ -50,11 +50,7 @@ def check_images(
 
 
 def in_words(tree: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of a report.
-
-    Args:
-      tree: What `to_tree` makes of a survey, and `contact_sheet`.
-    """
+    """Yield the lines of the text report of `check_images`."""
     splits: dict[str, int] = tree["splits"]
     parts = ", ".join(f"{split} {number:,}" for split, number in splits.items())
     yield f"{tree['folder']}: {tree['num_images']:,} images ({parts})"
@@ -74,7 +70,7 @@ def in_words(tree: dict[str, Any]) -> Iterator[str]:
     if tree["other_files"]:
         yield f"others    {_counts(tree['other_files'])}"
     yield ""
-    yield from _odd(tree)
+    yield from _problems(tree)
     if tree["contact_sheet"]:
         yield f"contact sheet: {tree['contact_sheet']}"
 
@@ -103,20 +99,20 @@ def _sizes(tree: dict[str, Any]) -> Iterator[str]:
             yield f"{side:<10}" + "".join(f"{tree[side][name]:>8,}" for name in names)
 
 
-def _odd(tree: dict[str, Any]) -> Iterator[str]:
-    """Yield what a user may want to mend, or that there is nothing."""
+def _problems(tree: dict[str, Any]) -> Iterator[str]:
+    """Yield what a user may want to correct."""
     equal = [" = ".join(group) for group in tree["duplicates"]]
     leaks = [" = ".join(group) for group in tree["in_both_splits"]]
     broken = [f"{name}: {reason}" for name, reason in tree["broken"].items()]
     small = tree["smaller"] or {"than": 0, "files": []}
     lists: dict[str, Sequence[str]] = {
         "broken": broken,
-        "in none of the classes": tree["without_class"],
+        "in no class": tree["without_class"],
         "without a caption": tree["without_caption"],
         "captions without an image": tree["captions_without_image"],
         f"smaller than {small['than']} pixels": small["files"],
-        "the same picture more than once": equal,
-        "of these, both trained on and held out": leaks,
+        "the same image more than once": equal,
+        "of these, in both splits": leaks,
     }
     found = False
     for what, lines in lists.items():
@@ -125,14 +121,14 @@ def _odd(tree: dict[str, Any]) -> Iterator[str]:
             yield f"{what}: {len(lines):,}"
             yield from _some(lines)
     if not found:
-        yield "nothing is broken, twice there or without its caption"
+        yield "no image is broken, duplicated or without its caption"
 
 
 def _some(lines: Iterable[str]) -> Iterator[str]:
     lines = list(lines)
-    yield from (f"  {line}" for line in lines[:NAMED])
-    if len(lines) > NAMED:
-        yield f"  and {len(lines) - NAMED:,} more (--json names all)"
+    yield from (f"  {line}" for line in lines[:NUM_NAMED])
+    if len(lines) > NUM_NAMED:
+        yield f"  and {len(lines) - NUM_NAMED:,} more (--json names all)"
 
 
 def _counts(number_by_word: dict[str, int]) -> str:

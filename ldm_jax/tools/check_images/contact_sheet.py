@@ -1,7 +1,7 @@
-"""A contact sheet: some images of a folder on one page, each with what it shows.
+"""A contact sheet: images of a folder on one page, each with its label.
 
-Whole images, what lies outside of the square in their middle dimmed: training cuts that
-square, unless it may cut anywhere.
+Images are whole, and dimmed outside of their middle square, which training crops by
+default.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ LABEL_LINES = 2
 PAPER, FRAME = (250, 250, 248), (225, 225, 225)
 INK, PALE_INK = (40, 40, 40), (130, 130, 130)
 DIMMED = 0.35
-"""How much of what is cut off shows."""
+"""Opacity outside of the square."""
 
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def choose(names: Sequence[str], num: int = COLUMNS * ROWS) -> list[str]:
-    """Choose images spread evenly over a list: all of them if there are no more."""
+    """Choose at most `num` images, evenly spread over a list."""
     if len(names) <= num:
         return list(names)
     return [names[int(place)] for place in np.linspace(0, len(names) - 1, num).round()]
@@ -41,13 +41,10 @@ def draw_sheet(
     """Draw a contact sheet.
 
     Args:
-      root: The folder.
-      names: Of the images, which can be read.
-      title: Stands above.
-      labels: What stands below each, on two lines; the rest is cut.
-
-    Returns:
-      The page.
+      root: Folder of the images.
+      names: Readable images.
+      title: Heading.
+      labels: Text below each image, cut after two lines.
     """
     columns = max(1, min(COLUMNS, len(names)))
     rows = -(-len(names) // columns)
@@ -56,7 +53,7 @@ def draw_sheet(
     size = (2 * MARGIN + columns * cell_w - GAP, head + rows * cell_h - GAP + MARGIN)
     page = Image.new("RGB", size, PAPER)
     font = ImageFont.load_default(FONT_SIZE)
-    heading = _fitted(_caption(title), font, size[0] - 2 * MARGIN)
+    heading = _fitted(_drawable(title), font, size[0] - 2 * MARGIN)
     ImageDraw.Draw(page).text((MARGIN, MARGIN), heading, INK, font)
     for i, name in enumerate(names):
         left = MARGIN + i % columns * cell_w
@@ -86,7 +83,7 @@ def _draw_cell(
 
 
 def _thumbnail(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:
-    """Shrink an image to a tile, or enlarge it by whole pixels; dim what is cut off."""
+    """Resize an image to a tile, by whole pixels if enlarged; dim it off the square."""
     grey = image.shape[-1] == 1
     picture = Image.fromarray(image[..., 0] if grey else image).convert("RGB")
     scale = TILE / max(picture.size)
@@ -106,9 +103,9 @@ def _thumbnail(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:
 
 
 def _wrapped(text: str, font: Font) -> list[str]:
-    """Break a text into lines as wide as a tile; the last one is cut to fit."""
+    """Break a text into lines of a tile's width; the last one is cut to fit."""
     lines = [""]
-    for word in _caption(text).split():
+    for word in _drawable(text).split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= TILE or len(lines) == LABEL_LINES:
             lines[-1] = longer
@@ -118,7 +115,7 @@ def _wrapped(text: str, font: Font) -> list[str]:
 
 
 def _fitted(text: str, font: Font, width: int) -> str:
-    """Return what of a text fits on a line, with dots where it was cut."""
+    """Cut a text to a width, with dots at its end."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:
@@ -126,6 +123,6 @@ def _fitted(text: str, font: Font, width: int) -> str:
     return f"{text.rstrip()}..."
 
 
-def _caption(text: str) -> str:
-    """Return a text without the bytes that a file's name may have and no font has."""
+def _drawable(text: str) -> str:
+    """Replace bytes of a file name that are not text, which no font has."""
     return text.encode("utf-8", "replace").decode()

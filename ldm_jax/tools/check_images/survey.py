@@ -1,4 +1,4 @@
-"""What is in a folder of images: every file decoded, counted and compared."""
+"""Survey of a folder of images: every file decoded, counted and compared."""
 
 import collections
 import hashlib
@@ -17,51 +17,40 @@ from ldm_jax.data.image_files import (
 )
 
 
-class Facts(NamedTuple):
-    """What is known of an image that was decoded."""
+class DecodedImage(NamedTuple):
+    """Properties of a decoded image."""
 
     height: int
-    """In pixels, upright."""
+    """Height in pixels, upright."""
     width: int
-    """Likewise."""
+    """Width in pixels, upright."""
     mode: str
-    """Pillow's name for its channels, as stored."""
+    """Pillow's name of the stored channels."""
     format: str
-    """Of the file, by its content."""
+    """Pillow's name of the file format."""
     digest: bytes
-    """Of its pixels as they are read."""
-
-
-class Spread(NamedTuple):
-    """The range of a number."""
-
-    least: int
-    """Of all."""
-    median: int
-    """The one in the middle."""
-    most: int
-    """Of all."""
+    """Digest of the decoded pixels."""
 
 
 class Survey(NamedTuple):
-    """What a folder holds."""
+    """Content of a folder."""
 
     listing: Listing
-    """The folder."""
+    """Files of the folder."""
     splits: dict[str, tuple[str, ...]]
-    """The names of the images of the split trained on and of the one held out."""
-    facts: dict[str, Facts]
-    """Of each image that can be read."""
+    """Images of the training split and of the held-out split."""
+    images: dict[str, DecodedImage]
+    """Readable images."""
     broken: dict[str, str]
-    """Why the others cannot."""
+    """Reasons of the unreadable images."""
     captions: Captions
-    """What captions there are."""
+    """Captions of the folder."""
     duplicates: tuple[tuple[str, ...], ...]
-    """Names of images with the same pixels, two or more together."""
+    """Groups of images with equal pixels."""
 
     @property
     def leaks(self) -> tuple[tuple[str, ...], ...]:
-        """Duplicates that are both trained on and held out."""
+        """Duplicates that are in both splits."""
         sides = [set(names) for names in self.splits.values()]
         return tuple(
             group
@@ -71,7 +60,7 @@ class Survey(NamedTuple):
 
     @property
     def uncaptioned(self) -> tuple[str, ...]:
-        """Images without a caption, in a folder that has some."""
+        """Images without a caption, in a folder with captions."""
         by_image = self.captions.by_image
         if not by_image:
             return ()
@@ -79,7 +68,7 @@ class Survey(NamedTuple):
 
     @property
     def classless(self) -> tuple[str, ...]:
-        """Images that lie in none of the classes, in a folder that has some."""
+        """Images in no class, in a folder with classes."""
         listing, classes = self.listing, self.listing.class_names
         if not classes:
             return ()
@@ -87,7 +76,7 @@ class Survey(NamedTuple):
 
     @property
     def classes(self) -> dict[str, dict[str, int]]:
-        """Images of each class in each split, in the order of their labels."""
+        """Number of images of each class in each split, in the order of the labels."""
         listing = self.listing
         counts = {
             split: collections.Counter(listing.class_of(name) for name in names)
@@ -100,31 +89,30 @@ class Survey(NamedTuple):
 
     @property
     def others(self) -> dict[str, int]:
-        """Files that are neither images of a split nor captions, by their suffix."""
+        """Number of files that are neither images nor captions, by suffix."""
         known = self.captions.files.union(self.listing.images)
         names = [name for name in self.listing.stamps if name not in known]
-        return most_first(Path(name).suffix.lower() or "(none)" for name in names)
+        return counts_of(Path(name).suffix.lower() or "(none)" for name in names)
 
     def smaller_than(self, side: int) -> list[str]:
-        """Return the images with a side below some number of pixels."""
-        return [name for name, x in self.facts.items() if min(x.height, x.width) < side]
+        """Return the images with a side below `side` pixels."""
+        return [
+            name for name, x in self.images.items() if min(x.height, x.width) < side
+        ]
 
 
 def survey(root: Path, *, train_split: str, test_split: str | None) -> Survey:
-    """Decode all of a folder of images.
+    """Decode all images of a folder.
 
     Args:
       root: The folder.
-      train_split: The split trained on.
-      test_split: The one held out; None for `test`, if there is one.
-
-    Returns:
-      What it holds.
+      train_split: Training split.
+      test_split: Held-out split; None for `test`, if there is one.
 
     Raises:
-      InputError: If it is no such folder, has no such split, or captions cannot be
+      InputError: If it is no folder of images, has no such split, or captions cannot be
         read.
-      OSError: If a part of it cannot be listed.
+      OSError: If a sub-folder cannot be listed.
     """
     listing = list_folder(root)
     splits = {train_split: select(listing, train_split)}
@@ -134,7 +122,7 @@ def survey(root: Path, *, train_split: str, test_split: str | None) -> Survey:
         splits[TEST] = held_out
     captions = read_caption_files(listing)
 
-    def look(name: str) -> Facts:
+    def decode(name: str) -> DecodedImage:
         try:
             header = read_header(root / name, listing.stamps[name])
             image = read_image(root / name)
@@ -143,24 +131,24 @@ def survey(root: Path, *, train_split: str, test_split: str | None) -> Survey:
         digest = hashlib.sha256(f"{image.shape}".encode())
         digest.update(image.tobytes())
         height, width = image.shape[:2]
-        return Facts(height, width, header.mode, header.format, digest.digest())
+        return DecodedImage(height, width, header.mode, header.format, digest.digest())
 
-    facts, broken = in_threads(look, listing.images, doing="reading images")
+    images, broken = in_threads(decode, listing.images, doing="reading images")
     by_digest: dict[bytes, list[str]] = collections.defaultdict(list)
-    for name, fact in facts.items():
-        by_digest[fact.digest].append(name)
+    for name, decoded in images.items():
+        by_digest[decoded.digest].append(name)
     duplicates = tuple(tuple(x) for x in by_digest.values() if len(x) > 1)
-    return Survey(listing, splits, facts, broken, captions, duplicates)
+    return Survey(listing, splits, images, broken, captions, duplicates)
 
 
 def to_tree(found: Survey, *, image_size: int | None) -> dict[str, Any]:
-    """Write a survey as what JSON can hold.
+    """Convert a survey to JSON-compatible values.
 
     Args:
       found: The survey.
-      image_size: Side below which images are named as small, in pixels.
+      image_size: Side in pixels below which an image is listed as small.
     """
-    facts = list(found.facts.values())
+    images = list(found.images.values())
     small = found.smaller_than(image_size or 0)
     captions = found.captions.by_image.values()
     return {
@@ -169,13 +157,13 @@ def to_tree(found: Survey, *, image_size: int | None) -> dict[str, Any]:
         "splits": {split: len(names) for split, names in found.splits.items()},
         "classes": found.classes,
         "without_class": found.classless,
-        "height": spread(x.height for x in facts),
-        "width": spread(x.width for x in facts),
-        "formats": most_first(x.format for x in facts),
-        "modes": most_first(x.mode for x in facts),
+        "height": least_median_most(x.height for x in images),
+        "width": least_median_most(x.width for x in images),
+        "formats": counts_of(x.format for x in images),
+        "modes": counts_of(x.mode for x in images),
         "smaller": {"than": image_size, "files": small} if image_size else None,
         "num_captions": len(captions),
-        "words_of_captions": spread(len(text.split()) for text in captions),
+        "words_of_captions": least_median_most(len(text.split()) for text in captions),
         "without_caption": found.uncaptioned if captions else (),
         "captions_without_image": found.captions.orphans if captions else (),
         "duplicates": found.duplicates,
@@ -185,15 +173,16 @@ def to_tree(found: Survey, *, image_size: int | None) -> dict[str, Any]:
     }
 
 
-def spread(numbers: Iterable[int]) -> dict[str, int] | None:
-    """Return the least, the middle and the most of some numbers; None of none."""
+def least_median_most(numbers: Iterable[int]) -> dict[str, int] | None:
+    """Return the minimum, median and maximum of numbers; None if there are none."""
     known = sorted(numbers)
     if not known:
         return None
-    return Spread(known[0], statistics.median_low(known), known[-1])._asdict()
+    median = statistics.median_low(known)
+    return {"least": known[0], "median": median, "most": known[-1]}
 
 
-def most_first(words: Iterable[str]) -> dict[str, int]:
-    """Count words, the most frequent first; those as frequent by the alphabet."""
+def counts_of(words: Iterable[str]) -> dict[str, int]:
+    """Count words, by falling frequency, then in alphabetical order."""
     counted = collections.Counter(words).items()
     return dict(sorted(counted, key=lambda pair: (-pair[1], pair[0])))
