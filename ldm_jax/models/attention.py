@@ -1,4 +1,4 @@
-"""Attention over the pixels of a feature map."""
+"""Attention, and self-attention over the pixels of a feature map."""
 
 import contextlib
 import contextvars
@@ -37,21 +37,21 @@ def attend(
     *,
     mask: Bool[Array, "n m"] | None = None,
 ) -> Float[Array, "b n k d"]:
-    """Softmax attention of `k` heads, the softmax in float32.
+    """Compute softmax attention of `k` heads, with the softmax in float32.
 
-    On a GPU in 16 bits, attention that is large enough is cuDNN's kernel, which never
-    writes its probabilities to memory. Everywhere else it is `attend_plainly`. On a TPU
-    a whole layer is done in another way: see `for_platform`.
+    Large bfloat16 attention on a GPU uses cuDNN's kernel, which does not write the
+    probabilities to memory; other attention uses `attend_plainly`. TPUs replace whole
+    layers: see `for_platform`.
 
     Args:
-      q: Queries, n tokens.
-      k: Keys, m tokens.
-      v: Values, m tokens.
-      mask: Whether a query may read a key; each must be allowed one at least. None:
-        every query reads every key.
+      q: Queries of n tokens.
+      k: Keys of m tokens.
+      v: Values of m tokens.
+      mask: True where a query attends to a key, at least one of each query; None for
+        all.
 
     Returns:
-      The mixed values, in the dtype of `v`.
+      Weighted values, in the dtype of `v`.
 
     Source:
       Vaswani et al., arXiv:1706.03762, eq. 1.
@@ -72,7 +72,7 @@ def attend_plainly(
     *,
     mask: Bool[Array, "n m"] | None = None,
 ) -> Float[Array, "b n k d"]:
-    """Do the same by plain operations: the one that the kernels are checked against."""
+    """Compute `attend` by plain operations, the reference of the kernels."""
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bnkd,bmkd->bknm", q * scale, k)
     logits = logits.astype(jnp.float32)
@@ -84,7 +84,7 @@ def attend_plainly(
 
 @contextlib.contextmanager
 def for_chip(kind: str) -> Iterator[None]:
-    """Trace for a kind of device that need not be here, as `TPU v4`."""
+    """Trace for a kind of device that is not present, such as `TPU v4`."""
     token = _kind.set(kind)
     try:
         yield
@@ -93,12 +93,7 @@ def for_chip(kind: str) -> Iterator[None]:
 
 
 def kernel_fits(shape: Shape, dtype: Dtype) -> bool:
-    """Say whether a TPU, the one that is here or is traced for, has room for a kernel.
-
-    Args:
-      shape: Of the attention.
-      dtype: Compute dtype.
-    """
+    """Return whether the kernel fits the fast memory of the TPU that is traced for."""
     blocks = blocks_of(shape)
     if blocks is None:
         return False
@@ -115,20 +110,16 @@ def for_platform(
     plainly: Callable[..., Array],
     in_lanes: Callable[..., Array],
 ) -> Callable[..., Array]:
-    """Choose how a layer of attention is done: by the platform it is compiled for.
+    """Choose the implementation of an attention layer by the platform compiled for.
 
-    On a TPU attention that is large enough is one kernel that never writes its
-    probabilities to memory, and the projections around it write and read what lies as
-    it wants it.
+    Large attention on a TPU is one kernel that does not write the probabilities to
+    memory; its projections write and read the memory layout of the kernel.
 
     Args:
-      shape: Of the attention.
+      shape: Sizes of the attention.
       dtype: Compute dtype.
-      plainly: Does the layer by `attend`.
-      in_lanes: Does it by `attend_in_lanes`.
-
-    Returns:
-      What takes the arguments of both.
+      plainly: The layer by `attend`.
+      in_lanes: The layer by `attend_in_lanes`, with the same arguments.
     """
     if not kernel_fits(shape, dtype):
         return plainly
@@ -144,13 +135,10 @@ def _on_gpu(q: Array, k: Array, v: Array) -> Array:
 
 @functools.cache
 def cudnn_attends(shape: Shape) -> bool:
-    """Say whether cuDNN has attention of this shape on the GPU that is here.
+    """Return whether cuDNN computes attention of this shape on this machine's GPU.
 
-    It is tried, on one example and with gradients, since what it has depends on its
-    version and on the GPU; where it fails, so is said once.
-
-    Args:
-      shape: Of the attention.
+    It is tried once on one example, with gradients, because it depends on the versions
+    of cuDNN and the GPU; a failure is a warning.
     """
     if jax.default_backend() != "gpu":
         return False
@@ -163,7 +151,7 @@ def cudnn_attends(shape: Shape) -> bool:
             q = jnp.ones((1, shape.queries, 1, shape.width), jnp.bfloat16)
             k = jnp.ones((1, shape.keys, 1, shape.width), jnp.bfloat16)
             jax.block_until_ready(jax.grad(total, argnums=(0, 1, 2))(q, k, k))
-    except Exception as error:  # whatever it raises, there is another way
+    except Exception as error:  # any failure selects plain operations
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"cuDNN does not attend from {shape.queries} to {shape.keys} tokens of "
@@ -175,13 +163,13 @@ def cudnn_attends(shape: Shape) -> bool:
 
 
 class SelfAttention(nn.Module):
-    """Let every pixel read every other, around a skip.
+    """Self-attention over all pixels, with a residual connection.
 
     Fields:
       num_heads: Heads; must divide the channels. The autoencoder has one.
       num_groups: Groups of the norm.
-      epsilon: Of the norm.
-      zero_init: Start as the identity (UNet) or not (autoencoder).
+      epsilon: Epsilon of the norm.
+      zero_init: Whether it starts as the identity: in the UNet, not in the autoencoder.
       dtype: Compute dtype; parameters and softmax stay float32.
 
     Source:
@@ -196,7 +184,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Add what the pixels read of each other."""
+        """Add the attention of the pixels to each other."""
         b, h, w, c = x.shape
         if c % self.num_heads:
             raise ValueError(

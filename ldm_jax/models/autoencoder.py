@@ -1,4 +1,4 @@
-"""The first stage: images to latents and back."""
+"""The first stage: an autoencoder from images to latents and back."""
 
 import functools
 from typing import Literal, NamedTuple
@@ -29,11 +29,11 @@ from ldm_jax.types import Dtype
 
 
 class Stage(nn.Module):
-    """A row of blocks at one resolution, as encoder and decoder share it.
+    """A sequence of blocks at one resolution, in encoder and decoder.
 
     Fields:
       channels: Channels out of every block.
-      num_blocks: ResBlocks in the row.
+      num_blocks: ResBlocks of the sequence.
       attention: Whether self-attention follows each ResBlock.
       num_groups: Groups of every norm.
       dtype: Compute dtype.
@@ -47,7 +47,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w e"]:
-        """Run the row."""
+        """Apply the blocks."""
         for i in range(self.num_blocks):
             x = ResBlock(
                 self.channels,
@@ -62,7 +62,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to what the bottleneck makes latents of.
+    """Encoder from images to the input of the bottleneck.
 
     Fields:
       channels: Width of the first level.
@@ -115,16 +115,16 @@ class Encoder(nn.Module):
 
 
 class Decoded(NamedTuple):
-    """What a decoder makes."""
+    """Output of a decoder."""
 
     images: Float[Array, "b h w c"]
-    """Float32, unclipped."""
+    """Images, float32, unclipped."""
     features: Float[Array, "b h w d"]
-    """What its last convolution made them of."""
+    """Input of the last convolution."""
 
 
 class Decoder(nn.Module):
-    """Latents to images; the mirror of `Encoder`, with one ResBlock more a level.
+    """Decoder from latents to images: `Encoder` mirrored, one more ResBlock a level.
 
     Fields: as `Encoder`, with `image_channels` for the channels of the images.
 
@@ -167,16 +167,15 @@ class Decoder(nn.Module):
 
 
 def image_layer(image_channels: int, dtype: Dtype) -> nn.Conv:
-    """Make the decoder's last convolution, unbound: features to images.
+    """Return the decoder's last convolution, unbound: features to images.
 
-    It is a function of its own because an adversary is weighted by what the losses
-    ask of this one layer.
+    The adaptive weight of the generator loss needs gradients of this layer alone.
     """
     return conv(image_channels, 3, dtype, "conv_out")
 
 
 class Middle(nn.Module):
-    """The lowest resolution: block, attention, block.
+    """Blocks at the lowest resolution: block, attention, block.
 
     Fields: as `Stage`; `attention` switches the attention between the two blocks.
     """
@@ -187,7 +186,7 @@ class Middle(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Run the middle."""
+        """Apply the blocks."""
 
         def block(name: str) -> ResBlock:
             return ResBlock(
@@ -205,23 +204,23 @@ class Middle(nn.Module):
 
 
 class Reconstruction(NamedTuple):
-    """A pass through the whole autoencoder, with what its losses read."""
+    """Reconstructions, and the values that the losses read."""
 
     images: Float[Array, "b h w c"]
-    """The reconstructions, unclipped."""
+    """Reconstructions, unclipped."""
     features: Float[Array, "b h w d"]
-    """What the decoder's last convolution made them of."""
+    """Input of the decoder's last convolution."""
     latents: Float[Array, "b h2 w2 e"]
-    """As stage 2 would learn them: sampled, or before quantisation."""
+    """Latents of stage 2: sampled, or before quantisation."""
     bottleneck: DiagonalGaussian | Quantized
-    """The posterior they were drawn from, or the codes they fell on."""
+    """Posterior of the latents, or their quantisation."""
 
 
 class Autoencoder(nn.Module):
-    """A regularised autoencoder: `encode` to latents, `decode` them.
+    """A regularised autoencoder: `encode` to latents, `decode` to images.
 
-    Not a VAE in the generative sense: the weight of its KL term is so small that
-    N(0, I) decodes to nothing; the diffusion model learns the latents' distribution.
+    Not a generative VAE: the weight of its KL term is so small that samples of N(0, I)
+    decode to no image; the diffusion model learns the distribution of the latents.
 
     Fields: as `Encoder`, and
       regularizer: `kl`, a Gaussian, or `vq`, a codebook.
@@ -249,7 +248,7 @@ class Autoencoder(nn.Module):
     dtype: Dtype
 
     def setup(self) -> None:
-        """Name the parts; the names are the checkpoint format."""
+        """Create the submodules; their names are the checkpoint format."""
         num_moments = 2 if self.regularizer == "kl" else 1
         self.encoder = Encoder(
             self.channels,
@@ -285,15 +284,12 @@ class Autoencoder(nn.Module):
             self.codebook = Codebook(self.codebook_size, self.latent_channels)
 
     def encode(self, images: Float[Array, "b h w c"]) -> DiagonalGaussian | Unquantized:
-        """Encode images in [-1, 1] to something that unscaled latents are drawn of."""
+        """Encode images in [-1, 1] to the posterior of unscaled latents."""
         encoded = self.quant_conv(self.encoder(images))
         return read_moments(encoded, regularizer=self.regularizer)
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 e"]:
-        """Decode unscaled latents to images, near [-1, 1] but not clipped to it.
-
-        With a codebook, they are quantised first.
-        """
+        """Decode unscaled latents to images, unclipped; `vq` quantises them first."""
         if self.regularizer == "vq":
             latents = self.codebook(latents).straight_through()
         return self._to_images(latents).images
@@ -303,11 +299,11 @@ class Autoencoder(nn.Module):
         images: Float[Array, "b h w c"],
         noise: Float[Array, "b h2 w2 d"],
     ) -> Reconstruction:
-        """Encode, draw latents with `noise` or quantise them, decode.
+        """Encode images, sample or quantise their latents, and decode them.
 
         Args:
           images: In [-1, 1].
-          noise: Unit-variance, of the latent's shape; `vq` ignores it.
+          noise: Unit-variance noise of the latents' shape; ignored by `vq`.
 
         Returns:
           The reconstructions, and what they came from.

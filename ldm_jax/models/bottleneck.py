@@ -1,4 +1,4 @@
-"""What stands between encoder and decoder: a Gaussian, or a codebook."""
+"""Bottlenecks of the autoencoder: a Gaussian (KL) or a codebook (VQ)."""
 
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,7 @@ MAX_LOG_VARIANCE = 20.0
 
 
 class DiagonalGaussian(NamedTuple):
-    """A Gaussian with a diagonal covariance over each latent.
+    """A Gaussian with diagonal covariance: the posterior of each latent.
 
     Source:
       Kingma & Welling, arXiv:1312.6114; the clamp is latent-diffusion's.
@@ -32,7 +32,7 @@ class DiagonalGaussian(NamedTuple):
         return self.mean
 
     def moments(self) -> Float[Array, "b h w c2"]:
-        """Return mean and log variance side by side, as `read_moments` takes them."""
+        """Concatenate mean and log variance, as `read_moments` expects."""
         return jnp.concatenate([self.mean, self.log_variance], axis=-1)
 
     def kl(self) -> Float[Array, " b"]:
@@ -48,9 +48,9 @@ class DiagonalGaussian(NamedTuple):
 
 
 class Unquantized(NamedTuple):
-    """Latents on their way to a codebook, with the methods of a Gaussian.
+    """Latents before quantisation, with the methods of `DiagonalGaussian`.
 
-    Stage 2 learns these, not the codes: the decoder quantises what it is given.
+    Stage 2 models these, not the codes: the decoder quantises its input.
 
     Source:
       latent-diffusion `VQModelInterface`.
@@ -60,7 +60,7 @@ class Unquantized(NamedTuple):
     """The encoder's output, in unscaled-latent units."""
 
     def sample(self, noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Return the latents; nothing is drawn, `noise` is ignored."""
+        """Return the latents; `noise` is ignored."""
         del noise
         return self.latents
 
@@ -69,23 +69,22 @@ class Unquantized(NamedTuple):
         return self.latents
 
     def moments(self) -> Float[Array, "b h w c"]:
-        """Return the latents, as `read_moments` takes them."""
+        """Return the latents, as `read_moments` expects."""
         return self.latents
 
 
 class Quantized(NamedTuple):
-    """Latents and the codes they fell on."""
+    """Latents and their nearest codes."""
 
     latents: Float[Array, "b h w c"]
-    """Before, float32."""
+    """Latents before quantisation, float32."""
     codes: Float[Array, "b h w c"]
-    """The nearest vectors of the codebook, float32; a gradient reaches the codebook
-    through them."""
+    """Nearest vectors of the codebook, float32, differentiable in the codebook."""
     indices: Int[Array, "b h w"]
-    """Their places in the codebook, in [0, k)."""
+    """Indices of the codes, in [0, k)."""
 
     def straight_through(self) -> Float[Array, "b h w c"]:
-        """Return the codes, bit for bit, with the gradient of the latents.
+        """Return the codes, with the gradient of the latents.
 
         Source:
           Van den Oord et al., arXiv:1711.00937, sec. 3.2.
@@ -96,13 +95,12 @@ class Quantized(NamedTuple):
     def loss(
         self, *, beta: float, commitment: Literal["corrected", "legacy"]
     ) -> Float[Array, ""]:
-        """Draw codes to latents and latents to codes, a mean over all values.
+        """Return the codebook loss plus the commitment loss, averaged over all values.
 
         Args:
-          beta: Weight of one of the two parts, at least 0.
-          commitment: Which one: `corrected` weights the part that moves the latents,
-            as the paper does; `legacy` the part that moves the codebook, as the
-            released models were trained.
+          beta: Weight of one of the two terms, at least 0.
+          commitment: The term that `beta` weights: `corrected` the commitment loss, as
+            in the paper; `legacy` the codebook loss, as in the released models.
 
         Returns:
           The sum of both parts.
@@ -121,11 +119,11 @@ class Quantized(NamedTuple):
 
 
 class Codebook(nn.Module):
-    """The vectors that latents are rounded to.
+    """A codebook of vectors.
 
     Fields:
-      size: How many.
-      width: Channels of each, those of the latent.
+      size: Number of vectors.
+      width: Channels of a vector and of the latent.
 
     Source:
       Van den Oord et al., arXiv:1711.00937, sec. 3.1; the initialisation is
@@ -137,7 +135,7 @@ class Codebook(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Float[Array, "b h w d"]) -> Quantized:
-        """Find the vector nearest to each latent; of equals, the first."""
+        """Quantise latents to their nearest vectors; the first of equally near ones."""
         embedding = self.param("embedding", _init_codes, (self.size, self.width))
         latents = latents.astype(jnp.float32)
         indices = nearest(latents, embedding)
@@ -147,11 +145,11 @@ class Codebook(nn.Module):
 def nearest(
     latents: Float[Array, "b h w d"], codes: Float[Array, "k d"]
 ) -> Int[Array, "b h w"]:
-    """Return the index of the code nearest to each latent, the lowest of equals.
+    """Return the index of the nearest code of each latent, the lowest of equal ones.
 
-    The squared distance without its `|latent|^2`, which moves no minimum and would
-    cost digits while the codes are still small. Full float32: accelerators multiply
-    matrices in bfloat16 unless asked not to, and a wrong index is not a small error.
+    `|latent|^2` is left out of the squared distance: it does not move the minimum and
+    would cost precision while codes are small. The product has full float32 precision,
+    which accelerators do not use by default: a wrong index is not a small error.
 
     Args:
       latents: Float32.
@@ -168,18 +166,18 @@ def nearest(
 
 
 def code_usage(indices: Int[Array, "b h w"], *, size: int) -> Float[Array, " k"]:
-    """Return the share of each code among `indices`, out of `size` codes."""
+    """Return the relative frequency of each of `size` codes in `indices`."""
     counts = jnp.bincount(indices.ravel(), length=size)
     return counts.astype(jnp.float32) / indices.size
 
 
 def perplexity(usage: Float[Array, " k"]) -> Float[Array, ""]:
-    """Return the exponential of the entropy of shares: the codes used, effectively."""
+    """Return the exponential of the entropy: the effective number of used codes."""
     return jnp.exp(-jax.scipy.special.xlogy(usage, usage).sum())
 
 
 def gaussian_from_moments(moments: Float[Array, "b h w c2"]) -> DiagonalGaussian:
-    """Split an encoder's output into a Gaussian.
+    """Convert an encoder's output to a Gaussian.
 
     Args:
       moments: Mean in the first half of the channels, log variance in the second.
@@ -196,11 +194,11 @@ def gaussian_from_moments(moments: Float[Array, "b h w c2"]) -> DiagonalGaussian
 def read_moments(
     moments: Float[Array, "b h w e"], *, regularizer: Literal["kl", "vq"]
 ) -> DiagonalGaussian | Unquantized:
-    """Turn an encoder's output, or what was kept of it, into something to draw from.
+    """Convert an encoder's output or cached moments to a posterior of latents.
 
     Args:
-      moments: Of either precision.
-      regularizer: What stands between encoder and decoder.
+      moments: Moments of any float dtype.
+      regularizer: Kind of bottleneck.
 
     Returns:
       A Gaussian or the latents themselves, in float32; its `moments()` read again give

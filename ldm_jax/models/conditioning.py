@@ -1,4 +1,4 @@
-"""What the UNet may be conditioned on, and the networks that prepare it."""
+"""Conditions of the UNet, and the networks that compute them."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -13,30 +13,30 @@ from ldm_jax.types import Dtype
 
 
 class ConditionInputs(NamedTuple):
-    """What the data or the user gives; what a model does not read is None."""
+    """Conditions from the data or the user; None for those the model does not read."""
 
     label: Int[Any, " b"] | None = None
-    """Class of each image, in [0, num_classes]; the last means "none"."""
+    """Class of each image, in [0, num_classes]; the last is the null class."""
     tokens: Int[Any, "b n"] | None = None
     """Token ids of a text or a layout, in [0, vocab_size)."""
     embedding: Float[Any, "b n d"] | None = None
-    """Vectors that some other network made."""
+    """Embeddings of another network."""
     image: Float[Any, "b h w c"] | None = None
-    """What is stacked on the latent, before the rescaler if there is one: a
-    low-resolution image in [-1, 1]; the latent of an image with a hole, and the hole's
-    mask in {-1, 1}; or a one-hot segmentation map."""
+    """Input that is concatenated to the latent, before the rescaler: a low-resolution
+    image in [-1, 1]; the latent of a masked image and its mask in {-1, 1}; or a one-hot
+    segmentation map."""
 
 
 class Condition(NamedTuple):
-    """What the UNet reads; None where it reads nothing."""
+    """Conditions as the UNet reads them; None for those it does not read."""
 
     label: Int[Any, " b"] | Float[Any, "b k"] | None = None
-    """Class, whose vector is added to the time embedding; or a weight for each class,
-    "none" last, where it lies between several."""
+    """Class whose embedding is added to the time embedding; or weights of all classes,
+    the null class last, to mix their embeddings."""
     context: Float[Any, "b n d"] | None = None
-    """Tokens that cross-attention reads."""
+    """Tokens for cross-attention."""
     concat: Float[Any, "b h w c"] | None = None
-    """Channels stacked on the noisy latent."""
+    """Channels concatenated to the noisy latent."""
 
 
 def null_inputs(
@@ -46,19 +46,15 @@ def null_inputs(
     null_tokens: tuple[int, ...],
     null_embedding: Float[Any, "n d"] | None = None,
 ) -> ConditionInputs:
-    """Make the inputs that mean "no condition".
+    """Return the unconditional inputs of classifier-free guidance.
 
-    A stacked image stays: guidance is by what is said of the image, and models that
-    are given one never learn to do without.
+    A concatenated image is kept: models with one are never trained without it.
 
     Args:
-      like: Inputs whose shapes are taken.
-      num_classes: Real classes; the null class has this index.
+      like: Inputs with the shapes of the result.
+      num_classes: Number of classes, which is the index of the null class.
       null_tokens: Tokens of the empty prompt.
-      null_embedding: Vectors that mean nothing; None for zeros.
-
-    Returns:
-      The null class, the empty prompt, the null vectors, and the same images.
+      null_embedding: Embedding of the empty prompt; None for zeros.
 
     Source:
       Ho & Salimans, arXiv:2207.12598, sec. 3.2.
@@ -77,14 +73,14 @@ def null_inputs(
 
 
 class ClassEmbedding(nn.Module):
-    """A vector for each class, and one more for "no class".
+    """An embedding for each class and for the null class, whose index is `num_classes`.
 
-    The null class has index `num_classes`. Training replaces a label by it now and
-    then, so that one network learns both the conditional and the unconditional model.
+    Training replaces some labels by the null class, so that one network learns the
+    conditional and the unconditional model.
 
     Fields:
-      num_classes: Real classes.
-      width: Length of each vector.
+      num_classes: Number of classes without the null class.
+      width: Length of an embedding.
       dtype: Compute dtype.
 
     Source:
@@ -116,10 +112,9 @@ class ClassEmbedding(nn.Module):
 
 
 class SpatialRescaler(nn.Module):
-    """Halve a map a few times, then mix its channels: for segmentation maps.
+    """Halve a segmentation map several times, then project its channels.
 
-    A bilinear halving without antialiasing takes each pixel half-way between two, in
-    both directions: it is the mean of blocks of 2x2.
+    Bilinear halving without antialiasing is the mean of 2x2 blocks.
 
     Fields:
       num_stages: Halvings.
@@ -136,7 +131,7 @@ class SpatialRescaler(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 e"]:
-        """Rescale a map whose sides are multiples of two to the power of stages."""
+        """Rescale a map whose sides are multiples of `2 ** num_stages`."""
         x = area_downsample(x.astype(self.dtype), factor=2**self.num_stages)
         mix = nn.Conv(
             self.channels,
@@ -151,14 +146,13 @@ class SpatialRescaler(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """Turn what the data gives into what the UNet reads.
+    """Convert conditions from the data or the user to the UNet's.
 
     Fields:
-      reads: Which input becomes the context: a class, tokens, vectors as they are, or
-        none.
-      encoder: Network from labels or tokens to the context; None for vectors.
-      rescaler: Network of the stacked image; None leaves it as it is.
-      adds_label: Whether the label goes to the UNet as it is.
+      reads: Input that becomes the context: labels, tokens, embeddings, or none.
+      encoder: Network from labels or tokens to the context; None for embeddings.
+      rescaler: Network of the concatenated image; None for no change.
+      adds_label: Whether the UNet reads the label.
 
     Source:
       Rombach et al., arXiv:2112.10752, sec. 3.3 (their tau_theta is `encoder`).

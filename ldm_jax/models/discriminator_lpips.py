@@ -1,4 +1,4 @@
-"""Networks that judge reconstructions: a discriminator, and a perceptual distance."""
+"""Networks of the reconstruction losses: patch discriminator and LPIPS."""
 
 import flax.linen as nn
 import jax
@@ -11,23 +11,23 @@ from ldm_jax.types import Dtype
 BATCH_NORM_EPSILON = 1e-5
 NEGATIVE_SLOPE = 0.2
 MAX_WIDENING = 8
-"""Most that the discriminator widens its first layer."""
+"""Largest factor between the widths of the discriminator's layers."""
 
 VGG_BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 """Channels and convolutions of each block of VGG16."""
 VGG_MIN_SIDE = 16
-"""Smallest side of an image that survives its four poolings."""
+"""Smallest side of an image for its four poolings, in pixels."""
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
 LPIPS_EPSILON = 1e-10
 
 
 class PatchDiscriminator(nn.Module):
-    """Judge overlapping patches of an image: above 0 is real, below is made.
+    """Classify overlapping patches of an image: real above 0, reconstructed below.
 
     Fields:
-      channels: Channels of the first layer; later ones have up to eight times more.
-      num_layers: Strided layers; more see larger patches.
+      channels: Channels of the first layer; later ones have up to eight times as many.
+      num_layers: Strided layers; more give larger patches.
       dtype: Compute dtype; parameters, statistics and logits are float32.
 
     Source:
@@ -49,11 +49,12 @@ class PatchDiscriminator(nn.Module):
         """Return a logit for each patch.
 
         Args:
-          images: In [-1, 1], all real or all made: they are normalised together.
-          axis_name: Device axis that they are normalised over; None: these alone.
+          images: Images in [-1, 1], all real or all reconstructed: they share batch
+            statistics.
+          axis_name: Device axis of the batch statistics; None for these images alone.
 
         Raises:
-          ValueError: If the images are too small to have one.
+          ValueError: If the images are smaller than a patch.
         """
         x = images.astype(self.dtype)
         x = _leaky(self._conv(self.channels, 2, True, "conv_0")(x))
@@ -85,11 +86,10 @@ class PatchDiscriminator(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalise each channel by the statistics of the batch, in training and after.
+    """Batch normalisation without running averages.
 
-    There are no running averages: a discriminator is asked nothing but in training,
-    always about whole batches, so nobody would read them, and without them a step has
-    no state but parameters.
+    A discriminator is only used in training, on whole batches, so that its only state
+    is its parameters.
 
     Fields:
       dtype: Compute dtype; parameters and statistics are float32.
@@ -104,7 +104,7 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], axis_name: str | tuple[str, ...] | None
     ) -> Float[Array, "b h w c"]:
-        """Normalise over batch and pixels, and over the device axis if it is named."""
+        """Normalise over batch and pixels, and over a device axis if one is named."""
 
         def mean(x: Float[Array, "b h w c"]) -> Float[Array, " c"]:
             local = x.mean(axis=(0, 1, 2))
@@ -121,10 +121,10 @@ class BatchNorm(nn.Module):
 
 
 class Lpips(nn.Module):
-    """Distance of two images as people see it: of VGG16's features, weighted.
+    """Perceptual distance of two images: weighted differences of VGG16 features.
 
-    Smaller is more alike, 0 is equal. Its parameters are read from files, never
-    trained here; there is no dropout. All float32.
+    0 for equal images. Its parameters are read from files; there is no dropout. All
+    float32.
 
     Source:
       Zhang et al., arXiv:1801.03924, eq. 1 (LPIPS, linear heads, version 0.1).
@@ -137,8 +137,8 @@ class Lpips(nn.Module):
         """Return the distance of each pair of images.
 
         Args:
-          images: In [-1, 1], grey or RGB, sides at least 16 pixels.
-          others: As `images`.
+          images: Images in [-1, 1], grey or RGB, sides at least 16 pixels.
+          others: Images of the same shape.
 
         Raises:
           ValueError: If the images are too small.
@@ -159,7 +159,7 @@ class Lpips(nn.Module):
 
 
 class Vgg16(nn.Module):
-    """The convolutions of VGG16: five maps, each the last of its block.
+    """The convolutions of VGG16, with the last map of each of its five blocks.
 
     Source:
       Simonyan & Zisserman, arXiv:1409.1556, table 1, column D.
@@ -194,7 +194,7 @@ def _weights(key: Array, shape: tuple[int, int], dtype: Dtype) -> Float[Array, "
 
 
 def _scaled(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
-    """Give images the channels and the scale that VGG16 was trained with."""
+    """Normalise images as in the training of VGG16."""
     images = images.astype(jnp.float32)
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))
     return (images - jnp.asarray(LPIPS_SHIFT)) / jnp.asarray(LPIPS_SCALE)
@@ -203,7 +203,7 @@ def _scaled(images: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
 def _unit_length(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Scale the channels of each pixel to length 1; a pixel of zeros stays zero.
 
-    The root is kept away from 0, where its gradient is infinite and times zero NaN.
+    The square root is not evaluated at 0, where its gradient would become NaN.
     """
     square = jnp.square(x).sum(axis=-1, keepdims=True)
     is_dark = square == 0.0

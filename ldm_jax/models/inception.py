@@ -1,7 +1,7 @@
-"""The Inception network that FID is measured with: 2015's, as TensorFlow 1 ran it.
+"""The Inception network of FID, of 2015 and TensorFlow 1.
 
-It differs from the Inception v3 of today's libraries in its poolings, its 1,008 classes
-and how images are resized for it, and each difference changes published figures.
+It differs from Inception v3 of today's libraries in poolings, 1,008 classes and the
+resizing of images; each difference changes published scores.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -15,47 +15,47 @@ INCEPTION_SIDE = 299
 NUM_CLASSES = 1008
 NUM_FEATURES = 2048
 NUM_SPATIAL = 7
-"""Channels of the map that sFID reads, of 192."""
+"""Channels, of 192, of the map that sFID uses."""
 EPSILON = 1e-3
 
 Pool = Literal["none", "mean", "max", "halve"]
 
 
 class Features(NamedTuple):
-    """What the network says of images."""
+    """Outputs of the network."""
 
     pooled: Float[Array, "b 2048"]
-    """Means over the last map: FID's and KID's features."""
+    """Means of the last map, for FID and KID."""
     spatial: Float[Array, "b 2023"]
-    """Seven channels of an early map, all its places: sFID's features."""
+    """Seven channels of an early map, for sFID."""
     logits: Float[Array, "b 1008"]
-    """Of the classes, without the bias: what the Inception Score reads."""
+    """Class logits without the bias, for the Inception Score."""
 
 
 class Unit(NamedTuple):
     """A convolution, its norm and a ReLU."""
 
     name: str
-    """Of the module."""
+    """Name of the module."""
     channels: int
     """Channels out."""
     size: tuple[int, int] = (1, 1)
     """Height and width of the kernel."""
     halves: bool = False
-    """Whether it has stride 2, without padding."""
+    """Whether it has stride 2 and no padding."""
     shrinks: bool = False
-    """Whether it has no padding at stride 1; else it keeps the map's size."""
+    """Whether it has stride 1 and no padding; otherwise the size is kept."""
 
 
 class Branch(NamedTuple):
-    """One of the ways through a block."""
+    """One branch of a block."""
 
     units: tuple[Unit, ...]
-    """One after the other."""
+    """Units in sequence."""
     pool: Pool = "none"
-    """What happens to the map first."""
+    """Pooling before the units."""
     fork: tuple[Unit, ...] = ()
-    """Units that all read what comes out of `units`, side by side."""
+    """Parallel units after `units`."""
 
 
 def _block_a(pooled: int) -> tuple[Branch, ...]:
@@ -165,18 +165,17 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
     "mixed_6e": _block_c(192),
     "mixed_7a": _block_d(),
     "mixed_7b": _block_e("mean"),
-    # The largest, not the mean: a slip of the network of 2015 that figures rest on.
+    # Maximum instead of mean: an error of the 2015 network that scores depend on.
     "mixed_7c": _block_e("max"),
 }
 SPATIAL_BLOCK = "mixed_6d"
-"""Its first branch is the tensor `mixed_6/conv` of the graph of 2015."""
+"""Block whose first branch is the tensor `mixed_6/conv` of the 2015 graph."""
 
 
 class Inception(nn.Module):
-    """Inception v3 of December 2015, for measuring; its parameters are read from files.
+    """Inception v3 of December 2015; its parameters are read from files. All float32.
 
-    It must not be confused with the one of torchvision or Keras, whose features are
-    others. All float32.
+    Not the Inception v3 of torchvision or Keras, whose features differ.
 
     Source:
       Szegedy et al., arXiv:1512.00567, table 1; the network in the graph that Salimans
@@ -185,7 +184,7 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b 299 299 3"]) -> Features:
-        """Look at RGB images in [-1, 1), `(level - 128) / 128` of 8-bit levels."""
+        """Compute features of RGB images, `(level - 128) / 128` of 8-bit levels."""
         x = images
         for units in STEM:
             for unit in units:
@@ -203,17 +202,17 @@ class Inception(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A block: branches over one map, whose channels are put side by side.
+    """A block of parallel branches.
 
     Fields:
-      branches: The ways through it.
+      branches: The branches.
     """
 
     branches: tuple[Branch, ...]
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> list[Float[Array, "b h2 w2 _"]]:
-        """Return what comes out of each branch."""
+        """Return the output of each branch."""
         outputs: list[Array] = []
         for branch in self.branches:
             y = _pool(x, branch.pool)
@@ -225,17 +224,17 @@ class Mixed(nn.Module):
 
 
 class ConvUnit(nn.Module):
-    """A convolution, a norm by stored statistics, a ReLU.
+    """A convolution, a norm with stored statistics, and a ReLU.
 
     Fields:
-      unit: Its sizes.
+      unit: Sizes of the convolution.
     """
 
     unit: Unit
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """Transform a map."""
+        """Apply the unit."""
         bare = self.unit.halves or self.unit.shrinks
         sides = [0 if bare else n // 2 for n in self.unit.size]
         x = nn.Conv(
@@ -250,7 +249,7 @@ class ConvUnit(nn.Module):
 
 
 class StoredNorm(nn.Module):
-    """Normalise each channel by statistics that are parameters: nothing is learned.
+    """Normalise each channel by stored statistics, which are parameters.
 
     Source:
       Ioffe & Szegedy, arXiv:1502.03167, algorithm 2.
@@ -277,5 +276,5 @@ def _pool(x: Float[Array, "b h w c"], pool: Pool) -> Float[Array, "b h2 w2 c"]:
     around: Any = ((1, 1), (1, 1))
     if pool == "max":
         return nn.max_pool(x, (3, 3), padding=around)
-    # Pixels beyond the border are left out of the mean, not counted as zeros.
+    # The mean excludes pixels beyond the border.
     return nn.avg_pool(x, (3, 3), padding=around, count_include_pad=False)

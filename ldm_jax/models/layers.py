@@ -1,8 +1,8 @@
-"""The blocks that the autoencoder and the UNet are built of.
+"""Layers of the autoencoder and the UNet.
 
-Two numbers differ between the two networks in the original code, and both are
-fields here, never assumptions: the epsilon of the group norm (1e-6 in the
-autoencoder, 1e-5 in the UNet) and the padding of the stride-2 convolution.
+Two values differ between the two networks and are fields here: the epsilon of the group
+norm (1e-6 in the autoencoder, 1e-5 in the UNet) and the padding of the stride-2
+convolution.
 """
 
 import math
@@ -26,15 +26,15 @@ ROWS_OF_ONES = 8
 def timestep_embedding(
     t: Real[Array, " b"], *, width: int, max_period: float = 10_000.0
 ) -> Float[Array, "b d"]:
-    """Embed a time as cosines and sines of falling frequency.
+    """Embed a timestep as cosines and sines of falling frequency.
 
     Args:
-      t: Timestep, in units of one; whole or not, of any sign.
+      t: Timestep; need not be whole.
       width: Length of the embedding; even.
       max_period: Longest period, in timesteps.
 
     Returns:
-      `[cos, sin]` halves in that order, float32.
+      The cosines, then the sines, float32.
 
     Raises:
       ValueError: If `width` is odd.
@@ -57,13 +57,13 @@ class Affine(NamedTuple):
     """Parameters of a linear layer or a convolution, float32."""
 
     kernel: Float[Array, "*window c e"]
-    """Window if there is one, channels in, channels out."""
+    """Kernel: window (of a convolution), channels in, channels out."""
     bias: Float[Array, " e"] | None
-    """Channels out; None where it has none."""
+    """Bias of the channels out, or None."""
 
 
 class Weights(nn.Module):
-    """The parameters of a `nn.Dense` or `nn.Conv` by themselves, to multiply by.
+    """Parameters of an `nn.Dense` or `nn.Conv`, without the computation.
 
     Fields:
       features: Channels out.
@@ -77,7 +77,7 @@ class Weights(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int, window: tuple[int, ...] = ()) -> Affine:
-        """Return them, for so many channels in and such a window."""
+        """Return the parameters for a number of channels in and a window."""
         init = (
             nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
         )
@@ -90,7 +90,7 @@ class Weights(nn.Module):
 
 
 def split_affine(weights: Affine, parts: int) -> tuple[Affine, ...]:
-    """Cut a layer into layers that each have an equal share of its channels out."""
+    """Split a layer's channels out into equal parts."""
     kernels = jnp.split(weights.kernel, parts, axis=1)
     biases = [None] * parts
     if weights.bias is not None:
@@ -101,13 +101,7 @@ def split_affine(weights: Affine, parts: int) -> tuple[Affine, ...]:
 def dense(
     x: Float[Array, "b n c"], weights: Affine, dtype: Dtype
 ) -> Float[Array, "b n e"]:
-    """Do what `nn.Dense` does.
-
-    Args:
-      x: Tokens.
-      weights: Of the layer.
-      dtype: Compute dtype.
-    """
+    """Apply a linear layer, as `nn.Dense` does."""
     contracted = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(x.astype(dtype), weights.kernel.astype(dtype), contracted)
     if weights.bias is not None:
@@ -118,15 +112,10 @@ def dense(
 def dense_of_many(
     x: Float[Array, "b n c"], weights: Affine, dtype: Dtype
 ) -> Float[Array, "b n e"]:
-    """Do the same of many tokens; on a TPU the bias' gradient is a product with ones.
+    """Apply a linear layer to many tokens; reverse-mode differentiation only.
 
-    As a sum over rows it takes a TPU as long as the layer itself. What sums here has no
-    derivative in forward mode.
-
-    Args:
-      x: Tokens.
-      weights: Of the layer.
-      dtype: Compute dtype.
+    On a TPU the bias' gradient is a product with ones: as a sum over rows it would take
+    as long as the layer.
     """
     y = dense(x, Affine(weights.kernel, None), dtype)
     return y if weights.bias is None else _add_bias(y, weights.bias.astype(dtype))
@@ -146,7 +135,7 @@ def _add_bias_forward(y: Array, bias: Array) -> tuple[Array, None]:
 def _add_bias_backward(_: None, slope: Array) -> tuple[Array, Array]:
     def with_ones(slope: Array) -> Array:
         rows = slope.reshape(-1, slope.shape[-1])
-        # More than one row of ones, or the compiler would make a sum of it.
+        # With one row of ones the compiler would emit a sum.
         ones = jnp.ones((ROWS_OF_ONES, len(rows)), slope.dtype)
         total = jnp.matmul(ones, rows, preferred_element_type=jnp.float32)[0]
         return total.astype(slope.dtype)
@@ -162,10 +151,10 @@ _add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation in float32: one statistics pass, one scale-shift pass.
+    """Group normalisation in float32: one pass for statistics, one for `x * a + d`.
 
-    The large tensor is never reshaped to groups: per-channel sums are taken over the
-    pixels, joined into groups on a `(b, groups)` array, and applied as one `x * a + d`.
+    The map is not reshaped to groups: channel means are averaged to groups in a small
+    array.
 
     Source:
       Wu & He, arXiv:1803.08494, eq. 1 and 6.
@@ -203,14 +192,14 @@ class GroupNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a skip: the autoencoder's block.
+    """The autoencoder's residual block: twice norm, SiLU, convolution.
 
-    The UNet's own, which reads the time, is `TimeResBlock`.
+    The UNet's block, which reads the time, is `TimeResBlock`.
 
     Fields:
       channels: Channels out.
       num_groups: Groups of both norms.
-      epsilon: Of both norms.
+      epsilon: Epsilon of both norms.
       dtype: Compute dtype; parameters stay float32.
 
     Source:
@@ -239,7 +228,7 @@ class Downsample(nn.Module):
 
     Fields:
       padding: `SYMMETRIC_PADDING` in the UNet, `TRAILING_PADDING` in the autoencoder;
-        weights trained with one give a half-pixel shift with the other.
+        weights of one shift by half a pixel with the other.
       dtype: Compute dtype.
     """
 
@@ -261,7 +250,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by repeating pixels, then a 3x3 convolution."""
+    """Double height and width by nearest neighbours, then apply a 3x3 convolution."""
 
     dtype: Dtype
 
@@ -283,9 +272,6 @@ def area_downsample(
     Args:
       x: A map whose sides are multiples of `factor`.
       factor: At least 1.
-
-    Returns:
-      The smaller map.
     """
     b, h, w, c = x.shape
     blocks = x.reshape(b, h // factor, factor, w // factor, factor, c)
@@ -295,7 +281,7 @@ def area_downsample(
 def conv(
     channels: int, size: int, dtype: Dtype, name: str, *, zero_init: bool = False
 ) -> nn.Conv:
-    """Make a stride-1 convolution that keeps height and width.
+    """Return a stride-1 convolution that keeps height and width, unbound.
 
     Args:
       channels: Channels out.
@@ -303,9 +289,6 @@ def conv(
       dtype: Compute dtype.
       name: Name of the submodule, a part of the checkpoint format.
       zero_init: Start with a zero kernel.
-
-    Returns:
-      The unbound linen module.
     """
     kernel_init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
     return nn.Conv(

@@ -1,8 +1,7 @@
-"""Networks that read text: latent diffusion's own encoder, and CLIP's.
+"""Text encoders: latent diffusion's, and CLIP's.
 
-Both are transformers with norms before the branches, over learned positions, and share
-their layer. They differ in the mask (none, causal), in the biases of q, k and v, and in
-what they return.
+Both are pre-norm transformers with learned positions and share their layer. They differ
+in the mask (none, causal), the biases of q, k and v, and the output.
 """
 
 import functools
@@ -20,16 +19,16 @@ from ldm_jax.models.layers import timestep_embedding
 from ldm_jax.types import Dtype
 
 LATENT_DIFFUSION_EPSILON = 1e-5
-"""Of the layer norms of latent-diffusion's encoder; flax would take 1e-6."""
+"""Epsilon of the layer norms of latent-diffusion's encoder; flax' default is 1e-6."""
 
 LATENT_DIFFUSION_EXPANSION = 4
-"""Width of the MLPs of latent-diffusion's encoder, in units of its own width."""
+"""Hidden width of the MLPs of latent-diffusion's encoder, in units of its width."""
 
 EMBEDDING_STD = 0.02
-"""Standard deviation of CLIP's untrained token and position embeddings."""
+"""Standard deviation of CLIP's initial token and position embeddings."""
 
 MISSTATED_EOS_ID = 2
-"""What early CLIP configs state as end of text, though their tokenizer has another."""
+"""End-of-text id of early CLIP configs, which differs from that of their tokenizer."""
 
 Activation = Literal["quick_gelu", "gelu"]
 TextOutput = Literal["last", "penultimate", "pooled"]
@@ -39,24 +38,24 @@ PositionInit = Literal["normal", "sinusoids"]
 class TextTransformer(nn.Module):
     """Latent diffusion's text encoder, trained together with the UNet.
 
-    Of BERT it has the tokenizer only. There is no mask: tokens read the padding too, so
-    a text means something only at the length it was trained with.
+    Its tokenizer is BERT's. There is no mask: tokens attend to the padding too, so a
+    text must have the length of training.
 
     Fields:
-      vocab_size: Tokens there are.
-      length: Most tokens of a text; each position has a learned vector.
-      width: Width of the stream and of the output.
+      vocab_size: Tokens of the vocabulary.
+      length: Most tokens of a text.
+      width: Width of the residual stream and of the output.
       depth: Layers.
-      num_heads: Heads of every attention.
-      head_width: Width of each head; need not be `width / num_heads`.
-      positions: What untrained vectors of positions are; see `embed_tokens`.
-      embedding_std: Standard deviation of untrained vectors.
-      dtype: Compute dtype of the branches; parameters, norms, stream and output stay
-        float32.
+      num_heads: Attention heads.
+      head_width: Width of a head; need not be `width / num_heads`.
+      positions: Initial position embeddings; see `embed_tokens`.
+      embedding_std: Standard deviation of initial embeddings.
+      dtype: Compute dtype of the branches; parameters, norms, residual stream and
+        output are float32.
 
     Source:
       Rombach et al., arXiv:2112.10752, app. E.2.1; latent-diffusion `BERTEmbedder`,
-      less the map back to tokens (`to_logits`) that it holds and never calls.
+      without its unused projection to tokens (`to_logits`).
     """
 
     vocab_size: int
@@ -95,28 +94,29 @@ class TextTransformer(nn.Module):
 
 
 class ClipTextTransformer(nn.Module):
-    """CLIP's text encoder, OpenAI's and OpenCLIP's alike.
+    """CLIP's text encoder, OpenAI's or OpenCLIP's.
 
-    A token reads itself and the tokens before it. All `depth` layers have parameters,
-    also where the output leaves the last one unused: weights name them.
+    Attention is causal. All `depth` layers have parameters, even if the output does not
+    use the last one: weights files contain it.
 
     Fields:
-      vocab_size: Tokens there are.
-      length: Most tokens of a text; each position has a learned vector.
-      width: Width of the stream.
+      vocab_size: Tokens of the vocabulary.
+      length: Most tokens of a text.
+      width: Width of the residual stream.
       depth: Layers.
-      num_heads: Heads of every attention; must divide `width`.
-      mlp_width: Hidden width of every MLP.
-      activation: Of every MLP; OpenAI's weights have `quick_gelu`, OpenCLIP's `gelu`.
-      epsilon: Of every norm.
-      output: `last` is the output of the last layer, `penultimate` that of the layer
-        before it, both after the final norm; `pooled` is the last output at the end of
-        the text, after the final norm and a projection: one vector a text.
+      num_heads: Attention heads; must divide `width`.
+      mlp_width: Hidden width of the MLPs.
+      activation: Activation of the MLPs: `quick_gelu` for OpenAI's weights, `gelu` for
+        OpenCLIP's.
+      epsilon: Epsilon of the norms.
+      output: `last`: output of the last layer; `penultimate`: of the layer before, both
+        after the final norm; `pooled`: last output at the end of the text, after the
+        final norm and a projection.
       projection_width: Width of `pooled`; ignored otherwise.
-      eos_token_id: Marks the end of a text, at its first place; if 2, which some
-        configs say by mistake, the largest token does. Ignored unless `pooled`.
-      dtype: Compute dtype of the branches; parameters, norms, stream and output stay
-        float32.
+      eos_token_id: Token that ends a text; 2, which some configs state by mistake: the
+        largest token. Ignored unless `pooled`.
+      dtype: Compute dtype of the branches; parameters, norms, residual stream and
+        output are float32.
 
     Source:
       Radford et al., arXiv:2103.00020, sec. 2.4; Stable Diffusion 2's
@@ -175,16 +175,16 @@ class ClipTextTransformer(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Attention and an MLP, each after a norm and around a skip.
+    """Attention and an MLP, each after a norm, with residual connections.
 
     Fields:
       num_heads: Heads.
       head_width: Width of each.
       qkv_bias: Whether q, k and v have biases (CLIP) or not (latent-diffusion).
       mlp_width: Hidden width of the MLP.
-      activation: Of the MLP.
-      epsilon: Of both norms.
-      dtype: Compute dtype of the two branches; their sum stays float32.
+      activation: Activation of the MLP.
+      epsilon: Epsilon of both norms.
+      dtype: Compute dtype of the branches; their sum is float32.
 
     Source:
       Xiong et al., arXiv:2002.04745, fig. 1b.
@@ -202,7 +202,7 @@ class TextLayer(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None = None
     ) -> Float[Array, "b n d"]:
-        """Transform `x`; `mask` says which token (row) may read which."""
+        """Apply the layer; `mask[i, j]` is true if token i attends to token j."""
         y = layer_norm(self.epsilon, "norm1")(x)
         y = TextAttention(
             self.num_heads, self.head_width, self.qkv_bias, self.dtype, name="attention"
@@ -214,12 +214,12 @@ class TextLayer(nn.Module):
 
 
 class TextAttention(nn.Module):
-    """Let every token read those that the mask allows; no norm, no skip.
+    """Self-attention under a mask, without norm and residual connection.
 
     Fields:
       num_heads: Heads.
       head_width: Width of each.
-      qkv_bias: Whether q, k and v have biases; the way out always has one.
+      qkv_bias: Whether q, k and v have biases; the output always has one.
       dtype: Compute dtype; the softmax stays float32.
     """
 
@@ -232,7 +232,7 @@ class TextAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None
     ) -> Float[Array, "b n d"]:
-        """Return what each token reads."""
+        """Return the attention output of every token."""
 
         def heads(name: str) -> Float[Array, "b n k e"]:
             project = nn.Dense(
@@ -249,11 +249,11 @@ class TextAttention(nn.Module):
 
 
 class TextMlp(nn.Module):
-    """Two affine maps with an activation in between; no gate.
+    """Two linear layers with an activation in between.
 
     Fields:
-      width: Width in between.
-      activation: `gelu` is the exact one, by the error function.
+      width: Hidden width.
+      activation: `gelu` is the exact GELU.
       dtype: Compute dtype.
 
     Source:
@@ -267,7 +267,7 @@ class TextMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Transform every token by itself."""
+        """Apply the MLP to every token."""
         h = nn.Dense(self.width, dtype=self.dtype, name="in")(x)
         if self.activation == "gelu":
             h = jax.nn.gelu(h, approximate=False)
@@ -285,23 +285,18 @@ def embed_tokens(
     positions: PositionInit = "normal",
     std: float = EMBEDDING_STD,
 ) -> Float[Array, "b n d"]:
-    """Add a learned vector of the token and one of its position, unscaled, float32.
+    """Return the sum of token and position embeddings, float32.
 
-    The two tables become `token_embedding` and `position_embedding` of the module whose
-    compact method calls.
+    The tables are `token_embedding` and `position_embedding` of the module whose
+    compact method calls this function.
 
     Args:
-      tokens: In [0, vocab_size).
-      vocab_size: Tokens there are.
-      length: Positions there are.
-      width: Of the vectors; even for `sinusoids`.
-      positions: Untrained, those of positions are normal, or sines and cosines of the
-        position: the same turn leads from any of these to the next, so that attention
-        can find a neighbour wherever it is before anything is learned.
-      std: Standard deviation of untrained vectors, of either kind.
-
-    Returns:
-      One vector a token.
+      tokens: Token ids, in [0, vocab_size).
+      length: Number of positions.
+      width: Width of the embeddings; even for `sinusoids`.
+      positions: Initial position embeddings: normal noise, or sinusoids, from which
+        attention can find neighbouring positions before training.
+      std: Standard deviation of the initial embeddings.
 
     Raises:
       ValueError: If there are more tokens than positions.
@@ -330,17 +325,14 @@ def _sinusoids(
 
 
 def end_of_text(tokens: Int[Array, "b n"], *, eos_token_id: int) -> Int[Array, " b"]:
-    """Return the position of the token that speaks for the whole text.
+    """Return the first position of the end-of-text token; 0 in a text without one.
 
     Args:
       tokens: Token ids, padded at the end.
-      eos_token_id: The id that ends a text; 2 asks for the largest id instead.
-
-    Returns:
-      The first such position; 0 in a text that has none.
+      eos_token_id: End-of-text id; 2 for the largest id of each text.
 
     Source:
-      `CLIPTextModel` of transformers, which keeps this rule for its early configs.
+      `CLIPTextModel` of transformers, for the rule of early configs.
     """
     if eos_token_id == MISSTATED_EOS_ID:
         return tokens.argmax(axis=-1)
@@ -348,10 +340,10 @@ def end_of_text(tokens: Int[Array, "b n"], *, eos_token_id: int) -> Int[Array, "
 
 
 def layer_norm(epsilon: float, name: str) -> nn.LayerNorm:
-    """Make a float32 layer norm that takes the variance about the mean.
+    """Return a float32 layer norm with an accurate variance, unbound.
 
-    flax's fast variance, the mean square less the squared mean, loses digits where
-    trained encoders have a few very large channels.
+    flax' fast variance, mean square minus squared mean, is inaccurate for the few very
+    large channels of trained encoders.
     """
     return nn.LayerNorm(
         epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name

@@ -1,4 +1,4 @@
-"""Decoding large latents tile by tile, in the memory of one tile."""
+"""Tiled decoding of large latents, with the memory of one tile."""
 
 from collections.abc import Callable
 
@@ -19,19 +19,15 @@ def decode_in_tiles(
 ) -> Float[Array, "b h2 w2 e"]:
     """Decode square tiles that overlap by a quarter, and blend them linearly.
 
-    What one tile needs of memory does not depend on the size of the picture. The result
-    is that of decoding at once where the decoder sees no further than the overlap; its
-    attention and its norms do, so a tile should not be much smaller than the latents
-    the decoder was trained on.
+    The memory does not depend on the size of the image. The result equals decoding at
+    once if the decoder's receptive field is within the overlap. Its attention and norms
+    exceed it, so tiles should not be much smaller than the latents of training.
 
     Args:
-      decode: The decoder, `factor` times as high and wide out as in.
-      latents: What to decode; decoded at once if no side is longer than a tile.
-      tile: Side of a tile, in latents; at least 4. Static.
-      factor: The decoder's. Static.
-
-    Returns:
-      The pictures.
+      decode: The decoder; its output is `factor` times as high and wide as its input.
+      latents: Latents; decoded at once if no side is longer than a tile.
+      tile: Side of a tile, in latent pixels, at least 4. Static.
+      factor: Up-sampling factor of the decoder. Static.
 
     Raises:
       ValueError: If a tile is smaller than 4.
@@ -67,14 +63,14 @@ def decode_in_tiles(
 
 
 def tile_starts(size: int, tile: int) -> list[int]:
-    """Place tiles evenly from edge to edge, overlapping by a quarter or more."""
+    """Return the starts of evenly placed tiles that overlap by at least a quarter."""
     stride = tile - tile // OVERLAP_SHARE
     gaps = -(-(size - tile) // stride)
     return [round(i * (size - tile) / max(gaps, 1)) for i in range(gaps + 1)]
 
 
 def ramp(side: int, *, tile: int, factor: int) -> np.ndarray:
-    """Return a tile's weight along one side: falling linearly towards both ends."""
+    """Return a tile's weights along a side, which fall linearly to both ends."""
     overlap = tile // OVERLAP_SHARE * factor
     place = np.arange(side * factor) + 0.5
     return np.minimum(np.minimum(place, place[::-1]) / overlap, 1.0)

@@ -1,4 +1,4 @@
-"""Transformers over the pixels of a feature map that may read a context."""
+"""Spatial transformers: attention over pixels, and cross-attention to a context."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ MANY_TOKENS = 256
 
 
 class Attention(nn.Module):
-    """Let tokens read a context, or each other: no biases but the output's.
+    """Attention to a context or to the tokens themselves; only the output has a bias.
 
     Fields:
       num_heads: Heads; must divide the width of the tokens.
@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None
     ) -> Float[Array, "b n d"]:
-        """Read `context`, or `x` itself where there is none."""
+        """Attend to `context`, or to `x` if it is None."""
         b, n, width = x.shape
         read = x if context is None else context.astype(self.dtype)
         m, channels = read.shape[1:]
@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the context, gated MLP; each around a skip.
+    """Self-attention, cross-attention and a gated MLP, each with a residual connection.
 
     Fields: as `Attention`.
 
@@ -117,7 +117,7 @@ class TransformerBlock(nn.Module):
         weights = Weights(inner, use_bias=True, zero_init=False, name="mlp_in")(width)
         h = normed("norm3")
         if n >= MANY_TOKENS:
-            # As two layers, so that large gradients need not be put side by side.
+            # As two layers, so that their large gradients are not concatenated.
             first, second = split_affine(weights, 2)
             value = dense_of_many(h, first, self.dtype)
             gate = dense_of_many(h, second, self.dtype)
@@ -128,10 +128,10 @@ class TransformerBlock(nn.Module):
 
 
 def exact_gelu(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """Return `x` times the part of a normal distribution that is below it.
+    """Return the exact GELU: `x` times the normal distribution function of `x`.
 
-    In 16 bits by `erf`, whose digits far below zero those cannot hold; `erfc`, which
-    has them, takes half as long again on a TPU.
+    In 16 bits by `erf`: its precision far below zero suffices, and `erfc`, which is
+    more precise there, takes half as long again on a TPU.
 
     Source:
       Hendrycks & Gimpel, arXiv:1606.08415, sec. 2.

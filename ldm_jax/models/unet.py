@@ -1,4 +1,4 @@
-"""The second stage: a UNet that predicts what was added to a latent."""
+"""The second stage: a UNet that denoises latents."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -25,36 +25,36 @@ Resample = Literal["none", "up", "down"]
 
 
 class UNet(nn.Module):
-    """Predict from a noisy latent, its time and its condition.
+    """UNet that predicts noise, or another target, of a noisy latent.
 
     Fields:
-      out_channels: Channels of the prediction, as many as the latent has.
+      out_channels: Channels of the prediction and of the latent.
       channels: Width of the first level.
       channel_multipliers: Width of each level, in units of `channels`; every level
         but the last halves the resolution.
       num_res_blocks: ResBlocks a level on the way down; one more on the way up.
       attention_downsampling: Levels with attention, by their down-sampling factor
         (1, 2, 4 ...), not by their resolution in pixels.
-      num_heads: Heads of every attention, where `head_channels` is 0.
+      num_heads: Attention heads, if `head_channels` is 0.
       head_channels: Channels of a head, or 0.
       transformer_depth: Blocks of each spatial transformer; 0: plain self-attention.
-      num_classes: Real classes whose vector is added to the time embedding; the null
-        class has this index. 0: none is added.
-      pooled_context: Whether the mean of the context's tokens is added to the time
-        embedding too: every ResBlock hears what the whole text says.
-      coordinates: Whether x and y of every pixel are two more channels of its input,
-        from -1 to 1: without them a map is known by its zero padding alone.
+      num_classes: Classes whose embedding is added to the time embedding, without the
+        null class, which has this index. 0: no class embedding.
+      pooled_context: Whether to add the mean of the context's tokens to the time
+        embedding.
+      coordinates: Whether the input has the x and y of every pixel, from -1 to 1;
+        without them, only zero padding tells positions.
       scale_shift_norm: See `TimeResBlock`.
       resblock_updown: Resample inside ResBlocks instead of by convolutions.
       num_groups: Groups of every norm.
-      epsilon: Of the norms outside spatial transformers.
+      epsilon: Epsilon of the norms outside spatial transformers.
       remat: Recompute the activations of every level block in the backward pass.
       dtype: Compute dtype; parameters stay float32, and so does the prediction.
 
     Source:
       Rombach et al., arXiv:2112.10752, sec. 3.2 and 3.3; Dhariwal & Nichol,
       arXiv:2105.05233; latent-diffusion `UNetModel`. The pooled context: Nichol et
-      al., GLIDE, arXiv:2112.10741, sec. 2.1, which takes the last token for the mean.
+      al., GLIDE, arXiv:2112.10741, sec. 2.1, which uses the last token instead.
       Coordinates: Liu et al., arXiv:1807.03247, sec. 3.
     """
 
@@ -83,12 +83,12 @@ class UNet(nn.Module):
         t: Real[Array, " b"],
         cond: Condition,
     ) -> Float[Array, "b h w e"]:
-        """Predict, in float32.
+        """Return the prediction, in float32.
 
         Args:
           x_t: Noisy latents, in scaled-latent units.
-          t: Timestep; whole on a discrete schedule, a float on a continuous one.
-          cond: What the UNet is conditioned on.
+          t: Timestep; an integer for discrete schedules, a float for continuous ones.
+          cond: Conditions.
         """
         if cond.concat is not None:
             x_t = jnp.concatenate([x_t, cond.concat.astype(x_t.dtype)], axis=-1)
@@ -187,7 +187,7 @@ class UNet(nn.Module):
 
 
 class LevelBlock(nn.Module):
-    """A ResBlock, and attention after it where the level has any.
+    """A ResBlock, followed by attention if the level has it.
 
     Fields:
       res: Fields of the ResBlock.
@@ -208,7 +208,7 @@ class LevelBlock(nn.Module):
         embedding: Float[Array, "b d"],
         context: Float[Array, "b m f"] | None,
     ) -> Float[Array, "b h w e"]:
-        """Transform `x` under the embedding, reading the context."""
+        """Apply the block to `x`."""
         x = TimeResBlock(**self.res, resample="none", name="res")(x, embedding)
         if not self.attention:
             return x
@@ -234,16 +234,16 @@ class LevelBlock(nn.Module):
 
 
 class TimeResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a skip; the embedding joins in between.
+    """The UNet's residual block: twice norm, SiLU, convolution, with a time embedding.
 
     Fields:
       channels: Channels out.
       num_groups: Groups of both norms.
-      epsilon: Of both norms.
+      epsilon: Epsilon of both norms.
       scale_shift_norm: The embedding scales and shifts the second norm instead of
         being added before it.
-      resample: Whether both branches double or halve the resolution first, without a
-        convolution: by repeating pixels, or by averages of 2x2.
+      resample: Whether both branches first double the resolution by nearest neighbours
+        or halve it by 2x2 means.
       dtype: Compute dtype; parameters stay float32.
 
     Source:
@@ -262,7 +262,7 @@ class TimeResBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], embedding: Float[Array, "b d"]
     ) -> Float[Array, "b h2 w2 e"]:
-        """Transform `x`."""
+        """Apply the block to `x`."""
         h = GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x)
         h = resample(nn.silu(h), self.resample)
         x = resample(x, self.resample)
@@ -283,7 +283,7 @@ class TimeResBlock(nn.Module):
 
 
 def pixel_coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
-    """Return x and y of the middle of every pixel; the map reaches from -1 to 1."""
+    """Return the x and y of every pixel's centre; the map spans -1 to 1."""
     b, h, w, _ = x.shape
     right, down = (
         (2.0 * jnp.arange(n, dtype=jnp.float32) + 1.0) / n - 1.0 for n in (w, h)
@@ -293,7 +293,7 @@ def pixel_coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
 
 
 def resample(x: Float[Array, "b h w c"], how: Resample) -> Float[Array, "b h2 w2 c"]:
-    """Double a map by repeating pixels, halve it by averages of 2x2, or neither."""
+    """Double a map by nearest neighbours, halve it by 2x2 means, or return it."""
     if how == "up":
         return x.repeat(2, axis=1).repeat(2, axis=2)
     if how == "down":

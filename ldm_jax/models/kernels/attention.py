@@ -1,14 +1,14 @@
-"""Attention that never writes its probabilities to memory: a kernel for TPUs.
+"""Attention kernel for TPUs that does not write its probabilities to memory.
 
-The tokens of a feature map are few enough (64x64 of them at most, mostly) that all keys
-and values of a head fit on the chip beside a block of queries. So the softmax is the
-plain one, over whole rows. The backward pass makes the probabilities again, a block of
-queries and of keys after the other, and takes all three gradients from them in one go.
+A feature map has few tokens (mostly at most 64x64), so that all keys and values of a
+head fit in fast memory beside a block of queries, and the softmax is the plain one over
+whole rows. The backward pass recomputes the probabilities block by block, and computes
+all three gradients from them.
 
-Heads lie side by side in lanes (`Packing`) and stay there. Where several share a group,
-queries and slopes of one are taken with zeros in the place of the others: a product
-over all lanes of the group is then that over its own, and takes a matrix unit no
-longer, as that is 128 wide or wider.
+Heads are packed side by side in lanes (`Packing`). If several share a group, the
+queries and gradients of one are used with zeros in place of the others: a product over
+all lanes of the group then equals that over its own lanes, at no cost in a matrix unit
+that is at least 128 wide.
 """
 
 import functools
@@ -39,23 +39,23 @@ def fused_attention(
     packing: Packing,
     interpret: bool = False,
 ) -> Float[Array, "b n l"]:
-    """Attend on a TPU, in float32 but for what is multiplied.
+    """Compute attention on a TPU, in float32 except for the operands of products.
 
     Args:
-      q: Queries, of a shape that `blocks_of` has blocks for, packed; the lanes that no
-        head has are zero, here and in the others.
-      k: Keys, packed.
-      v: Values, packed.
-      packing: How.
-      interpret: Run as plain operations, on any device.
+      q: Packed queries, of a shape that `blocks_of` accepts; unused lanes are zero in
+        all three.
+      k: Packed keys.
+      v: Packed values.
+      packing: Memory layout of the heads.
+      interpret: Run as plain operations on any device.
 
     Returns:
-      The mixed values, packed.
+      Packed weighted values.
 
     Source:
       Vaswani et al., arXiv:1706.03762, eq. 1; Dao et al., arXiv:2205.14135, app. B.2
-      (what is kept of a row for the backward pass: its logarithm of the sum of
-      exponentials, and its product with the gradient).
+      (saved for the backward pass: the log-sum-exp of each row, and the product of
+      output and gradient).
     """
     return _run_forward(q, k, v, packing, interpret)[0]
 
@@ -110,7 +110,7 @@ fused_attention.defvjp(_fused_forward, _fused_backward)
 
 
 class _Cut:
-    """How the work is cut: by group of heads, block of queries, head of the group."""
+    """Grid of the kernel: group of heads, block of queries, head of the group."""
 
     def __init__(self, q: Array, k: Array, packing: Packing) -> None:
         (batch, queries, _), keys = q.shape, k.shape[1]
@@ -144,9 +144,9 @@ class _Cut:
         products: int,
         **kwargs: Any,
     ) -> tuple[Array, ...]:
-        """Run a kernel that makes so many products of probabilities' size.
+        """Run a kernel that has `products` matrix products of the probabilities' size.
 
-        Its name says how many a step has, by which the plan knows how long it takes.
+        Its name states the size of a step, from which `tools.plan` estimates cycles.
         """
         moved = [*arrays, *out_shape]
         made = pl.pallas_call(
@@ -154,7 +154,7 @@ class _Cut:
             name=f"{name}_{self._step}",
             grid=self._grid,
             out_shape=out_shape,
-            # The compiler cannot look inside; with this it schedules what is around.
+            # The compiler schedules surrounding work by this estimate.
             cost_estimate=pl.CostEstimate(
                 flops=2 * products * self._probabilities * self._width,
                 transcendentals=self._probabilities,
@@ -177,12 +177,12 @@ def _product(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
 
 
 def _as_row(column: Array) -> Array:
-    """Turn a column into a row: as a column it would fill 128 lanes in memory."""
+    """Transpose a column to a row: a column would use 128 lanes in memory."""
     return jnp.broadcast_to(column, (len(column), LANES)).T[:1]
 
 
 class _Head:
-    """The head that a step of the grid is about."""
+    """The head of a step of the grid."""
 
     def __init__(self, packing: Packing) -> None:
         self._packing = packing
@@ -192,7 +192,7 @@ class _Head:
         self.is_one = index < packing.heads
 
     def alone(self, x: Array) -> Array:
-        """Put zeros in the place of the other heads of the group."""
+        """Set the lanes of the other heads of the group to zero."""
         if self._packing.together == 1:
             return x
         lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -201,12 +201,12 @@ class _Head:
         return jnp.where(is_own, x, jnp.zeros_like(x))
 
     def scaled(self, q: Array) -> Array:
-        """Return its queries, scaled."""
+        """Return the scaled queries of the head."""
         q32 = q.astype(jnp.float32) * self._packing.width**-0.5
         return self.alone(q32).astype(q.dtype)
 
     def put(self, x: Array, ref: Any) -> None:
-        """Write its lanes of a block that the heads of a group fill in turn."""
+        """Write the head's lanes of a block that the heads of a group fill in turn."""
         before = jnp.where(self.is_first, jnp.zeros_like(ref[0]), ref[0])
         ref[0] = before + self.alone(x).astype(ref.dtype)
 
@@ -228,9 +228,9 @@ def _forward(
 
 
 def _backward(*refs: Any, packing: Packing, size: int) -> None:
-    """Take the gradients of a block of queries, `size` keys after the other.
+    """Compute the gradients of a block of queries, `size` keys at a time.
 
-    Probabilities have keys as rows here, so that what was kept of each query is a row
+    Probabilities have keys as rows here: the saved values of the queries are then rows,
     and three of the five products need no transposition.
     """
     q_ref, k_ref, v_ref, out_ref, slope_ref, log_sum_ref, *outputs = refs

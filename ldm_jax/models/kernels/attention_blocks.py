@@ -1,95 +1,83 @@
-"""Which attention is worth a kernel, and how the one for TPUs cuts it; without JAX."""
+"""Sizes for which attention kernels are used, and their blocks on TPUs; without JAX."""
 
 from typing import NamedTuple
 
 LEAST_PROBABILITIES = 2**16
-"""Fewer are as quickly written to memory and read again."""
+"""With fewer, writing the probabilities to memory is as fast."""
 LEAST_KEYS = 256
-"""Fewer, as the 77 tokens of a text, take less time plainly."""
+"""With fewer, such as the 77 tokens of a text, plain operations are faster."""
 MOST_KEYS, WIDEST = 4096, 512
-"""Keys, and channels of a head, that fit on the chip beside a block of queries."""
+"""Keys, and channels of a head, that fit in fast memory with a block of queries."""
 LANES = 128
 MEMORY = 64 * 2**20
-"""Bytes on a chip that the kernel may take."""
+"""Bytes of fast memory that the kernel may use."""
 SMALL_MEMORY = 16 * 2**20
 WITH_SMALL_MEMORY = ("TPU v2", "TPU v3", "TPU v4")
-"""Kinds of devices that have no more."""
+"""Kinds of devices with `SMALL_MEMORY`."""
 SIZES = (512, 256, 128)
-"""Tokens of a block; the larger, the more of its work overlaps."""
+"""Tokens of a block; larger blocks overlap more work."""
 MOST_UNCUT = 1024
-"""Keys whose number no block divides are worked on at once, if they are no more."""
+"""Largest number of keys that may be one block if no block size divides it."""
 
 
 class Shape(NamedTuple):
     """Sizes of one head's attention."""
 
     queries: int
-    """Tokens that read."""
+    """Number of queries."""
     keys: int
-    """Tokens that are read."""
+    """Number of keys."""
     width: int
     """Channels of a head."""
 
 
 class Packing(NamedTuple):
-    """How the channels of all heads lie in a row of a chip's lanes.
+    """Memory layout of the channels of all heads in a TPU's lanes.
 
-    A register has 128 lanes. An array whose rows are the 32 or 40 channels of a head
-    leaves most of them empty, in memory too, and an array with an axis of heads is
-    copied to get there. So heads lie side by side, as many as fit into whole registers.
+    A register has 128 lanes. Rows of the 32 or 40 channels of one head would leave most
+    of them empty, and an axis of heads would be copied. So heads are side by side, as
+    many as fit into whole registers.
     """
 
     heads: int
-    """Heads."""
+    """Number of heads."""
     width: int
     """Channels of a head."""
     together: int
-    """Heads that share a group of lanes."""
+    """Heads of a group of lanes."""
     lanes: int
-    """Of a group; a multiple of 128."""
+    """Lanes of a group; a multiple of 128."""
     groups: int
-    """Of lanes, over all heads."""
+    """Groups of all heads."""
 
 
 class Blocks(NamedTuple):
-    """How many tokens are worked on at once."""
+    """Block sizes of the kernel."""
 
     queries: int
-    """In each step of the kernel."""
+    """Queries of a step."""
     keys: int
-    """Within a step of the backward pass, one block after the other."""
+    """Keys of a block within a step of the backward pass."""
 
 
 def packing_of(heads: int, width: int) -> Packing:
-    """Lay out heads in lanes.
-
-    Args:
-      heads: Heads.
-      width: Channels of a head.
-    """
+    """Return the layout of `heads` heads of `width` channels."""
     together = min(max(1, LANES // width), heads)
     lanes = -(-width // LANES) * LANES
     return Packing(heads, width, together, lanes, -(-heads // together))
 
 
 def is_worth_a_kernel(shape: Shape) -> bool:
-    """Say whether plain attention would write much to memory and read it again.
+    """Return whether plain attention would write much to memory and read it again.
 
-    cuDNN has none for the 77 tokens of a text either (seen on an H200).
-
-    Args:
-      shape: Of the attention.
+    cuDNN has no kernel for the 77 tokens of a text either (seen on an H200).
     """
     is_large = shape.queries * shape.keys >= LEAST_PROBABILITIES
     return is_large and shape.keys >= LEAST_KEYS
 
 
 def blocks_of(shape: Shape) -> Blocks | None:
-    """Cut attention into blocks; None where the kernel does not fit.
-
-    Args:
-      shape: Of the attention.
-    """
+    """Return the block sizes of the kernel; None if it is not used or does not fit."""
     if not is_worth_a_kernel(shape):
         return None
     if shape.keys > MOST_KEYS or shape.width > WIDEST:
@@ -102,15 +90,13 @@ def blocks_of(shape: Shape) -> Blocks | None:
 
 
 def bytes_of(shape: Shape, blocks: Blocks, itemsize: int) -> int:
-    """Estimate what the kernel takes on the chip; of its two ways the one with more.
+    """Estimate the fast memory of the forward or backward pass, the larger one.
 
-    Windows lie there twice, so that one is filled while the other is worked on. What
-    registers do not hold was read off the compiler's own account (libtpu 0.0.52): all
-    logits of a block forward, and backward little, more with wide heads.
+    Blocks are double-buffered. The spilled registers are those of the compiler (libtpu
+    0.0.52): all logits of a block in the forward pass, little in the backward pass,
+    more with wide heads.
 
     Args:
-      shape: Of the attention.
-      blocks: How it is cut.
       itemsize: Bytes of a number.
     """
     lanes = packing_of(1, shape.width).lanes

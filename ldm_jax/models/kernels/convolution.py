@@ -1,4 +1,4 @@
-"""Convolutions in the order in which a chip, or its compiler, is good at them."""
+"""Convolutions in forms that are fast on TPUs and CPUs."""
 
 import functools
 from typing import Any
@@ -9,8 +9,8 @@ from jax.custom_derivatives import SymbolicZero, linear_call
 from jaxtyping import Array, Float
 
 FEW_IMAGES, WIDE = 8, 64
-"""With fewer images than the first a TPU convolves maps as wide as the second in less
-time row by row."""
+"""With fewer images than the first, convolving maps of at least the second's width row
+by row is faster on a TPU."""
 
 Pairs = tuple[tuple[int, int], tuple[int, int]]
 NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -24,17 +24,16 @@ def convolve(
     padding: Any,
     **kwargs: Any,
 ) -> Float[Array, "b h2 w2 e"]:
-    """Convolve as `jax.lax.conv_general_dilated` does, in another order if better.
+    """Convolve like `jax.lax.conv_general_dilated`, in a faster form if there is one.
 
-    A TPU holds eight images side by side in a register. In a smaller batch its compiler
-    cuts maps into blocks and treats them as images, with copies before and after that
-    take most of the time. Rows as images need none. For a CPU see
-    `with_ordered_gradients`.
+    A TPU register holds eight images. With a smaller batch the compiler cuts maps into
+    blocks that it treats as images; their copies take most of the time. Rows treated as
+    images need no copies. For CPUs see `with_ordered_gradients`.
 
     Args:
-      strides: Of the window.
-      padding: Of height and width.
-      kwargs: As of `jax.lax.conv_general_dilated`.
+      strides: Strides of height and width.
+      padding: Padding of height and width.
+      kwargs: Other arguments of `jax.lax.conv_general_dilated`.
     """
     plainly = functools.partial(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **kwargs
@@ -59,18 +58,18 @@ def with_ordered_gradients(
     strides: tuple[int, int],
     padding: Pairs,
 ) -> Float[Array, "b h2 w2 e"]:
-    """Convolve, with gradients whose axes are in the order of the convolution's own.
+    """Convolve, with gradients as convolutions whose axes have the same order.
 
-    A CPU's compiler puts the axes of a convolution into the order that its fast kernels
-    take, but not within loops. The gradients that JAX derives have another order: a
-    training step in a loop took 7.8 times as long.
+    The CPU compiler transposes a convolution to the axis order of its fast kernels, but
+    not inside loops. JAX's own gradients have another order, with which a training step
+    in a loop takes 7.8 times as long.
 
-    Both modes of differentiation are there, and reverse of forward mode; reverse of
-    reverse mode and `jax.vmap` of gradients are not.
+    Supports forward mode, reverse mode, and reverse over forward mode; not reverse over
+    reverse mode, nor `jax.vmap` of gradients.
 
     Args:
-      strides: Of the window.
-      padding: Before and after, of height and width.
+      strides: Strides of height and width.
+      padding: Padding before and after, of height and width.
     """
     return jax.lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=NUMBERS
@@ -145,7 +144,7 @@ def _gradient_of_kernel(
         (before, window - side - before + (out - 1) * stride)
         for side, window, out, stride, (before, _) in sizes
     ]
-    # Channels take the place of images, and images that of channels.
+    # Images and channels swap their axes.
     of_kernel = jax.lax.conv_general_dilated(
         jnp.transpose(x, (3, 1, 2, 0)),
         jnp.transpose(slope, (1, 2, 0, 3)),
@@ -161,14 +160,10 @@ def _gradient_of_kernel(
 def by_rows(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c e"]
 ) -> Float[Array, "b h w e"]:
-    """Sum three convolutions of rows, which are the images of a large batch.
+    """Convolve as the sum of three convolutions of rows, accumulated in float32.
 
     Args:
       x: The map; its edges are padded with zeros.
-      kernel: The kernel.
-
-    Returns:
-      The map convolved; summed in float32.
     """
     b, h, w, _ = x.shape
     total = sum(
@@ -199,7 +194,7 @@ by_rows.defvjp(_by_rows_forward, _by_rows_backward)
 
 
 def shifted_rows(x: Float[Array, "b h w c"]) -> list[Float[Array, "n w c"]]:
-    """Return all rows, and those above and below them, as images of one row."""
+    """Return the rows above, all rows, and the rows below, as images of one row."""
     b, h, w, c = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
     return [padded[:, i : i + h].reshape(b * h, w, c) for i in range(3)]

@@ -1,7 +1,7 @@
-"""Attention between its projections, heads packed side by side as a TPU likes them.
+"""Attention layer for TPUs: projections and attention with heads packed in lanes.
 
-The projections write what the kernel reads, and read what it writes: the columns of
-their kernels are put where the lanes are, and no activation is moved.
+The projections write and read the memory layout of the attention kernel: the columns of
+their weights are permuted, and no activation is moved.
 """
 
 import functools
