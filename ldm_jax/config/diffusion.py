@@ -382,6 +382,6 @@ class DiffusionConfig:
             raise InputError(
                 f"prediction: got 'eps' with "
                 f"{'schedule flow' if flow else 'zero_terminal_snr'}, wanted v, x0, "
-                "flow or edm: where there is noise alone, knowing the noise says "
-                f"nothing of the image; try {'flow' if flow else 'v'}"
+                "flow or edm: where there is only noise, the noise does not "
+                f"determine the image; try {'flow' if flow else 'v'}"
             )

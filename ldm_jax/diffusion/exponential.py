@@ -1,6 +1,6 @@
-"""Solvers whose time is lambda, the logarithm of the signal-to-noise ratio.
+"""Exponential integrators in lambda, the log signal-to-noise ratio.
 
-They take the clean latent to be a polynomial in lambda between two levels, and
+They approximate the clean latent by a polynomial in lambda between two levels, and
 integrate its exponentially weighted mean exactly.
 """
 
@@ -13,20 +13,20 @@ from ldm_jax.diffusion.timesteps import Levels
 
 
 def log_snr(levels: Levels) -> np.ndarray:
-    """Return lambda = ln(alpha / sigma); infinite at either end that is pure."""
+    """Return lambda = ln(alpha / sigma); infinite at pure signal or pure noise."""
     with np.errstate(divide="ignore"):
         return np.log(levels.alpha) - np.log(levels.sigma)
 
 
 def step_sizes(levels: Levels) -> np.ndarray:
-    """Return the steps in lambda."""
+    """Return the step sizes in lambda."""
     return np.diff(log_snr(levels))
 
 
 def dpmpp_2m(levels: Levels) -> list[Row]:
-    """Extrapolate the clean latent from the last two: DPM-Solver++(2M).
+    """Tabulate DPM-Solver++(2M), which extrapolates the last two clean latents.
 
-    The first step, and one that ends at the clean latent, have first order.
+    The first step, and a step to the clean latent, have first order.
 
     Source:
       Lu et al., arXiv:2211.01095, algorithm 2.
@@ -41,7 +41,7 @@ def dpmpp_2m(levels: Levels) -> list[Row]:
 
 
 def dpmpp_sde_2m(levels: Levels) -> list[Row]:
-    """Take the 2M step of the stochastic equation: SDE-DPM-Solver++(2M).
+    """Tabulate SDE-DPM-Solver++(2M), the stochastic 2M.
 
     Source:
       Lu et al., arXiv:2211.01095, app. D (SDE-DPM-Solver++2M, midpoint).
@@ -59,10 +59,10 @@ def dpmpp_sde_2m(levels: Levels) -> list[Row]:
 
 
 def dpmpp_2s(levels: Levels) -> list[Row]:
-    """Step over two levels at once, from the slope between them: DPM-Solver++(2S).
+    """Tabulate DPM-Solver++(2S), which uses a level between the ends of a step.
 
-    Steps are network calls. An even number begins with a step of first order, and the
-    last one, to the clean latent, has first order always.
+    A step here is one network call, half a step of the paper. An even number of them
+    begins with one of first order; the last one, to the clean latent, has first order.
 
     Source:
       Lu et al., arXiv:2211.01095, algorithm 1, the middle level being the grid's.
@@ -88,10 +88,10 @@ def dpmpp_2s(levels: Levels) -> list[Row]:
 
 
 def unipc(levels: Levels) -> list[Row]:
-    """Predict, and correct the last step by the newest answer: UniPC-2, B2(h).
+    """Tabulate UniPC-2 with B2(h), a predictor and a corrector.
 
-    The correction costs no network call: the answer at the predicted latent serves
-    both. Registers: the predicted latent, and the corrected one before it.
+    The corrector needs no network call of its own: it uses the output at the predicted
+    latent. Registers: the predicted latent, and the corrected one before it.
 
     Source:
       Zhao et al., UniPC, arXiv:2302.04867, algorithms 1 and 2, with data prediction.
@@ -101,7 +101,7 @@ def unipc(levels: Levels) -> list[Row]:
     for i in range(levels.num_steps):
         signals = np.zeros(3)
         if i > 0:
-            # Before the answer the registers hold the prediction and its start.
+            # Before the call the registers hold the prediction and its start.
             kept, clean = towards_clean(levels, i - 1, i)
             weights = corrector_weights(lam, i)
             previous, signals = (0.0, kept), clean * weights
@@ -119,11 +119,11 @@ def unipc(levels: Levels) -> list[Row]:
 
 
 def corrector_weights(lam: np.ndarray, i: int) -> np.ndarray:
-    """Return the weights of the signals at levels i, i - 1 and i - 2 in UniC's step.
+    """Return UniC's weights of the clean latents at levels i, i - 1 and i - 2.
 
-    Relative to the weight of the clean latent in a first-order step. They make the step
-    from level i - 1 to i exact for clean latents that are polynomials of degree 1 (2,
-    where there are three) in lambda, up to the order of the method.
+    They are relative to the weight in a first-order step, and make the step from level
+    i - 1 to i exact for clean latents that are polynomials in lambda of degree 1, or 2
+    if all three are used, up to the order of the method.
 
     Source:
       Zhao et al., UniPC, arXiv:2302.04867, eq. 5 and app. A, with B(h) = e^h - 1.

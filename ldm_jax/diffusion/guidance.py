@@ -1,7 +1,6 @@
-"""Steering a sample towards its condition.
+"""Guidance: extrapolation from a worse prediction beyond a better one.
 
-Every kind of guidance here goes from a worse prediction through a better one and
-beyond: `worse + scale (better - worse)`. 0 is the worse one, 1 the better one.
+`worse + scale (better - worse)`: scale 0 is the worse prediction, 1 the better one.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,34 +17,34 @@ Denoiser = Callable[
     [Float[Array, "b h w c"], Real[Array, " b"], PyTree],
     Float[Array, "b h w c"],
 ]
-"""A network: `f(x_t, t, cond)`, the condition any tree of arrays with a leading batch
-axis. A value beside it names what it predicts."""
+"""A network `f(x_t, t, cond)`; the condition is a tree of arrays with a leading batch
+axis."""
 
 
 class Call(NamedTuple):
-    """Which of its network calls a sampler is at."""
+    """A network call of a sampler."""
 
     place: Int[Array, ""]
-    """Position among the calls of a sample, from 0."""
+    """Index among the calls of a sample, from 0."""
     t: Float[Array, ""]
-    """What the network is asked at."""
+    """Time input of the network."""
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """What a sampler asks: a network, or several, guided or not."""
+    """Prediction that a sampler uses: of one network or several, guided or not."""
 
     def __call__(
         self, x_t: Float[Array, "b h w c"], call: Call, cond: PyTree
     ) -> Float[Array, "b h w c"]:
-        """Predict at one noise level for every image of a batch."""
+        """Predict at one noise level for all images of a batch."""
         ...
 
 
 def ask(
     denoise: Denoiser, x_t: Float[Array, "b h w c"], call: Call, cond: PyTree
 ) -> Float[Array, "b h w c"]:
-    """Ask a network at the level of a call, the same for every image."""
+    """Evaluate a network at the time of a call, the same for all images."""
     return denoise(x_t, jnp.broadcast_to(call.t, x_t.shape[:1]), cond)
 
 
@@ -53,7 +52,7 @@ TINY = 1e-12
 
 
 def unguided(denoise: Denoiser) -> Predictor:
-    """Ask a network as it is."""
+    """Return the predictor of a network without guidance."""
 
     def predict(
         x_t: Float[Array, "b h w c"], call: Call, cond: PyTree
@@ -70,18 +69,14 @@ def classifier_free(
     scales: Float[Array, " n"],
     rescale: Float[Array, ""],
 ) -> Predictor:
-    """Guide a network by its own unconditional prediction, in one batch of two.
+    """Return the predictor of classifier-free guidance, with two passes in one batch.
 
-    (Papers that write `(1 + w) cond - w uncond` have w = scale - 1.)
+    Papers that write `(1 + w) cond - w uncond` have w = scale - 1.
 
     Args:
-      null_cond: The condition that means "none", or is to be avoided; of the shape of
-        the condition.
+      null_cond: Null condition or negative condition, of the shape of the condition.
       scales: Guidance scale of each network call; traced.
-      rescale: Share of the correction of `rescaled`, in [0, 1]; traced.
-
-    Returns:
-      The guided predictor.
+      rescale: Share of `rescaled`, in [0, 1]; traced.
 
     Source:
       Ho & Salimans, arXiv:2207.12598, eq. 6; the scale is latent-diffusion's.
@@ -111,18 +106,15 @@ def autoguidance(
     scales: Float[Array, " n"],
     rescale: Float[Array, ""],
 ) -> Predictor:
-    """Guide a network by a worse version of itself: a smaller or an earlier one.
+    """Return the predictor of autoguidance: by a smaller or less trained network.
 
-    Both are given the condition, so that what is amplified is quality alone.
+    Both networks get the condition, so that guidance changes the quality alone.
 
     Args:
-      weak: The worse one, trained on the same schedule to predict the same.
-      weak_cond: Its condition, as its own conditioner prepares it.
+      weak: The worse network, with the same schedule and prediction.
+      weak_cond: Condition from the weak model's own conditioner.
       scales: Guidance scale of each network call; traced.
-      rescale: Share of the correction of `rescaled`, in [0, 1]; traced.
-
-    Returns:
-      The guided predictor.
+      rescale: Share of `rescaled`, in [0, 1]; traced.
 
     Source:
       Karras et al., arXiv:2406.02507, eq. 3.
@@ -144,7 +136,7 @@ def extrapolate(
     better: Float[Array, "b h w c"],
     scale: Float[Array, ""],
 ) -> Float[Array, "b h w c"]:
-    """Go from one prediction to another and beyond."""
+    """Extrapolate from one prediction beyond another."""
     return worse + scale * (better - worse)
 
 
@@ -154,16 +146,13 @@ def rescaled(
     *,
     share: Float[Array, ""],
 ) -> Float[Array, "b h w c"]:
-    """Give a guided prediction back the contrast it had without guidance.
+    """Rescale a guided prediction towards the contrast of the unguided one.
 
     Args:
-      guided: The prediction with guidance.
-      conditional: The one without.
-      share: 0 changes nothing, 1 makes each image's standard deviation that of the
-        conditional prediction; the paper uses 0.7.
-
-    Returns:
-      The prediction.
+      guided: Prediction with guidance.
+      conditional: Prediction without guidance.
+      share: 0 for no change; 1 for the standard deviation of `conditional` in each
+        image; the paper uses 0.7.
 
     Source:
       Lin et al., arXiv:2305.08891, eq. 14 to 16.
@@ -177,15 +166,12 @@ def rescaled(
 def spread_scale(
     scale: Real[Any, "*k"] | Sequence[float | int] | float | int, *, num_steps: int
 ) -> Float[np.ndarray, " t"]:
-    """Give every step its guidance scale.
+    """Return the guidance scale of each step, float32.
 
     Args:
-      scale: One for all steps; or several, spread evenly from the first step to the
-        last with lines between them.
-      num_steps: Denoising steps.
-
-    Returns:
-      A scale per step, float32.
+      scale: One scale for all steps; or several, evenly spread from the first step to
+        the last and linearly interpolated.
+      num_steps: Sampling steps.
     """
     knots = np.atleast_1d(np.asarray(scale, np.float32))
     if len(knots) == 1:
@@ -205,10 +191,10 @@ def call_scales(
     """Return the guidance scale of each network call.
 
     Args:
-      scales: Of each step.
-      step: Of each call.
-      ratio: Noise-to-signal ratio sigma / alpha at each call.
-      interval: Guide only where `low <= ratio <= high`; elsewhere the scale is 1.
+      scales: Guidance scale of each step.
+      step: Step of each call.
+      ratio: Noise-to-signal ratio sigma / alpha of each call.
+      interval: Guidance interval `low <= ratio <= high`; the scale is 1 outside.
 
     Source:
       Kynkäänniemi et al., arXiv:2404.07724, eq. 5 (interval).

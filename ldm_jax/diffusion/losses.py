@@ -21,24 +21,24 @@ TINY = 1e-20
 
 
 class DiffusionObjective(NamedTuple):
-    """What the network learns to predict and at which noise levels; all static."""
+    """Prediction, noise levels and loss of the diffusion stage; all static."""
 
     schedule: Schedule
     """The noise levels."""
     prediction: PredictionName
-    """What the network predicts."""
+    """Prediction of the network."""
     sigma_data: float = 1.0
     """Standard deviation of the clean latents (`edm`)."""
     loss: LossName = "l2"
     """Absolute or squared error."""
     weight: WeightName = "uniform"
-    """How much each level counts."""
+    """Weight of each noise level."""
     weight_gamma: float = 5.0
     """Parameter of the weight; see `loss_weight`."""
     offset_noise: float = 0.0
-    """Strength of the noise that all pixels of a channel share; 0 draws none."""
+    """Weight of noise that is equal in all pixels of a channel; 0: none."""
     timestep_shift: float = 1.0
-    """Above 1, levels with much noise are drawn more often."""
+    """Above 1, high noise levels are drawn more often."""
     condition_dropout: float = 0.0
     """Probability of training an example without its condition, in [0, 1]."""
 
@@ -52,7 +52,7 @@ def denoising_loss(
     *,
     objective: DiffusionObjective,
 ) -> Float[Array, " b"]:
-    """Return the weighted error of what a network predicts.
+    """Return the weighted error of a network's prediction.
 
     Args:
       x_0: Clean latents, standard deviation about 1.
@@ -61,7 +61,7 @@ def denoising_loss(
       cond: Condition of each example.
 
     Returns:
-      The error of each example, a mean over its latent.
+      The error of each example, averaged over its latent.
 
     Source:
       Ho et al., DDPM, arXiv:2006.11239, eq. 14; Rombach et al., arXiv:2112.10752,
@@ -94,27 +94,22 @@ def loss_weight(
     prediction: PredictionName,
     sigma_data: float = 1.0,
 ) -> Float[Array, " b"]:
-    """Return how much the squared error of a prediction counts at a level.
+    """Return the weight of the squared error of a prediction at a noise level.
 
-    Each is stated for one kind of prediction and means the same for all: as a weight of
-    the clean latent's error they are `min(SNR, gamma)`, `SNR / (1 + SNR)^gamma` and
-    `SNR^(1 - gamma)`.
+    As weights of the clean latent's error they are `min(SNR, gamma)`,
+    `SNR / (1 + SNR)^gamma` and `SNR^(1 - gamma)`; converted to any prediction.
 
     Args:
-      level: Of each example.
-      weight: Which of them.
-      gamma: The largest SNR that counts (5 in the paper), P2's exponent (1), or the
-        debiased one (1/2).
-      prediction: What the network predicts.
+      level: Noise level of each example.
+      weight: Weighting.
+      gamma: Cap of the SNR (5 in the paper), exponent of P2 (1), or of debiased (1/2).
+      prediction: Prediction of the network.
       sigma_data: Standard deviation of the clean latents (`edm`).
-
-    Returns:
-      A weight per example.
 
     Source:
       Hang et al., arXiv:2303.09556, eq. 8 and 9 (min-SNR); Choi et al.,
       arXiv:2204.00227, eq. 8 (P2, k = 1); Yu et al., arXiv:2310.08442, sec. 3.3
-      (debiased: the noise's error over the root of the SNR).
+      (debiased: error of the noise over the root of the SNR).
     """
     sigma2 = jnp.maximum(jnp.square(level.sigma), TINY)
     snr = jnp.square(level.alpha) / sigma2
@@ -134,15 +129,12 @@ def offset_noise(
     *,
     strength: float,
 ) -> Float[Array, "b h w c"]:
-    """Add to the noise a constant for each channel, so that brightness is learned.
+    """Add noise that is constant over each channel, so that brightness is learned.
 
     Args:
       eps: Unit-variance noise.
       offset: Unit-variance noise, one number for each channel of an image.
-      strength: Its weight; 0.1 in the source.
-
-    Returns:
-      The noise.
+      strength: Weight of `offset`; 0.1 in the source.
 
     Source:
       Guttenberg, "Diffusion with Offset Noise" (2023).

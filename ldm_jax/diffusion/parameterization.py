@@ -1,8 +1,8 @@
-"""From clean and noise to noisy, and from a prediction back to either.
+"""Predictions of a network, and conversion between them.
 
-At a level `x_t = alpha x_0 + sigma eps`, whatever a network predicts is linear in x_0
-and eps. So reading the clean latent, the noise or the flow out of it is a weighted sum
-of `x_t` and the prediction; the weights are all there is to know (`Reading`).
+With `x_t = alpha x_0 + sigma eps`, every prediction is linear in x_0 and eps. So the
+clean latent, the noise and the flow are weighted sums of `x_t` and the prediction, with
+the weights `Reading`.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ SignalName = Literal["x0", "eps", "flow"]
 
 
 class Reading(NamedTuple):
-    """Read a signal out of a prediction: `x_t_weight x_t + output_weight output`."""
+    """Weights of a signal: `x_t_weight x_t + output_weight output`."""
 
     x_t_weight: Float[Any, "*k"]
     output_weight: Float[Any, "*k"]
@@ -32,10 +32,7 @@ def add_noise(
     Args:
       x_0: Clean latents, standard deviation about 1.
       eps: Unit-variance noise.
-      level: Of each example.
-
-    Returns:
-      The noisy latents.
+      level: Noise level of each example.
 
     Source:
       Ho et al., DDPM, arXiv:2006.11239, eq. 4.
@@ -51,18 +48,15 @@ def target_of(
     prediction: PredictionName,
     sigma_data: float = 1.0,
 ) -> Float[Array, "b h w c"]:
-    """Return what a network should predict.
+    """Return the target of a prediction.
 
     Args:
       x_0: Clean latents.
-      eps: The noise that was added to them.
-      level: Of each example.
+      eps: Noise that was added to them.
+      level: Noise level of each example.
       prediction: The noise; the clean latents; the velocity `alpha eps - sigma x_0`;
-        the flow `eps - x_0`; or EDM's F, which is -v where `sigma_data` is 1.
+        the flow `eps - x_0`; or EDM's F, which is -v if `sigma_data` is 1.
       sigma_data: Standard deviation of the clean latents (`edm`).
-
-    Returns:
-      The target.
 
     Source:
       Salimans & Ho, arXiv:2202.00512, app. D (v); Liu et al., arXiv:2209.03003, eq. 1
@@ -90,20 +84,16 @@ def reading_of(
     prediction: PredictionName,
     sigma_data: float = 1.0,
 ) -> Reading:
-    """Return the weights that read a signal out of a prediction, in float64.
+    """Return the weights that compute a signal from a prediction, in float64.
+
+    They solve the linear equations of `add_noise` and `target_of`.
 
     Args:
       signal: The clean latent, the noise, or the flow `eps - x_0`.
-      level: On the host; sigma above 0 to read the noise out of x0, alpha above 0 to
-        read the clean latent out of eps.
-      prediction: What the network predicts.
+      level: Noise levels on the host; sigma above 0 for the noise from x0, alpha above
+        0 for the clean latent from eps.
+      prediction: Prediction of the network.
       sigma_data: Standard deviation of the clean latents (`edm`).
-
-    Returns:
-      The weights, of the level's shape.
-
-    Source:
-      `add_noise` and `target_of`, two linear equations, solved.
     """
     alpha, sigma = np.asarray(level.alpha), np.asarray(level.sigma)
     one, zero = np.ones_like(alpha), np.zeros_like(alpha)
@@ -138,18 +128,15 @@ def reading_of(
 def prediction_gain(
     level: Level, *, prediction: PredictionName, sigma_data: float = 1.0
 ) -> Float[Any, "*k"]:
-    """Return by how much an error of the prediction, squared, is one of x_0.
+    """Return the ratio of squared errors of the clean latent and of the prediction.
 
-    `|d x_0 / d output|^2` at a given `x_t`: what turns a weight of the clean latent's
-    error into one of the prediction's.
+    This is `|d x_0 / d output|^2` at a given `x_t`; it converts a weight of the clean
+    latent's error to one of the prediction's.
 
     Args:
-      level: Any; alpha above 0 for eps.
-      prediction: What the network predicts.
+      level: Noise levels; alpha above 0 for eps.
+      prediction: Prediction of the network.
       sigma_data: Standard deviation of the clean latents (`edm`).
-
-    Returns:
-      The factor, of the level's shape.
     """
     alpha2, sigma2 = jnp.square(level.alpha), jnp.square(level.sigma)
     match prediction:

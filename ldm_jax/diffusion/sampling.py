@@ -1,4 +1,4 @@
-"""Reverse diffusion: the one scan that drives every sampler."""
+"""Reverse diffusion: one scan that runs every sampler."""
 
 import functools
 from collections.abc import Callable
@@ -16,41 +16,40 @@ from ldm_jax.types import PyTree
 
 
 class Trajectory(NamedTuple):
-    """What a sampler returns."""
+    """Result of a sampler."""
 
     x_0: Float[Array, "b h w c"]
-    """The latents at the end, clean unless the levels end before."""
+    """Latents at the last level, which is clean for all spacings but `ldm`."""
     frames: Float[Array, "f b h w c"]
-    """Latents on the way, `f` of them, the start first and `x_0` last; empty when none
-    were asked for."""
+    """Intermediate latents from the start to `x_0`; empty if none were requested."""
 
 
 class Known(NamedTuple):
-    """What is already known of an image, and is not to change."""
+    """Known part of an image, which sampling must not change."""
 
     x_0: Float[Array, "b h w c"]
-    """Its clean latents."""
+    """Clean latents."""
     eps: Float[Array, "b h w c"]
-    """The noise they are given at every level, so that they follow one path."""
+    """Noise that is added to them, the same at every level."""
     free: Float[Array, "b h w 1"]
-    """1 where the image is to be made, 0 where it is known."""
+    """1 where the image is sampled, 0 where it is known."""
 
 
 class State(NamedTuple):
-    """What the scan carries."""
+    """Carry of the scan."""
 
     registers: tuple[Float[Array, "b h w c"], ...]
-    """Latents; the network is asked at the first."""
+    """Latents; the network is evaluated at the first."""
     signals: tuple[Float[Array, "b h w c"], ...]
-    """The last signals, the newest first."""
+    """Last signals, newest first."""
     frames: Float[Array, "f b h w c"]
-    """Those kept so far."""
+    """Intermediate latents."""
 
 
 def starting_noise(
     keys: Key[Array, " b"], shape: tuple[int, int, int]
 ) -> Float[Array, "b h w c"]:
-    """Draw the noise that an image is made from; noise i depends on key i alone."""
+    """Draw the initial noise of each image; noise i depends on key i alone."""
     return normal(image_step_keys(keys, Stream.SAMPLE_START), shape)
 
 
@@ -67,21 +66,17 @@ def sample(
     """Run a sampler as one `lax.scan`.
 
     Image i depends on start i, key i, condition i and the network alone. Memory does
-    not depend on the number of steps. Calls that are not live take no time.
+    not depend on the number of steps. Calls that are not live are skipped.
 
     Args:
       predict: The network, guided or not.
-      x_start: Latents at the first level, known parts included.
-      keys: One per image, for the noise on the way.
+      x_start: Latents at the first level, with known parts.
+      keys: One key for each image, for noise during sampling.
       cond: Condition of each image.
-      table: The sampler, its levels, and what the network predicts. Padded, its arrays
-        may be traced.
-      known: What is not to change; None makes everything.
-      num_frames: Frames to keep, at most one more than there are steps; of a padded
-        table, as many as it was padded for. Static.
-
-    Returns:
-      The latents at the end and the kept frames.
+      table: The sampler; the arrays of a padded table may be traced.
+      known: Known part of the images; None for none.
+      num_frames: Intermediate latents to return, at most the number of steps plus 1; of
+        a padded table, the number that it was padded for. Static.
 
     Source:
       Lugmayr et al., RePaint, arXiv:2201.09865, eq. 8 (known parts).
@@ -128,7 +123,7 @@ def sample(
 def _scan_live(
     step: Callable[[State, PyTree], tuple[State, None]], start: State, xs: PyTree
 ) -> tuple[State, None]:
-    """Scan over the live calls; pass by the others, a block at a time."""
+    """Scan over the live calls, and skip the others by blocks."""
 
     def unless(live: Bool[Array, ""], fn: Callable, state: State, xs: PyTree) -> State:
         return jax.lax.cond(live, lambda state: fn(state, xs)[0], lambda s: s, state)
@@ -150,11 +145,11 @@ def _terms(
     *,
     two: Bool[Array, ""] | None,
 ) -> tuple[Float[Array, "b h w c"], ...]:
-    """Put the terms of a sum in the order of the sampler's own table.
+    """Return the terms of a sum in the order of the sampler's unpadded table.
 
-    A sampler of one register has its signals next to it. The second register in between
-    would have weight 0, and change the last bits of the sum all the same: a compiler
-    fuses each product with the sum before it.
+    A sampler with one register has its signals after it. A second register of weight 0
+    in between would change the last bits of the sum, because compilers fuse each
+    product with the sum before it.
     """
     if two is None:
         return (*registers, *signals)
@@ -166,7 +161,7 @@ def _terms(
 def _mix(
     terms: tuple[Float[Array, "b h w c"], ...], row: Table
 ) -> list[Float[Array, "b h w c"]]:
-    """Sum weighted terms; written out, as a matrix product may round to bfloat16."""
+    """Sum weighted terms; not as a matrix product, which may round to bfloat16."""
     registers = []
     for weights in row.mix:
         first, *rest = (
@@ -196,7 +191,7 @@ def _fresh_noise(
 def keep_known(
     x: Float[Array, "b h w c"], known: Known, alpha: Array, sigma: Array
 ) -> Float[Array, "b h w c"]:
-    """Put what is known, at a noise level, over what was made.
+    """Replace the known part of latents by its noisy version.
 
     Source:
       Lugmayr et al., RePaint, arXiv:2201.09865, eq. 8.

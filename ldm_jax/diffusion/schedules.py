@@ -1,7 +1,6 @@
-"""Noise schedules: which mixtures of signal and noise there are.
+"""Noise schedules: paths `x_t = alpha x_0 + sigma eps` from clean latents to noise.
 
-Every schedule is a path `x_t = alpha x_0 + sigma eps` from the clean latent to noise.
-Discrete ones are float64 NumPy tables, cast once when they meet the device.
+Discrete schedules are float64 NumPy tables, cast once on the way to a device.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -22,7 +21,7 @@ class Level(NamedTuple):
     """Noise levels: `x_t = alpha x_0 + sigma eps`."""
 
     t: Real[Any, "*k"]
-    """What the network is asked at: an index, or a time that T scales."""
+    """Time input of the network: an index, or a continuous time scaled by T."""
     alpha: Float[Any, "*k"]
     """Weight of the clean latent, at least 0."""
     sigma: Float[Any, "*k"]
@@ -48,21 +47,20 @@ class DiscreteSchedule(NamedTuple):
 
 
 class FlowSchedule(NamedTuple):
-    """The straight path of rectified flow: alpha = 1 - s, sigma = s, for s in [0, 1].
+    """The straight path of flow matching: alpha = 1 - s, sigma = s, for s in [0, 1].
 
     Source:
       Liu et al., arXiv:2209.03003, eq. 1 (with time from the data to the noise).
     """
 
     num_timesteps: int
-    """T; the network is asked at T s."""
+    """T; the time input of the network is T s."""
 
 
 class EdmSchedule(NamedTuple):
-    """Every noise-to-signal ratio, scaled so that `x_t` has unit variance.
+    """EDM's noise-to-signal ratios, scaled so that `x_t` has unit variance.
 
-    The network sees EDM's `c_in x`, is asked at T times its `c_noise`, and has no need
-    of further scaling.
+    `x_t` is EDM's `c_in x`, and the time input is T times its `c_noise`.
 
     Source:
       Karras et al., EDM, arXiv:2206.00364, table 1.
@@ -71,15 +69,15 @@ class EdmSchedule(NamedTuple):
     num_timesteps: int
     """T."""
     sigma_min: float
-    """Smallest ratio sampled from."""
+    """Smallest ratio in sampling."""
     sigma_max: float
-    """Largest ratio sampled from."""
+    """Largest ratio in sampling."""
     sigma_data: float
     """Standard deviation of the clean latents."""
     log_mean: float
     """Mean of the ratio's natural logarithm in training."""
     log_std: float
-    """Its standard deviation."""
+    """Standard deviation of the ratio's natural logarithm in training."""
 
 
 Schedule = DiscreteSchedule | FlowSchedule | EdmSchedule
@@ -97,18 +95,15 @@ def make_schedule(
 
     `ldm_linear` is linear in the square root of beta, which latent-diffusion calls
     `linear` and diffusers `scaled_linear`; `linear` is linear in beta (DDPM);
-    `cosine` is a squared cosine in abar and has no use for the two betas.
+    `cosine` is a squared cosine in abar and ignores both betas.
 
     Args:
-      name: Which of the three.
+      name: Name of the schedule.
       num_timesteps: T, at least 1.
       beta_start: First beta, in (0, 1).
       beta_end: Last beta, in [beta_start, 1).
-      zero_terminal_snr: Shift and scale `sqrt(abar)` so that the last level is noise
-        alone; the network must then predict v, x0 or flow.
-
-    Returns:
-      The float64 tables.
+      zero_terminal_snr: Shift and scale `sqrt(abar)` so that the last level is pure
+        noise; the network must then predict v, x0 or flow.
 
     Raises:
       ValueError: If a number is out of range or the name is unknown.
@@ -149,7 +144,7 @@ def make_schedule(
 
 
 def reaches_pure_noise(schedule: Schedule) -> bool:
-    """Say whether the last level has no signal, so that eps says nothing there."""
+    """Return whether the last level has no signal: eps then determines no image."""
     if isinstance(schedule, DiscreteSchedule):
         return bool(schedule.abar[-1] == 0.0)
     return isinstance(schedule, FlowSchedule)
@@ -158,17 +153,17 @@ def reaches_pure_noise(schedule: Schedule) -> bool:
 def draw_levels(
     schedule: Schedule, keys: Key[Array, " b"], *, shift: float = 1.0
 ) -> Level:
-    """Draw the level that each example is trained at.
+    """Draw a training noise level for each example.
 
     Args:
-      schedule: Discrete levels are equally likely, and so are the times of a flow;
-        EDM's ratios are log-normal.
-      keys: One per example.
-      shift: Where it is not 1, times u in [0, 1] become shift u / (1 + (shift - 1) u):
-        above 1 there is much noise more often. Static; EDM's ratios know none.
+      schedule: Discrete levels and times of a flow are uniform; EDM's ratios are
+        log-normal.
+      keys: One key for each example.
+      shift: Maps times u in [0, 1] to shift u / (1 + (shift - 1) u): above 1, high
+        noise levels are more frequent. Static; ignored by EDM.
 
     Returns:
-      A level per example, float32 (`t` of a discrete schedule int32).
+      Float32 levels; `t` of a discrete schedule is int32.
 
     Source:
       Karras et al., EDM, arXiv:2206.00364, table 1 (log-normal); Esser et al.,
@@ -197,7 +192,7 @@ def draw_levels(
 
 
 def shift_time(time: Float[Array, " b"], shift: float) -> Float[Array, " b"]:
-    """Move times in [0, 1] towards 1 (a shift above 1) or 0.
+    """Shift times in [0, 1] towards 1 (a shift above 1) or 0.
 
     Source:
       Esser et al., arXiv:2403.03206, eq. 23.
@@ -209,14 +204,10 @@ def level_at(schedule: Schedule, position: Float[np.ndarray, " k"]) -> Level:
     """Return the levels at positions of a schedule, in float64.
 
     Args:
-      schedule: Its positions 0 to T - 1 run from the least to the most noise: the
-        table's entries; times 1/T to 1 of a flow; EDM's ratios, evenly spaced in their
-        logarithms.
-      position: In [0, T - 1]; between two entries of a table, the ratio's logarithm is
-        linear.
-
-    Returns:
-      The levels.
+      schedule: Its positions 0 to T - 1 go from least to most noise: entries of a
+        table; times 1/T to 1 of a flow; EDM's ratios, evenly spaced in the logarithm.
+      position: Positions in [0, T - 1]; between entries of a table, the ratio's
+        logarithm is interpolated linearly.
     """
     top = schedule.num_timesteps
     match schedule:
@@ -241,10 +232,7 @@ def level_of_ratio(schedule: Schedule, ratio: Float[np.ndarray, " k"]) -> Level:
 
     Args:
       schedule: A discrete one is interpolated in the ratio's logarithm.
-      ratio: Within the schedule's.
-
-    Returns:
-      The levels.
+      ratio: Ratios within those of the schedule.
     """
     match schedule:
         case DiscreteSchedule():
@@ -259,7 +247,7 @@ def level_of_ratio(schedule: Schedule, ratio: Float[np.ndarray, " k"]) -> Level:
 
 
 def log_ratios(schedule: DiscreteSchedule) -> np.ndarray:
-    """Return ln(sigma / alpha) of every entry; the last is infinite at zero SNR."""
+    """Return ln(sigma / alpha) of every entry; infinite at zero SNR."""
     with np.errstate(divide="ignore"):
         return 0.5 * (np.log1p(-schedule.abar) - np.log(schedule.abar))
 

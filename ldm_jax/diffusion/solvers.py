@@ -1,4 +1,4 @@
-"""The samplers by name, and those that need no more than a line of weights a step."""
+"""Samplers by name, and the tables of the simple ones."""
 
 import math
 from collections.abc import Callable
@@ -33,29 +33,25 @@ def make_table(
     sigma_data: float = 1.0,
     eta: Float[Array, ""] | float = 0.0,
 ) -> Table:
-    """Tabulate a sampler.
+    """Tabulate a sampler, in float64 NumPy except for what a traced `eta` affects.
+
+    Sources are at the functions of the samplers below.
 
     Args:
-      sampler: Which one.
-      levels: The levels it visits.
-      prediction: What the network predicts.
-      sigma_data: Standard deviation of the clean latents, where it predicts EDM's F.
+      sampler: Name of the sampler.
+      levels: Noise levels of its steps.
+      prediction: Prediction of the network.
+      sigma_data: Standard deviation of the clean latents, for EDM's F.
       eta: DDIM's share of renewed noise, in [0, 1]; may be traced.
 
-    Returns:
-      The table: float64 NumPy, but for what depends on a traced `eta`.
-
     Raises:
-      ValueError: If the sampler is unknown, or eps is predicted at a first level that
-        has no signal.
-
-    Source:
-      Of each sampler, at its function below.
+      ValueError: If the sampler is unknown, or the first level has no signal and the
+        network predicts eps.
     """
     if prediction == "eps" and levels.alpha[0] == 0.0:
         raise ValueError(
-            "prediction: got 'eps' at a level without signal, where the noise says "
-            "nothing of the image; wanted v, x0, flow or edm"
+            "prediction: got 'eps' at a level without signal, where the noise does not "
+            "determine the image; wanted v, x0, flow or edm"
         )
     if sampler not in SOLVERS:
         raise ValueError(f"sampler: {choices(sampler, SOLVERS)}")
@@ -66,17 +62,13 @@ def make_table(
 
 
 def ancestral(levels: Levels, *, fresh: float = 1.0) -> list[Row]:
-    """Step by drawing from the posterior q(x_s | x_t, x_0), or keep all the noise.
+    """Tabulate draws from the posterior q(x_s | x_t, x_0).
 
-    With `fresh` 1 this is DDPM and, in other coordinates, Euler ancestral: one update
-    under two names. With 0 it is DDIM and Euler.
+    With `fresh` 1 this is DDPM and, in other coordinates, Euler ancestral; with 0 it is
+    DDIM and Euler.
 
     Args:
-      levels: The levels.
       fresh: eta, the share of renewed noise.
-
-    Returns:
-      A row per step.
 
     Source:
       Ho et al., DDPM, arXiv:2006.11239, eq. 6 and 7; Song et al., DDIM,
@@ -94,7 +86,7 @@ def ancestral(levels: Levels, *, fresh: float = 1.0) -> list[Row]:
 
 
 def renewable(levels: Levels, i: int) -> float:
-    """Return which share of the noise at the end of a step the posterior draws anew."""
+    """Return the share of the noise at the end of a step that the posterior renews."""
     old = (
         levels.alpha[i] * levels.sigma[i + 1] / (levels.sigma[i] * levels.alpha[i + 1])
     )
@@ -102,7 +94,7 @@ def renewable(levels: Levels, i: int) -> float:
 
 
 def with_eta(table: Table, levels: Levels, eta: Float[Array, ""] | float) -> Table:
-    """Renew a share of DDIM's noise, which may be traced.
+    """Renew a share `eta` of DDIM's noise; it may be traced.
 
     Source:
       Song et al., DDIM, arXiv:2010.02502, eq. 16.
@@ -112,7 +104,7 @@ def with_eta(table: Table, levels: Levels, eta: Float[Array, ""] | float) -> Tab
     kept, clean = np.asarray([row.mix[0] for row in whole]).T
     most = [renewable(levels, i) for i in range(levels.num_steps)]
     share = xp.square(eta * xp.asarray(most))
-    # What is kept less, in a form that does not cancel: 1 - sqrt(1 - share).
+    # 1 - sqrt(1 - share), in a form without cancellation.
     less = share / (1.0 + xp.sqrt(xp.maximum(1.0 - share, 0.0)))
     lost, alpha = xp.asarray(kept) * less, xp.asarray(levels.alpha[:-1])
     mix = [xp.asarray(kept) - lost, xp.asarray(clean) + alpha * lost]
@@ -121,7 +113,7 @@ def with_eta(table: Table, levels: Levels, eta: Float[Array, ""] | float) -> Tab
 
 
 def ddim(levels: Levels) -> list[Row]:
-    """Follow the flow by Euler's method: DDIM, and Euler in any linear time.
+    """Tabulate DDIM, which is Euler's method in any linear time.
 
     Source:
       Song et al., DDIM, arXiv:2010.02502, eq. 12; Karras et al., EDM,
@@ -131,9 +123,9 @@ def ddim(levels: Levels) -> list[Row]:
 
 
 def heun(levels: Levels) -> list[Row]:
-    """Follow the flow by the mean of its slopes at both ends of each step.
+    """Tabulate Heun's method: the mean of the slopes at both ends of each step.
 
-    Two network calls a step, but one for a step that ends at the clean latent.
+    A step makes two network calls, or one if it ends at the clean latent.
 
     Source:
       Karras et al., EDM, arXiv:2206.00364, algorithm 1.
@@ -152,9 +144,9 @@ def heun(levels: Levels) -> list[Row]:
 
 
 def plms(levels: Levels) -> list[Row]:
-    """Follow the flow by the Adams-Bashforth mean of the last four slopes.
+    """Tabulate PLMS: the Adams-Bashforth mean of the last four slopes.
 
-    The first step is Heun's, whose second slope is not used again.
+    The first step is Heun's; its second slope is not reused.
 
     Source:
       Liu et al., PNDM, arXiv:2202.09778, eq. 12 and 13; latent-diffusion `plms.py`.
@@ -180,14 +172,14 @@ def plms(levels: Levels) -> list[Row]:
 
 
 def lcm(levels: Levels) -> list[Row]:
-    """Jump to the clean latent and add noise again: for distilled networks.
+    """Tabulate LCM for distilled networks: predict the clean latent, add new noise.
 
     Raises:
-      ValueError: If a t is below 0, as EDM's are, where the scaling has no meaning.
+      ValueError: If a t is negative, as EDM's are; the scaling needs timesteps.
 
     Source:
-      Luo et al., LCM, arXiv:2310.04378, eq. 9 and algorithm 3; the boundary's scaling
-      is that of their released code.
+      Luo et al., LCM, arXiv:2310.04378, eq. 9 and algorithm 3; the boundary scaling is
+      that of their released code.
     """
     if levels.t[:-1].min() < 0.0:
         raise ValueError(
@@ -221,19 +213,18 @@ SOLVERS: dict[SamplerName, Callable[[Levels], list[Row]]] = {
 
 
 def inversion(levels: Levels, *, iterations: int) -> list[Row]:
-    """Climb from the clean latent to the noise that DDIM takes to it.
+    """Tabulate DDIM inversion: from a clean latent to the noise that DDIM maps to it.
 
     A step of DDIM is `x_s = a x_t + b slope(x_t)`. Its inverse is the fixed point of
-    `x_t = (x_s - b slope(x_t)) / a`, begun at `x_s`: with one iteration this is the
-    usual inversion, with more it becomes exact, if the steps are short enough for the
-    iteration to contract.
+    `x_t = (x_s - b slope(x_t)) / a`, iterated from `x_s`: one iteration is the usual
+    inversion; more converge to the exact one if the steps are short enough.
 
     Args:
-      levels: Those of the sampler that shall come back.
-      iterations: Network calls a step, at least 1.
+      levels: Noise levels of the sampler that is inverted.
+      iterations: Network calls of a step, at least 1.
 
     Returns:
-      The rows; their signal is `slope_of(levels)`.
+      Rows whose signal is `slope_of(levels)`.
 
     Source:
       Song et al., DDIM, arXiv:2010.02502, eq. 13; Dhariwal & Nichol,

@@ -1,12 +1,12 @@
-"""Every sampler as a table: what becomes of each answer of the network.
+"""Samplers as tables of coefficients.
 
-Samplers of diffusion models differ in nothing but numbers. Each asks the network at a
-known level, reads one signal out of the answer (the clean latent, the noise or the
-flow), and goes on with a weighted sum of what it has: one or two latents, the last few
-signals, fresh noise. So a sampler is a `Table` of those weights, worked out in float64
-before the network runs, and one scan drives them all (`sampling.sample`).
+A sampler evaluates the network at a known level, computes one signal from its output
+(the clean latent, the noise or the flow), and continues with a weighted sum of one or
+two latents, the last few signals and new noise. So a sampler is a `Table` of those
+weights, computed in float64 before the network runs, and one scan runs them all
+(`sampling.sample`).
 
-Deterministic steps from a level t to a cleaner level s follow the same flow:
+Deterministic steps from a level t to a cleaner level s have the form
 `x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x_0`.
 """
 
@@ -21,28 +21,28 @@ from ldm_jax.diffusion.timesteps import Levels
 
 
 class Table(NamedTuple):
-    """A sampler of n network calls, r latents (registers) and k remembered signals.
+    """A sampler with n network calls, r latents (registers) and k stored signals.
 
-    The network is asked at the first register. A row's terms are the registers, then
-    the signals, the newest first; every new register is a weighted sum of them.
+    The network is evaluated at the first register. The terms of a sum are the
+    registers, then the signals, newest first; every new register is a weighted sum.
     """
 
     step: Int[Any, " n"]
-    """Which step each call belongs to, from 0."""
+    """Step of each call, from 0."""
     t: Float[Any, " n"]
-    """What the network is asked at."""
+    """Time input of the network."""
     ratio: Float[Any, " n"]
-    """Noise-to-signal ratio sigma / alpha there."""
+    """Noise-to-signal ratio sigma / alpha at the call."""
     read: Float[Any, "n 2"]
     """Weights of `x_t` and of the network's output in the signal."""
     mix: Float[Any, "n r terms"]
     """Weights of the terms in each new register."""
     noise: Float[Any, "n r"]
-    """Weight of fresh unit-variance noise in each new register."""
+    """Weight of new unit-variance noise in each new register."""
     alpha: Float[Any, "n r"]
-    """Weight of the clean latent in each new register."""
+    """Weight of the clean latent in each new register's level."""
     sigma: Float[Any, "n r"]
-    """Weight of the noise in it."""
+    """Weight of the noise in each new register's level."""
 
     @property
     def num_calls(self) -> int:
@@ -51,55 +51,55 @@ class Table(NamedTuple):
 
     @property
     def num_registers(self) -> int:
-        """Latents it goes on with."""
+        """Number of registers."""
         return self.mix.shape[1]
 
     @property
     def num_terms(self) -> int:
-        """Terms of a sum: the registers, then the signals."""
+        """Number of registers and signals."""
         return self.mix.shape[2]
 
     @property
     def num_signals(self) -> int:
-        """Signals it remembers, the newest included."""
+        """Number of signals, with the newest."""
         return self.mix.shape[2] - self.num_registers
 
 
 MOST_REGISTERS = 2
 MOST_SIGNALS = 5
-"""PLMS remembers the first step's second slope and four others."""
+"""PLMS stores the second slope of its first step and four others."""
 MOST_CALLS_PER_STEP = 2
 BLOCK = 32
-"""Network calls that the scan passes by at once where none of them takes place."""
+"""Network calls that the scan skips at once if none is live."""
 
 
 class Padded(NamedTuple):
-    """A table in the one shape that holds those of all samplers, call by call."""
+    """A table padded to a shape that all samplers share."""
 
     table: Table
-    """Its rows first, then others that nothing reads."""
+    """Rows of the sampler, then unused rows."""
     live: Bool[Any, " n"] | None
-    """Whether each network call takes place; None where all do."""
+    """Whether each network call is made; None if all are."""
     two: Bool[Any, " n"] | None
-    """Whether the sampler has two registers; with one, its signals come second. None
-    where the table has its own shape."""
+    """Whether the sampler has two registers; with one, the signals follow it. None for
+    an unpadded table."""
     slot: Int[Any, " n"] | None
-    """The frame in which the result of each call is kept; None where none are."""
+    """Frame that stores the result of each call; None without frames."""
 
 
 class Row(NamedTuple):
-    """One network call, before it is tabulated."""
+    """One network call of a sampler."""
 
     at: int
-    """Index of the level the network is asked at."""
+    """Index of the level of the call."""
     to: tuple[int, ...]
     """Index of the level of each new register."""
     mix: tuple[tuple[float, ...], ...]
     """Weights of the terms in each new register; short rows are filled with 0."""
     step: int
-    """Which step it belongs to."""
+    """Step of the call."""
     noise: float = 0.0
-    """Weight of fresh noise in the first register."""
+    """Weight of new noise in the first register."""
 
 
 def tabulate(
@@ -110,17 +110,14 @@ def tabulate(
     prediction: PredictionName,
     sigma_data: float,
 ) -> Table:
-    """Turn rows into arrays.
+    """Convert rows to a table.
 
     Args:
-      rows: The network calls, in order.
-      levels: What their indices mean.
-      signal: What is read out of the network's answers.
-      prediction: What the network predicts.
+      rows: Network calls in order.
+      levels: Noise levels that the rows index.
+      signal: Signal that is computed from the network's outputs.
+      prediction: Prediction of the network.
       sigma_data: Standard deviation of the clean latents, for EDM's F.
-
-    Returns:
-      The table.
     """
     at = np.asarray([row.at for row in rows])
     to = np.asarray([row.to for row in rows])
@@ -149,18 +146,18 @@ def tabulate(
 
 
 def pad(table: Table, *, max_steps: int, num_frames: int = 0) -> Padded:
-    """Fill a table up to a shape that depends on the number of steps alone.
+    """Pad a table to a shape that depends on the largest number of steps alone.
 
-    One compiled program then runs every sampler: the calls that are added are not live,
-    the scan passes them by, and the terms that are added have weight 0.
+    One compiled program then runs every sampler: added calls are not live, and added
+    terms have weight 0.
 
     Args:
-      table: A sampler, of NumPy arrays.
-      max_steps: The most steps that the program can make.
-      num_frames: Frames that the program keeps.
+      table: A sampler, as NumPy arrays.
+      max_steps: Largest number of steps of the program.
+      num_frames: Intermediate latents of the program.
 
     Raises:
-      ValueError: If the table has more calls than so many steps make.
+      ValueError: If the table has more calls than `max_steps` allow.
     """
     most = MOST_CALLS_PER_STEP * max_steps
     if table.num_calls > most:
@@ -180,7 +177,7 @@ def pad(table: Table, *, max_steps: int, num_frames: int = 0) -> Padded:
     )
 
     def longer(leaf: np.ndarray) -> np.ndarray:
-        # With the last row again, in which no number is strange.
+        # Repeat the last row, whose numbers are finite.
         more = [(0, num_rows - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)
         return np.pad(leaf, more, mode="edge")
 
@@ -194,22 +191,20 @@ def pad(table: Table, *, max_steps: int, num_frames: int = 0) -> Padded:
 
 
 def unpadded(table: Table, *, num_frames: int = 0) -> Padded:
-    """Return a table of its own shape in the form of a padded one."""
+    """Wrap a table without padding it."""
     slot = frame_slots(table.step, num_frames) if num_frames else None
     return Padded(table, live=None, two=None, slot=slot)
 
 
 def frame_slots(step: Int[np.ndarray, " n"], num_frames: int) -> np.ndarray:
-    """Return in which frame the result of each network call is kept.
+    """Return the frame that stores the result of each network call, int32.
+
+    Calls with the same frame overwrite each other in order, so that the last frame
+    holds the last call.
 
     Args:
       step: Step of each call, rising from 0.
-      num_frames: Frames, at least 2, the start (slot 0) among them.
-
-    Returns:
-      A slot per call, int32. Calls that share a slot overwrite each other in order, so
-      that the last slot ends with the last call; memory stays `num_frames` latents
-      whatever the number of steps.
+      num_frames: Number of frames, at least 2; the start is frame 0.
     """
     done = step + 1
     return np.ceil(done * (num_frames - 1) / done[-1]).astype(np.int32)
@@ -226,15 +221,15 @@ def towards_clean(levels: Levels, here: int, there: int) -> tuple[float, float]:
 
 
 def slope_of(levels: Levels) -> SignalName:
-    """Return the signal that is the slope of the flow in its time: `along_time`."""
+    """Return the signal that is the slope of the flow in the time of `along_time`."""
     return "flow" if levels.straight else "eps"
 
 
 def along_time(levels: Levels, here: int, there: int) -> tuple[float, float]:
-    """Return the weights of `x_t` and of the slope in a step of the flow, either way.
+    """Return the weights of `x_t` and the slope in a step of the flow, up or down.
 
-    The slope is the noise where time is `sigma / alpha` (Karras et al., EDM), and
-    `eps - x_0` where it is `sigma / (alpha + sigma)` (rectified flow).
+    The slope is the noise for the time `sigma / alpha` (Karras et al., EDM), and
+    `eps - x_0` for `sigma / (alpha + sigma)` (rectified flow).
     """
     old = levels.alpha[here] + levels.sigma[here] * levels.straight
     new = levels.alpha[there] + levels.sigma[there] * levels.straight

@@ -1,4 +1,4 @@
-"""Which noise levels a sampler visits."""
+"""Noise levels of a sampler's steps."""
 
 from typing import Literal, NamedTuple
 
@@ -21,26 +21,25 @@ NEARLY_PURE_RATIO = 500.0
 
 
 class Levels(NamedTuple):
-    """The levels of a sampler, from the noisiest to its end, in float64."""
+    """Noise levels of a sampler in falling order, float64, one more than steps."""
 
     t: np.ndarray
-    """What the network is asked at; one more than there are steps, the last of no use
-    where the end is clean."""
+    """Time input of the network; unused for a clean last level."""
     alpha: np.ndarray
     """Weight of the clean latent; 1 at a clean end."""
     sigma: np.ndarray
-    """Weight of the noise, falling; 0 at a clean end."""
+    """Weight of the noise; 0 at a clean end."""
     straight: bool
-    """Whether solvers of higher order take `sigma / (alpha + sigma)` as their time
-    rather than `sigma / alpha`: see `runs_straight`."""
+    """Whether higher-order solvers use `sigma / (alpha + sigma)` as time instead of
+    `sigma / alpha`: see `runs_straight`."""
 
     @property
     def num_steps(self) -> int:
-        """Steps from level to level."""
+        """Number of steps."""
         return len(self.t) - 1
 
     def tail(self, num_steps: int) -> "Levels":
-        """Return the last steps alone: where an edit of an image begins."""
+        """Return the last `num_steps` steps, those of an image edit."""
         first = self.num_steps - num_steps
         rows = (self.t[first:], self.alpha[first:], self.sigma[first:])
         return Levels(*rows, straight=self.straight)
@@ -49,30 +48,25 @@ class Levels(NamedTuple):
 def make_levels(
     schedule: Schedule, num_steps: int, *, spacing: SpacingName | None = None
 ) -> Levels:
-    """Choose the levels to visit.
+    """Return the noise levels of a sampler.
 
-    All but `ldm` give exactly `num_steps` steps, for every 1 to T, and end at the clean
-    latent.
+    All spacings but `ldm` give exactly `num_steps` steps and end at the clean latent.
 
-    - `trailing`: evenly, and the first is the noisiest; the default, but for EDM.
-    - `leading`: evenly, and the last is next to the least noisy; the first is not the
-      noisiest.
-    - `linspace`: evenly, from the noisiest to the least noisy.
+    - `trailing`: evenly, starting at the highest level; the default, except for EDM.
+    - `leading`: evenly, ending next to the lowest level, below the highest.
+    - `linspace`: evenly, from the highest to the lowest level.
     - `karras`: evenly in the seventh root of the noise-to-signal ratio; EDM's default.
-    - `ldm`: latent-diffusion's, which need not have the steps asked for and ends at the
-      table's first entry, not at the clean latent.
+    - `ldm`: latent-diffusion's; may have another number of steps, and ends at the first
+      entry of the table instead of the clean latent.
 
     Args:
-      schedule: The schedule the network was trained on.
-      num_steps: 1 to T.
-      spacing: Which; None for the schedule's default.
-
-    Returns:
-      The levels.
+      schedule: Schedule of the network's training.
+      num_steps: Number of steps, 1 to T.
+      spacing: Spacing; None for the schedule's default.
 
     Raises:
-      ValueError: If `num_steps` is outside [1, T], or the spacing is unknown or has no
-        meaning for the schedule.
+      ValueError: If `num_steps` is outside [1, T], or the spacing is unknown or not
+        defined for the schedule.
 
     Source:
       Lin et al., arXiv:2305.08891, table 2; Karras et al., arXiv:2206.00364, eq. 5.
@@ -98,11 +92,11 @@ def make_levels(
 
 
 def runs_straight(schedule: Schedule) -> bool:
-    """Say whether solvers of higher order take `sigma / (alpha + sigma)` as their time.
+    """Return whether higher-order solvers use `sigma / (alpha + sigma)` as time.
 
-    As suits flows, and starts with no signal or next to none: there the first step in
-    `sigma / alpha` is so much longer than the others that Heun's and PLMS's errors,
-    and those of rounding, grow beyond the latent itself.
+    They do for flows, and for starts with (almost) no signal: there the first step in
+    `sigma / alpha` is so much longer than the others that the errors of Heun and PLMS,
+    and rounding errors, exceed the latent.
     """
     if isinstance(schedule, EdmSchedule):
         return False
@@ -111,12 +105,12 @@ def runs_straight(schedule: Schedule) -> bool:
 
 
 def default_spacing(schedule: Schedule) -> SpacingName:
-    """Return how a schedule's levels are spaced unless one says otherwise."""
+    """Return the default spacing of a schedule."""
     return "karras" if isinstance(schedule, EdmSchedule) else "trailing"
 
 
 def check_spacing(schedule: Schedule, spacing: str) -> None:
-    """Raise `ValueError` if a spacing is unknown, or has no meaning for a schedule."""
+    """Raise `ValueError` if a spacing is unknown, or not defined for a schedule."""
     if spacing not in SPACING_NAMES:
         raise ValueError(f"spacing: {choices(spacing, SPACING_NAMES)}")
     if spacing == "karras" and reaches_pure_noise(schedule):
@@ -137,18 +131,15 @@ def spaced_timesteps(
     num_timesteps: int,
     spacing: Literal["trailing", "leading", "linspace"] = "trailing",
 ) -> np.ndarray:
-    """Choose exactly `num_steps` timesteps, from the noisiest down.
+    """Return exactly `num_steps` falling timesteps, int64.
 
-    In integer arithmetic, because rounded floats repeat or skip a step for some counts.
+    Integer arithmetic is used because rounded floats repeat or skip steps.
 
     Args:
-      num_steps: How many, 1 to T.
+      num_steps: Number of steps, 1 to T.
       num_timesteps: T.
-      spacing: `leading` counts from 1 as latent-diffusion does, or from 0 where that
-        would pass T - 1.
-
-    Returns:
-      Falling timesteps, int64.
+      spacing: `leading` counts from 1 like latent-diffusion, or from 0 if that would
+        exceed T - 1.
 
     Source:
       Lin et al., arXiv:2305.08891, table 2.
@@ -167,7 +158,7 @@ def spaced_timesteps(
 
 
 def _ldm_timesteps(num_steps: int, *, top: int) -> np.ndarray:
-    """Return the grid of latent-diffusion's `make_ddim_timesteps`, falling."""
+    """Return the timesteps of latent-diffusion's `make_ddim_timesteps`, falling."""
     timesteps = np.arange(0, top, top // num_steps)[::-1] + 1.0
     if timesteps[0] >= top:
         works = (n for n in range(num_steps, 0, -1) if (top - 1) % (top // n))
