@@ -208,7 +208,7 @@ def test_what_diffusers_saves_is_read_whole_or_in_shards(shards, tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_torch_checkpoint_in_compvis_naming_is_read(zipped, tmp_path):
-    from tests.pretrained.test_model import compvis_arrays
+    from tests.support.pretrained import compvis_arrays
 
     weights, arrays = compvis_arrays()
     state = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
