@@ -63,7 +63,7 @@ def load_first_stage(config: Config, workdir: Path) -> TrainedFirstStage:
       RunError: If no checkpoint is intact.
     """
     stage = autoencoder_stage(config, build_model(config), workdir)
-    found = load_stage(stage, workdir, config)
+    found = load_stage(stage, workdir)
     path = workdir / "autoencoder" / SCALE_FILE
     scale = None
     if path.exists():

@@ -93,7 +93,7 @@ def load_run(
     stage = diffusion_stage(config, model, shapes, workdir)
     # Averages are kept longer than the checkpoint of their step.
     checkpoint_step = step if ema_length is None else None
-    second = load_stage(stage, workdir, config, step=checkpoint_step)
+    second = load_stage(stage, workdir, step=checkpoint_step)
     scale = second.tree["extra"]["latent_scale"]
     frozen = FrozenParams(params, scale, frozen_weights.conditioner)
     trained, digest, found_step = second.tree["state"].ema, second.digest, second.step
