@@ -72,7 +72,7 @@ def test_a_good_folder_is_told_in_words_and_drawn(whole, tmp_path, capsys):
         "formats   PNG 40",
         "modes     RGB 40",
         "captions  40, of 5 to 5 words",
-        "nothing is broken",
+        "no image is broken",
         f"contact sheet: {tmp_path / 'sheet.png'}",
     ):
         assert words in out, out
