@@ -5,12 +5,8 @@ errors of flags are fast.
 """
 
 from ldm_jax.config.autoencoder import AdversaryConfig, AutoencoderConfig
-from ldm_jax.config.diffusion import (
-    ClipConfig,
-    ConditionConfig,
-    DiffusionConfig,
-    TextConfig,
-)
+from ldm_jax.config.condition import ClipConfig, ConditionConfig, TextConfig
+from ldm_jax.config.diffusion import DiffusionConfig
 from ldm_jax.config.run import Config
 from ldm_jax.config.serialization import (
     CONFIG_FILE,

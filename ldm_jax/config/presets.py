@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 from ldm_jax.config.autoencoder import ADAM_GAN, AdversaryConfig, AutoencoderConfig
-from ldm_jax.config.diffusion import ClipConfig
+from ldm_jax.config.condition import ClipConfig
 from ldm_jax.config.training import OptimConfig
 
 FirstStageName = Literal[

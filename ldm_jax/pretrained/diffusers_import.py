@@ -12,7 +12,7 @@ from ldm_jax.config import (
     PreviewConfig,
 )
 from ldm_jax.config import from_json as config_from_json
-from ldm_jax.config.diffusion import ContextName
+from ldm_jax.config.condition import ContextName
 from ldm_jax.pretrained import diffusers_names
 from ldm_jax.pretrained.clip_import import read_clip_tensors
 from ldm_jax.pretrained.diffusers_configs import (
