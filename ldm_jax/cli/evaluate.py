@@ -97,7 +97,7 @@ def parse(args: list[str]) -> tuple[EvaluationRequest, Launch]:
     check_network(protocol, flags.inception)
     config = read_config(flags.workdir)
     if not flags.reconstructions:
-        check_run(config, flags.workdir)
+        check_run(config, flags.workdir, try_="--reconstructions")
     out = flags.out or flags.workdir / "evaluation"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, wanted a folder")

@@ -7,7 +7,7 @@ from ldm_jax.config import Config, read_config
 from ldm_jax.config.flags import parse_flags
 from ldm_jax.config.validation import checked_dataclass, require, require_at_least
 from ldm_jax.evaluation.protocols import protocol_of
-from ldm_jax.evaluation.request import check_network
+from ldm_jax.evaluation.request import check_network, check_run
 from ldm_jax.evaluation.trade_off import TOLERANCE, StepsRequest, in_words, to_table
 from ldm_jax.types import InputError, ProtocolName, SamplerName, SpacingName
 
@@ -72,7 +72,9 @@ def parse(args: list[str]) -> StepsRequest:
     out = flags.out or flags.workdir / "steps"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, wanted a folder")
-    check_run(read_config(flags.workdir), flags)
+    config = read_config(flags.workdir)
+    check_run(config, flags.workdir)
+    check_settings(config, flags)
     return StepsRequest(
         workdir=flags.workdir,
         samplers=tuple(dict.fromkeys(flags.samplers)),
@@ -87,21 +89,11 @@ def parse(args: list[str]) -> StepsRequest:
     )
 
 
-def check_run(config: Config, flags: Flags) -> None:
-    """Raise `InputError` if a run's steps cannot be compared."""
-    if "diffusion" not in config.stages:
-        raise InputError(
-            f"--workdir: {flags.workdir} is a run of an autoencoder alone, wanted one "
-            "with a diffusion stage"
-        )
+def check_settings(config: Config, flags: Flags) -> None:
+    """Raise `InputError` if a run has not the steps, or no condition to guide by."""
     condition, top = config.diffusion.condition, config.diffusion.num_timesteps
     if outside := [steps for steps in flags.steps if not 1 <= steps <= top]:
         raise InputError(f"--steps: got {outside[0]}, wanted 1 to {top}")
-    if condition.context == "embedding" or condition.concat != "none":
-        raise InputError(
-            f"--workdir: {flags.workdir} is conditioned on vectors or pictures; wanted "
-            "a model of texts or classes, or without condition"
-        )
     reads = condition.uses_tokens or condition.uses_classes
     if flags.guidance_scale != 1.0 and not reads:
         raise InputError(

@@ -48,12 +48,12 @@ def check_network(
         )
 
 
-def check_run(config: Config, workdir: Path) -> None:
-    """Raise `InputError` if samples of a run cannot be measured."""
+def check_run(config: Config, workdir: Path, *, try_: str = "another run") -> None:
+    """Raise `InputError` unless a run samples from labels, texts or noise alone."""
     if "diffusion" not in config.stages:
         raise InputError(
             f"--workdir: {workdir} is a run of an autoencoder alone, wanted one "
-            "with a diffusion stage; try --reconstructions"
+            f"with a diffusion stage; try {try_}"
         )
     condition = config.diffusion.condition
     if condition.context == "embedding" or condition.concat != "none":

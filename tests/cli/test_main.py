@@ -92,3 +92,25 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path):
         text=True,
     )
     assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "starts_again"),
+    [
+        (["train", "--config", "digits"], True),
+        (["sample", "--steps", "2"], True),
+        (["train", "--help"], False),
+        (["inspect", "x"], False),
+        (["--help"], False),
+        ([], False),
+    ],
+)
+def test_only_a_command_that_computes_starts_again_in_huge_pages(
+    monkeypatch, args, starts_again
+):
+    asked, ran = [], []
+    monkeypatch.setattr(main, "use_huge_pages", lambda: asked.append(True))
+    monkeypatch.setattr(main, "run_main", lambda run, prog, given: ran.append(given))
+    monkeypatch.setattr(sys, "argv", ["ldm", *args])
+    main.main()
+    assert bool(asked) == starts_again and ran == [args]

@@ -138,7 +138,7 @@ def test_bad_flags_are_told_in_one_line(tiny_run, args, words):
     [
         ("label", {"stages": ("autoencoder",)}, [], "an autoencoder alone"),
         ("embedding", {}, [], "conditioned on vectors"),
-        ("masked_image", {}, [], "conditioned on vectors or pictures"),
+        ("masked_image", {}, [], "conditioned on vectors or images"),
         ("none", {}, ["--guidance-scale", "2"], "no condition"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax.config import Config, read_config
+from ldm_jax.evaluation.request import check_run
 from ldm_jax.sampling.request import MAX_SEED, SampleRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
@@ -38,19 +39,9 @@ def read_run(workdir: Path) -> Config:
     """
     try:
         config = read_config(workdir)
+        check_run(config, workdir)
     except InputError as error:
         raise InputError(str(error).replace("--workdir:", "WORKDIR:", 1)) from None
-    if "diffusion" not in config.stages:
-        raise InputError(
-            f"WORKDIR: {workdir} is a run of an autoencoder alone, wanted one with a "
-            "diffusion stage"
-        )
-    condition = config.diffusion.condition
-    if condition.context == "embedding" or condition.concat != "none":
-        raise InputError(
-            f"WORKDIR: {workdir} is conditioned on vectors or images, wanted a "
-            "model of classes or texts, or without condition; try ldm sample --image"
-        )
     return config
 
 
