@@ -31,7 +31,7 @@ def inspect(path: Path) -> dict[str, Any]:
     if path.is_dir() and (path / WEIGHTS_FILE).exists():
         return {"format": "ldm_jax", **_summary(open_tensors(path / WEIGHTS_FILE))}
     if is_run(path):
-        return {"format": "ldm_jax run", "try": f"export {path} --out FOLDER"}
+        return {"format": "ldm_jax run", "try": f"ldm export {path} --out FOLDER"}
     if path.is_dir():
         return _inspect_folder(open_folder(path))
     tensors = open_tensors(path)

@@ -54,8 +54,8 @@ def count_kept(layout_class):
     """Note of each step whether it left arrays of its state and did not take them."""
     map_step, kept, last = layout_class.map_step, [], [None]
 
-    def counted(self, step):
-        mapped = map_step(self, step)
+    def counted(self, step, *, accumulate=1):
+        mapped = map_step(self, step, accumulate=accumulate)
 
         def call(state, *rest):
             after = mapped(state, *rest)
