@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import log_softmax
 
 from ldm_jax.types import InputError
 
@@ -37,6 +36,8 @@ def inception_score(
     Source:
       Salimans et al., arXiv:1606.03498, sec. 4; the order as in torch-fidelity.
     """
+    from scipy.special import log_softmax  # slow to import
+
     num = len(logits)
     if num < splits or splits < 1:
         raise InputError(

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import stdtrit
 
 from ldm_jax.types import InputError
 
@@ -98,6 +97,8 @@ def _half(
     made: Float[np.ndarray, "n d"], real: Float[np.ndarray, "m d"], size: int
 ) -> float | None:
     """Return half the interval of the mean, by independent blocks of shuffled rows."""
+    from scipy.special import stdtrit  # slow to import
+
     blocks = min(len(made), len(real)) // size
     if blocks < 2:
         return None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
@@ -40,13 +41,20 @@ class PmapLayout(Layout):
 
     def place(self, tree: PyTree) -> PyTree:
         """Give every device a copy of a tree of arrays."""
-        return self._spread(jax.tree.map(lambda leaf: leaf[None], tree))
+
+        def widen(leaf: Any) -> Any:
+            is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            if self.platform == "cpu" and not is_key:
+                leaf = np.asarray(leaf)  # JAX would compile a program for each shape
+            return leaf[None]
+
+        return self._spread(jax.tree.map(widen, tree))
 
     def init(self, make: Callable[[], PyTree]) -> PyTree:
         """Make a tree by one program and give every device a copy."""
 
         def made() -> PyTree:
-            return jax.tree.map(lambda leaf: leaf[None], make())
+            return jax.tree.map(lambda leaf: leaf[None], jax.jit(make)())
 
         options: Any = QUICKLY_COMPILED if self.platform == "cpu" else None
         return self._spread(jax.jit(made, compiler_options=options)())
@@ -126,11 +134,12 @@ class PmapLayout(Layout):
         num = len(self.devices)
 
         def stack(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((num, *leaf.shape), leaf.dtype)
+            shape = (num, *leaf.shape)
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=self._stacked)
 
         def cut(leaf: Any) -> jax.ShapeDtypeStruct:
             shape = (num, leaf.shape[0] // num, *leaf.shape[1:])
-            return jax.ShapeDtypeStruct(shape, leaf.dtype)
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=self._stacked)
 
         key = jax.eval_shape(lambda: jax.random.key(0))
         state, frozen, key = jax.tree.map(stack, (state, frozen, key))

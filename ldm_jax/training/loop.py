@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,13 +246,8 @@ class Trainer:
         if found is not None:
             self._done, self._before = found.step, found.notes["seconds"]
             skipped = found.notes.get("skipped", 0)
-        first_alone(lambda: self._log.rewind(stage.name, self._done))
-        if found is None:
-            state, self._extra = layout.init(stage.init), stage.extra
-        else:
-            state, self._extra = layout.place(found.tree["state"]), found.tree["extra"]
             iterator.set_state(found.notes["data"])
-        self._state = state
+        first_alone(lambda: self._log.rewind(stage.name, self._done))
         self._keys = layout.place(self._root_key)
         self._frozen = layout.place(stage.frozen)
         self._batches = Prefetch(iterator, layout)
@@ -269,12 +265,32 @@ class Trainer:
         accumulate = self._config.parallel.accumulate
         self._one = layout.map_step(step, accumulate=accumulate)
         self._several = layout.map_step(several_steps(step), accumulate=accumulate)
+        if found is None:
+            self._state, self._extra = self._init(), stage.extra
+        else:
+            self._state = layout.place(found.tree["state"])
+            self._extra = found.tree["extra"]
+
+    def _init(self) -> PyTree:
+        """Make the initial state while the first dispatch is traced and compiled."""
+        make, layout, size = self._stage.init, self._layout, self._size(self._done)
+        if layout.process_count > 1 or not size:
+            return layout.init(make)
+        state = layout.stand_ins(jax.eval_shape(make), (), ())[0]
+        with ThreadPoolExecutor(1) as threads:
+            made = threads.submit(layout.init, make)
+            mapped, batch = self._mapped(size), self._batches.peek(size)
+            mapped.lower(state, self._frozen, batch, self._keys).compile()
+            return made.result()
+
+    def _mapped(self, size: int) -> Any:
+        return self._one if size == 1 else self._several
 
     def _dispatch(self) -> None:
         size = self._size(self._done)
         self._profile.before(self._done, size)
         batch, indices = self._batches.take(size, then=self._size(self._done + size))
-        mapped = self._one if size == 1 else self._several
+        mapped = self._mapped(size)
         if size not in self._checked:
             self._check_program(mapped, batch)
             self._checked.add(size)

@@ -25,6 +25,11 @@ class Prefetch:
         """Return the iterator's state before the batches that were not taken yet."""
         return self._position
 
+    def peek(self, num_steps: int) -> PyTree:
+        """Return the batches of the first dispatch; `take` returns them again."""
+        self._next = self._read(num_steps)
+        return self._next[0]
+
     def take(
         self, num_steps: int, *, then: int
     ) -> tuple[PyTree, UInt32[np.ndarray, "k b"]]:
