@@ -1,4 +1,4 @@
-"""Random squares and flips: the same on any layout, and the same for image and map."""
+"""Random crops and flips: equal on any number of processes, and for image and map."""
 
 import functools
 import itertools
@@ -23,13 +23,13 @@ WIDE, TALL = (SIDE, 3 * SIDE), (3 * SIDE, SIDE)
 
 
 def columns(height, width):
-    """Make an image whose every pixel says in which row and column it stands."""
+    """Make an image whose pixels hold their row and column."""
     row, column = np.mgrid[:height, :width]
     return np.stack([row, column, row + column], axis=-1).astype(np.uint8)
 
 
-class Wide:
-    """Images wider and higher than they are long, with a map that is their copy."""
+class WideAndTallImages:
+    """Wide and tall images; the segmentation map copies the third channel."""
 
     def __len__(self):
         return 16
@@ -44,7 +44,7 @@ def stream(augment, *, process=(0, 1), num_threads=1):
         prepare_example, image_size=SIDE, image_channels=3, augment=augment
     )
     return make_iterator(
-        Wide(),
+        WideAndTallImages(),
         prepare,
         batch_size=16,
         seed=5,
@@ -71,7 +71,7 @@ def prepared(example, index, augment):
     )
 
 
-def test_a_draw_is_a_number_of_philox():
+def test_host_uniform_is_a_uniform_number_of_philox():
     assert host_uniform(0, Stream.CROP, 0) == 0.24596310127046672
     bits = np.random.Philox(key=[7, Stream.FLIP], counter=[0, 9, 0, 0])
     assert host_uniform(7, Stream.FLIP, 9) == np.random.Generator(bits).random()
@@ -81,7 +81,7 @@ def test_a_draw_is_a_number_of_philox():
     assert np.abs(counts - 400).max() < 5 * np.sqrt(400)
 
 
-def test_seeds_purposes_and_examples_draw_apart():
+def test_host_uniform_differs_by_seed_stream_and_example():
     draws = {
         host_uniform(seed, stream, index)
         for seed in (0, 1, 2**32 - 1)
@@ -91,7 +91,7 @@ def test_seeds_purposes_and_examples_draw_apart():
     assert len(draws) == 24
 
 
-def test_every_square_of_an_image_is_cut_and_half_are_flipped():
+def test_crops_cover_every_offset_and_half_are_flipped():
     example = {"image": columns(*WIDE)}
     found = [prepared(example, i, BOTH)["image"] for i in range(600)]
     flipped = [image[0, 0, 1] > image[0, -1, 1] for image in found]
@@ -103,24 +103,24 @@ def test_every_square_of_an_image_is_cut_and_half_are_flipped():
         assert np.array_equal(image[:, 0, 0], np.arange(SIDE))
 
 
-def test_the_map_is_cut_and_flipped_as_its_image():
+def test_segmentation_is_cropped_and_flipped_with_its_image():
     for batch in take(stream(BOTH), 4):
         assert np.array_equal(batch.image[..., 2], batch.segmentation)
     assert len({batch.tobytes() for batch in batch.image}) > 10
 
 
-def test_without_it_examples_are_what_they_were():
-    example = Wide()[0]
+def test_without_augmentation_examples_are_centre_crops():
+    example = WideAndTallImages()[0]
     plain = prepared(example, 3, None)
     assert np.array_equal(plain["image"], columns(*WIDE)[:, SIDE : 2 * SIDE])
     assert np.array_equal(plain["image"], resize(example["image"], SIDE, channels=3))
     off = prepared(example, 3, Augment(seed=5, crop=False, flip=False))
     assert equal(plain, off)
-    whole = load_all(Wide(), image_size=SIDE, image_channels=3)
-    assert np.array_equal(whole.image[0], plain["image"])
+    batch = load_all(WideAndTallImages(), image_size=SIDE, image_channels=3)
+    assert np.array_equal(batch.image[0], plain["image"])
 
 
-def test_either_can_be_had_alone():
+def test_crop_and_flip_do_not_change_each_others_draws():
     views = [draw_augmentation(BOTH, i) for i in range(20)]
     assert [draw_augmentation(BOTH._replace(flip=False), i)[0] for i in range(20)] == [
         place for place, _ in views
@@ -130,7 +130,7 @@ def test_either_can_be_had_alone():
     ]
 
 
-def test_examples_vary_from_epoch_to_epoch_and_with_the_seed():
+def test_augmentation_varies_by_epoch_and_seed():
     first, second = take(stream(BOTH), 2)
     other = take(stream(BOTH._replace(seed=6)), 1)[0]
     images = [sorted(x.tobytes() for x in batch.image) for batch in (first, second)]
@@ -138,17 +138,17 @@ def test_examples_vary_from_epoch_to_epoch_and_with_the_seed():
     assert not np.array_equal(first.image, other.image)
 
 
-def test_it_is_the_same_on_any_number_of_processes_and_threads():
-    whole = take(stream(BOTH), 3)
-    assert equal(take(stream(BOTH, num_threads=4), 3), whole)
+def test_augmentation_is_the_same_on_any_number_of_processes_and_threads():
+    expected = take(stream(BOTH), 3)
+    assert equal(take(stream(BOTH, num_threads=4), 3), expected)
     halves = [take(stream(BOTH, process=(i, 2)), 3) for i in range(2)]
     for step, i in itertools.product(range(3), range(2)):
-        part = jax.tree.map(lambda column, i=i: column[i::2], whole[step])
+        part = jax.tree.map(lambda column, i=i: column[i::2], expected[step])
         assert equal(part, halves[i][step])
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 5])
-def test_a_restored_stream_draws_as_if_never_stopped(consumed):
+def test_augmentation_of_a_restored_stream_continues_exactly(consumed):
     unbroken = take(stream(BOTH), consumed + 2)[consumed:]
     first, again = stream(BOTH), stream(BOTH, num_threads=3)
     take(first, consumed)

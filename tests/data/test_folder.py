@@ -1,4 +1,4 @@
-"""A folder of images as a data set: its splits, classes, captions and what is wrong."""
+"""A folder of images as a data set: splits, classes, captions and errors."""
 
 import functools
 import hashlib
@@ -24,7 +24,7 @@ def level(i):
 
 
 def write(path, i=0, *, size=(SIDE, SIDE), colour=None):
-    """Write a flat image that says by its level which one it is."""
+    """Write a flat image whose grey level is a function of its number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mode, value = ("L", level(i)) if colour is None else ("RGB", colour)
     Image.new(mode, size, value).save(path)
@@ -33,7 +33,7 @@ def write(path, i=0, *, size=(SIDE, SIDE), colour=None):
 
 @pytest.fixture
 def pool(tmp_path):
-    """Forty images of two classes, and nothing that says which are held out."""
+    """Write forty images of two classes, without folders for splits."""
     for i in range(40):
         write(tmp_path / "pool" / ("bird", "cat")[i % 2] / f"{i:02d}.png", i)
     return tmp_path / "pool"
@@ -48,11 +48,11 @@ def captioned(tmp_path):
     return folder
 
 
-def examples_of(folder, split="all", **asked):
-    return open_source(f"folder:{folder}", split, directory=None, **asked)
+def examples_of(folder, split="all", **options):
+    return open_source(f"folder:{folder}", split, directory=None, **options)
 
 
-def refused(call, *args, **kwargs):
+def error_message(call, *args, **kwargs):
     with pytest.raises(InputError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -63,7 +63,7 @@ def digest(name):
     return int(hashlib.sha256(name.encode()).hexdigest(), 16)
 
 
-def test_a_twentieth_is_held_out_by_name(pool):
+def test_test_split_is_a_twentieth_chosen_by_file_name(pool):
     listing = list_folder(pool)
     train, test = select(listing, "train"), select(listing, "test")
     assert set(test) == {x for x in listing.images if digest(x) < 2**256 // 20}
@@ -76,12 +76,12 @@ def test_a_twentieth_is_held_out_by_name(pool):
     assert 10 < len(select(listing, "test")) < 30
 
 
-def test_slices_share_out_a_split_and_each_has_every_class(pool):
+def test_slices_partition_a_split_and_keep_every_class(pool):
     listing = list_folder(pool)
-    whole = set(select(listing, "train"))
+    train = set(select(listing, "train"))
     for cut in ("90%", "-4", "7", "50%"):
         parts = [set(select(listing, f"train[{x}]")) for x in (f":{cut}", f"{cut}:")]
-        assert parts[0] | parts[1] == whole and not parts[0] & parts[1]
+        assert parts[0] | parts[1] == train and not parts[0] & parts[1]
     assert len(select(listing, "all[:25%]")) == 10
     assert {listing.class_of(x) for x in select(listing, "all[:25%]")} == {
         "bird",
@@ -90,11 +90,11 @@ def test_slices_share_out_a_split_and_each_has_every_class(pool):
     assert len(select(listing, "all[10%:-10%]")) == 32
 
 
-def test_of_few_images_one_is_held_out_and_of_one_none(tmp_path):
+def test_two_images_give_one_test_image_and_one_image_gives_none(tmp_path):
     write(tmp_path / "a.png")
     listing = list_folder(tmp_path)
     assert select(listing, "train") == select(listing, "all") == ("a.png",)
-    assert "try --data.train-split all" in refused(select, listing, "test")
+    assert "try --data.train-split all" in error_message(select, listing, "test")
     write(tmp_path / "b.png")
     listing = list_folder(tmp_path)
     assert len(select(listing, "train")) == len(select(listing, "test")) == 1
@@ -108,21 +108,21 @@ def test_folders_named_as_splits_are_the_splits(tmp_path):
     assert [source.examples[i]["label"] for i in range(3)] == [0, 1, 1]
     assert len(examples_of(tmp_path, "val").examples) == 1
     assert len(examples_of(tmp_path, "all[:50%]").examples) == 2
-    message = refused(examples_of, tmp_path, "test")
+    message = error_message(examples_of, tmp_path, "test")
     assert "wanted one of train, val, all" in message
     assert message.endswith("try --data.test-split val")
 
 
-def test_train_alone_is_a_split_and_beside_bus_it_is_a_class(tmp_path):
+def test_train_folder_is_a_split_alone_and_a_class_beside_others(tmp_path):
     write(tmp_path / "one" / "train" / "a.png")
-    message = refused(examples_of, tmp_path / "one", "test")
+    message = error_message(examples_of, tmp_path / "one", "test")
     assert "--data.train-split 'train[5%:]' --data.test-split 'train[:5%]'" in message
     for name in ("bus", "train"):
         write(tmp_path / "two" / name / "a.png")
     assert examples_of(tmp_path / "two").class_names == ("bus", "train")
 
 
-def test_examples_come_in_the_order_of_their_names_with_their_labels(pool):
+def test_examples_are_sorted_by_path_and_have_their_labels(pool):
     examples = examples_of(pool).examples
     found = [examples[i] for i in range(40)]
     wanted = [*range(0, 40, 2), *range(1, 40, 2)]
@@ -133,7 +133,7 @@ def test_examples_come_in_the_order_of_their_names_with_their_labels(pool):
     assert examples_of(pool).channels == 1
 
 
-def test_links_are_followed_but_not_in_circles_and_hidden_files_are_not_seen(pool):
+def test_listing_follows_links_without_cycles_and_skips_hidden_files(pool):
     (pool / "cat" / "again").symlink_to(pool)
     (pool / "bird" / "link.png").symlink_to(pool / "bird" / "00.png")
     write(pool / ".cache" / "a.png")
@@ -153,19 +153,19 @@ def test_links_are_followed_but_not_in_circles_and_hidden_files_are_not_seen(poo
         ),
     ],
 )
-def test_what_is_no_folder_of_images_is_told(tmp_path, make, words):
+def test_path_without_images_is_refused(tmp_path, make, words):
     make(tmp_path / "x")
-    message = refused(examples_of, tmp_path / "x")
+    message = error_message(examples_of, tmp_path / "x")
     assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("split", ["tset", "train[", "train[:x]", "train[90%]", ""])
-def test_no_such_split_is_told(pool, split):
-    message = refused(examples_of, pool, split)
+def test_unknown_split_is_refused(pool, split):
+    message = error_message(examples_of, pool, split)
     assert f"no split {split!r}, wanted one of train, test, all" in message
 
 
-def test_classes_are_asked_for_where_they_are_needed(tmp_path):
+def test_missing_classes_are_refused_only_where_labels_are_needed(tmp_path):
     flat, one, mixed = (tmp_path / name for name in ("flat", "one", "mixed"))
     write(flat / "a.png")
     write(one / "cat" / "a.png")
@@ -179,11 +179,11 @@ def test_classes_are_asked_for_where_they_are_needed(tmp_path):
         (mixed, "1 of 3 images in"),
         (mixed, "lie in none of the folders of its 2 classes (cat, dog): c.png"),
     ):
-        message = refused(examples_of, folder, needs=("label",))
+        message = error_message(examples_of, folder, needs=("label",))
         assert words in message and "--diffusion.condition.no-label" in message
 
 
-def test_broken_files_stop_a_run_or_are_passed_over_and_named(pool, caplog):
+def test_broken_files_are_skipped_up_to_max_broken_files(pool, caplog):
     (pool / "cat" / "01.png").write_bytes(b"")
     torn = pool / "bird" / "02.png"
     torn.write_bytes(torn.read_bytes()[:-30])
@@ -200,27 +200,27 @@ def test_broken_files_stop_a_run_or_are_passed_over_and_named(pool, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(examples_of(pool, max_broken_files=2).examples) == 38
         assert len(examples_of(pool, "train", max_broken_files=2).examples) < 38
-    (said,) = caplog.messages
-    assert "2 of 40 images cannot be read and are skipped" in said
+    (warning,) = caplog.messages
+    assert "2 of 40 images cannot be read and are skipped" in warning
 
 
 def damage(path):
-    """Change bytes in the middle of a file, and leave its head and end as they are."""
+    """Corrupt the pixel data of a PNG file; its header and end stay intact."""
     content = bytearray(path.read_bytes())
     middle = content.index(b"IDAT") + 4
     content[middle : middle + 4] = b"\xff\xff\xff\xff"
     path.write_bytes(content)
 
 
-def test_damage_inside_is_found_at_once_in_a_small_folder(pool):
+def test_corrupt_pixel_data_in_a_small_folder_is_refused_on_opening(pool):
     damage(pool / "cat" / "07.png")
-    assert "1 of 40 images" in refused(examples_of, pool)
+    assert "1 of 40 images" in error_message(examples_of, pool)
 
 
-def test_damage_inside_stops_the_stream_and_is_named_in_a_large_one(pool):
+def test_corrupt_pixel_data_in_a_large_folder_stops_the_stream(pool):
     damage(pool / "cat" / "07.png")
-    asked = {"needs": (), "image_size": 0, "max_broken_files": 0}
-    examples, _ = open_folder(pool, "all", **asked, max_bytes_in_memory=0)
+    options = {"needs": (), "image_size": 0, "max_broken_files": 0}
+    examples, _ = open_folder(pool, "all", **options, max_bytes_in_memory=0)
     assert isinstance(examples, FolderExamples) and len(examples) == 40
     with pytest.raises(
         RunError, match=r"cat/07.png: cannot be decoded \(.*check-images"
@@ -228,7 +228,7 @@ def test_damage_inside_stops_the_stream_and_is_named_in_a_large_one(pool):
         list(itertools.islice(stream(examples, batch_size=8), 5))
 
 
-def stream(examples, *, batch_size, process=(0, 1), **asked):
+def stream(examples, *, batch_size, process=(0, 1), **options):
     prepare = functools.partial(prepare_example, image_size=SIDE, image_channels=1)
     return make_iterator(
         examples,
@@ -237,32 +237,32 @@ def stream(examples, *, batch_size, process=(0, 1), **asked):
         seed=3,
         process_index=process[0],
         process_count=process[1],
-        **asked,
+        **options,
     )
 
 
-def test_the_batches_are_the_same_by_any_number_of_threads_and_processes(pool):
+def test_folder_batches_are_the_same_on_any_number_of_threads_and_processes(pool):
     examples = examples_of(pool).examples
 
-    def images(**asked):
-        rows = itertools.islice(stream(examples, **asked), 12)
+    def images(**options):
+        rows = itertools.islice(stream(examples, **options), 12)
         return np.stack([to_batch(row).image for row in rows])
 
-    whole = images(batch_size=8)
-    assert np.array_equal(images(batch_size=8, num_threads=4), whole)
+    expected = images(batch_size=8)
+    assert np.array_equal(images(batch_size=8, num_threads=4), expected)
     halves = [images(batch_size=8, process=(i, 2)) for i in range(2)]
-    assert all(np.array_equal(halves[i], whole[:, i::2]) for i in range(2))
-    assert set(whole[:5].reshape(40, -1)[:, 0]) == {level(i) for i in range(40)}
+    assert all(np.array_equal(halves[i], expected[:, i::2]) for i in range(2))
+    assert set(expected[:5].reshape(40, -1)[:, 0]) == {level(i) for i in range(40)}
 
 
-def test_small_images_are_enlarged_and_told_of_once(tmp_path, caplog):
+def test_small_images_are_enlarged_with_one_warning(tmp_path, caplog):
     write(tmp_path / "a.png", size=(40, 20))
     write(tmp_path / "b.png", size=(64, 64))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             examples = examples_of(tmp_path, image_size=32).examples
-    (said,) = caplog.messages
-    assert said.endswith(
+    (warning,) = caplog.messages
+    assert warning.endswith(
         "1 of 2 images are smaller than 32 pixels and are enlarged: a.png (40x20)"
     )
     batch = load_all(examples, image_size=32, image_channels=3)
@@ -276,11 +276,11 @@ def captions_of(folder):
     return found
 
 
-def test_captions_stand_beside_their_images(captioned):
+def test_captions_are_read_from_text_files_beside_the_images(captioned):
     assert captions_of(captioned) == [f"image number {i}" for i in range(6)]
 
 
-def test_captions_stand_in_lines_that_name_their_image(tmp_path):
+def test_captions_are_read_from_json_lines_files(tmp_path):
     for name in ("a.png", "train/b.png", "train/deep/c.png"):
         write(tmp_path / "x" / name)
     rows = [
@@ -296,18 +296,20 @@ def test_captions_stand_in_lines_that_name_their_image(tmp_path):
     assert captions_of(tmp_path / "x") == ["größer", "", "the first", "c"]
 
 
-def test_images_without_captions_and_captions_without_images_are_told(
+def test_missing_captions_are_refused_and_unmatched_captions_are_warned_of(
     captioned, caplog
 ):
     (captioned / "readme.txt").write_text("x")
     (captioned / "captions.jsonl").write_text('{"file": "9.png", "caption": "nine"}')
     with caplog.at_level(logging.WARNING):
         assert len(captions_of(captioned)) == 6
-    (said,) = caplog.messages
-    assert "2 captions have no image: captions.jsonl line 1 (9.png), readme.txt" in said
+    (warning,) = caplog.messages
+    assert (
+        "2 captions have no image: captions.jsonl line 1 (9.png), readme.txt" in warning
+    )
     for i in range(5):
         (captioned / f"{i}.txt").unlink()
-    message = refused(captions_of, captioned)
+    message = error_message(captions_of, captioned)
     assert "5 of 6 images in" in message
     assert "have no caption: 0.png, 1.png, 2.png and 2 more" in message
     assert "2 captions have no image" in message
@@ -331,22 +333,21 @@ def test_images_without_captions_and_captions_without_images_are_told(
         ),
     ],
 )
-def test_a_broken_line_of_captions_is_named_by_file_and_number(
-    tmp_path, content, words
-):
+def test_broken_captions_line_is_refused_with_its_file(tmp_path, content, words):
     write(tmp_path / "0.png")
     (tmp_path / "captions.jsonl").write_bytes(content)
-    message = refused(captions_of, tmp_path)
+    message = error_message(captions_of, tmp_path)
     assert words in message and "captions.jsonl" in message, message
 
 
-def test_a_text_file_that_is_not_utf8_or_a_second_caption_is_told(captioned):
+def test_captions_that_are_not_utf8_or_given_twice_are_refused(captioned):
     (captioned / "3.txt").write_bytes("groß".encode("latin-1"))
-    message = refused(captions_of, captioned)
+    message = error_message(captions_of, captioned)
     assert "3.txt: not UTF-8" in message and "at byte 3" in message
     (captioned / "3.txt").write_text("now it is")
     assert captions_of(captioned)[3] == "now it is"
     (captioned / "captions.jsonl").write_text('{"file": "3.png", "caption": "b"}')
-    assert "3.png has two captions, in captions.jsonl line 1 and in 3.txt" in refused(
-        captions_of, captioned
+    assert (
+        "3.png has two captions, in captions.jsonl line 1 and in 3.txt"
+        in error_message(captions_of, captioned)
     )

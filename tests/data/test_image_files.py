@@ -1,4 +1,4 @@
-"""One image file: whatever it is, the pixels of it, or one reason why not."""
+"""One image file: its pixels, or one reason why it cannot be read."""
 
 import io
 import struct
@@ -80,7 +80,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_mode_is_read_as_a_viewer_shows_it(tmp_path, name):
+def test_every_image_mode_is_read_as_a_viewer_shows_it(tmp_path, name):
     image, wanted = CASES[name]
     path = write(tmp_path / name, image)
     found = read_image(path)
@@ -99,7 +99,7 @@ def test_every_mode_is_read_as_a_viewer_shows_it(tmp_path, name):
         ("named_wrongly.png", {"format": "JPEG", "quality": 95}),
     ],
 )
-def test_photographs_are_read(tmp_path, name, options):
+def test_jpeg_and_webp_files_are_read_whatever_their_suffix(tmp_path, name, options):
     image = Image.new("RGB", (SIDE, 2 * SIDE), (200, 100, 50))
     path = write(tmp_path / name, image, **options)
     found = read_image(path).astype(int)
@@ -108,13 +108,13 @@ def test_photographs_are_read(tmp_path, name, options):
     assert header(path)[:2] == (2 * SIDE, SIDE)
 
 
-def test_ink_of_a_jpeg_is_colour(tmp_path):
+def test_cmyk_jpeg_is_read_as_rgb(tmp_path):
     image = Image.new("CMYK", (SIDE, SIDE), (255, 0, 0, 0))
     found = read_image(write(tmp_path / "cyan.jpg", image, quality=95)).astype(int)
     assert np.abs(found - [0, 255, 255]).max() <= 4
 
 
-def test_transparent_entries_of_a_palette_or_a_colour_are_white(tmp_path):
+def test_transparent_palette_entries_and_colours_become_white(tmp_path):
     clear = RAMP == 3
     for name, image, transparency in (
         ("palette.png", palette_image(), 3),
@@ -127,7 +127,7 @@ def test_transparent_entries_of_a_palette_or_a_colour_are_white(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
-def test_of_an_animation_the_first_frame_is_read(tmp_path, name):
+def test_animation_is_read_as_its_first_frame(tmp_path, name):
     frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if name.endswith("webp") else {}
     path = tmp_path / name
@@ -135,7 +135,7 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path, name):
     assert (read_image(path) == [255, 0, 0]).all()
 
 
-TURNED = {  # what a viewer makes of the rows as they are stored
+BY_ORIENTATION = {  # the stored rows as a viewer shows them
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -148,9 +148,9 @@ TURNED = {  # what a viewer makes of the rows as they are stored
 }
 
 
-@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("orientation", BY_ORIENTATION)
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "a.jpg"])
-def test_images_are_turned_as_their_exif_says(tmp_path, name, orientation):
+def test_images_are_oriented_by_their_exif_tag(tmp_path, name, orientation):
     stored = np.zeros((2 * SIDE, SIDE, 3), np.uint8)
     stored[:SIDE, : SIDE // 2], stored[SIDE:, SIDE // 2 :] = (255, 0, 0), (0, 0, 255)
     exif = Image.Exif()
@@ -158,12 +158,12 @@ def test_images_are_turned_as_their_exif_says(tmp_path, name, orientation):
     options = {"a.webp": {"lossless": True}, "a.jpg": {"quality": 100}}.get(name, {})
     options |= {"subsampling": 0} if name == "a.jpg" else {}
     path = write(tmp_path / name, Image.fromarray(stored), exif=exif, **options)
-    wanted = TURNED[orientation](stored).astype(int)
+    wanted = BY_ORIENTATION[orientation](stored).astype(int)
     assert np.abs(read_image(path) - wanted).max() <= (3 if name == "a.jpg" else 0)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_turns_nothing(tmp_path):
+def test_damaged_exif_changes_no_orientation(tmp_path):
     exif = b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(40)
     path = write(tmp_path / "a.jpg", Image.fromarray(COLOURS), exif=exif, quality=100)
     assert read_image(path).shape == (SIDE, SIDE, 3)
@@ -175,7 +175,7 @@ def chunk(kind, data):
 
 
 def png(width, height, data=b""):
-    """Make a grey PNG of any size that it claims, with what it says are its rows."""
+    """Make a grey PNG file that states a size and holds the given compressed rows."""
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     parts = chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
@@ -191,7 +191,9 @@ def png(width, height, data=b""):
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_absurd_sizes_are_refused_by_the_head_alone(tmp_path, width, height, reason):
+def test_absurd_sizes_are_refused_from_the_header_alone(
+    tmp_path, width, height, reason
+):
     path = tmp_path / "bomb.png"
     path.write_bytes(png(width, height, zlib.compress(bytes(1000))))
     for read in (header, read_image):
@@ -208,7 +210,7 @@ def test_absurd_sizes_are_refused_by_the_head_alone(tmp_path, width, height, rea
         (b"<html>not found</html>", "not an image, or its head is damaged"),
     ],
 )
-def test_what_is_no_image_is_told(tmp_path, content, reason):
+def test_file_that_is_not_an_image_is_refused(tmp_path, content, reason):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(BrokenImageError, match=reason):
@@ -216,20 +218,20 @@ def test_what_is_no_image_is_told(tmp_path, content, reason):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_a_file_that_ends_early_is_found_by_its_header(tmp_path, kind):
+def test_truncated_file_is_refused_by_read_header(tmp_path, kind):
     random = np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(random).save(buffer, kind)
-    whole, path = buffer.getvalue(), tmp_path / "a.png"
+    content, path = buffer.getvalue(), tmp_path / "a.png"
     for part in (0.02, 0.1, 0.5, 0.9):
-        path.write_bytes(whole[: int(part * len(whole))])
+        path.write_bytes(content[: int(part * len(content))])
         with pytest.raises(BrokenImageError):
             header(path)
-    path.write_bytes(whole)
+    path.write_bytes(content)
     assert header(path)[:2] == (64, 64)
 
 
-def test_bytes_after_the_end_do_no_harm(tmp_path):
+def test_trailing_bytes_do_not_change_the_pixels(tmp_path):
     path = write(tmp_path / "a.jpg", Image.fromarray(COLOURS))
     before = read_image(path)
     path.write_bytes(path.read_bytes() + bytes(10))
@@ -237,7 +239,7 @@ def test_bytes_after_the_end_do_no_harm(tmp_path):
     assert np.array_equal(read_image(path), before)
 
 
-def test_damage_inside_is_left_to_the_decoder(tmp_path):
+def test_corrupt_pixel_data_is_refused_by_read_image_only(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(SIDE, SIDE, b"not what deflate makes"))
     assert header(path) == (SIDE, SIDE, "L", "PNG")
@@ -245,7 +247,7 @@ def test_damage_inside_is_left_to_the_decoder(tmp_path):
         read_image(path)
 
 
-def test_values_beyond_sixteen_bits_have_no_grey(tmp_path):
+def test_grey_values_beyond_sixteen_bits_are_refused(tmp_path):
     deep = Image.fromarray(np.full((SIDE, SIDE), 70_000, np.int32))
     floats = Image.fromarray(np.ones((SIDE, SIDE), np.float32))
     with pytest.raises(BrokenImageError, match="beyond 0 to 65535"):
@@ -254,6 +256,6 @@ def test_values_beyond_sixteen_bits_have_no_grey(tmp_path):
         read_image(write(tmp_path / "floats.tif", floats))
 
 
-def test_a_file_that_is_gone_is_no_broken_image(tmp_path):
+def test_missing_file_is_not_a_broken_image(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "gone.png")

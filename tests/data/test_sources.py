@@ -51,14 +51,14 @@ def rows(examples):
     return {examples[i]["image"].tobytes() for i in range(len(examples))}
 
 
-def test_the_splits_are_the_real_digits_and_disjoint(train, test):
+def test_digits_splits_are_disjoint_and_hold_all_digits(train, test):
     assert (len(train), len(test)) == (1500, 297)
     real = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
     assert rows(train) | rows(test) == {image.tobytes() for image in real}
     assert len(rows(train)) + len(rows(test)) == len({i.tobytes() for i in real})
 
 
-def test_labels_are_those_of_their_images(train):
+def test_digits_labels_belong_to_their_images(train):
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     label = {i.tobytes(): t for i, t in zip(images, digits.target, strict=True)}
@@ -67,7 +67,7 @@ def test_labels_are_those_of_their_images(train):
     )
 
 
-def test_every_class_is_in_both_splits(train, test):
+def test_both_digits_splits_hold_every_class(train, test):
     for examples in (train, test):
         labels = [examples[i]["label"] for i in range(len(examples))]
         assert np.bincount(labels, minlength=10).min() >= 20
@@ -83,19 +83,19 @@ def test_an_epoch_holds_every_example_once_and_the_next_has_another_order(train)
     assert first != second
 
 
-def test_the_order_is_a_function_of_the_seed(train):
+def test_stream_order_is_a_function_of_the_seed(train):
     assert equal(take(stream(train), 1)[0], take(stream(train), 1)[0])
     other = take(stream(train, seed=1), 1)[0]
     assert not np.array_equal(take(stream(train), 1)[0].label, other.label)
 
 
-def test_the_index_counts_the_examples_of_the_stream(train):
+def test_example_index_counts_the_examples_of_the_stream(train):
     index = np.concatenate([batch.example_index for batch in take(stream(train), 40)])
     assert np.array_equal(index, np.arange(40 * 64))
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 23, 24, 47])
-def test_a_restored_stream_goes_on_as_if_never_stopped(train, consumed):
+def test_a_restored_stream_continues_exactly(train, consumed):
     unbroken = take(stream(train), consumed + 3)[consumed:]
     first = stream(train)
     take(first, consumed)
@@ -104,12 +104,12 @@ def test_a_restored_stream_goes_on_as_if_never_stopped(train, consumed):
     assert all(equal(a, b) for a, b in zip(unbroken, take(again, 3), strict=True))
 
 
-def test_two_processes_read_together_what_one_reads(train):
-    whole = take(stream(train), 3)
+def test_two_processes_read_the_batches_of_one(train):
+    expected = take(stream(train), 3)
     halves = [take(stream(train, process=(i, 2)), 3) for i in range(2)]
     for step in range(3):
         for i in range(2):
-            part = jax.tree.map(lambda column, i=i: column[i::2], whole[step])
+            part = jax.tree.map(lambda column, i=i: column[i::2], expected[step])
             assert equal(part, halves[i][step])
 
 
@@ -131,7 +131,7 @@ def test_load_all_reads_in_the_order_of_the_split(test):
     assert all(np.array_equal(batch.image[i], test[i]["image"]) for i in range(297))
 
 
-def test_a_part_of_a_split_is_from_all_over_it(test):
+def test_load_all_with_a_limit_spreads_over_the_split(test):
     by_class = sorted(test, key=lambda example: int(example["label"]))
     batch = load_all(by_class, image_size=8, image_channels=1, limit=60)
     assert len(batch.image) == 60
@@ -142,7 +142,7 @@ def test_a_part_of_a_split_is_from_all_over_it(test):
     assert set(fewer.example_index) < set(batch.example_index)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_data_directory_is_refused(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(InputError, match=r"data\.directory"):

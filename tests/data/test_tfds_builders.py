@@ -1,4 +1,4 @@
-"""A TFDS builder of a user's own, found by the path of its Python file."""
+"""A user's TFDS builder, given by the path of its Python file."""
 
 import shutil
 import textwrap
@@ -54,13 +54,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 def write(folder, name, *, package=None):
-    """Write a builder and its neighbour; in a package if it is to have a name."""
+    """Write a builder and the module it imports, in a package if one is named."""
     inside = folder / package if package else folder
     inside.mkdir(parents=True, exist_ok=True)
     if package:
         (inside / "__init__.py").write_text("")
     (inside / f"{name}_classes.py").write_text('CLASSES = ["even", "odd"]\n')
-    # Of a package's two ways to name a neighbour, the one that needs the package.
+    # In a package, a relative import.
     neighbour = f".{name}_classes" if package else f"{name}_classes"
     path = inside / f"{name}_dataset_builder.py"
     path.write_text(BUILDER.format(neighbour=neighbour))
@@ -81,16 +81,16 @@ def test_a_builder_is_found_by_its_file_and_prepared(tmp_path, name, package):
     assert (source.class_names, source.channels) == (("even", "odd"), 3)
     assert [int(row["image"][0, 0, 0]) for row in source.examples] == [0, 10, 20, 30]
     assert read_captions(given, "train[:1]", directory=data) == ["square 0"]
-    # Without a config it is TFDS' default, the first.
+    # Without a config name, TFDS takes the first config.
     first = open_source(f"builder:{path}", "train", directory=data)
     assert len(first.examples) == 2
-    # What is prepared is a data set like any other, with or without the file.
+    # A prepared data set opens without the builder's file.
     shutil.rmtree(tmp_path / "code")
     again = open_source(f"tfds:{name}/many", "train", directory=data)
     assert len(again.examples) == 4
 
 
-def refused(source, tmp_path):
+def error_line(source, tmp_path):
     with pytest.raises(InputError) as caught:
         open_source(source, "train", directory=str(tmp_path / "data"))
     (line,) = str(caught.value).splitlines()
@@ -98,16 +98,16 @@ def refused(source, tmp_path):
     return line
 
 
-def test_a_wrong_config_names_the_next(tmp_path):
+def test_unknown_builder_config_is_refused_with_the_nearest_name(tmp_path):
     path = write(tmp_path, "few_squares")
-    line = refused(f"builder:{path}/fwe", tmp_path)
+    line = error_line(f"builder:{path}/fwe", tmp_path)
     assert line.endswith("wanted a config of few_squares: few, many; try few")
 
 
-def test_a_file_that_is_not_there_or_no_python_is_told(tmp_path):
-    line = refused("builder:nowhere/x_dataset_builder.py/one", tmp_path)
+def test_builder_path_that_is_missing_or_not_python_is_refused(tmp_path):
+    line = error_line("builder:nowhere/x_dataset_builder.py/one", tmp_path)
     assert "no file nowhere/x_dataset_builder.py in " in line and "; try " in line
-    assert "no Python file mnist in " in refused("builder:mnist", tmp_path)
+    assert "no Python file mnist in " in error_line("builder:mnist", tmp_path)
     assert find_class_names("builder:nowhere.py", directory=None) == ()
     with pytest.raises(InputError, match=r"folder:PATH or builder:FILE\.py"):
         DataConfig(source="bilder:x.py")
@@ -123,32 +123,32 @@ def test_a_file_that_is_not_there_or_no_python_is_told(tmp_path):
         ("json", "x = 1\n", " is imported as json, which is another file: "),
     ],
 )
-def test_a_file_that_is_no_builder_is_told_in_one_line(tmp_path, name, text, message):
+def test_file_without_a_builder_is_refused_in_one_line(tmp_path, name, text, message):
     path = tmp_path / f"{name}.py"
     path.write_text(text)
-    assert f"data.source: {path}{message}" in refused(f"builder:{path}", tmp_path)
+    assert f"data.source: {path}{message}" in error_line(f"builder:{path}", tmp_path)
 
 
-def test_what_a_builder_raises_is_told_with_its_line(tmp_path):
+def test_exception_of_a_builder_is_reported_with_its_line_number(tmp_path):
     path = write(tmp_path, "late_squares")
     text = path.read_text()
     path.write_text(text.replace("        for i in", "        1 / 0\n        for i in"))
     line = 1 + text[: text.index("        for i in")].count("\n")
-    told = refused(f"builder:{path}", tmp_path)
-    assert told == f"data.source: {path} line {line} raised ZeroDivisionError: " + (
+    message = error_line(f"builder:{path}", tmp_path)
+    assert message == f"data.source: {path} line {line} raised ZeroDivisionError: " + (
         "division by zero"
     )
 
 
-def test_an_image_that_wants_tensorflow_says_what_to_yield(tmp_path):
+def test_builder_image_that_needs_tensorflow_is_refused_with_advice(tmp_path):
     path = write(tmp_path, "array_squares")
     path.write_text(path.read_text().replace("png.getvalue()", "image"))
-    told = refused(f"builder:{path}", tmp_path)
-    assert "No module named 'tensorflow'" in told and len(told) < 900
-    assert "; try examples whose image is the bytes of a PNG file" in told
+    message = error_line(f"builder:{path}", tmp_path)
+    assert "No module named 'tensorflow'" in message and len(message) < 900
+    assert "; try examples whose image is the bytes of a PNG file" in message
 
 
-def test_two_builders_in_a_file_are_one_too_many(tmp_path):
+def test_file_with_two_builders_is_refused(tmp_path):
     path = tmp_path / "two_builders.py"
     path.write_text(
         textwrap.dedent("""
@@ -159,4 +159,6 @@ def test_two_builders_in_a_file_are_one_too_many(tmp_path):
             pass
         """)
     )
-    assert "has the builders TwoOne, TwoOther" in refused(f"builder:{path}", tmp_path)
+    assert "has the builders TwoOne, TwoOther" in error_line(
+        f"builder:{path}", tmp_path
+    )

@@ -14,7 +14,7 @@ from ldm_jax.types import InputError
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["h e", "l o</w>", "he l", "hel lo</w>", "a t</w>", "c at</w>", "' s</w>"]
-# As in CLIP: a token for every byte, `!` first, then the same at the end of a word.
+# As in CLIP: a token for every byte, `!` first, then each byte at the end of a word.
 PRINTABLE_FIRST = sorted(ByteLevel.alphabet(), key=lambda x: (ord(x) >= 256, ord(x)))
 VOCABULARY = [
     *PRINTABLE_FIRST,
@@ -30,7 +30,7 @@ def flags(content, *, normalized=True, **more):
     return {"content": content, "normalized": normalized, **off, **more}
 
 
-# The files beside the vocabulary, as the repositories of weights have them.
+# Files beside the vocabulary, as published with the weights.
 SPECIAL = {"bos_token": flags(BOS), "eos_token": flags(EOS), "unk_token": flags(EOS)}
 CONFIG = {name: {"__type": "AddedToken", **x} for name, x in SPECIAL.items()}
 CONFIG |= {"pad_token": EOS, "do_lower_case": True, "model_max_length": 77}
@@ -58,7 +58,7 @@ FOLDERS = {
                 **STATED,
             },
         },
-        # Does not count beside stated ids.
+        # Ignored: `added_tokens_decoder` states the ids.
         "special_tokens_map.json": {"pad_token": EOS},
     },
     "added": {
@@ -85,7 +85,7 @@ def write_clip(directory, kind="bare", **files):
     return write(directory, basis | files)
 
 
-def write_whole(directory, **model):
+def write_tokenizer_json(directory, **model):
     bpe = {"type": "BPE", "vocab": ids(VOCABULARY), "merges": MERGES, **model}
     added = [
         {"id": BOS_ID, **flags(BOS, normalized=False, special=True)},
@@ -95,7 +95,7 @@ def write_whole(directory, **model):
 
 
 def texts():
-    """Return the awkward texts of the field, and seeded mixtures of them."""
+    """Return difficult texts and seeded mixtures of them."""
     pieces = [
         *("hello", "Hello", "HELLO", "cat", "CAT's", "it's", "we'LL", "'re", "don't"),
         *("!", "!!", "?!", ".", ",", "...", "-", "_", "<|>", "a/b", "#1", "(x)", "''"),
@@ -123,7 +123,7 @@ def texts():
 @pytest.fixture(scope="module")
 def transformers():
     with warnings.catch_warnings():
-        # What it deprecates when imported is none of our business.
+        # Its import raises deprecation warnings.
         warnings.simplefilter("ignore")
         return pytest.importorskip(
             "transformers", reason="compares with the original: the extra `parity`"
@@ -144,7 +144,7 @@ def test_clip_tokens_equal_those_of_transformers(transformers, tmp_path, kind, l
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_a_tokenizer_that_transformers_saved_is_read_alike(
+def test_clip_tokenizer_saved_by_transformers_gives_the_same_tokens(
     transformers, tmp_path, kind
 ):
     theirs = transformers.CLIPTokenizer.from_pretrained(write_clip(tmp_path, kind))
@@ -155,8 +155,8 @@ def test_a_tokenizer_that_transformers_saved_is_read_alike(
     assert saved.encode(texts()).tolist() == wanted.input_ids
 
 
-# Written down from transformers, so that they hold without it.
-def test_clip_tokens_are_these(tmp_path):
+# Recorded from transformers; the test runs without it.
+def test_clip_tokens_equal_recorded_ones(tmp_path):
     tokenizer = load_clip_tokenizer(write_clip(tmp_path, "sd1"), length=8)
     rows = tokenizer.encode(["Hello cat's!", "", "é 12", "cat " * 9])
     assert rows.dtype == np.int32
@@ -168,7 +168,7 @@ def test_clip_tokens_are_these(tmp_path):
     ]
 
 
-def test_the_exclamation_mark_is_padding_where_the_files_say_so(tmp_path):
+def test_clip_padding_is_the_pad_token_of_the_files(tmp_path):
     tokenizer = load_clip_tokenizer(write_clip(tmp_path, "sd2"), length=6)
     assert tokenizer.pad_id == 0
     assert tokenizer.eos_id == EOS_ID
@@ -178,13 +178,13 @@ def test_the_exclamation_mark_is_padding_where_the_files_say_so(tmp_path):
     ]
 
 
-def test_spaces_and_upper_case_change_no_token(tmp_path):
+def test_clip_tokens_ignore_spaces_and_case(tmp_path):
     tokenizer = load_clip_tokenizer(write_clip(tmp_path))
     rows = tokenizer.encode(["hello cat", "  HELLO \n\t Cat ", "hello\u00a0cat"])
     assert (rows == rows[0]).all()
 
 
-def test_a_text_is_cut_to_the_length_and_still_ends(tmp_path):
+def test_long_text_is_cut_and_keeps_its_end_token(tmp_path):
     tokenizer = load_clip_tokenizer(write_clip(tmp_path))
     rows = tokenizer.encode(["cat " * 75, "cat " * 76, "cat " * 10_000])
     assert rows.shape == (3, 77)
@@ -193,7 +193,7 @@ def test_a_text_is_cut_to_the_length_and_still_ends(tmp_path):
     assert (rows == rows[0]).all()
 
 
-def test_no_texts_are_no_rows(tmp_path):
+def test_encoding_no_texts_gives_no_rows(tmp_path):
     assert load_clip_tokenizer(write_clip(tmp_path)).encode([]).shape == (0, 77)
 
 
@@ -204,11 +204,11 @@ def test_a_tokenizer_survives_pickling(tmp_path):
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["strings", "pairs"])
-def test_one_file_says_as_much_as_two(tmp_path, pairs):
+def test_tokenizer_json_gives_the_tokens_of_vocab_and_merges(tmp_path, pairs):
     (tmp_path / "two").mkdir()
     two = load_clip_tokenizer(write_clip(tmp_path / "two"))
     merges = [merge.split(" ") for merge in MERGES] if pairs else MERGES
-    one = load_clip_tokenizer(write_whole(tmp_path, merges=merges))
+    one = load_clip_tokenizer(write_tokenizer_json(tmp_path, merges=merges))
     assert one.encode(texts()).tolist() == two.encode(texts()).tolist()
 
 
@@ -256,7 +256,7 @@ BAD_CLIP = {
 
 
 @pytest.mark.parametrize("case", BAD_CLIP)
-def test_bad_clip_files_are_told_in_one_line(tmp_path, case):
+def test_bad_clip_files_are_refused_in_one_line(tmp_path, case):
     files, message = BAD_CLIP[case]
     write_clip(tmp_path, "sd1", **{k: v for k, v in files.items() if v is not None})
     for name in (k for k, v in files.items() if v is None):
@@ -270,7 +270,7 @@ def test_bad_clip_files_are_told_in_one_line(tmp_path, case):
 
 
 def assert_found(message, text):
-    """Look for the parts of a message that `.*` separates, in order."""
+    """Assert that `text` holds the parts of `message` between `.*`, in order."""
     at = 0
     for part in message.split(".*"):
         assert part in text[at:], text
@@ -288,34 +288,34 @@ def assert_found(message, text):
         ({"merges": [7]}, "got 7 as merge 0, wanted two tokens"),
     ],
 )
-def test_a_bad_whole_file_is_told_in_one_line(tmp_path, model, message):
+def test_bad_tokenizer_json_is_refused_in_one_line(tmp_path, model, message):
     with pytest.raises(InputError) as error:
-        load_clip_tokenizer(write_whole(tmp_path, **model))
+        load_clip_tokenizer(write_tokenizer_json(tmp_path, **model))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_added_tokens_that_are_no_list_are_told(tmp_path):
+def test_added_tokens_that_are_not_a_list_are_refused(tmp_path):
     bpe = {"type": "BPE", "vocab": ids(VOCABULARY), "merges": MERGES}
     write(tmp_path, {"tokenizer.json": {"model": bpe, "added_tokens": None}})
     with pytest.raises(InputError, match="wanted a list of added tokens"):
         load_clip_tokenizer(tmp_path)
 
 
-def test_a_file_that_is_no_unicode_is_told(tmp_path):
+def test_merges_that_are_not_utf8_are_refused(tmp_path):
     (write_clip(tmp_path) / "merges.txt").write_bytes(b"h e\n\xff\xfe")
     with pytest.raises(InputError, match=r"merges\.txt: not UTF-8"):
         load_clip_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("length", [1, 0, -1])
-def test_a_length_without_room_for_begin_and_end_is_refused(tmp_path, length):
+def test_context_length_below_two_is_refused(tmp_path, length):
     with pytest.raises(InputError, match="wanted at least 2"):
         load_clip_tokenizer(write_clip(tmp_path), length=length)
 
 
-def test_half_a_surrogate_pair_is_refused_and_its_text_shown(tmp_path):
-    # A command line that isn't UTF-8 arrives like this.
+def test_text_with_a_lone_surrogate_is_refused(tmp_path):
+    # Python decodes a command line that is not UTF-8 to this.
     tokenizer = load_clip_tokenizer(write_clip(tmp_path))
     with pytest.raises(InputError, match=r"got 'caf\\udce9', wanted Unicode"):
         tokenizer.encode(["fine", "caf\udce9"])
@@ -343,8 +343,8 @@ def test_bert_tokens_equal_those_of_transformers(transformers, tmp_path, length)
     assert ours.vocab_size == len(theirs) == len(WORDPIECE)
 
 
-# Written down from transformers, so that they hold without it.
-def test_bert_tokens_are_these(tmp_path):
+# Recorded from transformers; the test runs without it.
+def test_bert_tokens_equal_recorded_ones(tmp_path):
     tokenizer = load_bert_tokenizer(write_bert(tmp_path) / "vocab.txt", length=8)
     rows = tokenizer.encode(["Hello, CATS!", "", "Café dog", "unable " * 9])
     assert rows.dtype == np.int32
@@ -356,20 +356,20 @@ def test_bert_tokens_are_these(tmp_path):
     ]
 
 
-def test_bert_accepts_a_folder_and_lines_that_end_as_on_windows(tmp_path):
+def test_bert_vocabulary_may_be_a_folder_or_have_windows_line_ends(tmp_path):
     unix = load_bert_tokenizer(write_bert(tmp_path))
     (tmp_path / "windows.txt").write_bytes("\r\n".join(WORDPIECE).encode())
     windows = load_bert_tokenizer(tmp_path / "windows.txt")
     assert windows.encode(texts()).tolist() == unix.encode(texts()).tolist()
 
 
-def test_only_ends_of_lines_end_tokens(tmp_path):
+def test_bert_vocabulary_is_split_at_newlines_only(tmp_path):
     tokens = [*WORDPIECE, "\u2028", "\x85", "dog"]
     tokenizer = load_bert_tokenizer(write_bert(tmp_path, tokens), length=3)
     assert tokenizer.encode(["dog"])[0, 1] == len(tokens) - 1
 
 
-def test_a_vocabulary_without_a_mask_token_needs_none(tmp_path):
+def test_bert_vocabulary_without_a_mask_token_is_accepted(tmp_path):
     tokens = [token for token in WORDPIECE if token != "[MASK]"]
     tokenizer = load_bert_tokenizer(write_bert(tmp_path, tokens))
     assert tokenizer.vocab_size == len(tokens)
@@ -383,20 +383,20 @@ def test_a_vocabulary_without_a_mask_token_needs_none(tmp_path):
         ([], "got no [UNK], [SEP], [PAD], [CLS]"),
     ],
 )
-def test_a_bad_wordpiece_file_is_told_in_one_line(tmp_path, tokens, message):
+def test_bad_wordpiece_file_is_refused_in_one_line(tmp_path, tokens, message):
     with pytest.raises(InputError) as error:
         load_bert_tokenizer(write_bert(tmp_path, tokens))
     assert str(error.value).startswith(f"{tmp_path / 'vocab.txt'}: {message}")
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_wordpiece_file_is_told(tmp_path):
+def test_missing_wordpiece_file_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere.txt"):
         with pytest.raises(InputError, match=r"\.txt: cannot be read \(No such file"):
             load_bert_tokenizer(path)
 
 
-def test_copy_tokenizer_copies_all_tokenizer_files_and_no_others(tmp_path):
+def test_copy_tokenizer_copies_the_tokenizer_files_only(tmp_path):
     write_clip(tmp_path, "sd1", **{"model.safetensors": "", "added_tokens.json": {}})
     copy_tokenizer(tmp_path, tmp_path / "copy")
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {
@@ -408,7 +408,7 @@ def test_copy_tokenizer_copies_all_tokenizer_files_and_no_others(tmp_path):
 
 
 @pytest.mark.parametrize("present", [(), ("vocab.json",), ("tokenizer_config.json",)])
-def test_copy_tokenizer_refuses_a_folder_without_one(tmp_path, present):
+def test_copy_tokenizer_refuses_a_folder_without_a_tokenizer(tmp_path, present):
     write(tmp_path, dict.fromkeys(present, "{}"))
     with pytest.raises(InputError, match="no tokenizer there"):
         copy_tokenizer(tmp_path, tmp_path / "copy")
