@@ -1,4 +1,4 @@
-"""Attention as one kernel: equal to the plain one, and chosen where it belongs."""
+"""The attention kernel: it equals plain attention and is used where it fits."""
 
 import functools
 from typing import Any
@@ -34,8 +34,8 @@ def arrays(shape: Shape, *, heads: int = 2, batch: int = 2, dtype=jnp.float32):
     return [jnp.asarray(normal(size=size), dtype) for size in sizes]
 
 
-def drawn(shapes, seed=0):
-    """Numbers of a tree's shapes: no initialisation is compiled."""
+def random_like(shapes, seed=0):
+    """Draw arrays of the given shapes without compiling an initialisation."""
     normal = np.random.RandomState(seed).normal
     return jax.tree.map(
         lambda x: jnp.asarray(0.1 * normal(size=x.shape), x.dtype), shapes
@@ -43,7 +43,7 @@ def drawn(shapes, seed=0):
 
 
 def interpreted(q, k, v):
-    """Pack heads, run the kernel, take them apart again; and what ought to be zero."""
+    """Run the interpreted kernel on packed heads; also return its padding, all zero."""
     b, n, heads, width = q.shape
     packing = packing_of(heads, width)
     packed = (
@@ -67,9 +67,9 @@ def compiled(fn, q, k, v, slope):
     return (values, *pull(slope)), zeros
 
 
-def with_gradients(fn, *given):
-    """Values and gradients of a way of attending, as one program."""
-    found, zeros = compiled(fn, *given)
+def with_gradients(fn, *inputs):
+    """Compute values and gradients of an attention function as one program."""
+    found, zeros = compiled(fn, *inputs)
     assert not any(x.any() for x in jax.device_get(zeros))
     return found
 
@@ -91,14 +91,14 @@ def distance(one, other):
         (Shape(128, 640, 512), 1),
     ],
 )
-def test_values_and_gradients_are_those_of_the_plain_one(shape, heads):
-    given = arrays(shape, heads=heads)
-    ours, plain = (with_gradients(fn, *given) for fn in (interpreted, plainly))
+def test_fused_attention_has_the_values_and_gradients_of_plain_attention(shape, heads):
+    inputs = arrays(shape, heads=heads)
+    ours, plain = (with_gradients(fn, *inputs) for fn in (interpreted, plainly))
     for one, other in zip(ours, plain, strict=True):
         assert distance(one, other) < 3e-6
 
 
-def test_in_16_bits_it_is_no_further_from_the_truth_than_the_plain_one():
+def test_fused_attention_in_bfloat16_is_as_exact_as_plain_attention():
     shape = Shape(512, 512, 40)
     exact = arrays(shape)
     rounded = [x.astype(jnp.bfloat16) for x in exact]
@@ -113,7 +113,7 @@ def test_in_16_bits_it_is_no_further_from_the_truth_than_the_plain_one():
     assert all(ours <= 1.1 * plain for ours, plain in zip(*errors, strict=True))
 
 
-def test_large_logits_do_not_overflow():
+def test_fused_attention_does_not_overflow_at_large_logits():
     q, k, v, slope = arrays(Shape(256, 256, 16))
     values, *slopes = with_gradients(interpreted, 1e3 * q, k, v, slope)
     plain, *_ = with_gradients(plainly, 1e3 * q, k, v, slope)
@@ -137,7 +137,7 @@ def test_large_logits_do_not_overflow():
         (Shape(640, 640, 40), (128, 128)),
     ],
 )
-def test_how_tokens_are_cut(shape, blocks):
+def test_block_sizes_follow_from_the_attention_shape(shape, blocks):
     assert blocks_of(shape) == blocks
 
 
@@ -153,11 +153,11 @@ def test_how_tokens_are_cut(shape, blocks):
         (3, 64, (2, 128, 2)),
     ],
 )
-def test_how_heads_lie_in_lanes(heads, width, packing):
+def test_packing_groups_heads_into_lanes(heads, width, packing):
     assert packing_of(heads, width) == Packing(heads, width, *packing)
 
 
-def test_packed_channels_are_where_their_lanes_are():
+def test_pack_places_each_head_in_its_lanes():
     x = jnp.arange(1, 3 * 40 + 41)  # four heads of 40
     packing = packing_of(4, 40)
     packed = np.asarray(pack(x, packing, axis=0))
@@ -178,20 +178,22 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_between_its_projections_is_the_plain_one(name, monkeypatch):
-    layer, shape, read = LAYERS[name]
+def test_attention_layer_with_the_kernel_equals_the_plain_layer(name, monkeypatch):
+    layer, shape, context_shape = LAYERS[name]
     normal = np.random.RandomState(5).normal
     args = [jnp.asarray(normal(size=shape), jnp.float32)]
     if layer.__class__ is Attention:
-        args.append(None if read is None else jnp.float32(normal(size=read)))
-    params = drawn(jax.eval_shape(layer.init, jax.random.key(0), *args))
+        args.append(
+            None if context_shape is None else jnp.float32(normal(size=context_shape))
+        )
+    params = random_like(jax.eval_shape(layer.init, jax.random.key(0), *args))
     slope = jnp.asarray(normal(size=shape), jnp.float32)
 
     def total(params, x):
         return jnp.vdot(layer.apply(params, x, *args[1:]), slope)
 
-    def both():  # anew, so that nothing traced before is taken
-        fn = lambda *given: total(*given)  # noqa: E731
+    def both():  # a new function, so that JAX traces it again
+        fn = lambda *inputs: total(*inputs)  # noqa: E731
         return jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(params, args[0])
 
     plain = both()
@@ -213,7 +215,7 @@ def test_a_layer_between_its_projections_is_the_plain_one(name, monkeypatch):
         assert distance(one, other) < 1e-5
 
 
-def test_dense_is_that_of_flax():
+def test_dense_equals_flax_dense():
     x = jax.random.normal(jax.random.key(1), (2, 3, 8))
     for use_bias, dtype in ((True, jnp.float32), (False, jnp.bfloat16)):
         layer = nn.Dense(
@@ -230,12 +232,12 @@ def lowered(fn, platform, *args):
     return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
-def outcome(layer, params, *given):
-    found: Any = layer.apply(params, *given)
+def outcome(layer, params, *inputs):
+    found: Any = layer.apply(params, *inputs)
     return found.astype(jnp.float32)
 
 
-def test_many_tokens_are_summed_for_a_bias_as_few_are():
+def test_dense_of_many_equals_dense():
     sizes = ((8, 5), (5,), (2, 300, 8), (2, 300, 5))
     normal = np.random.RandomState(2).normal
     kernel, bias, x, slope = (jnp.float32(normal(size=size)) for size in sizes)
@@ -254,14 +256,14 @@ def test_many_tokens_are_summed_for_a_bias_as_few_are():
     assert for_tpu.count("dot_general") == plain.count("dot_general") + 1
 
 
-def test_the_mlp_of_many_tokens_is_that_of_few(monkeypatch):
+def test_mlp_of_many_tokens_equals_the_mlp_of_few(monkeypatch):
     block = TransformerBlock(2, jnp.float32)
     size = (2, transformer.MANY_TOKENS, 16)
     x = jnp.asarray(np.random.RandomState(0).normal(size=size), jnp.float32)
-    params = drawn(jax.eval_shape(block.init, jax.random.key(1), x, None))
+    params = random_like(jax.eval_shape(block.init, jax.random.key(1), x, None))
 
     def both():
-        fn = lambda *given: jnp.square(outcome(block, *given, None)).sum()  # noqa: E731
+        fn = lambda *inputs: jnp.square(outcome(block, *inputs, None)).sum()  # noqa: E731
         return jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(params, x)
 
     many = both()
@@ -272,7 +274,7 @@ def test_the_mlp_of_many_tokens_is_that_of_few(monkeypatch):
         assert distance(one, other) < 1e-5
 
 
-def test_gelu_in_16_bits_is_as_near_to_the_exact_one():
+def test_exact_gelu_in_bfloat16_is_as_exact_as_jax_gelu():
     x = jnp.linspace(-6.0, 6.0, 4001).astype(jnp.bfloat16).reshape(1, 1, -1)
     both = []
     for gelu in (exact_gelu, functools.partial(jax.nn.gelu, approximate=False)):
@@ -292,23 +294,23 @@ def test_gelu_in_16_bits_is_as_near_to_the_exact_one():
 
 
 def layer_and_params(side: int, width: int, heads: int):
-    """A layer, and the shapes of its parameters and of what it reads."""
+    """Make a layer and the shapes of its parameters and its input."""
     layer = SelfAttention(heads, 4, 1e-5, False, jnp.bfloat16)
     x = jax.ShapeDtypeStruct((1, side, side, heads * width), jnp.bfloat16)
     return layer, jax.eval_shape(layer.init, jax.random.key(0), x), x
 
 
-def test_the_platform_compiled_for_chooses():
+def test_kernel_is_compiled_for_tpus_only():
     layer, params, x = layer_and_params(side=16, width=40, heads=2)
     step = jax.value_and_grad(lambda *a: jnp.sum(outcome(layer, *a)))
     for_tpu = lowered(step, "tpu", params, x)
-    assert for_tpu.count(KERNEL) == 2  # there and back
+    assert for_tpu.count(KERNEL) == 2  # forward and backward
     assert "exponential" not in for_tpu
     assert KERNEL not in lowered(step, "cpu", params, x)
-    assert KERNEL not in lowered(step, "cuda", params, x)  # none is here to try it on
+    assert KERNEL not in lowered(step, "cuda", params, x)  # untested on a GPU
 
 
-def test_what_no_kernel_fits_is_done_plainly():
+def test_shapes_that_fit_no_kernel_use_plain_attention():
     for side in (8, 33):
         layer, params, x = layer_and_params(side=side, width=8, heads=1)
         assert KERNEL not in lowered(layer.apply, "tpu", params, x)
@@ -317,7 +319,7 @@ def test_what_no_kernel_fits_is_done_plainly():
 @pytest.mark.parametrize(
     "shape, dtype, small, large",
     [
-        # As libtpu 0.0.52 compiles them for a v4 and a v5p, or refuses.
+        # Whether libtpu 0.0.52 compiles them for a v4 and for a v5p.
         (Shape(4096, 4096, 40), jnp.bfloat16, True, True),
         (Shape(2048, 2048, 256), jnp.bfloat16, False, True),
         (Shape(1024, 1024, 512), jnp.bfloat16, False, True),
@@ -328,15 +330,15 @@ def test_what_no_kernel_fits_is_done_plainly():
         (Shape(64, 64, 64), jnp.bfloat16, False, False),
     ],
 )
-def test_chips_with_little_memory_have_no_kernel_of_much(shape, dtype, small, large):
+def test_kernel_fits_according_to_the_memory_of_the_chip(shape, dtype, small, large):
     for kind, fits in (("TPU v4", small), ("TPU v5", large)):
         with attention.for_chip(kind):
             assert attention.kernel_fits(shape, dtype) == fits
 
 
-def test_on_a_cpu_nothing_changes(monkeypatch):
+def test_attention_on_a_cpu_is_plain_attention(monkeypatch):
     layer, *shapes = layer_and_params(side=16, width=40, heads=2)
-    params, x = drawn(shapes)
+    params, x = random_like(shapes)
 
     def both():
         fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
@@ -349,33 +351,33 @@ def test_on_a_cpu_nothing_changes(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, chosen, both())
 
 
-def test_the_flops_are_those_of_the_plain_layer(monkeypatch):
-    # 80 channels of a head lie in 128 lanes, which is not the mathematics' doing.
+def test_flops_of_the_kernel_layer_equal_those_of_the_plain_layer(monkeypatch):
+    # A head's 80 channels fill 128 lanes; the padding is not counted.
     layer, params, x = layer_and_params(side=16, width=80, heads=2)
-    ways = []
+    counts = []
     for transform in (lambda fn: fn, jax.grad):
         fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
-        ways.append(count_flops(transform(fn), params, x))
+        counts.append(count_flops(transform(fn), params, x))
     monkeypatch.setattr(
         attention, "for_platform", lambda shape, dtype, plainly, ours: plainly
     )
-    for transform, counted in zip((lambda fn: fn, jax.grad), ways, strict=True):
+    for transform, counted in zip((lambda fn: fn, jax.grad), counts, strict=True):
         fn = lambda *a: jnp.sum(outcome(layer, *a))  # noqa: E731
         assert count_flops(transform(fn), params, x) == counted
 
 
-def test_a_gpu_without_such_attention_is_told_of_once(monkeypatch):
+def test_shape_without_cudnn_attention_warns_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     attention.cudnn_attends.cache_clear()
     q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(Shape(256, 256, 40)))
     with pytest.warns(UserWarning, match=r"cuDNN does not attend from 256 to 256"):
-        told = attend(q, k, v)
+        first = attend(q, k, v)
     again = attend(q, k, v)  # a second warning would be an error
     attention.cudnn_attends.cache_clear()
-    np.testing.assert_array_equal(told, again)
+    np.testing.assert_array_equal(first, again)
 
 
-def test_a_gpu_is_not_asked_about_the_few_tokens_of_a_text(monkeypatch):
+def test_attention_to_few_keys_on_a_gpu_does_not_try_cudnn(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     attention.cudnn_attends.cache_clear()
     q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(Shape(4096, 77, 40)))

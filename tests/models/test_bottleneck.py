@@ -68,9 +68,7 @@ AT_32 = {"attention_resolutions": (32,)}
     ids=["kl-f4", "kl-f8", "kl-f16", "kl-f32", "vq-f4", "vq-f4-noattn"]
     + ["vq-f8", "vq-f8-n256", "vq-f16"],
 )
-def test_the_autoencoders_of_the_paper_have_exactly_their_parameters(
-    fields, parameters
-):
+def test_autoencoders_of_the_paper_have_their_parameter_counts(fields, parameters):
     config = Config(
         data=DataConfig(image_size=256, image_channels=3),
         autoencoder=AutoencoderConfig(**fields),
@@ -108,7 +106,7 @@ def noise(model):
     return jax.random.normal(jax.random.key(8), (2, *model.latent_shape))
 
 
-def test_latents_may_have_other_channels_than_the_networks_around_them():
+def test_latent_channels_may_differ_from_z_channels():
     for regularizer, moments in (("kl", 2), ("vq", 1)):
         _, model = make_networks(regularizer=regularizer, z_channels=5)
         params = param_shapes(init_autoencoder, model)
@@ -122,7 +120,7 @@ def test_latents_may_have_other_channels_than_the_networks_around_them():
         assert made.latents.shape == (2, *model.latent_shape)
 
 
-def test_attention_is_at_a_level_whatever_the_size_of_the_image():
+def test_attention_level_does_not_depend_on_the_image_size():
     _, model = make_networks(attention_resolutions=(4,))
     params = param_shapes(init_autoencoder, model)
     assert {"attention_0"} <= params["encoder"]["down_1"].keys()
@@ -164,14 +162,14 @@ def test_the_mode_of_a_gaussian_is_its_mean():
     assert np.array_equal(DiagonalGaussian(mean, mean).mode(), mean)
 
 
-def test_the_nearest_code_is_found_by_brute_force_too():
+def test_nearest_code_equals_brute_force():
     latents = jax.random.normal(jax.random.key(0), (3, 5, 4, 3))
     codes = jax.random.normal(jax.random.key(1), (40, 3))
     squares = np.square(np.asarray(latents)[..., None, :] - np.asarray(codes))
     assert np.array_equal(nearest(latents, codes), squares.sum(-1).argmin(-1))
 
 
-def test_of_equal_codes_the_first_is_taken():
+def test_nearest_code_of_a_tie_is_the_first():
     codes = jnp.asarray([[5.0, 5.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     latents = jnp.asarray([[1.0, 0.0], [2.0, 2.0]]).reshape(1, 1, 2, 2)
     # The second latent is as near to code 1 as to 2 and to 3.
@@ -184,17 +182,17 @@ def quantized():
     return Quantized(latents, codes, jnp.zeros((2, 3, 3), jnp.int32))
 
 
-def test_straight_through_has_the_value_of_the_codes_and_the_slope_of_the_latents():
+def test_straight_through_has_values_of_codes_and_gradients_of_latents():
     value = quantized()
     assert np.array_equal(value.straight_through(), value.codes)
-    pull = jax.random.normal(jax.random.key(4), value.latents.shape)
+    cotangent = jax.random.normal(jax.random.key(4), value.latents.shape)
 
     def loss(latents, codes):
         passed = Quantized(latents, codes, value.indices).straight_through()
-        return jnp.vdot(passed, pull)
+        return jnp.vdot(passed, cotangent)
 
     to_latents, to_codes = jax.grad(loss, argnums=(0, 1))(value.latents, value.codes)
-    assert np.array_equal(to_latents, pull)
+    assert np.array_equal(to_latents, cotangent)
     assert not to_codes.any()
 
 
@@ -202,7 +200,7 @@ def test_straight_through_has_the_value_of_the_codes_and_the_slope_of_the_latent
     ("commitment", "on_latents", "on_codes"),
     [("corrected", 0.25, 1.0), ("legacy", 1.0, 0.25)],
 )
-def test_beta_weights_one_part_of_the_loss(commitment, on_latents, on_codes):
+def test_beta_weights_one_term_of_the_codebook_loss(commitment, on_latents, on_codes):
     value = quantized()
 
     def loss(latents, codes):
@@ -217,7 +215,7 @@ def test_beta_weights_one_part_of_the_loss(commitment, on_latents, on_codes):
     assert slopes[1] == pytest.approx(-on_codes * slope, abs=1e-7)
 
 
-def test_only_codes_that_were_used_are_moved():
+def test_only_used_codes_have_a_gradient():
     model, params, *_ = vq()
 
     def loss(params):
@@ -238,7 +236,7 @@ def test_usage_is_a_distribution_and_perplexity_its_effective_size():
     assert perplexity(jnp.asarray([0.0, 1.0])) == 1.0
 
 
-def test_a_latent_scale_that_is_given_is_not_measured(tmp_path):
+def test_configured_latent_scale_is_not_measured(tmp_path):
     config, model = make_networks(latent_scale=0.18215)
     layout = PmapLayout(jax.devices()[:1])
     (tmp_path / "autoencoder").mkdir()
@@ -247,7 +245,7 @@ def test_a_latent_scale_that_is_given_is_not_measured(tmp_path):
     assert scale.dtype == jnp.float32
 
 
-def test_moments_that_were_kept_read_back_bit_for_bit():
+def test_moments_round_trip_exactly():
     mean, spread = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
     kept = DiagonalGaussian(mean, 40.0 * spread)
     once = read_moments(kept.moments(), regularizer="kl")  # and clamped

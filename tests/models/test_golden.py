@@ -1,9 +1,9 @@
-"""What the originals made of the same names, seeds and inputs, without the originals.
+"""Recorded outputs of the original networks for the same names, seeds and inputs.
 
 latent-diffusion's classes (commit a506df57 of CompVis/latent-diffusion, 3ba01b24 of
 CompVis/taming-transformers, open_clip_torch 3.3.0) and those of diffusers 0.42 and
-transformers 5.24 ran on torch 2.13. How the files are written again, and which cases
-there are, is in `tests.parity.test_golden_files`.
+transformers 5.24 ran on torch 2.13. `tests.parity.test_golden_files` defines the cases
+and writes the files.
 """
 
 import jax
@@ -51,14 +51,14 @@ def config_and_kind(case: dict) -> tuple[Config, str]:
 
 
 @every_case
-def test_the_names_and_shapes_are_the_originals(family, case):
+def test_parameter_names_and_shapes_equal_the_originals(family, case):
     config, kind = config_and_kind(case)
     format_ = FORMATS[family, kind](config)
     assert digest(stored_table(config, kind, format_)) == (case["keys"], case["sha256"])
 
 
 @every_case
-def test_outputs_and_gradients_are_the_originals(family, case):
+def test_outputs_and_gradients_equal_the_originals(family, case):
     config, kind = config_and_kind(case)
     format_ = FORMATS[family, kind](config)
     table = stored_table(config, kind, format_)
@@ -74,8 +74,8 @@ def test_outputs_and_gradients_are_the_originals(family, case):
     )
     assert ours.keys() == case["outputs"].keys()
     for name, theirs in case["outputs"].items():
-        # Sums in another order make 1e-5 at most; the least of what must show, the
-        # epsilon of a transformer's layer norms, 6e-5, and a tanh in its GELU 9e-5.
+        # Another order of summation makes at most 1e-5. The smallest errors to detect:
+        # a wrong epsilon of layer norms makes 6e-5, the tanh form of GELU 9e-5.
         assert summary_error(summary(ours[name]), theirs) < 3e-5
 
 
@@ -85,7 +85,7 @@ def draw(shapes: PyTree, seed: int) -> PyTree:
 
 
 @every_case
-def test_reading_what_was_written_is_the_identity_in_every_format(family, case):
+def test_parameters_round_trip_through_every_format(family, case):
     config, kind = config_and_kind(case)
     params = draw(tree_shapes(config, kind), case["seed"])
     for format_ in formats(config, kind):
@@ -95,7 +95,7 @@ def test_reading_what_was_written_is_the_identity_in_every_format(family, case):
         jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
-def test_splitting_undoes_joining():
+def test_split_in_proj_inverts_join_in_proj():
     names = {f"a.{part}_in_proj.weight": (6, 4) for part in "qkv"}
     names |= {f"a.{part}_in_proj.bias": (6,) for part in "qkv"} | {"b.weight": (3, 2)}
     split = random_tensors(names, 0)

@@ -76,7 +76,7 @@ def test_the_timestep_embedding_is_cosines_then_sines():
         timestep_embedding(jnp.asarray([0]), width=3)
 
 
-def test_the_two_networks_pad_a_strided_convolution_differently():
+def test_downsample_pads_at_the_end_or_on_both_sides():
     # A kernel that copies its first pixel shows where the window starts.
     x = jnp.arange(16, dtype=jnp.float32).reshape(1, 4, 4, 1)
     kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1.0)
@@ -95,13 +95,13 @@ def test_upsampling_repeats_pixels():
     assert y.tolist() == np.kron([[1, 2], [3, 4]], np.ones((2, 2))).tolist()
 
 
-def test_attention_equals_the_library():
+def test_attend_equals_jax_attention():
     q, k, v = (normal(i, (2, n, 3, 8)) for i, n in enumerate((5, 7, 7)))
     wanted = jax.nn.dot_product_attention(q, k, v)
     assert attend(q, k, v) == pytest.approx(np.asarray(wanted), abs=1e-5)
 
 
-def test_the_kl_of_the_bottleneck_is_that_of_one_dimension_summed():
+def test_gaussian_kl_equals_a_monte_carlo_estimate():
     mean, log_variance = normal(0, (2, 2, 2, 1)), normal(1, (2, 2, 2, 1))
     kl = DiagonalGaussian(mean, log_variance).kl()
     # Monte Carlo of E[log q - log p], 200,000 draws.
@@ -126,7 +126,7 @@ def tiny(**data):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_autoencoder_returns_images_of_the_size_it_was_given(channels):
+def test_autoencoder_keeps_the_shape_of_its_images(channels):
     config = tiny(image_channels=channels)
     model = build_model(config)
     params = init_autoencoder(model, root_key(config.seed))
@@ -137,7 +137,7 @@ def test_the_autoencoder_returns_images_of_the_size_it_was_given(channels):
     assert result.latents.shape == noise.shape
 
 
-def test_an_untrained_unet_predicts_zero_and_a_trained_one_sees_time_and_class():
+def test_unet_predicts_zero_at_first_and_later_depends_on_time_and_class():
     config = tiny()
     model = build_model(config)
     params = init_unet(model, root_key(config.seed))
@@ -158,15 +158,15 @@ def test_an_untrained_unet_predicts_zero_and_a_trained_one_sees_time_and_class()
 def test_a_pooled_context_is_the_mean_of_its_tokens_in_the_time_embedding():
     def unet(pooled, dtype="float32"):
         config = tiny()
-        read = dataclasses.replace(
+        condition = dataclasses.replace(
             config.diffusion.condition, label=False, context="class", pooled=pooled
         )
         settings = dataclasses.replace(
             config.diffusion,
-            condition=read,
+            condition=condition,
             transformer_depth=1,
             channel_multipliers=(1,),
-            attention_downsampling=(),  # but for the one in the middle
+            attention_downsampling=(),  # only the middle block attends
             dtype=dtype,
         )
         config = dataclasses.replace(config, diffusion=settings)
@@ -175,10 +175,10 @@ def test_a_pooled_context_is_the_mean_of_its_tokens_in_the_time_embedding():
     (config, pooled), (_, plain) = unet(True), unet(False)
     params = init_unet(pooled, root_key(config.seed))
     moved = jax.tree.map(lambda leaf: 0.1 * normal(2, leaf.shape), params)
-    # The transformer in the middle is mute, so that only the mean can be heard.
-    mute = moved["mid_0"]["transformer"]["proj_out"]
-    mute = jax.tree.map(jnp.zeros_like, mute)
-    moved["mid_0"]["transformer"]["proj_out"] = mute
+    # The middle transformer's output is zero: only the mean has an effect.
+    output = moved["mid_0"]["transformer"]["proj_out"]
+    zero_output = jax.tree.map(jnp.zeros_like, output)
+    moved["mid_0"]["transformer"]["proj_out"] = zero_output
     x, t = normal(0, (2, *pooled.latent_shape)), jnp.asarray([3, 700])
     context = normal(1, (2, 4, config.diffusion.condition.context_width))
 
@@ -191,7 +191,7 @@ def test_a_pooled_context_is_the_mean_of_its_tokens_in_the_time_embedding():
     again = predict(pooled.unet, moved, mean)
     np.testing.assert_allclose(again, base, rtol=1e-4, atol=1e-5)
     assert np.abs(predict(pooled.unet, moved, context + 1.0) - base).max() > 1e-2
-    # Added to the embedding as its last layer's bias is.
+    # The pooled context adds to the embedding like the bias of its last layer.
     kernel, bias = (moved["context_pooled"][name] for name in ("kernel", "bias"))
     added = context.mean(1)[:1] @ kernel + bias
     same = {name: leaf for name, leaf in moved.items() if name != "context_pooled"}
@@ -225,7 +225,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
 @pytest.mark.parametrize(
     "height, width, into, out", [(8, 8, 3, 5), (1, 9, 2, 4), (7, 64, 4, 1)]
 )
-def test_a_convolution_by_rows_is_the_plain_one(height, width, into, out):
+def test_convolution_by_rows_equals_the_plain_one(height, width, into, out):
     x, kernel = normal(0, (2, height, width, into)), normal(1, (3, 3, into, out))
     slope = normal(2, (2, height, width, out))
 
@@ -244,7 +244,9 @@ def test_a_convolution_by_rows_is_the_plain_one(height, width, into, out):
 
 @pytest.mark.parametrize("way", [in_four_phases, with_gaps])
 @pytest.mark.parametrize("height, width, into, out", [(8, 8, 3, 5), (1, 9, 2, 4)])
-def test_a_doubled_map_is_convolved_at_its_own_size(way, height, width, into, out):
+def test_upsampled_convolution_at_input_size_equals_the_plain_one(
+    way, height, width, into, out
+):
     x, kernel = normal(0, (2, height, width, into)), normal(1, (3, 3, into, out))
     slope = normal(2, (2, 2 * height, 2 * width, out))
 
@@ -255,7 +257,7 @@ def test_a_doubled_map_is_convolved_at_its_own_size(way, height, width, into, ou
         )
 
     def distances(fn, x, kernel, slope):
-        """Return how far values and gradients are from the truth."""
+        """Return the relative errors of values and gradients."""
         values, pull = jax.vjp(fn, x, kernel)
         found = (values, *pull(slope.astype(values.dtype)))
         return [
@@ -263,7 +265,7 @@ def test_a_doubled_map_is_convolved_at_its_own_size(way, height, width, into, ou
             for one, other in zip(found, truth, strict=True)
         ]
 
-    # In 16 bits the kernel's sums are rounded once, as its weights are.
+    # In bfloat16 each sum of kernel weights is rounded once, like a weight.
     half = x.astype(jnp.bfloat16)
     wanted, pull = jax.vjp(plainly, half.astype(jnp.float32), kernel)
     truth = [np.asarray(one, np.float64) for one in (wanted, *pull(slope))]
@@ -275,7 +277,7 @@ def test_a_doubled_map_is_convolved_at_its_own_size(way, height, width, into, ou
     assert max(distances(way, x, kernel, slope)) < 1e-6
 
 
-def test_which_way_a_doubled_map_is_convolved():
+def test_upsampled_convolution_follows_from_platform_size_and_batch():
     layer = Upsample(jnp.float32)
 
     def products_in(side, platform, *, images=1):
@@ -293,7 +295,7 @@ def test_which_way_a_doubled_map_is_convolved():
     assert products_in(8, "tpu") == products_in(8, "cuda", images=8) == (1, False)
 
 
-def test_rows_are_convolved_on_tpus_where_a_batch_is_small_and_maps_are_wide():
+def test_convolution_by_rows_is_used_on_tpus_for_small_batches_of_wide_maps():
     layer = conv(4, 3, jnp.float32, "conv")
 
     def rows_in(batch, side, platform="tpu"):
@@ -340,7 +342,7 @@ def test_ordered_gradients_equal_the_plain_ones(height, width, window, stride, p
 
 
 def gradient_of(layer):
-    """Make the gradients, in parameters and input, of a sum of squares."""
+    """Return the gradient function of the sum of a layer's squared output."""
 
     def loss(params, x):
         return (layer.apply(params, x) ** 2).sum()
@@ -376,10 +378,10 @@ def test_all_convolutions_of_a_loop_have_one_order_on_a_cpu(way):
         return len(set(found))
 
     assert orders("cpu") == 1
-    assert orders("tpu") > 1  # as long as JAX makes it so
+    assert orders("tpu") > 1  # the orders that JAX chooses
 
 
-def test_ordered_gradients_have_forward_mode_and_its_gradients():
+def test_ordered_gradients_support_forward_mode_and_its_gradients():
     x, kernel = normal(0, (2, 6, 6, 3)), normal(1, (3, 3, 3, 3))
 
     def plainly(x, kernel):
@@ -405,7 +407,7 @@ def test_ordered_gradients_have_forward_mode_and_its_gradients():
         np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_coordinates_are_the_middles_of_pixels():
+def test_pixel_coordinates_are_pixel_centres():
     plane = pixel_coordinates(jnp.zeros((2, 4, 2, 3)))
     assert plane.shape == (2, 4, 2, 2)
     np.testing.assert_allclose(plane[1, 0, :, 0], [-0.5, 0.5])

@@ -44,7 +44,7 @@ def init(module):
     rs = np.random.RandomState(0)
 
     def draw(path, leaf):
-        # No leaf is 0 or 1, where an error in its use could hide.
+        # No leaf is 0 or 1, which would hide an error in its use.
         centre = 1.0 if path[-1].key == "scale" else 0.0
         return jnp.asarray(centre + 0.3 * rs.normal(size=leaf.shape), jnp.float32)
 
@@ -72,7 +72,7 @@ def count(module):
         (512, 16, 8_192, 92, 58_858_496, 4_202_496),
     ],
 )
-def test_text_encoders_of_the_paper_have_exactly_their_parameters(
+def test_text_encoders_of_the_paper_have_their_parameter_counts(
     width, depth, vocab_size, length, parameters, unused
 ):
     assert unused == width * vocab_size + vocab_size
@@ -97,7 +97,7 @@ def test_text_encoders_of_the_paper_have_exactly_their_parameters(
         (1024, 24, "penultimate", 340_387_840 + 12_596_224),
     ],
 )
-def test_clip_encoders_have_exactly_their_parameters(width, depth, output, parameters):
+def test_clip_encoders_have_their_parameter_counts(width, depth, output, parameters):
     module = clip(
         vocab_size=49_408,
         length=77,
@@ -111,7 +111,7 @@ def test_clip_encoders_have_exactly_their_parameters(width, depth, output, param
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: g["settings"]["output"])
-def test_clip_equals_what_transformers_said_of_the_same_weights(golden):
+def test_clip_output_equals_recorded_output_of_transformers(golden):
     module = ClipTextTransformer(**golden["settings"], dtype=jnp.float32)
     names = ("vocab_size", "length", "width", "depth", "mlp_width")
     sizes = {name: golden["settings"][name] for name in names}
@@ -145,7 +145,7 @@ OUTER_PATHS = {
 }
 
 
-def test_the_parameters_have_the_names_of_the_file_format():
+def test_parameter_names_are_those_of_the_file_format():
     layers = {f"layer_{i}/{x}" for i in range(2) for x in layer_paths(qkv_bias=False)}
     assert paths(text_transformer()) == OUTER_PATHS | layers
     layers = {f"layer_{i}/{x}" for i in range(3) for x in layer_paths(qkv_bias=True)}
@@ -155,7 +155,7 @@ def test_the_parameters_have_the_names_of_the_file_format():
     assert paths(clip(output="pooled")) == pooled
 
 
-def test_clip_reads_no_later_token():
+def test_clip_attention_is_causal():
     params = init(clip())
     output = apply(clip(), params)
     for i in range(1, LENGTH):
@@ -164,7 +164,7 @@ def test_clip_reads_no_later_token():
         assert (changed[:, i:] != output[:, i:]).any(axis=-1).all()
 
 
-def test_latent_diffusions_encoder_reads_all_tokens_and_the_padding_too():
+def test_latent_diffusion_text_encoder_reads_all_tokens_and_padding():
     module = text_transformer()
     params = init(module)
     output = apply(module, params)
@@ -174,14 +174,14 @@ def test_latent_diffusions_encoder_reads_all_tokens_and_the_padding_too():
     assert np.abs(shorter - output[:, :4]).max() > 1e-3
 
 
-def test_a_shorter_text_gives_clip_the_same_beginning():
+def test_clip_output_of_a_shorter_text_is_the_start_of_the_longer_output():
     params = init(clip())
     shorter = apply(clip(), params, TOKENS[:, :4])
     wanted = apply(clip(), params)[:, :4]
     assert shorter == pytest.approx(np.asarray(wanted), abs=1e-5)
 
 
-def test_the_penultimate_output_is_the_last_of_an_encoder_without_its_last_layer():
+def test_penultimate_output_is_that_of_an_encoder_without_its_last_layer():
     module, params = clip(output="penultimate"), init(clip())
     output = apply(module, params)
     shallow = {name: leaf for name, leaf in params.items() if name != "layer_2"}
@@ -192,7 +192,7 @@ def test_the_penultimate_output_is_the_last_of_an_encoder_without_its_last_layer
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient["layer_0"]["mlp"]))
 
 
-def test_the_layer_that_the_penultimate_output_leaves_unused_costs_nothing():
+def test_penultimate_output_spends_no_flops_on_the_last_layer():
     def flops(module):
         params = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
         compiled = jax.jit(module.apply).lower(params, TOKENS).compile()
@@ -201,7 +201,7 @@ def test_the_layer_that_the_penultimate_output_leaves_unused_costs_nothing():
     assert flops(clip(output="penultimate")) == flops(clip(depth=2))
 
 
-def test_the_pooled_output_is_the_projection_of_the_end_token():
+def test_pooled_output_is_the_projection_of_the_end_token():
     module = clip(output="pooled")
     params = init(module)
     rest = {name: leaf for name, leaf in params.items() if name != "projection"}
@@ -211,7 +211,7 @@ def test_the_pooled_output_is_the_projection_of_the_end_token():
     assert apply(module, params) == pytest.approx(np.asarray(wanted), abs=1e-5)
 
 
-def test_the_end_of_a_text_is_its_first_end_token_or_by_the_old_rule_its_largest():
+def test_end_of_text_is_the_first_end_token_or_the_largest_token():
     tokens = jnp.asarray([[1, 7, 2, 9, 7, 9], [1, 2, 3, 4, 5, 6]])
     assert end_of_text(tokens, eos_token_id=7).tolist() == [1, 0]
     assert end_of_text(tokens, eos_token_id=2).tolist() == [3, 5]
@@ -235,7 +235,7 @@ def test_pooling_in_bfloat16_gives_float32():
 
 
 @pytest.mark.parametrize("make", [text_transformer, clip])
-def test_a_token_outside_the_vocabulary_shows_in_the_output(make):
+def test_token_outside_the_vocabulary_gives_nan(make):
     output = apply(make(), init(make()), TOKENS.at[0, 3].set(20))
     assert np.isnan(output[0]).any()
     assert np.isfinite(output[1]).all()
@@ -260,7 +260,7 @@ def test_heads_that_do_not_divide_the_width_are_refused():
         ("quick_gelu", lambda x: x / (1 + math.exp(-1.702 * x))),
     ],
 )
-def test_the_two_activations_are_their_formulas(activation, formula):
+def test_text_mlp_activations_equal_their_formulas(activation, formula):
     x = jnp.linspace(-4.0, 4.0, 33)[None, :, None]
     one = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros((1,))}
     params = {"in": one, "out": one}
@@ -269,7 +269,7 @@ def test_the_two_activations_are_their_formulas(activation, formula):
     assert np.ravel(y) == pytest.approx(wanted, abs=1e-6)
 
 
-def test_masked_attention_equals_the_library_and_an_open_mask_changes_no_bit():
+def test_masked_attention_equals_jax_attention_and_a_full_mask_changes_no_bit():
     q, k, v = (
         jax.random.normal(jax.random.key(i), (2, n, 3, 8))
         for i, n in enumerate((5, 7, 7))
@@ -280,19 +280,19 @@ def test_masked_attention_equals_the_library_and_an_open_mask_changes_no_bit():
     assert (attend(q, k, v, mask=jnp.ones((5, 7), bool)) == attend(q, k, v)).all()
 
 
-def test_sinusoids_know_how_far_apart_positions_are():
+def test_sinusoid_products_depend_on_the_distance_of_positions_only():
     module = text_transformer(positions="sinusoids", embedding_std=0.5)
     params = module.init(jax.random.key(0), TOKENS)["params"]
     table = np.asarray(params["position_embedding"]["embedding"], np.float64)
-    between = table @ table.T
-    for apart in range(LENGTH):  # the same for all pairs as far apart
-        row = np.diagonal(between, apart)
+    products = table @ table.T
+    for distance in range(LENGTH):  # equal for all pairs at this separation
+        row = np.diagonal(products, distance)
         np.testing.assert_allclose(row, row[0], rtol=1e-5)
-    assert np.all(np.diagonal(between, 1) < between[0, 0])
+    assert np.all(np.diagonal(products, 1) < products[0, 0])
     np.testing.assert_allclose(np.sqrt(np.square(table).mean()), 0.5, rtol=1e-6)
 
 
-def test_vectors_start_with_the_deviation_asked_for():
+def test_token_embeddings_start_with_embedding_std():
     module = text_transformer(vocab_size=400, width=64, embedding_std=0.5)
     params = module.init(jax.random.key(0), TOKENS)["params"]
     tokens = np.asarray(params["token_embedding"]["embedding"])
