@@ -1,4 +1,4 @@
-"""DDPM, DDIM and Euler, one update under four names, and the way back from DDIM."""
+"""DDPM, DDIM, Euler and Euler ancestral are one update; DDIM and its inversion."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def table_of(sampler, levels, **kw):
 
 
 @pytest.mark.parametrize("num_steps", [2, 10, 1000])
-def test_the_posterior_is_that_of_bayes_rule(num_steps):
+def test_ddpm_posterior_follows_from_bayes_rule(num_steps):
     levels = make_levels(LDM, num_steps)
     table = table_of("ddpm", levels)
     abar = levels.alpha[:-1] ** 2
@@ -44,7 +44,7 @@ def test_the_posterior_is_that_of_bayes_rule(num_steps):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_ddpm_is_ddim_with_eta_one_and_euler_ancestral_in_other_coordinates(name):
+def test_ddim_eta_one_is_ddpm_and_euler_ancestral(name):
     levels = make_levels(SCHEDULES[name], 12)
     ddpm = table_of("ddpm", levels)
     for other in (
@@ -53,7 +53,7 @@ def test_ddpm_is_ddim_with_eta_one_and_euler_ancestral_in_other_coordinates(name
     ):
         assert other.mix == pytest.approx(ddpm.mix, abs=1e-12)
         assert other.noise == pytest.approx(ddpm.noise, abs=1e-12)
-    # x / alpha, and the slope (x - x_0) / ratio: k-diffusion's coordinates.
+    # k-diffusion's coordinates: x / alpha, with the slope (x - x_0) / ratio.
     x, x_0, noise = 0.3, -0.8, 1.7
     first = int(reaches_pure_noise(SCHEDULES[name]))
     ratio = levels.sigma[first:] / levels.alpha[first:]
@@ -68,7 +68,7 @@ def test_ddpm_is_ddim_with_eta_one_and_euler_ancestral_in_other_coordinates(name
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_ddim_with_eta_zero_is_euler_and_keeps_the_noise_it_was_given(name):
+def test_ddim_eta_zero_is_euler_and_keeps_the_noise(name):
     levels = make_levels(SCHEDULES[name], 12)
     ddim, euler = table_of("ddim", levels, eta=0.0), table_of("euler", levels)
     assert ddim.mix == pytest.approx(euler.mix, abs=1e-12)
@@ -96,20 +96,20 @@ def test_ddim_has_the_marginals_of_the_forward_process(name, eta):
     assert table.noise[:, 0] == pytest.approx(eta * posterior, abs=1e-12)
 
 
-def test_eta_may_be_traced():
+def test_ddim_eta_may_be_traced():
     levels = make_levels(LDM, 9)
 
     def weights(eta):
         table = table_of("ddim", levels, eta=eta)
         return table.mix, table.noise
 
-    for traced, told in zip(
+    for traced, eager in zip(
         jax.jit(weights)(jnp.asarray(0.4)), weights(0.4), strict=True
     ):
-        assert traced == pytest.approx(np.asarray(told), abs=1e-15)
+        assert traced == pytest.approx(np.asarray(eager), abs=1e-15)
 
 
-def climb(levels, x_0, iterations, prediction, schedule):
+def invert(levels, x_0, iterations, prediction, schedule):
     rows = inversion(levels, iterations=iterations)
     how = {"prediction": prediction, "sigma_data": 1.0}
     table = tabulate(rows, levels, slope_of(levels), **how)
@@ -118,14 +118,14 @@ def climb(levels, x_0, iterations, prediction, schedule):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_inversion_climbs_to_the_noise_that_ddim_takes_back(name):
+def test_ddim_of_inverted_noise_returns_the_latent(name):
     schedule = SCHEDULES[name]
     levels = make_levels(schedule, 50)
     x_0 = np.linspace(-1.6, 1.6, 9)
     net = network(levels, "v", TWO, schedule=schedule)
     errors = []
     for iterations in (1, 2, 4, 64):
-        table, noise = climb(levels, x_0, iterations, "v", schedule)
+        table, noise = invert(levels, x_0, iterations, "v", schedule)
         assert table.num_calls == 50 * iterations
         assert table.sigma[-1, 0] == levels.sigma[0]
         back = follow(table_of("euler", levels), net, noise)[0]
@@ -134,11 +134,11 @@ def test_inversion_climbs_to_the_noise_that_ddim_takes_back(name):
     assert errors[-1] < 1e-5, errors
 
 
-def test_one_iteration_is_the_usual_inversion():
+def test_inversion_of_one_iteration_is_ddim_inversion():
     levels = make_levels(LDM, 6)
     net = network(levels, "eps", TWO, schedule=LDM)
     x = np.linspace(-1.6, 1.6, 9)
-    _, found = climb(levels, x, 1, "eps", LDM)
+    _, found = invert(levels, x, 1, "eps", LDM)
     for i in range(5, -1, -1):
         eps = net(x, levels.t[i])
         x_0 = (x - levels.sigma[i + 1] * eps) / levels.alpha[i + 1]

@@ -27,7 +27,7 @@ def call(index=0, t=500.0):
 
 
 def strong(x_t, t, cond):
-    """A network whose answer depends on all that it is given."""
+    """A network whose output depends on all its inputs."""
     shift = cond["shift"][:, None, None, None]
     return jnp.tanh(x_t) + shift + t[:, None, None, None] / 1000
 
@@ -50,7 +50,7 @@ def free(scales, rescale=0.0):
     )
 
 
-def by_a_worse_one(scales):
+def autoguided(scales):
     return autoguidance(
         strong,
         weak,
@@ -61,26 +61,26 @@ def by_a_worse_one(scales):
 
 
 def spread(scale, step, ratio, interval=EVERYWHERE):
-    """Steps are given by their places from 0 to 1; every step has a call or more."""
+    """Spread scales over calls; `step` is the place of each call's step, 0 to 1."""
     places, index = np.unique(step, return_inverse=True)
     scales = spread_scale(scale, num_steps=len(places))
     ratio = np.asarray(ratio, np.float64)
     return call_scales(scales, step=index, ratio=ratio, interval=interval)
 
 
-def test_a_network_is_asked_at_the_calls_level_for_every_image():
+def test_unguided_calls_the_network_at_the_level_of_the_call():
     x = random(0)
     found = unguided(strong)(x, call(), COND)
     assert np.array_equal(found, strong(x, jnp.full((3,), 500.0), COND))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, 7.5])
-def test_guidance_goes_from_the_worse_prediction_through_the_better(scale):
+def test_guidance_extrapolates_from_the_worse_through_the_better_prediction(scale):
     x, t = random(0), jnp.full((3,), 500.0)
     better = np.asarray(strong(x, t, COND))
     for guide, worse in (
         (free([scale]), strong(x, t, NULL)),
-        (by_a_worse_one([scale]), weak(x, t, jnp.ones((3, 2)))),
+        (autoguided([scale]), weak(x, t, jnp.ones((3, 2)))),
     ):
         found = guide(x, call(), COND)
         wanted = np.asarray(worse) + scale * (better - np.asarray(worse))
@@ -92,21 +92,21 @@ def test_guidance_goes_from_the_worse_prediction_through_the_better(scale):
 
 def test_each_call_is_guided_by_its_own_scale():
     x = random(0)
-    for guide in (free, by_a_worse_one):
+    for guide in (free, autoguided):
         several = guide([0.0, 1.0, 3.0])
         for index, scale in enumerate([0.0, 1.0, 3.0]):
             alone = guide([scale])(x, call(0), COND)
             assert np.array_equal(several(x, call(index), COND), alone)
 
 
-def test_an_interval_guides_as_if_the_scale_were_one_outside():
+def test_guidance_scale_is_one_outside_the_interval():
     scales = spread(3.0, [0, 0.5, 1], [10, 1, 0.1], interval=(0.5, 2.0))
     for index, scale in enumerate([1.0, 3.0, 1.0]):
         found = free(scales)(random(0), call(index), COND)
         assert np.array_equal(found, free([scale])(random(0), call(), COND))
 
 
-def test_guidance_asks_one_network_once_for_a_batch_of_two():
+def test_classifier_free_guidance_is_one_call_of_twice_the_batch():
     sizes = []
 
     def counted(x_t, t, cond):
@@ -120,7 +120,7 @@ def test_guidance_asks_one_network_once_for_a_batch_of_two():
     assert sizes == [6]
 
 
-def test_rescaling_gives_each_image_the_deviation_it_had():
+def test_rescaling_restores_the_standard_deviation_of_each_image():
     conditional, guided = random(0), 4 * random(1) + random(0)
     one, part, none = (
         np.asarray(rescaled(guided, conditional, share=jnp.asarray(share)))
@@ -133,7 +133,7 @@ def test_rescaling_gives_each_image_the_deviation_it_had():
     assert np.array_equal(none, guided)
 
 
-def test_rescaling_is_of_the_guided_prediction_as_a_whole():
+def test_rescale_applies_to_the_guided_prediction():
     x, t = random(0), jnp.full((3,), 500.0)
     found = free([5.0], rescale=0.4)(x, call(), COND)
     better = strong(x, t, COND)
@@ -147,29 +147,29 @@ def test_rescaling_a_constant_prediction_is_finite():
     assert np.isfinite(rescaled(flat, flat, share=jnp.asarray(1.0))).all()
 
 
-def test_one_scale_is_that_of_every_call():
+def test_single_guidance_scale_holds_for_every_call():
     assert spread(3.0, [0, 0.5, 0.5, 1], [80, 5, 1, 0.1]).tolist() == [3.0] * 4
     assert spread([3.0], [0, 1], [80, 5]).tolist() == [3.0] * 2
 
 
-def test_several_scales_are_spread_from_the_first_step_to_the_last():
+def test_guidance_scales_are_interpolated_from_first_to_last_step():
     step = [0, 0.25, 0.5, 0.75, 1]
     assert spread([1, 5], step, [1] * 5) == pytest.approx([1, 2, 3, 4, 5])
     assert spread([1, 5, 3], step, [1] * 5) == pytest.approx([1, 3, 5, 4, 3])
-    # As many as there are steps: each its own.
+    # One scale a step.
     drawn = np.random.RandomState(0).rand(7)
     assert spread(drawn, np.linspace(0, 1, 7), [1] * 7) == pytest.approx(drawn, 1e-5)
 
 
-def test_guidance_is_on_within_its_interval_and_at_its_ends():
+def test_guidance_interval_includes_its_ends():
     ratio = [80, 2, 1, 0.5, 0.49]
     found = spread(3.0, np.linspace(0, 1, 5), ratio, interval=(0.5, 2.0))
     assert found.tolist() == [1, 3, 3, 3, 1]
-    # A level without signal has an infinite ratio, and everywhere is everywhere.
+    # A level without signal has an infinite ratio, within the default interval.
     assert spread(3.0, [0, 1], [np.inf, 0.1]).tolist() == [3, 3]
 
 
-def test_scales_and_rescale_may_be_traced():
+def test_guidance_scales_and_rescale_may_be_traced():
     x = random(0)
 
     def guide(scales, rescale):

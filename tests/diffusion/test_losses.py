@@ -41,7 +41,7 @@ def random(seed, num, shape):
 
 
 def some_levels(name) -> Level:
-    """Seven levels of a schedule, the two ends among them."""
+    """Return seven levels of a schedule, both ends included."""
     return level_at(SCHEDULES[name], np.asarray([0.0, 1, 10, 300, 600, 900, 999]))
 
 
@@ -50,7 +50,7 @@ def wide(weights):
 
 
 @pytest.mark.parametrize(("prediction", "name"), PAIRS)
-def test_clean_noise_and_flow_are_read_back_out_of_every_prediction(prediction, name):
+def test_every_prediction_reads_back_as_clean_latent_noise_and_flow(prediction, name):
     x_0, eps = random(0, 2, (7, 3, 3, 2))
     level = some_levels(name)
     how = {"prediction": prediction, "sigma_data": SIGMA_DATA}
@@ -64,7 +64,7 @@ def test_clean_noise_and_flow_are_read_back_out_of_every_prediction(prediction, 
         assert found == pytest.approx(np.asarray(wanted), abs=1e-10)
 
 
-def test_the_velocity_is_the_turn_of_signal_and_noise():
+def test_v_is_the_derivative_of_x_t_by_its_angle():
     # Salimans & Ho: with the angle phi, x_t = cos x_0 + sin eps and v = d x_t / d phi.
     x_0, eps = random(0, 2, (1, 4, 4, 2))
     phi, step = 0.7, 1e-5
@@ -78,14 +78,14 @@ def test_the_velocity_is_the_turn_of_signal_and_noise():
     assert v == pytest.approx(np.asarray(wanted), abs=1e-8)
 
 
-def test_the_flow_is_the_speed_along_the_straight_path():
+def test_flow_is_the_velocity_of_the_straight_path():
     x_0, eps = random(0, 2, (2, 4, 4, 2))
-    here, there = (
+    x_early, x_late = (
         add_noise(x_0, eps, level_at(SCHEDULES["flow"], np.asarray(position)))
         for position in ([249.0, 599.0], [349.0, 699.0])
     )
     flow = target_of(x_0, eps, some_levels("flow"), prediction="flow")
-    assert (there - here) / 0.1 == pytest.approx(np.asarray(flow), abs=1e-12)
+    assert (x_late - x_early) / 0.1 == pytest.approx(np.asarray(flow), abs=1e-12)
 
 
 def test_edm_is_minus_v_for_data_of_unit_deviation():
@@ -100,7 +100,7 @@ def test_edm_is_minus_v_for_data_of_unit_deviation():
         assert edm == pytest.approx(-np.asarray(v), abs=1e-12)
 
 
-def test_edm_is_that_of_its_papers_table():
+def test_edm_parameterization_equals_its_paper():
     level = some_levels("edm")
     sigma = level.sigma / level.alpha  # their noise level, of data not scaled
     total = np.sqrt(sigma**2 + SIGMA_DATA**2)
@@ -124,24 +124,24 @@ def test_edm_is_that_of_its_papers_table():
     assert prediction_gain(level, **how) == pytest.approx(c_out**2, rel=1e-12)
 
 
-def test_the_loss_is_zero_for_the_truth_and_the_mean_error_for_silence():
+def test_loss_is_zero_for_the_target_and_the_mean_error_for_zero_output():
     x_0, eps = random(0, 2, (7, 4, 4, 2))
     cond = jnp.zeros((7,), jnp.int32)
     level = Level(*(jnp.asarray(row) for row in some_levels("cosine")))
     for prediction in PREDICTIONS:
-        truth = target_of(x_0, eps, level, prediction=prediction)
+        target_output = target_of(x_0, eps, level, prediction=prediction)
         for loss, size in (("l1", jnp.abs), ("l2", jnp.square)):
             objective = DiffusionObjective(None, prediction, loss=loss)
             score = functools.partial(denoising_loss, objective=objective)
             args = (x_0, level, eps, cond)
-            perfect = score(lambda *_, y=truth: y, *args)
+            perfect = score(lambda *_, y=target_output: y, *args)
             assert np.asarray(perfect) == pytest.approx(0, abs=1e-20)
-            silent = score(lambda x, *_: jnp.zeros_like(x), *args)
-            wanted = np.asarray(size(truth)).mean(axis=(1, 2, 3))
-            assert silent == pytest.approx(wanted, rel=1e-12)
+            error_of_zero = score(lambda x, *_: jnp.zeros_like(x), *args)
+            wanted = np.asarray(size(target_output)).mean(axis=(1, 2, 3))
+            assert error_of_zero == pytest.approx(wanted, rel=1e-12)
 
 
-def test_the_network_is_given_the_noisy_latent_its_t_and_its_condition():
+def test_loss_calls_the_network_with_noisy_latent_t_and_condition():
     x_0, eps = random(0, 2, (7, 2, 2, 1))
     level = Level(*(jnp.asarray(row) for row in some_levels("edm")))
     cond, seen = jnp.arange(7), []
@@ -157,7 +157,7 @@ def test_the_network_is_given_the_noisy_latent_its_t_and_its_condition():
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_weights_are_those_of_the_papers(gamma):
+def test_loss_weights_equal_those_of_the_papers(gamma):
     level = some_levels("ldm_linear")
     snr = np.square(level.alpha / level.sigma)
     assert snr.min() < gamma < snr.max()
@@ -179,8 +179,8 @@ def test_weights_are_those_of_the_papers(gamma):
 
 @pytest.mark.parametrize("weight", ["min_snr", "p2", "debiased"])
 @pytest.mark.parametrize(("prediction", "name"), PAIRS)
-def test_a_weight_means_the_same_whatever_is_predicted(prediction, name, weight):
-    # A wrong answer, scored as itself and as the clean latent that is read out of it.
+def test_weighted_loss_is_the_same_for_every_prediction(prediction, name, weight):
+    # A wrong output, scored as itself and as the clean latent read out of it.
     x_0, eps, wrong = random(0, 3, (7, 3, 3, 2))
     level = some_levels(name)
     how = {"prediction": prediction, "sigma_data": SIGMA_DATA}
@@ -206,7 +206,7 @@ def test_a_weight_means_the_same_whatever_is_predicted(prediction, name, weight)
     assert (np.asarray(as_itself)[:-1] > 0).all()
 
 
-def test_weights_stay_finite_without_noise_and_without_signal():
+def test_loss_weights_stay_finite_without_noise_and_without_signal():
     level = Level(jnp.zeros(2), jnp.asarray([1.0, 0.0]), jnp.asarray([0.0, 1.0]))
     for prediction in ("v", "x0", "flow", "edm"):
         for weight, gamma in (("min_snr", 5.0), ("p2", 5.0), ("debiased", 1.0)):
@@ -216,7 +216,7 @@ def test_weights_stay_finite_without_noise_and_without_signal():
             assert np.isfinite(found).all()
 
 
-def test_offset_noise_adds_one_variance_to_a_channel_and_none_between():
+def test_offset_noise_correlates_pixels_within_a_channel_only():
     num, strength = 20_000, 0.5
     eps, offset = random(0, 1, (num, 1, 2, 2))[0], random(1, 1, (num, 2))[0]
     noise = np.asarray(offset_noise(eps, offset, strength=strength)).reshape(num, 4)

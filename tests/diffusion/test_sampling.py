@@ -1,4 +1,4 @@
-"""The scan that drives every sampler; what the tables say is in `test_solvers.py`."""
+"""The scan that runs every sampler; `test_solvers.py` tests the tables."""
 
 import functools
 
@@ -51,7 +51,7 @@ def float32(tree):
 
 
 def jax_network(levels, data):
-    """A perfect network of data that the condition shifts; it knows levels by t."""
+    """Return the exact denoiser of data shifted by the condition; t gives the level."""
     rows = float32(Level(*levels[:3]))
 
     def denoise(x_t, t, cond):
@@ -78,8 +78,8 @@ def run_as_inputs(table, x_start, keys, cond, components=2):
     return np.asarray(run(*args, step=step, components=components))
 
 
-def fresh(keys, table):
-    """The noise of each call, from the key of its image alone."""
+def call_noise(keys, table):
+    """Draw the noise of each call from the keys of the images."""
     calls = [
         normal(image_step_keys(keys, Stream.SAMPLE_STEP, i), SHAPE)
         for i in range(table.num_calls)
@@ -94,19 +94,19 @@ def five_images(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
-def test_the_scan_does_what_the_table_says(sampler):
+def test_sample_equals_a_step_by_step_evaluation_of_the_table(sampler):
     table, levels = table_of(sampler), make_levels(LDM, NUM_STEPS)
     keys = image_keys(list(SEEDS))
     shifted = TWO._replace(mean=TWO.mean + COND[:, None, None, None, None])
     net = network(levels, "v", shifted)
     start = np.asarray(starting_noise(keys, SHAPE), np.float64)
-    wanted = follow(table, net, start, fresh(keys, table))[0]
+    wanted = follow(table, net, start, call_noise(keys, table))[0]
     # Float32 against float64, over as many as eleven calls.
     assert five_images(sampler) == pytest.approx(wanted, abs=2e-5)
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
-def test_an_image_does_not_depend_on_its_neighbours(sampler):
+def test_sampled_image_does_not_depend_on_its_batch(sampler):
     keys = image_keys([SEEDS[3], SEEDS[1]])
     start = starting_noise(keys, SHAPE)
     fewer = run_as_inputs(table_of(sampler), start, keys, COND[[3, 1]])
@@ -115,16 +115,16 @@ def test_an_image_does_not_depend_on_its_neighbours(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
-def test_only_stochastic_samplers_draw(sampler):
+def test_only_stochastic_samplers_draw_noise(sampler):
     def call(keys, x):
         net = jax_network(make_levels(LDM, 3), ONE)
         table = table_of(sampler, 3)
         return sample(unguided(net), x, keys, jnp.zeros((1,)), table=table).x_0
 
-    drawing = "random_bits" in str(
+    draws_noise = "random_bits" in str(
         jax.make_jaxpr(call)(image_keys([0]), jnp.zeros((1, *SHAPE)))
     )
-    assert drawing == (sampler in STOCHASTIC)
+    assert draws_noise == (sampler in STOCHASTIC)
 
 
 @pytest.mark.parametrize("sampler", sorted(STOCHASTIC))
@@ -143,7 +143,7 @@ def test_samples_have_the_moments_of_the_closed_form(sampler):
 
 @pytest.mark.parametrize("sampler", sorted(STOCHASTIC))
 def test_samples_have_the_covariance_of_the_closed_form(sampler):
-    """Two channels that go together: along its axes a Gaussian is two single ones."""
+    """Two correlated channels; along its axes the Gaussian is two independent ones."""
     levels, stds, turn = make_levels(LDM, NUM_STEPS), (0.9, 0.3), np.pi / 5
     eta = {"eta": 0.5} if sampler in TAKES_ETA else {}
     table = make_table(sampler, levels, prediction="x0", **eta)
@@ -174,12 +174,12 @@ def test_samples_have_the_covariance_of_the_closed_form(sampler):
     mean = axes @ np.asarray([end[0] for end in ends])
     wanted = axes @ np.diag([end[1] for end in ends]) @ axes.T
     error = np.sqrt((np.outer(*[wanted.diagonal()] * 2) + wanted**2) / num)
-    assert abs(wanted[0, 1]) > 50 * error[0, 1]  # or it would say nothing
+    assert abs(wanted[0, 1]) > 50 * error[0, 1]  # the covariance is detectable
     assert np.all(abs(pixels.mean(0) - mean) < 5 * np.sqrt(wanted.diagonal() / num))
     assert np.all(abs(np.cov(pixels.T) - wanted) < 5 * error)
 
 
-def test_starting_from_noise_instead_of_the_noisiest_level_costs_its_signal():
+def test_start_from_pure_noise_shifts_the_mean_by_the_last_signal_at_most():
     # The start is N(0, 1), its level has the mean sqrt(abar_T) MEAN.
     levels = make_levels(LDM, 1000)
     table = make_table("euler", levels, prediction="v")
@@ -203,8 +203,8 @@ def run_once(table, levels, *, known=None, frames=0):
 
 
 @functools.cache
-def alone(sampler):
-    """Five steps, without frames and with nothing known."""
+def plain_samples(sampler):
+    """Sample five steps without frames or known pixels."""
     return np.asarray(run_once(table_of(sampler, 5), make_levels(LDM, 5)).x_0)
 
 
@@ -216,26 +216,28 @@ def test_frames_are_the_latents_after_the_steps(sampler):
     start = starting_noise(keys, SHAPE)
     assert np.array_equal(result.frames[0], start)
     assert np.array_equal(result.frames[-1], result.x_0)
-    assert np.array_equal(alone(sampler), result.x_0)
+    assert np.array_equal(plain_samples(sampler), result.x_0)
     for num_steps in (1, 2, 3):
-        # The same network calls, and no more.
+        # The same network calls, up to this step.
         first = table._replace(
             **{
                 name: row[table.step < num_steps]
                 for name, row in table._asdict().items()
             }
         )
-        wanted = follow(first, network(levels, "v", TWO), start, fresh(keys, first))[0]
+        wanted = follow(
+            first, network(levels, "v", TWO), start, call_noise(keys, first)
+        )[0]
         assert result.frames[num_steps] == pytest.approx(wanted, abs=1e-5)
 
 
-def test_no_frames_are_kept_unless_asked_for():
+def test_sample_keeps_no_frames_by_default():
     table, levels = table_of("ddpm", 5), make_levels(LDM, 5)
     assert run_once(table, levels).frames.shape == (0, 4, *SHAPE)
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
-def test_every_frame_asked_for_is_filled_in_order(sampler):
+def test_frame_slots_fill_every_frame_in_order(sampler):
     for num_steps in (1, 5, 20):
         step = table_of(sampler, num_steps).step
         for num_frames in range(2, num_steps + 2):
@@ -248,7 +250,7 @@ def test_every_frame_asked_for_is_filled_in_order(sampler):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "plms"])
-def test_memory_does_not_grow_with_the_steps(sampler):
+def test_sampling_memory_does_not_grow_with_the_steps(sampler):
     shape, num_frames = (32, 32, 4), 3
 
     def memory(num_steps):
@@ -285,7 +287,7 @@ def known_of(free):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2s", "unipc"])
-def test_what_is_known_is_kept_exactly_and_follows_its_own_path(sampler):
+def test_known_pixels_are_kept_exactly_and_follow_the_forward_process(sampler):
     levels, table = make_levels(LDM, 5), table_of(sampler, 5)
     free = np.random.RandomState(1).rand(4, 3, 3, 1) < 0.5
     known = known_of(free)
@@ -296,23 +298,26 @@ def test_what_is_known_is_kept_exactly_and_follows_its_own_path(sampler):
         path = levels.alpha[i] * known.x_0 + levels.sigma[i] * known.eps
         found = np.asarray(result.frames[i])[kept]
         assert found == pytest.approx(np.asarray(path)[kept], abs=1e-6)
-    # This network sees a pixel at a time: the others are as without a known one.
-    made, without = np.asarray(result.x_0)[~kept], alone(sampler)[~kept]
-    assert made == pytest.approx(without, abs=1e-6)
+    # The network acts on single pixels: free ones equal those of a plain run.
+    found_free, expected_free = (
+        np.asarray(result.x_0)[~kept],
+        plain_samples(sampler)[~kept],
+    )
+    assert found_free == pytest.approx(expected_free, abs=1e-6)
 
 
-def test_nothing_known_changes_no_bit():
+def test_known_without_kept_pixels_changes_no_bit():
     levels, table = make_levels(LDM, 5), table_of("heun", 5)
     everything = known_of(np.ones((4, 3, 3, 1)))
 
     @functools.partial(jax.jit, compiler_options=AS_SHIPPED)
-    def drawn(known):
+    def sampled(known):
         return run_once(table, levels, known=known).x_0
 
-    assert np.array_equal(drawn(everything), drawn(None))
+    assert np.array_equal(sampled(everything), sampled(None))
 
 
-def test_inversion_and_ddim_return_in_float32_too():
+def test_ddim_of_inverted_noise_returns_the_latent_in_float32():
     levels = make_levels(SCHEDULES["flow"], 20)
     rows = inversion(levels, iterations=8)
     up = tabulate(rows, levels, slope_of(levels), prediction="v", sigma_data=1.0)

@@ -27,7 +27,7 @@ def draws():
     return {name: draw_levels(SCHEDULES[name], keys) for name in DRAWING}
 
 
-# The values are those of the original code, computed apart from it.
+# Values of the original code, computed separately.
 @pytest.mark.parametrize(
     ("name", "start", "end", "abar_last"),
     [
@@ -37,25 +37,25 @@ def draws():
         ("linear", 0.00085, 0.012, 1.58e-3),
     ],
 )
-def test_the_last_signal_power_is_that_of_the_original(name, start, end, abar_last):
+def test_last_signal_power_equals_the_original(name, start, end, abar_last):
     schedule = make_schedule(name, num_timesteps=1000, beta_start=start, beta_end=end)
     assert schedule.abar[-1] == pytest.approx(abar_last, rel=4e-3)
     assert schedule.beta[[0, -1]] == pytest.approx([start, end], rel=1e-12)
 
 
-def test_ldm_linear_is_linear_in_the_root_and_linear_in_beta():
+def test_ldm_linear_is_linear_in_sqrt_beta_and_linear_in_beta():
     assert np.diff(np.sqrt(LDM.beta), 2) == pytest.approx(0, abs=1e-15)
     plain = make_schedule("linear", num_timesteps=9, beta_start=0.1, beta_end=0.9)
     assert plain.beta == pytest.approx(np.arange(1, 10) / 10, abs=1e-15)
     assert plain.abar == pytest.approx(np.cumprod(1 - np.arange(1, 10) / 10))
 
 
-def test_cosine_is_the_squared_cosine_up_to_the_largest_beta():
+def test_cosine_schedule_is_the_squared_cosine_up_to_the_largest_beta():
     cosine = SCHEDULES["cosine"]
     angle = (np.arange(1, 1001) / 1000 + 0.008) / 1.008 * np.pi / 2
     wanted = np.cos(angle) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     assert cosine.abar[:-1] == pytest.approx(wanted[:-1], rel=1e-9)
-    # Its own last level has no signal at all, which the largest beta forbids.
+    # The formula ends without signal; the largest beta prevents that.
     assert cosine.beta[-1] == 0.999
     assert cosine.abar[-1] == pytest.approx(0.001 * cosine.abar[-2])
 
@@ -75,7 +75,7 @@ def test_zero_terminal_snr_moves_the_end_to_zero_and_keeps_the_start(name):
     )
 
 
-def test_tables_are_float64_and_fall():
+def test_schedule_tables_are_float64_and_decreasing():
     for schedule in SCHEDULES.values():
         if isinstance(schedule, DiscreteSchedule):
             assert schedule.abar.dtype == schedule.beta.dtype == np.float64
@@ -103,7 +103,7 @@ def test_only_zero_snr_and_flow_reach_pure_noise():
     assert found == {"zero_snr", "flow"}
 
 
-def test_noising_step_by_step_has_the_closed_form_of_noising_at_once():
+def test_add_noise_equals_the_recursion_of_single_steps():
     # Means and variances of q(x_t | x_0) by the recursion of eq. 2 of DDPM.
     mean, variance = 1.0, 0.0
     zero, one = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
@@ -117,7 +117,7 @@ def test_noising_step_by_step_has_the_closed_form_of_noising_at_once():
             assert std**2 == pytest.approx(variance, rel=1e-5)
 
 
-def test_positions_run_from_the_least_noise_to_the_most():
+def test_schedule_positions_run_from_least_to_most_noise():
     ends = np.asarray([0.0, 999.0])
     flow = level_at(SCHEDULES["flow"], ends)
     assert flow.sigma == pytest.approx([0.001, 1.0], rel=1e-15)
@@ -133,7 +133,7 @@ def test_positions_run_from_the_least_noise_to_the_most():
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_levels_t_says_its_weights_between_the_entries_too(name):
+def test_level_t_determines_alpha_and_sigma_between_table_entries(name):
     schedule = SCHEDULES[name]
     position = np.asarray([0.0, 0.25, 17.5, 500.9, 900.0])
     level = level_at(schedule, position)
@@ -143,7 +143,7 @@ def test_a_levels_t_says_its_weights_between_the_entries_too(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_level_of_a_levels_own_ratio_is_that_level(name):
+def test_level_of_ratio_inverts_level_at(name):
     schedule = SCHEDULES[name]
     for position in (np.linspace(0, 990, 67), np.linspace(0.3, 997.7, 91)):
         wanted = level_at(schedule, position)
@@ -153,7 +153,7 @@ def test_the_level_of_a_levels_own_ratio_is_that_level(name):
         assert found.sigma == pytest.approx(wanted.sigma, rel=1e-9)
 
 
-def test_drawn_levels_lie_on_their_path(draws):
+def test_drawn_levels_lie_on_their_schedule(draws):
     for name in ("ldm_linear", "zero_snr"):
         level = draws[name]
         power = np.square(level.alpha) + np.square(level.sigma)
@@ -170,7 +170,7 @@ def test_drawn_levels_lie_on_their_path(draws):
     assert np.asarray(edm.t) == pytest.approx(250 * np.log(ratio), abs=1e-3)
 
 
-def test_every_timestep_of_a_table_is_equally_likely(draws):
+def test_drawn_timesteps_of_a_table_are_uniform(draws):
     counts = np.bincount(np.asarray(draws["ldm_linear"].t) // 100, minlength=10)
     assert len(counts) == 10
     # Five standard errors of a binomial count.
@@ -180,7 +180,7 @@ def test_every_timestep_of_a_table_is_equally_likely(draws):
     assert sorted(set(np.asarray(t).tolist())) == [0, 1, 2]
 
 
-def test_the_times_of_a_flow_are_uniform(draws):
+def test_drawn_times_of_a_flow_are_uniform(draws):
     time = np.asarray(draws["flow"].sigma, np.float64)
     assert 0 <= time.min() < 0.001
     assert 0.999 < time.max() < 1
@@ -190,7 +190,7 @@ def test_the_times_of_a_flow_are_uniform(draws):
         assert (time**k).mean() == pytest.approx(1 / (k + 1), abs=5 * error)
 
 
-def test_the_ratios_of_edm_are_log_normal(draws):
+def test_drawn_ratios_of_edm_are_log_normal(draws):
     level = draws["edm"]
     drawn = np.log(np.asarray(level.sigma / level.alpha, np.float64))
     unit = (drawn - EDM.log_mean) / EDM.log_std
@@ -201,19 +201,19 @@ def test_the_ratios_of_edm_are_log_normal(draws):
 
 
 @pytest.mark.parametrize("name", DRAWING)
-def test_a_drawn_level_depends_on_its_own_key(name, draws):
+def test_drawn_level_depends_on_its_own_key_only(name, draws):
     few = draw_levels(SCHEDULES[name], image_keys([7, 3]))
     for some, all_ in zip(few, draws[name], strict=True):
         assert np.array_equal(some, all_[np.asarray([7, 3])])
 
 
-def test_a_flow_says_how_many_timesteps_it_pretends_to():
+def test_flow_schedule_scales_t_by_num_timesteps():
     assert level_at(FlowSchedule(10), np.asarray([4.0])).t == pytest.approx([5.0])
 
 
 @pytest.mark.parametrize("name", ["ldm_linear", "flow"])
 @pytest.mark.parametrize("shift", [3.0, 0.5])
-def test_a_shift_moves_times_as_its_formula_does(name, shift):
+def test_shift_moves_drawn_times_by_its_formula(name, shift):
     keys = image_keys(list(range(2000)))
     times = np.asarray(draw_levels(SCHEDULES[name], keys, shift=shift).t)
     times = times / SCHEDULES[name].num_timesteps
@@ -225,7 +225,7 @@ def test_a_shift_moves_times_as_its_formula_does(name, shift):
         )
 
 
-def test_a_shifted_level_is_one_of_the_table():
+def test_shifted_level_is_a_table_entry():
     tiny = make_schedule("linear", num_timesteps=2, beta_start=0.1, beta_end=0.2)
     t = draw_levels(tiny, image_keys(list(range(200))), shift=1e6).t
     assert set(np.asarray(t).tolist()) == {1}

@@ -37,8 +37,8 @@ def x64():
         yield
 
 
-def by_hand(ratio, kind):
-    """Levels of given noise-to-signal ratios; the network is asked at their index."""
+def levels_of_ratios(ratio, kind):
+    """Make levels of given noise-to-signal ratios; t is their index."""
     alpha = {
         "vp": 1 / np.sqrt(1 + ratio**2),
         "straight": 1 / (1 + ratio),
@@ -62,7 +62,7 @@ def even_in_time(n):
 
 
 def uneven_in_lambda(n):
-    """Every other step shorter, however many: a grid that never becomes smooth."""
+    """Shorten every other step, so that the grid never becomes smooth."""
     places = np.arange(n + 1) - 0.3 * (np.arange(n + 1) % 2)
     return np.exp(3 - 6 * places / n)
 
@@ -79,10 +79,10 @@ def table_of(sampler, levels, prediction="v", **kw):
 
 
 def orders(sampler, kind, ratios, counts=(64, 128, 256)):
-    """Observed orders, from the exact end of the flow of two components a pixel."""
+    """Measure convergence orders against the exact end of a flow of two components."""
     errors = []
     for n in counts:
-        levels = by_hand(ratios(n), kind)
+        levels = levels_of_ratios(ratios(n), kind)
         deviation = np.hypot(levels.alpha[0] * 0.9, levels.sigma[0])
         x_start = np.linspace(-2, 2, 17) * deviation
         net = network(levels, "v", TWO)
@@ -112,26 +112,26 @@ PATHS = {
         ("unipc", 2.6, 3.1),
     ],
 )
-def test_the_order_of_convergence_is_the_methods(sampler, least, most, path):
+def test_solver_converges_with_its_order(sampler, least, most, path):
     found = orders(sampler, *PATHS[path])
     assert (found > least).all(), found
     assert (found < most).all(), found
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "dpmpp_2s", "unipc"])
-def test_uneven_steps_cost_no_order(sampler):
+def test_second_order_solvers_keep_their_order_on_uneven_steps(sampler):
     assert (orders(sampler, "vp", uneven_in_lambda) > 1.85).all()
 
 
 def test_plms_has_a_higher_order_on_levels_even_in_its_own_time():
-    # Three, which is left of four by the step of Heun that it begins with.
+    # Three instead of four, because the first step is one of Heun.
     assert (orders("plms", "straight", even_in_time) > 2.7).all()
     in_ratio = orders("plms", "vp", lambda n: np.linspace(12, 0.05, n + 1), (256, 512))
     assert in_ratio > 2.7
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_ddim_tends_to_the_flow_on_every_schedules_own_levels(name):
+def test_ddim_converges_to_the_flow_on_every_schedule(name):
     x_start = np.linspace(-2, 2, 9)
     errors = []
     for num_steps in (125, 250, 500):
@@ -143,7 +143,7 @@ def test_ddim_tends_to_the_flow_on_every_schedules_own_levels(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_few_steps_of_a_higher_order_are_nearer_to_the_flow_than_ddims(name):
+def test_higher_order_solvers_are_nearer_to_the_flow_than_ddim(name):
     # Cosine begins at a ratio of 2e4, where steps in the ratio itself would be absurd.
     x_start, errors = np.linspace(-2, 2, 17), {}
     levels = make_levels(SCHEDULES[name], 20)
@@ -160,7 +160,7 @@ def predictions(name):
 
 
 def ends_of(sampler, name, num_steps, prediction):
-    """Mean and deviation of the samples from the true start."""
+    """Return mean and standard deviation of samples from the exact start."""
     schedule = SCHEDULES[name]
     levels = make_levels(schedule, num_steps)
     net = network(levels, prediction, ONE, schedule=schedule)
@@ -176,8 +176,8 @@ def test_samples_have_the_distribution_of_the_data(sampler, name):
     for num_steps in (100, 300):
         mean, std, levels = ends_of(sampler, name, num_steps, "v")
         assert mean == pytest.approx(MEAN, abs=1e-9)
-        # The last step, to the clean latent, draws its mean: what noise was left of
-        # the data's variance is lost. All else falls with the number of steps.
+        # The last step returns the mean of the clean latent: the variance left at its
+        # level is lost. The other errors fall with the number of steps.
         lost = (levels.sigma[-2] / levels.alpha[-2] / STD) ** 2
         bias = (7 if sampler in FIRST_ORDER else 1) / num_steps
         assert std == pytest.approx(STD, rel=lost + bias)
@@ -192,7 +192,7 @@ def test_samples_have_the_distribution_of_the_data(sampler, name):
         if (sampler, name) != ("lcm", "edm")
     ],
 )
-def test_what_is_predicted_does_not_change_a_sample(sampler, name):
+def test_sample_does_not_depend_on_the_prediction(sampler, name):
     levels = make_levels(SCHEDULES[name], 12)
     fresh = np.random.RandomState(0).randn(30, 9)
     found = [
@@ -214,34 +214,34 @@ def eta_of(sampler):
 
 @pytest.mark.parametrize("path", [*SCHEDULES, *PATHS])
 @pytest.mark.parametrize("sampler", [s for s in SAMPLER_NAMES if s != "lcm"])
-def test_a_single_image_is_reached_exactly_in_any_number_of_steps(sampler, path):
-    # Its denoiser is constant: every latent is alpha x_0 + sigma eps on the way, in
-    # every register, and what `Table` says of their levels is true.
+def test_data_of_one_image_is_sampled_exactly_in_any_number_of_steps(sampler, path):
+    # Its denoiser is constant: every register holds alpha x_0 + sigma eps at the level
+    # that `Table` states.
     for num_steps in (1, 2, 3, 4, 7):
         if path in SCHEDULES:
             schedule = SCHEDULES[path]
             levels = make_levels(schedule, num_steps)
         else:
             kind, ratios = PATHS[path]
-            schedule, levels = None, by_hand(ratios(num_steps), kind)
+            schedule, levels = None, levels_of_ratios(ratios(num_steps), kind)
         net = network(levels, "v", POINT, schedule=schedule)
         table = table_of(sampler, levels, **eta_of(sampler))
         means, variances = moments(
             table, net, levels.alpha[0] * MEAN, levels.sigma[0] ** 2
         )
-        # Rounding in float64; of steps from cosine's start, of signal 5e-5, too.
+        # Rounding in float64, also from cosine's start with a signal of 5e-5.
         assert means == pytest.approx(table.alpha * MEAN, abs=1e-9)
         assert variances == pytest.approx(table.sigma**2, abs=1e-9)
         assert means[-1, 0] == pytest.approx(levels.alpha[-1] * MEAN, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["ldm_linear", "cosine", "zero_snr", "flow"])
-def test_lcm_draws_the_data_from_a_consistency_function(name):
+def test_lcm_samples_the_data_with_a_consistency_function(name):
     schedule = SCHEDULES[name]
     levels = make_levels(schedule, 4)
 
     def jump(x, t):
-        """Where the flow takes x from t: what distillation makes of a network."""
+        """Map x at t to the clean end of its flow, as a distilled network does."""
         level = level_asked(schedule, t)
         total = np.hypot(level.alpha * STD, level.sigma)
         return MEAN + STD / total * (x - level.alpha * MEAN)
@@ -255,7 +255,7 @@ def test_lcm_draws_the_data_from_a_consistency_function(name):
     assert variances[:, 0] == pytest.approx(wanted, abs=1e-7)
 
 
-def test_lcm_keeps_the_latent_at_no_noise_as_its_boundary_demands():
+def test_lcm_boundary_scaling_keeps_a_latent_without_noise():
     levels = make_levels(LDM, 1000)
     mix = table_of("lcm", levels).mix[:, 0]
     assert mix[-1] == pytest.approx([1.0, 0.0], abs=1e-15)
@@ -264,7 +264,7 @@ def test_lcm_keeps_the_latent_at_no_noise_as_its_boundary_demands():
     assert mix[-2] == pytest.approx(levels.alpha[-2] * wanted, rel=1e-12)
 
 
-def test_lcm_is_refused_where_t_is_no_timestep():
+def test_lcm_is_refused_on_a_schedule_without_timesteps():
     with pytest.raises(ValueError, match="lcm"):
         table_of("lcm", make_levels(SCHEDULES["edm"], 4))
 
@@ -293,10 +293,10 @@ def test_stochastic_samplers_add_noise():
     assert found == STOCHASTIC
 
 
-def test_noise_says_nothing_where_there_is_no_signal():
+def test_eps_prediction_is_refused_at_a_level_without_signal():
     for name in ("flow", "zero_snr"):
         levels = make_levels(SCHEDULES[name], 5)
         with pytest.raises(ValueError, match=r"without signal.*wanted v"):
             table_of("euler", levels, "eps")
-        # An edit begins later, where the noise does say something.
+        # An edit starts at a later level, which has signal.
         assert np.isfinite(table_of("euler", levels.tail(4), "eps").read).all()

@@ -24,7 +24,7 @@ def table_of(sampler, num_steps, schedule="ldm_linear"):
 
 
 @pytest.mark.parametrize("schedule", ["ldm_linear", "zero_snr"])
-def test_all_tables_have_one_shape_when_padded(schedule):
+def test_padded_tables_have_one_shape(schedule):
     shapes = set()
     for sampler in SAMPLER_NAMES:
         for num_steps in range(1, MAX_STEPS + 1):
@@ -41,33 +41,33 @@ def test_all_tables_have_one_shape_when_padded(schedule):
     assert len(shapes) == 1
 
 
-def test_a_table_that_is_too_long_is_refused():
+def test_pad_refuses_a_table_that_is_too_long():
     with pytest.raises(ValueError, match="got 6 network calls, wanted at most 4"):
         pad(table_of("ddim", 6), max_steps=2)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "plms", "dpmpp_2m", "unipc"])
-def test_calls_that_are_not_live_ask_nothing_and_change_nothing(sampler):
-    table, asked = table_of(sampler, 3), []
+def test_padding_calls_run_no_network_and_change_nothing(sampler):
+    table, network_calls = table_of(sampler, 3), []
 
     def denoise(x_t, t, cond):
-        jax.debug.callback(lambda: asked.append(1))
+        jax.debug.callback(lambda: network_calls.append(1))
         return jnp.tanh(x_t) * (1.0 + t[:, None, None, None] / 1000.0)
 
     keys = image_keys([1, 2])
     x_start = jax.random.normal(jax.random.key(0), (2, 3, 3, 2))
 
-    def end(table):
-        # Not run op by op: it is the branches that are compared.
-        made = jax.jit(
+    def samples_of(table):
+        # Jitted: run op by op, there would be no branches to compare.
+        x_0 = jax.jit(
             lambda x: sample(unguided(denoise), x, keys, None, table=table).x_0,
             compiler_options=AS_SHIPPED,
         )(x_start)
         jax.effects_barrier()
-        return np.asarray(made)
+        return np.asarray(x_0)
 
-    plain, num_asked = end(table), len(asked)
-    padded = end(pad(table, max_steps=40))
-    assert num_asked == table.num_calls and len(asked) == 2 * num_asked
-    # The weights are the same; a branch is compiled by itself, and may round otherwise.
+    plain, num_calls = samples_of(table), len(network_calls)
+    padded = samples_of(pad(table, max_steps=40))
+    assert num_calls == table.num_calls and len(network_calls) == 2 * num_calls
+    # Equal weights; a branch is compiled separately and may round differently.
     assert padded == pytest.approx(plain, abs=1e-6)

@@ -28,8 +28,8 @@ SMALL = {
 ALL = {**SCHEDULES, **SMALL, "flow97": FLOW._replace(num_timesteps=97)}
 
 
-def with_meaning(spacings, schedules):
-    """Pairs that are not refused: no infinite ratio, no table of a continuous path."""
+def valid_pairs(spacings, schedules):
+    """List accepted pairs: no infinite ratio, no table spacing on a continuous path."""
     return [
         (spacing, name)
         for spacing in spacings
@@ -41,9 +41,9 @@ def with_meaning(spacings, schedules):
 
 @pytest.mark.parametrize(
     ("spacing", "name"),
-    with_meaning(("trailing", "leading", "linspace", "karras"), ALL),
+    valid_pairs(("trailing", "leading", "linspace", "karras"), ALL),
 )
-def test_every_number_of_steps_gives_exactly_that_many(spacing, name):
+def test_make_levels_returns_the_requested_number_of_steps(spacing, name):
     schedule = ALL[name]
     for num_steps in range(1, schedule.num_timesteps + 1):
         levels = make_levels(schedule, num_steps, spacing=spacing)
@@ -74,7 +74,7 @@ def test_spaced_timesteps_keep_their_ends_and_are_even(top):
 
 
 # Table 2 of Lin et al.: 10 of 1000, counted from 1 there and from 0 here.
-def test_spacings_are_those_of_the_papers_table():
+def test_spacings_equal_the_table_of_lin_et_al():
     def spaced(spacing):
         return spaced_timesteps(10, num_timesteps=1000, spacing=spacing).tolist()
 
@@ -85,12 +85,12 @@ def test_spacings_are_those_of_the_papers_table():
 
 
 @pytest.mark.parametrize("num_steps", [0, 1001, -3])
-def test_other_numbers_of_steps_are_refused(num_steps):
+def test_num_steps_out_of_range_is_refused(num_steps):
     with pytest.raises(ValueError, match="1 to 1000"):
         make_levels(LDM, num_steps)
 
 
-def test_latent_diffusions_grid_is_its_own_or_is_refused_with_a_count_that_works():
+def test_ldm_spacing_equals_the_original_or_is_refused_with_a_valid_count():
     refused = 0
     for num_steps in range(1, 1001):
         original = np.asarray(list(range(0, 1000, 1000 // num_steps))) + 1
@@ -102,25 +102,27 @@ def test_latent_diffusions_grid_is_its_own_or_is_refused_with_a_count_that_works
         refused += 1
         with pytest.raises(ValueError, match="try") as caught:
             make_levels(LDM, num_steps, spacing="ldm")
-        (works,) = re.findall(r"try (\d+) steps", str(caught.value))
-        assert make_levels(LDM, int(works), spacing="ldm").num_steps >= int(works)
+        (valid_count,) = re.findall(r"try (\d+) steps", str(caught.value))
+        assert make_levels(LDM, int(valid_count), spacing="ldm").num_steps >= int(
+            valid_count
+        )
     # The strides that divide 999.
     divisors = (1, 3, 9, 27, 37, 111, 333, 999)
     assert refused == sum(1000 // n in divisors for n in range(1, 1001))
 
 
-def test_latent_diffusions_grid_need_not_have_the_steps_asked_for():
+def test_ldm_spacing_may_return_another_number_of_steps():
     assert make_levels(LDM, 50, spacing="ldm").num_steps == 50
     assert make_levels(LDM, 7, spacing="ldm").num_steps == 8
 
 
-def test_an_unknown_spacing_is_told_the_nearest():
+def test_unknown_spacing_is_refused_with_the_nearest_name():
     for wrong, near in (("trailling", "trailing"), ("karas", "karras"), ("x", "")):
         with pytest.raises(ValueError, match=f"{wrong}.*did you mean {near}"):
             check_spacing(LDM, wrong)
 
 
-def test_spacings_without_meaning_are_refused():
+def test_spacings_undefined_for_a_schedule_are_refused():
     for schedule in (ZERO, FLOW):
         with pytest.raises(ValueError, match=r"without signal.*trailing"):
             make_levels(schedule, 5, spacing="karras")
@@ -142,8 +144,8 @@ def test_karras_levels_are_even_in_the_seventh_root_between_the_ends():
     assert alone.sigma[0] / alone.alpha[0] == pytest.approx(80.0)
 
 
-@pytest.mark.parametrize(("spacing", "name"), with_meaning(SPACING_NAMES, SCHEDULES))
-def test_the_network_is_asked_at_the_level_of_its_latent(spacing, name):
+@pytest.mark.parametrize(("spacing", "name"), valid_pairs(SPACING_NAMES, SCHEDULES))
+def test_t_of_every_spacing_matches_its_alpha_and_sigma(spacing, name):
     schedule = SCHEDULES[name]
     levels = make_levels(schedule, 23, spacing=spacing)
     for t, alpha, sigma in zip(*(row[:-1] for row in levels[:3]), strict=True):
@@ -151,7 +153,7 @@ def test_the_network_is_asked_at_the_level_of_its_latent(spacing, name):
         assert (alpha, sigma) == pytest.approx((wanted.alpha, wanted.sigma), rel=1e-9)
 
 
-def test_edm_is_spaced_as_in_its_paper_and_the_others_begin_at_the_most_noise():
+def test_default_spacing_is_karras_for_edm_only():
     defaults = {name: default_spacing(value) for name, value in SCHEDULES.items()}
     assert {name for name in defaults if defaults[name] == "karras"} == {"edm"}
     for name, schedule in SCHEDULES.items():
@@ -163,14 +165,14 @@ def test_edm_is_spaced_as_in_its_paper_and_the_others_begin_at_the_most_noise():
             assert np.array_equal(named, chosen)
 
 
-def test_only_paths_from_noise_or_nearly_are_stepped_along_the_straight_time():
+def test_only_schedules_that_end_near_pure_noise_use_straight_time():
     found = {name for name, s in SCHEDULES.items() if make_levels(s, 3).straight}
     assert found == {"zero_snr", "flow", "cosine"}
     ddpm = make_schedule("linear", num_timesteps=1000, beta_start=1e-4, beta_end=0.02)
     assert not make_levels(ddpm, 3).straight
 
 
-def test_a_tail_is_the_last_steps():
+def test_tail_of_levels_is_the_last_steps():
     levels = make_levels(FLOW, 10)
     for num_steps in (1, 4, 10):
         tail = levels.tail(num_steps)
