@@ -1,4 +1,4 @@
-"""Edits through `ldm sample`: what is kept, what is made, and how large it is."""
+"""Edits through `ldm sample`: kept pixels, new pixels and image sizes."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     return write_run(config_with(), tmp_path_factory.mktemp("runs") / "run")
 
 
-def made(run, out, *args, labels="1", seeds="0"):
+def sampled(run, out, *args, labels="1", seeds="0"):
     base = ["--workdir", run, "--out", out, "--steps", 2, "--labels", labels]
     sample_here(*base, "--seeds", seeds, *args)
     return [read_png(path).astype(int) for path in sorted(out.glob("0*.png"))]
@@ -45,9 +45,9 @@ def mask(tmp_path):
     return tmp_path / "mask.png"
 
 
-def test_a_mask_keeps_every_byte_outside_the_hole(run, image, mask, tmp_path):
+def test_mask_keeps_every_byte_outside_its_hole(run, image, mask, tmp_path):
     given = ["--image", image, "--mask", mask]
-    first, second = made(run, tmp_path / "out", *given, seeds="0,1")
+    first, second = sampled(run, tmp_path / "out", *given, seeds="0,1")
     hole = read_png(mask)[..., 0] == 255
     assert np.array_equal(first[~hole], read_png(image)[~hole])
     assert np.array_equal(second[~hole], read_png(image)[~hole])
@@ -56,7 +56,7 @@ def test_a_mask_keeps_every_byte_outside_the_hole(run, image, mask, tmp_path):
 
 def test_outpainting_keeps_every_byte_of_the_middle(run, image, tmp_path):
     given = ["--image", image, "--outpaint", 2, 4, 6, 0]
-    first, second = made(run, tmp_path / "out", *given, seeds="0,1")
+    first, second = sampled(run, tmp_path / "out", *given, seeds="0,1")
     assert first.shape == (SIDE + 4, SIDE + 8, 1)
     assert np.array_equal(first[4:, 2 : 2 + SIDE], read_png(image))
     assert not np.array_equal(first[:4], second[:4])
@@ -75,9 +75,7 @@ def test_outpainting_keeps_every_byte_of_the_middle(run, image, tmp_path):
         ("masked_image", "--image I --mask I", None),
     ],
 )
-def test_the_strength_that_is_meant_depends_on_what_is_done(
-    run, image, concat, flags, strength
-):
+def test_default_strength_depends_on_the_edit(run, image, concat, flags, strength):
     given = [str(image) if word == "I" else word for word in flags.split()]
     command = parse_sample(["--workdir", str(run), *given])
     assert isinstance(command, SampleCommand)
@@ -86,33 +84,35 @@ def test_the_strength_that_is_meant_depends_on_what_is_done(
     assert resolved.strength == strength
 
 
-def test_an_interpolation_ends_at_the_plain_images(run, tmp_path):
-    between = made(run, tmp_path / "out", "--interpolate", 4, labels="1,2", seeds="5,7")
-    (first,) = made(run, tmp_path / "first", labels="1", seeds="5")
-    (last,) = made(run, tmp_path / "last", labels="2", seeds="7")
+def test_interpolation_ends_at_the_plain_images(run, tmp_path):
+    between = sampled(
+        run, tmp_path / "out", "--interpolate", 4, labels="1,2", seeds="5,7"
+    )
+    (first,) = sampled(run, tmp_path / "first", labels="1", seeds="5")
+    (last,) = sampled(run, tmp_path / "last", labels="2", seeds="7")
     assert len(between) == 4
-    # A label mixed from all classes is rounded otherwise than one that is looked up.
+    # A mixture of all class embeddings rounds differently from a lookup.
     assert np.abs(between[0] - first).max() <= 1
     assert np.abs(between[3] - last).max() <= 1
     steps = [np.abs(a - b).mean() for a, b in itertools.pairwise(between)]
     assert min(steps) > 1
 
 
-def test_a_size_is_what_is_made(run, tmp_path):
-    (wide,) = made(run, tmp_path / "out", "--size", 6, 14)
+def test_size_flag_sets_the_image_size(run, tmp_path):
+    (wide,) = sampled(run, tmp_path / "out", "--size", 6, 14)
     assert wide.shape == (6, 14, 1)
 
 
-def test_a_scale_of_one_is_no_guidance(run, tmp_path):
-    (plain,) = made(run, tmp_path / "plain", "--guidance-scale", 1)
+def test_guidance_scale_of_one_is_no_guidance(run, tmp_path):
+    (plain,) = sampled(run, tmp_path / "plain", "--guidance-scale", 1)
     nowhere = ["--guidance-scale", 3, "--guidance-interval", 1e5, 1e6]
-    (unguided,) = made(run, tmp_path / "unguided", *nowhere)
-    (guided,) = made(run, tmp_path / "guided", "--guidance-scale", 3)
+    (unguided,) = sampled(run, tmp_path / "unguided", *nowhere)
+    (guided,) = sampled(run, tmp_path / "guided", "--guidance-scale", 3)
     assert np.abs(plain - unguided).max() <= 1
     assert np.abs(plain - guided).max() > 1
 
 
-def test_a_model_that_fills_holes_keeps_the_rest_to_the_byte(image, mask, tmp_path):
+def test_inpainting_model_keeps_every_byte_outside_the_mask(image, mask, tmp_path):
     config = config_with(ConditionConfig(concat="masked_image"))
     run = write_run(config, tmp_path / "run")
     args = ["--workdir", run, "--image", image, "--mask", mask, "--steps", 1]
@@ -123,7 +123,7 @@ def test_a_model_that_fills_holes_keeps_the_rest_to_the_byte(image, mask, tmp_pa
     assert not np.array_equal(first[hole], second[hole])
 
 
-def test_a_model_that_enlarges_is_given_its_picture(tmp_path):
+def test_super_resolution_model_is_conditioned_on_its_image(tmp_path):
     condition = ConditionConfig(concat="low_resolution", low_resolution_factor=2)
     run = write_run(config_with(condition), tmp_path / "run")
     small = [picture(tmp_path / f"{i}.png", height=4, width=6, seed=i) for i in (0, 1)]
@@ -135,16 +135,16 @@ def test_a_model_that_enlarges_is_given_its_picture(tmp_path):
     assert not np.array_equal(images[0], images[1])
 
 
-def test_tiles_cover_a_large_image_and_a_tile_as_large_as_it_is_none(run, tmp_path):
+def test_tiled_decoding_equals_plain_decoding(run, tmp_path):
     size = ["--size", 16, 24]
-    (plain,) = made(run, tmp_path / "plain", *size)
-    (whole,) = made(run, tmp_path / "whole", *size, "--tile", 12)
-    (tiled,) = made(run, tmp_path / "tiled", *size, "--tile", 4)
-    assert np.array_equal(whole, plain)
+    (plain,) = sampled(run, tmp_path / "plain", *size)
+    (one_tile,) = sampled(run, tmp_path / "whole", *size, "--tile", 12)
+    (tiled,) = sampled(run, tmp_path / "tiled", *size, "--tile", 4)
+    assert np.array_equal(one_tile, plain)
     assert np.abs(tiled - plain).max() <= 1
 
 
-def test_a_model_of_classes_and_texts_is_told_both(tmp_path):
+def test_model_of_classes_and_texts_is_conditioned_on_both(tmp_path):
     clip = ClipConfig(
         vocab_size=521, width=8, depth=1, num_heads=2, mlp_width=8, eos_token_id=520
     )
@@ -153,7 +153,7 @@ def test_a_model_of_classes_and_texts_is_told_both(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     write_clip(tmp_path / "tokenizer", "sd1")
     args = ["--tokenizer", tmp_path / "tokenizer", "--prompt", "hello", "cat"]
-    images = made(run, tmp_path / "out", *args, labels="1,2")
+    images = sampled(run, tmp_path / "out", *args, labels="1,2")
     assert len(images) == 4
     pairs = [(a, b) for a in range(4) for b in range(a)]
     assert not any(np.array_equal(images[a], images[b]) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Images made again from their metadata: the same, or their differences named."""
+"""Replay of images from their metadata: equal pixels, or named differences."""
 
 import dataclasses
 import json
@@ -42,20 +42,20 @@ def formulas():
 
 
 @pytest.fixture(scope="module")
-def things(tmp_path_factory):
-    """A run, a worse one on the same first stage, a picture and a mask."""
+def inputs(tmp_path_factory):
+    """Write a run, a worse one with the same first stage, an image and a mask."""
     folder = tmp_path_factory.mktemp("things")
     run = write_run(config_with(), folder / "run")
     shutil.copytree(run, folder / "worse")
-    weak(folder / "worse" / "weights.safetensors")
+    shrink_unet(folder / "worse" / "weights.safetensors")
     pixels = np.random.RandomState(0).randint(0, 256, (SIDE, SIDE, 1))
     write_png(folder / "image.png", pixels.astype(np.uint8))
     write_png(folder / "mask.png", (pixels > 127).astype(np.uint8) * 255)
     return folder
 
 
-def weak(path):
-    """Shrink a UNet's weights, in the file."""
+def shrink_unet(path):
+    """Halve the UNet's weights in a file."""
     tensors = open_tensors(path)
     shrunk = {
         k: tensors[k] * np.float32(0.5 if k.startswith("unet") else 1.0)
@@ -65,34 +65,34 @@ def weak(path):
 
 
 @pytest.fixture(scope="module")
-def made(things):
-    """The last image of a kind of edit, made once."""
+def sampled(inputs):
+    """Return a function that samples an edit once and gives its last image."""
     names = {
-        "I": things / "image.png",
-        "M": things / "mask.png",
-        "W": things / "worse",
+        "I": inputs / "image.png",
+        "M": inputs / "mask.png",
+        "W": inputs / "worse",
     }
 
     def make(kind):
-        out = things / kind.replace(" ", "_")
+        out = inputs / kind.replace(" ", "_")
         if not out.exists():
-            given = [names.get(word, word) for word in EDITS[kind].split()]
-            few = [] if "--labels" in given else ["--labels", 1, "--seeds", "3,4"]
-            args = ["--workdir", things / "run", "--out", out, "--steps", 2]
-            sample_here(*args, *few, *given)
+            words = [names.get(word, word) for word in EDITS[kind].split()]
+            few = [] if "--labels" in words else ["--labels", 1, "--seeds", "3,4"]
+            args = ["--workdir", inputs / "run", "--out", out, "--steps", 2]
+            sample_here(*args, *few, *words)
         return max(out.glob("0*.png"))
 
     return make
 
 
 @pytest.fixture
-def plain(made, tmp_path):
-    """A plain image, to be harmed."""
-    return shutil.copy(made("plain"), tmp_path / "plain.png")
+def plain(sampled, tmp_path):
+    """Copy a plain image, to be damaged."""
+    return shutil.copy(sampled("plain"), tmp_path / "plain.png")
 
 
 def rewrite(path, **texts):
-    """Write a PNG again with other texts; None takes one out."""
+    """Write a PNG file again with other texts; None removes one."""
     kept = {k: v for k, v in {**read_texts(path), **texts}.items() if v is not None}
     write_png(path, read_png(path), kept)
 
@@ -102,50 +102,50 @@ def constant(name):
 
 
 @pytest.mark.parametrize("kind", EDITS)
-def test_every_kind_of_edit_is_made_again_to_the_pixel(made, capsys, kind):
-    path = made(kind)
+def test_replay_of_every_kind_of_edit_gives_the_same_pixels(sampled, capsys, kind):
+    path = sampled(kind)
     assert json.loads(read_texts(path)["settings"], parse_constant=constant)
     if kind not in ("plain", "a size and tiles", "a margin"):
-        assert not np.array_equal(read_png(path), read_png(made("plain")))
+        assert not np.array_equal(read_png(path), read_png(sampled("plain")))
     capsys.readouterr()
     sample_here("--replay", path)
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     pixels = read_png(path)[..., 0].size
-    assert said.out == f"{path}: every one of {pixels} pixels is the same\n"
-    assert said.err == ""
+    assert printed.out == f"{path}: every one of {pixels} pixels is the same\n"
+    assert printed.err == ""
 
 
-def test_metadata_holds_the_scale_that_had_effect():
+def test_metadata_holds_the_effective_guidance_scale():
     plain = SamplingConfig(workdir=".", guidance_scale=(3.0,))
     settings = [dataclasses.replace(plain, autoguidance="worse"), plain]
     scales = [
-        make_metadata(ImageSpec(condition_texts, 0), given, {})["guidance_scale"]
-        for given in settings
+        make_metadata(ImageSpec(condition_texts, 0), config, {})["guidance_scale"]
+        for config in settings
         for condition_texts in ({"label": "1"}, {})
     ]
     assert scales == ["3.0", "3.0", "3.0", "1.0"]
 
 
-def test_what_was_otherwise_when_it_was_made_is_told(plain, capsys):
+def test_replay_warns_of_other_versions_platform_and_checkpoint(plain, capsys):
     texts = read_texts(plain)
     versions = {**json.loads(texts["versions"]), "jax": "0.1"}
     rewrite(
         plain, versions=json.dumps(versions), platform="tpu v9", checkpoint="f" * 64
     )
     sample_here("--replay", plain)
-    said = capsys.readouterr()
-    assert "is the same" in said.out
-    told = [
-        line.removeprefix("ldm sample: warning: ") for line in said.err.splitlines()
+    printed = capsys.readouterr()
+    assert "is the same" in printed.out
+    warnings = [
+        line.removeprefix("ldm sample: warning: ") for line in printed.err.splitlines()
     ]
-    assert told == [
+    assert warnings == [
         f"checkpoint: {'f' * 64} when it was made, here {texts['checkpoint']}",
         f"jax: 0.1 when it was made, here {json.loads(texts['versions'])['jax']}",
         f"platform: tpu v9 when it was made, here {texts['platform']}",
     ]
 
 
-def test_a_changed_pixel_is_told(plain, capsys):
+def test_replay_refuses_a_changed_pixel(plain, capsys):
     pixels = read_png(plain).copy()
     pixels[2, 3] ^= 4
     write_png(plain, pixels, read_texts(plain))
@@ -153,7 +153,7 @@ def test_a_changed_pixel_is_told(plain, capsys):
     assert "--replay: 1 of 64 pixels differ, by at most 4 grey levels" in line
 
 
-def test_another_shape_or_mode_is_told_before_anything_is_drawn(plain, capsys):
+def test_replay_refuses_another_image_size_or_mode(plain, capsys):
     texts, pixels = read_texts(plain), read_png(plain)
     write_png(plain, pixels[:4], texts)
     line = refusal(capsys, "--replay", plain)
@@ -193,35 +193,35 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("harm", "words"), DAMAGES, ids=[d[1] for d in DAMAGES])
-def test_a_damaged_metadata_is_one_line(plain, capsys, harm, words):
+def test_damaged_metadata_is_refused_in_one_line(plain, capsys, harm, words):
     rewrite(plain, **harm(read_texts(plain)))
     line = refusal(capsys, "--replay", plain)
     assert line.startswith("ldm sample: error: --replay: ") and words in line, line
 
 
-def test_a_model_that_has_moved_is_found_where_it_is_said_to_be(
-    things, plain, capsys, tmp_path
+def test_replay_of_a_moved_run_takes_workdir_or_weights(
+    inputs, plain, capsys, tmp_path
 ):
     there = tmp_path / "gone"
     rewrite(plain, **with_setting(read_texts(plain), workdir=str(there)))
     line = refusal(capsys, "--replay", plain)
     assert "is missing" in line and str(there) in line
     assert "try --workdir or --weights" in line
-    sample_here("--replay", plain, "--workdir", things / "run")
+    sample_here("--replay", plain, "--workdir", inputs / "run")
     assert "is the same" in capsys.readouterr().out
-    sample_here("--replay", plain, "--weights", things / "run")
-    said = capsys.readouterr()
-    assert "is the same" in said.out and said.err == ""
+    sample_here("--replay", plain, "--weights", inputs / "run")
+    printed = capsys.readouterr()
+    assert "is the same" in printed.out and printed.err == ""
 
 
-def test_a_picture_that_has_moved_is_found_where_it_is_said_to_be(
-    things, made, capsys, tmp_path
+def test_replay_of_a_moved_image_takes_image_and_mask(
+    inputs, sampled, capsys, tmp_path
 ):
-    path = shutil.copy(made("a hole"), tmp_path / "hole.png")
+    path = shutil.copy(sampled("a hole"), tmp_path / "hole.png")
     gone = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask")}
     rewrite(path, **with_setting(read_texts(path), **gone))
     assert "--image: no file" in refusal(capsys, "--replay", path)
-    args = ["--image", things / "image.png", "--mask", things / "mask.png"]
+    args = ["--image", inputs / "image.png", "--mask", inputs / "mask.png"]
     sample_here("--replay", path, *args)
-    said = capsys.readouterr()
-    assert "is the same" in said.out and said.err == ""
+    printed = capsys.readouterr()
+    assert "is the same" in printed.out and printed.err == ""

@@ -1,4 +1,4 @@
-"""Images on disk through `ldm sample`: made once, kept, edited, and shared out."""
+"""Image files of `ldm sample`: resumed, checked and shared by processes."""
 
 import shutil
 import time
@@ -32,17 +32,17 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
-    """What an uninterrupted command makes."""
+def complete(run, tmp_path_factory):
+    """Run one command without interruption."""
     out = tmp_path_factory.mktemp("whole")
     sample_here("--workdir", run, "--out", out, *REQUEST)
     return out
 
 
 @pytest.fixture
-def out(whole, tmp_path):
-    """A copy of it, to be harmed."""
-    shutil.copytree(whole, tmp_path / "out")
+def out(complete, tmp_path):
+    """Copy the complete output, to be damaged."""
+    shutil.copytree(complete, tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -57,32 +57,29 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# An interrupted command, given again.
-
-
-def test_what_is_there_is_kept_and_what_is_missing_is_made(
-    run, whole, out, monkeypatch
+def test_existing_images_are_kept_and_missing_ones_are_sampled(
+    run, complete, out, monkeypatch
 ):
-    drawn = []
+    sampled = []
 
-    def watched(pipeline, specs):
-        drawn.extend((s.condition_texts["label"], s.seed) for s in specs)
+    def recorded(pipeline, specs):
+        sampled.extend((s.condition_texts["label"], s.seed) for s in specs)
         return sample_images(pipeline, specs)
 
-    monkeypatch.setattr(outputs, "sample_images", watched)
+    monkeypatch.setattr(outputs, "sample_images", recorded)
     for name in (NAMES[1], NAMES[4]):
         (out / name).unlink()
     (out / (NAMES[1] + ".part")).write_bytes(b"half an image")
     kept = snapshot(out)
     sample_here("--workdir", run, "--out", out, *REQUEST)
-    assert drawn == [("1", 1), ("2", 1)]
-    assert contents(out) == contents(whole)
+    assert sampled == [("1", 1), ("2", 1)]
+    assert contents(out) == contents(complete)
     assert all(snapshot(out)[n] == kept[n] for n in NAMES if n in kept)
 
 
 @pytest.mark.parametrize("num", [1, 5])
-def test_interrupted_anywhere_it_ends_as_if_never_stopped(
-    run, whole, monkeypatch, capsys, tmp_path, num
+def test_interrupted_command_resumes_to_the_same_files(
+    run, complete, monkeypatch, capsys, tmp_path, num
 ):
     def interrupted(pipeline, specs):
         for i, made in enumerate(sample_images(pipeline, specs)):
@@ -96,11 +93,11 @@ def test_interrupted_anywhere_it_ends_as_if_never_stopped(
     assert line == "ldm sample: error: interrupted; the same command resumes"
     assert sorted(path.name for path in tmp_path.iterdir()) == NAMES[:num]
     sample_here("--workdir", run, "--out", tmp_path, *REQUEST)
-    assert contents(tmp_path) == contents(whole)
+    assert contents(tmp_path) == contents(complete)
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "difference"),
     [
         ("--steps 1", "steps: 2 there, 1 here"),
         ("--eta 0.5", "eta: 0.0 there, 0.5 here"),
@@ -112,18 +109,18 @@ def test_interrupted_anywhere_it_ends_as_if_never_stopped(
         ("--seeds 3,1,2", "seed: 0 there, 3 here"),
     ],
 )
-def test_images_made_otherwise_stop_the_command_and_stay(run, out, capsys, flags, told):
+def test_images_of_other_settings_are_refused_and_kept(
+    run, out, capsys, flags, difference
+):
     (out / NAMES[5]).unlink()
     before = snapshot(out)
     line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST, *flags.split())
-    assert f"{NAMES[0]} was made differently ({told})" in line, line
+    assert f"{NAMES[0]} was made differently ({difference})" in line, line
     assert "--overwrite" in line
     assert snapshot(out) == before
 
 
-def test_a_foreign_picture_among_them_stops_the_command_before_it_begins(
-    run, out, capsys
-):
+def test_foreign_file_in_the_output_folder_is_refused(run, out, capsys):
     for name in NAMES[:3]:
         (out / name).unlink()
     picture(out / NAMES[5])
@@ -136,16 +133,16 @@ def test_a_foreign_picture_among_them_stops_the_command_before_it_begins(
     assert snapshot(out) == {**before, NAMES[5]: snapshot(out)[NAMES[5]]}
 
 
-def test_overwrite_replaces_what_was_made_otherwise_and_that_alone(run, whole, out):
+def test_overwrite_replaces_only_images_that_differ(run, complete, out):
     picture(out / NAMES[1])
     (out / NAMES[4]).write_text("my notes")
     kept = snapshot(out)
     sample_here("--workdir", run, "--out", out, *REQUEST, "--overwrite")
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(complete)
     assert all(snapshot(out)[n] == kept[n] for n in NAMES if n not in NAMES[1:5:3])
 
 
-def test_another_checkpoint_is_told_and_another_place_of_the_same_is_not(
+def test_another_checkpoint_is_refused_and_a_moved_run_is_not(
     run, out, capsys, tmp_path
 ):
     moved = tmp_path / "moved"
@@ -171,14 +168,14 @@ def emptied(data):
 
 
 @pytest.mark.parametrize("harm", [cut, flipped, emptied])
-def test_a_damaged_image_of_ours_is_made_again(run, whole, out, harm):
+def test_damaged_or_empty_image_is_sampled_again(run, complete, out, harm):
     path = out / NAMES[2]
     path.write_bytes(harm(path.read_bytes()))
     sample_here("--workdir", run, "--out", out, *REQUEST)
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(complete)
 
 
-def test_a_damaged_image_that_need_not_be_ours_stops_the_command(run, out, capsys):
+def test_image_cut_before_its_metadata_is_refused(run, out, capsys):
     path = out / NAMES[2]
     path.write_bytes(path.read_bytes()[:100])
     before = snapshot(out)
@@ -190,11 +187,11 @@ def test_a_damaged_image_that_need_not_be_ours_stops_the_command(run, out, capsy
 def test_fifty_thousand_seeds_are_planned_in_two_seconds(run, monkeypatch, tmp_path):
     planned = []
 
-    def none(pipeline, specs):
+    def planning_only(pipeline, specs):
         planned.extend(specs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(outputs, "sample_images", none)
+    monkeypatch.setattr(outputs, "sample_images", planning_only)
     args = ["--workdir", run, "--out", tmp_path, "--labels", "1", "--seeds", "0-49999"]
     start = time.process_time()
     with pytest.raises(KeyboardInterrupt):
@@ -203,18 +200,18 @@ def test_fifty_thousand_seeds_are_planned_in_two_seconds(run, monkeypatch, tmp_p
     assert len(planned) == 50_000 and planned[-1].seed == 49_999
 
 
-def test_finding_what_is_there_decodes_no_pixel(whole, monkeypatch):
+def test_check_for_an_existing_image_decodes_no_pixel(complete, monkeypatch):
     def decoded(self):
         raise AssertionError("an image was decoded")
 
-    path = whole / NAMES[0]
+    path = complete / NAMES[0]
     metadata = read_texts(path)
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decoded)
     assert outputs.is_made(path, metadata, overwrite=False)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_share_whole_calls_in_turn(processes):
+def test_processes_take_sampler_calls_in_turn(processes):
     num, size = 25, 2 * 3
     shares = []
     for index in range(processes):
@@ -229,7 +226,7 @@ def test_processes_share_whole_calls_in_turn(processes):
         assert {i // size % processes for i in share} == {index}
 
 
-def test_a_trajectory_comes_beside_images_that_are_there(run, out):
+def test_trajectory_is_added_beside_existing_images(run, out):
     kept = snapshot(out)
     sample_here("--workdir", run, "--out", out, *REQUEST, "--trajectory")
     assert {n: snapshot(out)[n] for n in NAMES} == {n: kept[n] for n in NAMES}
@@ -237,11 +234,11 @@ def test_a_trajectory_comes_beside_images_that_are_there(run, out):
     assert (height, width) == (6 * 66 + 2, 3 * 66 + 2)
 
 
-def test_several_processes_make_what_one_makes(run, whole, tmp_path):
+def test_several_processes_write_the_files_of_one(run, complete, tmp_path):
     for share_index in (1, 2):
         args = ["--workdir", run, "--out", tmp_path, *REQUEST]
         sample_here(*args, "--process", f"{share_index}/3")
     assert not (tmp_path / "grid.png").exists()
     assert not (tmp_path / NAMES[0]).exists()
     sample_here("--workdir", run, "--out", tmp_path, *REQUEST, "--process", "0/3")
-    assert contents(tmp_path) == contents(whole)
+    assert contents(tmp_path) == contents(complete)

@@ -1,4 +1,4 @@
-"""What `ldm sample` may be asked: every mistake one line, and nothing written."""
+"""Requests to `ldm sample`: a mistake is one line and writes nothing."""
 
 import dataclasses
 import shlex
@@ -61,7 +61,7 @@ def grey(path, height=SIDE, width=SIDE):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run's config: all that parsing looks at. Two pictures lie beside it."""
+    """Write a run's config, all that parsing reads, and two images."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.json").write_text(to_json(get_config()))
     for name in ("i.png", "m.png"):
@@ -131,7 +131,7 @@ def workdir(tmp_path_factory):
         ("--replay I --weights w", ["--weights: got it beside --workdir"]),
     ],
 )
-def test_a_bad_flag_is_one_line_that_says_what_got_and_wanted(workdir, flags, words):
+def test_bad_flag_is_refused_in_one_line_and_writes_nothing(workdir, flags, words):
     names = {"I": workdir / "i.png", "M": workdir / "m.png", "DIR": workdir}
     given = [names.get(word, word) for word in flags.split()]
     out = [] if "--replay" in flags else ["--out", workdir / "out"]
@@ -140,17 +140,17 @@ def test_a_bad_flag_is_one_line_that_says_what_got_and_wanted(workdir, flags, wo
     assert not (workdir / "out").exists()
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path):
+def test_workdir_that_is_not_a_run_is_refused(tmp_path):
     assert "not a run" in error("--workdir", tmp_path, "--out", tmp_path / "out")
 
 
-def test_a_missing_or_doubled_source_is_named(workdir):
+def test_missing_or_second_model_source_is_refused(workdir):
     assert error().startswith("--workdir: not given")
     both = ["--workdir", workdir, "--weights", "x"]
     assert error(*both).startswith("--weights: got it beside --workdir")
 
 
-def test_an_out_that_is_a_file_is_named_and_kept(workdir):
+def test_out_that_is_a_file_is_refused_and_kept(workdir):
     picture = workdir / "i.png"
     before = picture.read_bytes()
     message = error("--workdir", workdir, "--out", picture)
@@ -179,38 +179,39 @@ def test_labels_default_to_every_class_of_the_run(workdir):
         ({"sampler": "unipc"}, {"negative_prompt": "-blue", "prompts": ("-x",)}),
     ],
 )
-def test_a_command_line_makes_the_request_that_it_was_written_for(
-    workdir, settings, request_
-):
+def test_command_line_round_trips_settings_and_request(workdir, settings, request_):
     config = get_config()
     diffusion = dataclasses.replace(config.diffusion, average_lengths=(0.05, 0.1))
     config = dataclasses.replace(config, diffusion=diffusion)
     (workdir / "config.json").write_text(to_json(config))
     if "image" in settings:
         settings = {**settings, "image": str(workdir / "i.png")}
-    asked = SamplingConfig(workdir=str(workdir), **settings), SampleRequest(**request_)
-    words = shlex.split(command_line(*asked))
+    expected = (
+        SamplingConfig(workdir=str(workdir), **settings),
+        SampleRequest(**request_),
+    )
+    words = shlex.split(command_line(*expected))
     assert words[:2] == ["ldm", "sample"]
-    assert command_of(*words[2:])[:2] == asked
+    assert command_of(*words[2:])[:2] == expected
 
 
-def test_a_list_is_written_as_ranges():
+def test_list_of_integers_is_written_as_ranges():
     assert list_text((0, 1, 2, 3, 9)) == "0-3,9"
     assert list_text((3, 2, 2, 4)) == "3,2,2,4"
 
 
-def test_guidance_is_two_by_default_and_none_where_an_image_is_inverted():
+def test_default_guidance_scale_is_two_and_one_for_an_inversion():
     assert SamplingConfig().guidance_scale == (2.0,)
     assert SamplingConfig(image="i.png", invert=True).guidance_scale == (1.0,)
 
 
-def test_an_interval_may_have_no_end(workdir):
+def test_guidance_interval_may_have_no_end(workdir):
     flags = ["--workdir", str(workdir), "--guidance-interval", "0.5", "inf"]
     settings = command_of(*flags).settings
     assert (settings.guidance_low, settings.guidance_high) == (0.5, None)
 
 
-def test_a_model_of_classes_and_texts_draws_each_with_each(workdir):
+def test_model_of_classes_and_texts_samples_every_pair(workdir):
     both = ConditionConfig(label=True, context="text")
     config = config_with(both, transformer_depth=1)
     given = ["--workdir", str(workdir), "--labels", "3,1", "--seeds", "5"]
@@ -231,13 +232,13 @@ def test_a_model_of_classes_and_texts_draws_each_with_each(workdir):
         ("--labels 0,1 --seeds 0-2", "2 classes or texts and 3 seeds"),
     ],
 )
-def test_an_interpolation_wants_two_ends(workdir, flags, counts):
+def test_interpolation_without_two_ends_is_refused(workdir, flags, counts):
     given = ["--workdir", str(workdir), "--interpolate", "3", *flags.split()]
     with pytest.raises(InputError, match=counts):
         specs_of(get_config(), command_of(*given))
 
 
-def test_help_shows_every_flag_and_parsing_waits_for_no_jax(capsys):
+def test_sample_help_shows_every_flag_and_parsing_imports_no_jax(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_sample(["--help"])
     assert not stop.value.code
@@ -272,7 +273,9 @@ def test_help_shows_every_flag_and_parsing_waits_for_no_jax(capsys):
         (EMBEDDING, "", "--workdir: this model is conditioned on embedding"),
     ],
 )
-def test_a_model_asks_for_the_pictures_it_is_given(workdir, condition, flags, words):
+def test_settings_that_do_not_fit_the_condition_are_refused(
+    workdir, condition, flags, words
+):
     names = {"I": str(workdir / "i.png"), "M": str(workdir / "m.png")}
     given = [names.get(word) or word for word in flags.split()]
     settings = command_of("--workdir", str(workdir), *given).settings
@@ -282,12 +285,12 @@ def test_a_model_asks_for_the_pictures_it_is_given(workdir, condition, flags, wo
         check_settings(model, settings)
 
 
-# What only the model can tell: through the whole command, and still nothing is written.
+# Checks that need the model: the whole command, which writes nothing.
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of several kinds, by name, and pictures that they cannot take."""
+    """Write runs of several kinds, and images that they refuse."""
     folder = tmp_path_factory.mktemp("runs")
     write_run(config_with(), folder / "label")
     write_run(config_with(), folder / "other_stage", seed=1)
@@ -305,9 +308,9 @@ def runs(tmp_path_factory):
     Image.new("1", (14000, 14000)).save(folder / "bomb.png")
     Image.new("1", (10000, 10000)).save(folder / "large.png")
     (folder / "text.png").write_text("no picture")
-    whole = (folder / "i.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[:-30])
-    (folder / "wrong.png").write_bytes(whole[:60] + b"\0\0\0\0" + whole[64:])
+    content = (folder / "i.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[:-30])
+    (folder / "wrong.png").write_bytes(content[:60] + b"\0\0\0\0" + content[64:])
     return folder
 
 
@@ -360,7 +363,7 @@ def runs(tmp_path_factory):
         ("label", "--replay bomb.png", ["--replay:", "too large"]),
     ],
 )
-def test_what_a_model_cannot_do_is_one_line_and_writes_nothing(
+def test_request_that_the_model_cannot_do_is_refused_in_one_line(
     runs, capsys, run, flags, words, tmp_path
 ):
     names = {path.name: path for path in runs.iterdir()}

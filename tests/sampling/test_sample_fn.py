@@ -1,4 +1,4 @@
-"""The sample function: one key an image, one program, bounded memory, edits."""
+"""The sample function: a key for each image, one program, bounded memory, edits."""
 
 import dataclasses
 import functools
@@ -37,13 +37,13 @@ from tests.support import tiny
 from tests.support.models import config_of, model_of
 
 CHUNK = 4
-# One of each kind of table: one register or two, drawing noise or not.
+# One sampler of each kind of table: one register or two, with and without noise.
 KINDS = ["ddim", "unipc", "dpmpp_sde_2m"]
 
 
 @functools.cache
 def tiny_model(kind="label"):
-    """Networks and parameters: the smallest model, or one of `tests.support.models`."""
+    """Make model and parameters: the smallest, or one of `tests.support.models`."""
     if kind == "tiny":
         config = tiny.get_config()
         first = dataclasses.replace(config.autoencoder, mid_attention=False)
@@ -87,19 +87,19 @@ def images(seeds, numbers, sampler="ddim", *, edit=None, **more):
 
 
 def in_threads(inputs, at_once):
-    """Call a jitted product three rows at a time; return it, and who called when."""
+    """Make a run of a jitted product by three rows; it returns rows and thread ids."""
     callers = []
     product = jax.jit(lambda x: jnp.sin(x) @ jnp.ones((64, 64), x.dtype))
 
     def fn(part):
         callers.append(threading.get_ident())
-        time.sleep(0.02)  # so that no thread is done before the next one starts
+        time.sleep(0.02)  # no thread ends before the next one starts
         return product(part)
 
     return lambda: (in_chunks(fn, inputs, size=3, at_once=at_once), callers)
 
 
-def test_calls_side_by_side_make_what_one_after_the_other_does():
+def test_concurrent_calls_equal_sequential_calls():
     x = jnp.asarray(np.random.RandomState(0).randn(20, 64), jnp.float32)
     here = threading.get_ident()
     run, alone = in_threads(x, 4), in_threads(x, 1)()[0]
@@ -111,7 +111,7 @@ def test_calls_side_by_side_make_what_one_after_the_other_does():
         callers.clear()
 
 
-def test_a_setting_of_this_thread_alone_holds_for_every_call():
+def test_thread_local_setting_holds_in_every_concurrent_call():
     x = jnp.asarray(np.random.RandomState(0).randn(9, 64), jnp.float32)
     alone, run = in_threads(x, 1)()[0], in_threads(x, 2)
     with jax.default_matmul_precision("highest"):
@@ -120,7 +120,7 @@ def test_a_setting_of_this_thread_alone_holds_for_every_call():
     assert np.array_equal(made, alone)
 
 
-def test_what_goes_wrong_in_a_call_is_said():
+def test_exception_of_a_concurrent_call_is_raised():
     def fn(part):
         if float(part[0, 0]) == 2.0:
             raise ValueError("no such picture")
@@ -130,7 +130,7 @@ def test_what_goes_wrong_in_a_call_is_said():
         in_chunks(fn, jnp.arange(4.0)[:, None], size=1, at_once=2)
 
 
-def test_calls_side_by_side_are_bounded_by_cores_and_memory(monkeypatch):
+def test_concurrent_calls_are_bounded_by_cores_and_memory(monkeypatch):
     monkeypatch.setattr(ldm_networks, "num_cores", lambda: 96)
     small = tiny_model("tiny")[0]
     assert calls_at_once(small, "cpu") == 96
@@ -145,7 +145,7 @@ def test_calls_side_by_side_are_bounded_by_cores_and_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("sampler", KINDS)
-def test_an_image_has_the_same_bits_in_any_company_and_at_any_place(sampler):
+def test_image_has_the_same_bits_in_any_batch_and_at_any_position(sampler):
     alone = images([7], [3], sampler)[0]
     assert np.ptp(alone) > 0.1
     for place in range(CHUNK):
@@ -156,7 +156,7 @@ def test_an_image_has_the_same_bits_in_any_company_and_at_any_place(sampler):
     assert np.array_equal(many[-1], alone)
 
 
-def test_one_device_and_eight_draw_the_same_bits():
+def test_one_device_and_eight_sample_the_same_bits():
     sampler = "dpmpp_sde_2m"
     seeds, numbers = list(range(11)), [i % 10 for i in range(11)]
     one = images(seeds, numbers, sampler)
@@ -173,12 +173,12 @@ def test_one_device_and_eight_draw_the_same_bits():
 
 @pytest.fixture
 def traces(monkeypatch):
-    """Grows by one each time a sample function is traced."""
-    times, traced = [], program.decode
+    """List that grows by one at each trace of a sample function."""
+    times, original_decode = [], program.decode
 
     def counted(*args, **kwargs):
         times.append(1)
-        return traced(*args, **kwargs)
+        return original_decode(*args, **kwargs)
 
     monkeypatch.setattr(program, "decode", counted)
     return times
@@ -203,7 +203,7 @@ def random_settings(rng, i):
 def test_one_program_serves_twenty_random_settings(traces):
     model, params = tiny_model("tiny")
     fn = make_sample_fn(model, max_steps=8)
-    rng, drawn = np.random.RandomState(0), []
+    rng, sums = np.random.RandomState(0), []
     for i in range(20):
         num = int(rng.randint(1, 4))
         result = fn(
@@ -213,38 +213,38 @@ def test_one_program_serves_twenty_random_settings(traces):
             random_settings(rng, i),
             uncond=labels(*(int(label) for label in rng.randint(0, 11, num))),
         )
-        drawn.append(float(np.asarray(result.images).sum()))
+        sums.append(float(np.asarray(result.images).sum()))
     assert len(traces) == 1
-    assert len(set(drawn)) == 20
+    assert len(set(sums)) == 20
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_the_program_for_all_settings_has_the_bits_of_one_for_its_guidance(scale):
+def test_program_for_all_settings_has_the_bits_of_a_specialised_one(scale):
     model, params = tiny_model("tiny")
     given = (params, image_keys([7]), labels(3), settings("unipc", scale=scale))
     alone = make_sample_fn(model, guided=scale != 1.0)(*given).images
     assert np.array_equal(sampler_fn()(*given).images, alone)
 
 
-def test_the_most_steps_do_not_change_an_image():
+def test_max_steps_does_not_change_an_image():
     model, params = tiny_model("tiny")
     given = (params, image_keys([7]), labels(3), settings("heun", steps=5))
     few = make_sample_fn(model, max_steps=5)(*given).images
     assert np.array_equal(sampler_fn()(*given).images, few)
 
 
-def test_prompts_are_inputs_too(traces):
+def test_prompts_share_one_program(traces):
     model, params = tiny_model("text")
     fn = make_sample_fn(model)
-    how = settings(steps=1, scale=7.5)
+    sampling = settings(steps=1, scale=7.5)
     for i in range(3):
         cond = ConditionInputs(tokens=jnp.full((CHUNK, 6), i, jnp.int32))
         # Traced, not compiled: the calls share the program if they share its trace.
-        jax.eval_shape(lambda c: fn(params, image_keys([0] * CHUNK), c, how), cond)
+        jax.eval_shape(lambda c: fn(params, image_keys([0] * CHUNK), c, sampling), cond)
     assert len(traces) == 1
 
 
-def test_inside_another_jitted_function_it_makes_the_same_images():
+def test_sample_fn_inside_jit_makes_the_same_images():
     params = tiny_model("tiny")[1]
 
     @jax.jit
@@ -256,12 +256,12 @@ def test_inside_another_jitted_function_it_makes_the_same_images():
     assert np.asarray(inside) == pytest.approx(outside, abs=1e-5)
 
 
-def test_memory_does_not_grow_with_the_steps():
+def test_sample_fn_memory_does_not_grow_with_the_steps():
     def temporary_bytes(num_steps):
         model, params = tiny_model("tiny")
         fn = make_sample_fn(model, max_steps=num_steps)
-        how = settings("heun", steps=num_steps)
-        call = jax.jit(lambda keys, cond: fn(params, keys, cond, how).images)
+        sampling = settings("heun", steps=num_steps)
+        call = jax.jit(lambda keys, cond: fn(params, keys, cond, sampling).images)
         keys = image_keys(list(range(CHUNK)))
         compiled = call.lower(keys, labels(*range(CHUNK))).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -270,7 +270,7 @@ def test_memory_does_not_grow_with_the_steps():
     assert temporary_bytes(60) - temporary_bytes(10) < 50 * 2 * 256
 
 
-def test_guidance_has_no_say_outside_its_interval_and_follows_its_schedule():
+def test_guidance_is_off_outside_its_interval_and_follows_its_schedule():
     seeds, numbers = [0, 1], [2, 3]
     guided, plain = images(seeds, numbers), images(seeds, numbers, scale=1.0)
     assert not np.allclose(guided, plain, atol=1e-3)
@@ -284,7 +284,7 @@ def test_guidance_has_no_say_outside_its_interval_and_follows_its_schedule():
     assert not np.array_equal(rising, guided)
 
 
-def test_a_model_that_guides_itself_away_from_itself_is_unguided():
+def test_autoguidance_by_the_model_itself_is_unguided():
     model, params = tiny_model("tiny")
     fn = make_sample_fn(model, weak=model)
     args = (params, image_keys([0, 1]), labels(2, 3), settings(scale=3.0))
@@ -294,13 +294,13 @@ def test_a_model_that_guides_itself_away_from_itself_is_unguided():
     assert not np.allclose(same, fn(*args, weak_params=worse).images, atol=1e-3)
 
 
-def test_a_worse_model_of_another_kind_is_refused():
+def test_autoguidance_by_a_model_of_another_prediction_is_refused():
     model, _ = tiny_model("tiny")
     with pytest.raises(ValueError, match="trained alike"):
         make_sample_fn(model, weak=model._replace(prediction="v"))
 
 
-def test_what_a_sample_function_cannot_do_is_refused():
+def test_sample_fn_options_out_of_range_are_refused():
     model, params = tiny_model("tiny")
     for options, message in (
         ({"max_steps": 2000}, "max_steps: got 2000, wanted 1 to 1000"),
@@ -316,17 +316,23 @@ def test_what_a_sample_function_cannot_do_is_refused():
         make_sample_fn(model, num_frames=4)(*given, settings(steps=2))
 
 
-def test_inputs_that_do_not_fit_each_other_are_refused():
+def test_sample_fn_inputs_that_do_not_match_are_refused():
     params = tiny_model("tiny")[1]
-    fn, keys, how, two = sampler_fn(), image_keys([0, 1]), settings(), labels(1, 2)
+    fn, keys, sampling, two = sampler_fn(), image_keys([0, 1]), settings(), labels(1, 2)
     mask, part = jnp.ones((2, 8, 8, 1)), settings(strength=0.5)
     cases = (
-        (lambda: fn(params, keys, labels(1), how), "cond: got 1 for 2 keys"),
-        (lambda: fn(params, keys[:0], labels(), how), "keys: got none"),
-        (lambda: fn(params, keys, labels(1, 77), how), "cond.label: got 77"),
-        (lambda: fn(params, keys, two, how, weak_params=params), "weak_params: wanted"),
-        (lambda: fn(params, keys, two, how, edit=Edit(weight=mask)), "edit.weight"),
-        (lambda: fn(params, keys, two, how, edit=Edit(mask=mask)), "edit.mask"),
+        (lambda: fn(params, keys, labels(1), sampling), "cond: got 1 for 2 keys"),
+        (lambda: fn(params, keys[:0], labels(), sampling), "keys: got none"),
+        (lambda: fn(params, keys, labels(1, 77), sampling), "cond.label: got 77"),
+        (
+            lambda: fn(params, keys, two, sampling, weak_params=params),
+            "weak_params: wanted",
+        ),
+        (
+            lambda: fn(params, keys, two, sampling, edit=Edit(weight=mask)),
+            "edit.weight",
+        ),
+        (lambda: fn(params, keys, two, sampling, edit=Edit(mask=mask)), "edit.mask"),
         (lambda: fn(params, keys, two, part), "strength: got below 1"),
     )
     for call, message in cases:
@@ -334,7 +340,7 @@ def test_inputs_that_do_not_fit_each_other_are_refused():
             call()
 
 
-def test_a_picture_starts_as_noisy_as_the_strength_says():
+def test_strength_sets_the_starting_noise_level_of_an_edit():
     model, params = tiny_model("tiny")
     picture, keys = pictures(), image_keys([0])
     x_0 = np.asarray(encode_images(model, params, picture))
@@ -349,7 +355,7 @@ def test_a_picture_starts_as_noisy_as_the_strength_says():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "unipc"])
-def test_what_the_mask_keeps_stays_to_the_bit_and_the_hole_does_not(sampler):
+def test_mask_keeps_every_bit_outside_its_hole(sampler):
     picture = pictures()
     mask = jnp.zeros((1, 8, 8, 1)).at[:, 2:5, 3:7].set(1.0)
     edit = Edit(image=picture, mask=mask)
@@ -360,13 +366,13 @@ def test_what_the_mask_keeps_stays_to_the_bit_and_the_hole_does_not(sampler):
     assert not np.allclose(filled[hole], other[hole], atol=1e-3)
 
 
-def test_every_latent_over_the_hole_is_free():
+def test_every_latent_over_the_mask_hole_is_free():
     mask = jnp.zeros((1, 8, 8, 1)).at[0, 3, 4].set(1.0)
     free = np.asarray(free_latents(mask, (4, 4, 2)))[0, ..., 0]
     assert free[1, 2] == 1.0 and free.sum() == 1.0
 
 
-def test_between_two_seeds_lies_noise_of_the_same_strength():
+def test_slerp_keeps_the_standard_deviation_of_the_noise():
     a, b = np.random.RandomState(0).randn(2, 3, 16, 16, 4)
     weights = jnp.asarray([0.0, 0.5, 1.0])
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
@@ -378,7 +384,7 @@ def test_between_two_seeds_lies_noise_of_the_same_strength():
     assert np.asarray(slerp(a, a, weights)) == pytest.approx(np.asarray(a), abs=1e-5)
 
 
-def test_interpolation_ends_at_its_ends():
+def test_interpolation_starts_and_ends_at_the_plain_images():
     edit = Edit(
         other_keys=image_keys([5, 5, 5]),
         other_cond=labels(8, 8, 8),
@@ -391,17 +397,19 @@ def test_interpolation_ends_at_its_ends():
         assert not np.allclose(between[1], between[end], atol=1e-2)
 
 
-def test_the_noise_of_an_inversion_gives_the_latent_back():
+def test_sample_of_inverted_noise_returns_the_image():
     model, params = tiny_model("tiny")
-    # Drawn at random the network is rough; a trained one changes slowly with x_t.
+    # A random network is rough; a trained one changes slowly with x_t.
     last = jax.tree.map(lambda x: 0.1 * x, params.unet["conv_out"])
     params = params._replace(unet={**params.unet, "conv_out": last})
     picture, cond = pictures(2), labels(3, 4)
     invert = make_invert_fn(model, num_steps=20, iterations=30)
     latents = invert(params, picture, cond)
     fn = make_sample_fn(model, guided=False)
-    how = SamplingConfig(steps=20)
-    back = fn(params, image_keys([0, 1]), cond, how, edit=Edit(latents=latents)).images
+    sampling = SamplingConfig(steps=20)
+    back = fn(
+        params, image_keys([0, 1]), cond, sampling, edit=Edit(latents=latents)
+    ).images
     kept = decode(model, params, encode_images(model, params, picture))
     assert np.asarray(back) == pytest.approx(np.asarray(kept), abs=1e-3)
     alone = invert(params, picture[1:], labels(4))
@@ -409,7 +417,7 @@ def test_the_noise_of_an_inversion_gives_the_latent_back():
 
 
 def blur(latents):
-    """A decoder that sees one latent to each side, and doubles the size."""
+    """Decode with a mean over 3 x 3 latents, at twice the size."""
     wide = jnp.pad(latents, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = latents.shape[1:3]
     mean = sum(
@@ -419,19 +427,19 @@ def blur(latents):
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 20), (33, 17)])
-def test_tiles_join_without_a_seam_where_the_decoder_sees_no_further(shape):
+def test_tiled_decoding_of_a_local_decoder_has_no_seams(shape):
     latents = jnp.asarray(np.random.RandomState(0).randn(2, *shape, 3), jnp.float32)
-    whole = np.asarray(blur(latents))
+    plain = np.asarray(blur(latents))
     tiled = np.asarray(decode_in_tiles(blur, latents, tile=8, factor=2))
-    assert tiled.shape == whole.shape
-    # Within a tile's border latent the blur sees its own edge: weights are small there.
-    assert np.abs(tiled - whole).mean() < 0.1 * np.abs(whole).mean()
+    assert tiled.shape == plain.shape
+    # At a tile's border the blur reads padding; weights are small there.
+    assert np.abs(tiled - plain).mean() < 0.1 * np.abs(plain).mean()
     smooth = jnp.broadcast_to(jnp.arange(float(shape[1]))[:, None], (2, *shape, 3))
     flat = np.asarray(decode_in_tiles(lambda x: x, smooth, tile=8, factor=1))
     assert flat == pytest.approx(np.asarray(smooth), rel=1e-5)
 
 
-def test_tiles_cover_everything_and_overlap_by_a_quarter():
+def test_tiles_cover_the_latent_and_overlap_by_a_quarter():
     for size in range(8, 70):
         starts = tile_starts(size, 8)
         assert starts[0] == 0 and starts[-1] == size - 8
@@ -439,7 +447,7 @@ def test_tiles_cover_everything_and_overlap_by_a_quarter():
     assert (ramp(8, tile=8, factor=2) > 0).all()
 
 
-def test_decoding_in_tiles_takes_the_memory_of_a_tile():
+def test_tiled_decoding_needs_the_memory_of_one_tile():
     model, params = tiny_model("tiny")
 
     def temporary_bytes(side, tile):
@@ -451,6 +459,6 @@ def test_decoding_in_tiles_takes_the_memory_of_a_tile():
         return compiled.memory_analysis().temp_size_in_bytes
 
     tiled = [temporary_bytes(side, 16) for side in (32, 64)]
-    picture = 4 * (128**2 - 64**2)  # what the picture itself takes more
+    picture = 4 * (128**2 - 64**2)  # the growth of the image itself
     assert tiled[1] - tiled[0] < 4 * picture
     assert temporary_bytes(64, 0) > 3 * tiled[1]

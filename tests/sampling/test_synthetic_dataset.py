@@ -1,4 +1,4 @@
-"""Samples as a labelled data set: read back as both forms, finished, and kept whole."""
+"""Samples as a labelled data set: read as TFDS and as a folder, resumed, checked."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.support.stand_ins import config_with, no_networks, picture
 
 LABELS = ("7", "3", "0")
 NUM_SEEDS = 3
-ASKED = ["--labels", ",".join(LABELS), "--seeds", "0-2", "--steps", 2]
+REQUEST = ["--labels", ",".join(LABELS), "--seeds", "0-2", "--steps", 2]
 PLACES = [
     f"images/train/{label}/{NUM_SEEDS * row + seed:06d}.png"
     for row, label in enumerate(LABELS)
@@ -44,23 +44,23 @@ def run(tmp_path_factory):
 
 
 def make(run, out, *args):
-    sample_here("--workdir", run, "--as-dataset", out, *(args or ASKED))
+    sample_here("--workdir", run, "--as-dataset", out, *(args or REQUEST))
     return out
 
 
-def refused(capsys, run, out, *args):
-    return refusal(capsys, "--workdir", run, "--as-dataset", out, *(args or ASKED))
+def error_line(capsys, run, out, *args):
+    return refusal(capsys, "--workdir", run, "--as-dataset", out, *(args or REQUEST))
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
+def complete(run, tmp_path_factory):
     return make(run, tmp_path_factory.mktemp("data") / "out")
 
 
 @pytest.fixture
-def out(whole, tmp_path):
-    """A copy, to be harmed."""
-    return shutil.copytree(whole, tmp_path / "out")
+def out(complete, tmp_path):
+    """Copy the complete data set, to be damaged."""
+    return shutil.copytree(complete, tmp_path / "out")
 
 
 def files(folder):
@@ -79,29 +79,29 @@ def opened(out, split="train"):
     return open_source("tfds:synthetic", split, directory=str(out / "tfds"))
 
 
-# What was written reads back.
+# Reading the data set back.
 
 
-def test_tfds_reads_every_image_with_its_label_in_the_order_of_the_files(whole):
-    source = opened(whole)
+def test_tfds_reads_every_image_and_label_in_file_order(complete):
+    source = opened(complete)
     assert source.class_names == tuple("0123456789") and source.channels == 1
     assert len(source.examples) == len(PLACES)
     for i, place in enumerate(PLACES):
         example = source.examples[i]
-        assert np.array_equal(example["image"], read_png(whole / place))
-        assert str(example["label"]) == read_texts(whole / place)["label"]
+        assert np.array_equal(example["image"], read_png(complete / place))
+        assert str(example["label"]) == read_texts(complete / place)["label"]
         assert place.split("/")[2] == str(example["label"])
 
 
-def test_a_slice_of_it_is_the_rows_it_names(whole):
-    rows = opened(whole, "train[2:5]").examples
-    images = [read_png(whole / place) for place in PLACES[2:5]]
+def test_split_slice_of_a_synthetic_data_set_reads_its_rows(complete):
+    rows = opened(complete, "train[2:5]").examples
+    images = [read_png(complete / place) for place in PLACES[2:5]]
     assert np.array_equal([row["image"] for row in rows], images)
 
 
-def test_it_reads_as_a_folder_of_images_too(whole):
+def test_synthetic_data_set_reads_as_a_folder_of_images(complete):
     source = open_source(
-        f"folder:{whole / 'images'}", "train", directory=None, needs=("label",)
+        f"folder:{complete / 'images'}", "train", directory=None, needs=("label",)
     )
     assert source.class_names == tuple(sorted(LABELS))
     condition_texts = [
@@ -109,29 +109,31 @@ def test_it_reads_as_a_folder_of_images_too(whole):
         for row in (source.examples[i] for i in range(len(source.examples)))
     ]
     wanted = [
-        (place.split("/")[2], read_png(whole / place).tobytes()) for place in PLACES
+        (place.split("/")[2], read_png(complete / place).tobytes()) for place in PLACES
     ]
     assert sorted(condition_texts) == sorted(wanted)
 
 
-def test_an_image_is_the_one_that_out_writes(run, whole, tmp_path):
-    sample_here("--workdir", run, "--out", tmp_path, *ASKED)
+def test_as_dataset_writes_the_images_of_out(run, complete, tmp_path):
+    sample_here("--workdir", run, "--out", tmp_path, *REQUEST)
     for i, place in enumerate(PLACES):
-        assert (tmp_path / f"{i:06d}.png").read_bytes() == (whole / place).read_bytes()
-    grids = [folder / "grid.png" for folder in (tmp_path, whole)]
+        assert (tmp_path / f"{i:06d}.png").read_bytes() == (
+            complete / place
+        ).read_bytes()
+    grids = [folder / "grid.png" for folder in (tmp_path, complete)]
     assert grids[0].read_bytes() == grids[1].read_bytes()
 
 
-def test_nothing_but_the_two_forms_and_a_grid_is_written(whole):
-    in_tfds = {name for name in files(whole) if name.startswith("tfds/")}
-    assert files(whole).keys() - in_tfds == {*PLACES, "grid.png"}
+def test_as_dataset_writes_images_tfds_and_a_grid_only(complete):
+    in_tfds = {name for name in files(complete) if name.startswith("tfds/")}
+    assert files(complete).keys() - in_tfds == {*PLACES, "grid.png"}
     assert all(name.startswith(TFDS) for name in in_tfds)
-    assert sorted(path.name for path in whole.iterdir()) == [
+    assert sorted(path.name for path in complete.iterdir()) == [
         *("grid.png", "images", "tfds")
     ]
 
 
-def test_texts_are_captions_in_both_forms(tmp_path):
+def test_prompts_become_captions_in_folder_and_tfds(tmp_path):
     clip = ClipConfig(
         vocab_size=521, width=8, depth=1, num_heads=2, mlp_width=8, eos_token_id=520
     )
@@ -153,7 +155,7 @@ def test_texts_are_captions_in_both_forms(tmp_path):
     assert json.loads(lines[3]) == {"file": "2/000003.png", "caption": WORDS[1]}
 
 
-def test_a_model_of_nothing_makes_images_alone(tmp_path):
+def test_data_set_of_an_unconditional_model_has_images_only(tmp_path):
     run = write_run(config_with(ConditionConfig()), tmp_path / "run")
     out = make(run, tmp_path / "out", "--seeds", "4,5", "--steps", 1)
     assert {name for name in files(out) if name.startswith("images/")} == {
@@ -164,7 +166,7 @@ def test_a_model_of_nothing_makes_images_alone(tmp_path):
     assert set(source.examples[0]) == {"image"}
 
 
-def test_colours_and_several_files_of_records(monkeypatch, tmp_path):
+def test_colour_images_are_written_to_several_shards(monkeypatch, tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(7)]
     for i, path in enumerate(paths):
         picture(path, seed=i)
@@ -182,11 +184,11 @@ def test_colours_and_several_files_of_records(monkeypatch, tmp_path):
 # The same command again.
 
 
-def test_the_same_command_gives_the_same_bytes_of_every_file(run, whole, tmp_path):
-    assert files(make(run, tmp_path / "again")) == files(whole)
+def test_same_as_dataset_command_writes_the_same_bytes(run, complete, tmp_path):
+    assert files(make(run, tmp_path / "again")) == files(complete)
 
 
-def test_a_finished_command_changes_nothing_and_says_so(run, out, capsys):
+def test_repeated_as_dataset_command_changes_nothing(run, out, capsys):
     before = stamps(out)
     make(run, out)
     assert stamps(out) == before
@@ -194,14 +196,14 @@ def test_a_finished_command_changes_nothing_and_says_so(run, out, capsys):
 
 
 @pytest.mark.parametrize("lost", [PLACES[4], "grid.png", "tfds"])
-def test_what_is_missing_is_made(run, whole, out, lost):
+def test_missing_data_set_files_are_written_again(run, complete, out, lost):
     path = out / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     make(run, out)
-    assert files(out) == files(whole)
+    assert files(out) == files(complete)
 
 
-def test_what_an_interrupted_process_left_half_is_made_whole(run, whole, out):
+def test_partial_files_of_an_interrupted_process_are_completed(run, complete, out):
     shutil.rmtree(out / "tfds")
     half = out / "tfds.part" / "synthetic"
     half.mkdir(parents=True)
@@ -209,22 +211,22 @@ def test_what_an_interrupted_process_left_half_is_made_whole(run, whole, out):
     (out / PLACES[0]).unlink()
     (out / f"{PLACES[0]}.part").write_bytes(b"half an image")
     make(run, out)
-    assert files(out) == files(whole)
+    assert files(out) == files(complete)
 
 
-def test_the_first_process_writes_the_data_set_once_all_images_are_there(
-    run, whole, capsys, tmp_path
+def test_first_process_writes_the_data_set_after_all_images(
+    run, complete, capsys, tmp_path
 ):
-    make(run, tmp_path, *ASKED, "--process", "0/2")
+    make(run, tmp_path, *REQUEST, "--process", "0/2")
     assert "4 images are still to be made" in capsys.readouterr().out
     assert not (tmp_path / "tfds").exists()
-    make(run, tmp_path, *ASKED, "--process", "1/2")
+    make(run, tmp_path, *REQUEST, "--process", "1/2")
     assert not (tmp_path / "tfds").exists()
-    make(run, tmp_path, *ASKED, "--process", "0/2")
-    assert files(tmp_path) == files(whole)
+    make(run, tmp_path, *REQUEST, "--process", "0/2")
+    assert files(tmp_path) == files(complete)
 
 
-# What was made differently.
+# Files that differ from the request.
 
 
 @pytest.mark.parametrize(
@@ -235,46 +237,42 @@ def test_the_first_process_writes_the_data_set_once_all_images_are_there(
         ("--seeds 0-1", ["--as-dataset:", "of another request"]),
     ],
 )
-def test_a_data_set_that_was_made_otherwise_stops_the_command_or_is_replaced(
+def test_data_set_of_another_request_is_refused_or_overwritten(
     run, out, capsys, tmp_path, change, words
 ):
-    args, before = [*ASKED, *change.split()], stamps(out)
-    message = refused(capsys, run, out, *args)
+    args, before = [*REQUEST, *change.split()], stamps(out)
+    message = error_line(capsys, run, out, *args)
     assert all(word in message for word in (*words, "--overwrite")), message
     assert stamps(out) == before
     make(run, out, *args, "--overwrite")
     assert files(out) == files(make(run, tmp_path / "anew", *args))
 
 
-def test_records_of_other_images_stop_the_command_or_are_replaced(
-    run, whole, out, capsys
-):
+def test_records_that_differ_are_refused_or_overwritten(run, complete, out, capsys):
     metadata = out / TFDS / "metadata.json"
     metadata.write_text(metadata.read_text().replace("a", "b"))
     before = stamps(out)
-    message = refused(capsys, run, out)
+    message = error_line(capsys, run, out)
     assert f"{TFDS} holds a data set that was made differently" in message
     assert stamps(out) == before
-    make(run, out, *ASKED, "--overwrite")
-    assert files(out) == files(whole)
+    make(run, out, *REQUEST, "--overwrite")
+    assert files(out) == files(complete)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "3/000009.png", "3/000010.png"])
-def test_a_file_of_someone_else_stops_the_command_and_is_never_removed(
-    run, out, capsys, name
-):
-    mine = out / "images" / "train" / name
-    mine.write_text("mine")
+def test_foreign_file_is_refused_and_never_removed(run, out, capsys, name):
+    foreign = out / "images" / "train" / name
+    foreign.write_text("mine")
     if name == "3/000010.png":
-        picture(mine)
+        picture(foreign)
     before = stamps(out)
     for also in ([], ["--overwrite"]):
-        message = refused(capsys, run, out, *ASKED, *also)
+        message = error_line(capsys, run, out, *REQUEST, *also)
         assert f"{name} does not belong to the data set" in message
     assert stamps(out) == before
 
 
-def test_captions_that_were_changed_stop_the_command(tmp_path):
+def test_changed_captions_file_is_refused(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_text("mine\n")
     request = SampleRequest(as_dataset=tmp_path)
@@ -283,7 +281,7 @@ def test_captions_that_were_changed_stop_the_command(tmp_path):
     synthetic.check_captions(request, path, "mine\n")
 
 
-# What classes are called.
+# Class names and class folders.
 
 
 @pytest.mark.parametrize(
@@ -308,7 +306,7 @@ def test_class_folders_are_safe_distinct_and_sort_as_the_classes(names, folders)
     assert all(len(name.encode()) < 256 and name[0] != "." for name in found)
 
 
-def test_names_are_found_where_a_data_set_is_and_nothing_is_prepared(tmp_path):
+def test_class_names_are_read_without_preparing_a_data_set(tmp_path):
     nowhere = str(tmp_path / "nowhere")
     assert find_class_names("tfds:digits", directory=nowhere) == tuple("0123456789")
     for absent in ("tfds:mnist", "folder:/nowhere", "builder:/nowhere.py"):
@@ -320,7 +318,7 @@ def test_names_are_found_where_a_data_set_is_and_nothing_is_prepared(tmp_path):
     assert find_class_names(f"folder:{tmp_path}", directory=None) == ("a", "b")
 
 
-def test_classes_have_the_names_of_the_data_set_or_numbers(monkeypatch):
+def test_class_names_are_those_of_the_data_set_or_numbers(monkeypatch):
     config, of_run = config_with(), SamplingConfig(workdir="run")
     ten, numbers = tuple(f"name {i}" for i in range(10)), tuple("0123456789")
 
@@ -335,7 +333,7 @@ def test_classes_have_the_names_of_the_data_set_or_numbers(monkeypatch):
     assert names(*ten, settings=SamplingConfig(weights="w")) == numbers
 
 
-# What it cannot be asked beside.
+# Flags that conflict with --as-dataset.
 
 
 @pytest.mark.parametrize(
@@ -347,19 +345,19 @@ def test_classes_have_the_names_of_the_data_set_or_numbers(monkeypatch):
         ("--replay PICTURE", "--as-dataset: got it beside --replay"),
     ],
 )
-def test_what_has_no_meaning_for_a_data_set_is_one_line(
+def test_flags_that_conflict_with_as_dataset_are_refused(
     run, capsys, tmp_path, flags, words
 ):
-    given = [
+    words_of_flags = [
         str(picture(tmp_path / "p.png")) if word == "PICTURE" else word
         for word in flags.split()
     ]
-    message = refused(capsys, run, tmp_path / "out", *given)
+    message = error_line(capsys, run, tmp_path / "out", *words_of_flags)
     assert words in message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_is_a_file_is_named(run, capsys, tmp_path):
+def test_as_dataset_path_that_is_a_file_is_refused(run, capsys, tmp_path):
     path = picture(tmp_path / "p.png")
-    assert "--as-dataset:" in (line := refused(capsys, run, path))
+    assert "--as-dataset:" in (line := error_line(capsys, run, path))
     assert "is a file, wanted a folder" in line
