@@ -1,4 +1,4 @@
-"""From a folder of images to samples: it is looked at, and it is trained on."""
+"""A folder of images: `ldm check-images`, the contact sheet and training on it."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ NUM_CLASSES = 10
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Ten classes of four images each, with captions, of which none is odd."""
+def good_folder(tmp_path_factory):
+    """Write ten classes of four images each, all with captions and without faults."""
     root = tmp_path_factory.mktemp("pictures") / "whole"
     random = np.random.RandomState(0)
     for label in range(NUM_CLASSES):
@@ -43,9 +43,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def odd(whole, tmp_path):
-    """The same with whatever can be wrong."""
-    root = shutil.copytree(whole, tmp_path / "odd")
+def faulty_folder(good_folder, tmp_path):
+    """Copy the good folder and add one fault of each kind."""
+    root = shutil.copytree(good_folder, tmp_path / "odd")
     shutil.copy(root / "class 0" / "1.png", root / "class 1" / "copy.png")
     (root / "class 2" / "0.txt").unlink()
     (root / "class 3" / "notes.txt").write_text("x")
@@ -55,15 +55,15 @@ def odd(whole, tmp_path):
 
 
 def report(capsys, *args):
-    """Run the command; return its exit code and what it printed."""
+    """Run the command; return its exit code, stdout and stderr."""
     with pytest.raises(SystemExit) as stop:
         run_main(check_images.main, "ldm check-images", [str(arg) for arg in args])
-    said = capsys.readouterr()
-    return stop.value.code, said.out, said.err
+    printed = capsys.readouterr()
+    return stop.value.code, printed.out, printed.err
 
 
-def test_a_good_folder_is_told_in_words_and_drawn(whole, tmp_path, capsys):
-    code, out, _ = report(capsys, whole, "--out", tmp_path / "sheet.png")
+def test_good_folder_gets_a_report_and_a_contact_sheet(good_folder, tmp_path, capsys):
+    code, out, _ = report(capsys, good_folder, "--out", tmp_path / "sheet.png")
     assert code == 0
     for words in (
         "40 images (train ",
@@ -80,9 +80,9 @@ def test_a_good_folder_is_told_in_words_and_drawn(whole, tmp_path, capsys):
         assert sheet.width > 8 * TILE and sheet.height > 5 * TILE
 
 
-def test_whatever_is_odd_is_counted_and_named(odd, tmp_path, capsys):
-    asked = (odd, "--out", tmp_path / "sheet.png", "--image-size", 10)
-    code, out, _ = report(capsys, *asked, "--json")
+def test_report_counts_and_names_faulty_files(faulty_folder, tmp_path, capsys):
+    arguments = (faulty_folder, "--out", tmp_path / "sheet.png", "--image-size", 10)
+    code, out, _ = report(capsys, *arguments, "--json")
     assert code == 1
     tree = json.loads(out)
     assert list(tree["broken"]) == ["class 4/broken.png"]
@@ -93,17 +93,17 @@ def test_whatever_is_odd_is_counted_and_named(odd, tmp_path, capsys):
     assert tree["captions_without_image"] == ["class 3/notes.txt"]
     assert tree["other_files"] == {".heic": 1, ".txt": 1}
     assert tree["smaller"]["than"] == 10 and len(tree["smaller"]["files"]) == 41
-    code, out, _ = report(capsys, *asked)
+    code, out, _ = report(capsys, *arguments)
     assert code == 1
     assert "broken: 1\n  class 4/broken.png: " in out
     assert "smaller than 10 pixels: 41\n" in out
     assert "and 31 more (--json names all)" in out
 
 
-def test_a_picture_on_both_sides_is_told(whole, tmp_path, capsys):
+def test_report_counts_duplicates_in_both_splits(good_folder, tmp_path, capsys):
     root = tmp_path / "split"
     for split in ("train", "test"):
-        shutil.copytree(whole / "class 0", root / split / "class 0")
+        shutil.copytree(good_folder / "class 0", root / split / "class 0")
     Image.new("L", (SIDE, SIDE)).save(root / "train" / "class 0" / "new.png")
     code, out, _ = report(capsys, root, "--out", tmp_path / "sheet.png")
     assert code == 0
@@ -127,14 +127,16 @@ def test_a_picture_on_both_sides_is_told(whole, tmp_path, capsys):
         ([], "PATH: not given"),
     ],
 )
-def test_a_question_that_cannot_be_answered_is_one_line(whole, capsys, args, words):
-    code, out, err = report(capsys, *(arg.format(whole) for arg in args))
+def test_bad_check_images_arguments_are_refused_in_one_line(
+    good_folder, capsys, args, words
+):
+    code, out, err = report(capsys, *(arg.format(good_folder) for arg in args))
     assert code == 2 and not out
     assert words in err and "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
 
 
-def test_images_of_a_sheet_are_spread_over_the_folder():
+def test_contact_sheet_images_are_spread_over_the_folder():
     names = [str(i) for i in range(1000)]
     chosen = list(map(int, choose(names)))
     assert (len(chosen), chosen[0], chosen[-1]) == (64, 0, 999)
@@ -142,7 +144,7 @@ def test_images_of_a_sheet_are_spread_over_the_folder():
     assert choose(names[:5]) == names[:5]
 
 
-def test_a_thumbnail_shows_what_is_trained_on_and_dims_the_rest(tmp_path):
+def test_thumbnail_dims_the_area_outside_the_centre_crop(tmp_path):
     Image.new("RGB", (3 * TILE, TILE), (0, 0, 0)).save(tmp_path / "a.png")
     page = draw_sheet(tmp_path, ["a.png"], title="one", labels={"a.png": "long " * 99})
     row = page[page.shape[0] // 2 - 20]
@@ -159,14 +161,14 @@ def folder_config(root, **changed):
     return dataclasses.replace(tiny, data=data)
 
 
-def test_what_does_not_fit_the_config_says_which_flag_would(whole):
+def test_wrong_num_classes_is_refused_with_the_flag_to_change(good_folder):
     with pytest.raises(InputError, match=r"has 10; try --data.num-classes 10"):
-        open_split(folder_config(whole, num_classes=3), "train")
+        open_split(folder_config(good_folder, num_classes=3), "train")
 
 
-def test_views_of_training_images_vary_and_held_out_ones_do_not(whole):
+def test_crop_and_flip_change_training_images_but_not_labels(good_folder):
     plain, varied = (
-        folder_config(whole, crop=crop, flip=flip)
+        folder_config(good_folder, crop=crop, flip=flip)
         for crop, flip in (("center", False), ("random", True))
     )
     layout = make_layout(plain.parallel)
@@ -179,11 +181,11 @@ def test_views_of_training_images_vary_and_held_out_ones_do_not(whole):
 
 
 @pytest.fixture
-def reads_text(whole):
+def text_config(good_folder):
     text = TextConfig(
         vocab_size=300, length=6, width=16, depth=1, num_heads=2, head_width=8
     )
-    config = folder_config(whole)
+    config = folder_config(good_folder)
     condition = ConditionConfig(context="text", text=text, tokenizer="captions")
     diffusion = dataclasses.replace(
         config.diffusion, transformer_depth=1, condition=condition
@@ -191,26 +193,26 @@ def reads_text(whole):
     return dataclasses.replace(config, diffusion=diffusion)
 
 
-def test_a_tokenizer_is_learned_from_the_captions_of_a_folder(
-    reads_text, tmp_path, caplog
+def test_tokenizer_is_trained_from_the_captions_of_a_folder(
+    text_config, tmp_path, caplog
 ):
     with caplog.at_level(logging.WARNING):
-        keep_tokenizer(reads_text, tmp_path)
-    (said,) = caplog.messages
-    assert said.startswith("39 of 39 captions are longer than the 6 tokens")
+        keep_tokenizer(text_config, tmp_path)
+    (warning,) = caplog.messages
+    assert warning.startswith("39 of 39 captions are longer than the 6 tokens")
     assert (tmp_path / "tokenizer" / "tokenizer.json").exists()
 
 
-def test_captions_cut_by_a_given_tokenizer_are_told_of_once(
-    reads_text, tmp_path, caplog
+def test_captions_cut_by_a_given_tokenizer_are_warned_of_once(
+    text_config, tmp_path, caplog
 ):
     text = train_byte_pairs(["picture of class", "picture of class"], vocab_size=280)
     write_byte_pairs(text, tmp_path / "given")
     condition = dataclasses.replace(
-        reads_text.diffusion.condition, tokenizer=str(tmp_path / "given")
+        text_config.diffusion.condition, tokenizer=str(tmp_path / "given")
     )
-    diffusion = dataclasses.replace(reads_text.diffusion, condition=condition)
-    config = dataclasses.replace(reads_text, diffusion=diffusion)
+    diffusion = dataclasses.replace(text_config.diffusion, condition=condition)
+    config = dataclasses.replace(text_config, diffusion=diffusion)
     assert open_split(config, "train").examples[0]["tokens"].shape == (6,)
     run = tmp_path / "run"
     run.mkdir()
@@ -218,13 +220,15 @@ def test_captions_cut_by_a_given_tokenizer_are_told_of_once(
         keep_tokenizer(config, run)
         (run / "metrics.jsonl").write_text("")
         keep_tokenizer(config, run)
-    (said,) = caplog.messages
-    assert "captions are longer than the 6 tokens of the context, and are cut" in said
+    (warning,) = caplog.messages
+    assert (
+        "captions are longer than the 6 tokens of the context, and are cut" in warning
+    )
 
 
 @pytest.mark.skipif("LDM_JAX_SLOW" not in os.environ, reason="trains both stages")
-def test_a_run_trains_on_a_folder(whole, tmp_path):
-    folder = ("--data.source", f"folder:{whole}", "--data.num-train-examples", 0)
+def test_a_run_trains_on_a_folder(good_folder, tmp_path):
+    folder = ("--data.source", f"folder:{good_folder}", "--data.num-train-examples", 0)
     varied = ("--data.crop", "random", "--data.flip")
     out = succeeded(train(tmp_path / "run", *folder, *varied))
     assert "finished" in out

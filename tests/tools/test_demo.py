@@ -1,4 +1,4 @@
-"""The web page to try a run: its limits, its command, and in a browser."""
+"""The web page that samples a run: limits, command line, server and browser."""
 
 import asyncio
 import base64
@@ -78,7 +78,7 @@ def parsed(*args):
         ("label", [-1, 10, 3.5, None, "../../etc/passwd"]),
     ],
 )
-def test_what_is_out_of_range_is_refused_on_the_server(name, values):
+def test_control_values_out_of_range_are_refused(name, values):
     assert check_controls(GIVEN, CLASSES).label == 4
     for value in values:
         with pytest.raises(InputError, match=r"got .*, wanted [01] to "):
@@ -87,7 +87,7 @@ def test_what_is_out_of_range_is_refused_on_the_server(name, values):
         check_controls({k: v for k, v in GIVEN.items() if k != name}, CLASSES)
 
 
-def test_texts_are_short_and_of_one_line():
+def test_prompts_are_made_one_line_and_long_ones_are_refused():
     controls = check_controls({**GIVEN, "prompt": "a\n red\x00\tcross "}, TEXTS)
     assert controls.prompt == "a red cross" and controls.label is None
     with pytest.raises(InputError, match="got 1001 letters, wanted at most 1000"):
@@ -98,16 +98,18 @@ def test_texts_are_short_and_of_one_line():
 
 @pytest.mark.parametrize("limits", [CLASSES, TEXTS])
 @pytest.mark.parametrize("num_images", [1, 3])
-def test_the_command_requests_what_the_controls_select(workdir, limits, num_images):
+def test_command_of_the_page_requests_the_selected_controls(
+    workdir, limits, num_images
+):
     settings = parsed(workdir, "--sampler", "unipc", "--spacing", "karras").settings
     controls = check_controls({**GIVEN, "num_images": num_images}, limits)
-    asked = sampling_of(controls, settings), request_of(controls)
-    words = shlex.split(command_line(*asked))
+    expected = sampling_of(controls, settings), request_of(controls)
+    words = shlex.split(command_line(*expected))
     assert words[:2] == ["ldm", "sample"]
-    assert parse_sample(words[2:])[:2] == asked
+    assert parse_sample(words[2:])[:2] == expected
 
 
-def test_one_page_makes_images_and_few_wait():
+def test_render_queue_runs_one_page_and_limits_those_that_wait():
     async def count():
         queue, inside, most = RenderQueue(3), 0, 0
         refused = []
@@ -124,7 +126,7 @@ def test_one_page_makes_images_and_few_wait():
                 refused.append(str(error))
 
         await asyncio.gather(*(draw() for _ in range(10)))
-        await draw()  # and afterwards it is free again
+        await draw()  # the queue is free again
         return most, refused
 
     most, refused = asyncio.run(count())
@@ -132,8 +134,8 @@ def test_one_page_makes_images_and_few_wait():
     assert refused[0] == "busy: 3 other pages wait for their images; try again"
 
 
-def answered(scope):
-    """What becomes of a request to a page of this machine alone."""
+def passes_gate(scope):
+    """Return whether the gate of a local page passes a request."""
     passed, sent = [], []
 
     async def app(scope, receive, send):
@@ -162,24 +164,24 @@ def answered(scope):
         ("lifespan", "", "", "", True),
     ],
 )
-def test_the_gate_lets_in_reading_from_this_machine_alone(
-    kind, method, host, origin, may
-):
+def test_gate_passes_only_read_requests_to_local_hosts(kind, method, host, origin, may):
     headers = [(b"host", host.encode())]
     headers += [(b"origin", origin.encode())] if origin else []
-    assert answered({"type": kind, "method": method, "headers": headers}) == may
+    assert passes_gate({"type": kind, "method": method, "headers": headers}) == may
 
 
-def test_it_listens_to_this_machine_alone_unless_told_otherwise(workdir):
+def test_server_listens_on_localhost_by_default(workdir):
     _, flags = parse([str(workdir), "--port", "0"])
-    with open_socket(flags.host, flags.port) as taken:
-        host, port = taken.getsockname()
-        assert host == "127.0.0.1" and address_of(taken) == f"http://127.0.0.1:{port}/"
+    with open_socket(flags.host, flags.port) as open_port:
+        host, port = open_port.getsockname()
+        assert (
+            host == "127.0.0.1" and address_of(open_port) == f"http://127.0.0.1:{port}/"
+        )
         with pytest.raises(InputError, match=f"--port: {port} is in use.* --port 0"):
             open_socket(flags.host, port)
 
 
-def test_bad_input_is_one_line(workdir, tmp_path, monkeypatch):
+def test_bad_serve_arguments_are_refused(workdir, tmp_path, monkeypatch):
     cases = (
         ((tmp_path,), r"WORKDIR: .* is not a run \(no config.json\); try"),
         ((tmp_path / "none",), "WORKDIR: .* is not a run"),
@@ -203,14 +205,14 @@ def test_bad_input_is_one_line(workdir, tmp_path, monkeypatch):
             open_socket(host, 0)
 
 
-def test_without_the_library_its_extra_is_named(workdir, monkeypatch):
+def test_missing_nicegui_is_refused_with_its_extra(workdir, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"nicegui: not installed.* try .*browse"):
         parsed(workdir)
 
 
 @needs_nicegui
-def test_a_port_in_use_ends_the_command_before_anything_is_loaded(workdir):
+def test_serve_on_a_port_in_use_is_refused(workdir):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -219,7 +221,7 @@ def test_a_port_in_use_ends_the_command_before_anything_is_loaded(workdir):
     assert line.startswith(f"ldm serve: error: --port: {port} is in use")
 
 
-def test_help_is_fast_and_without_jax():
+def test_serve_help_imports_neither_jax_nor_nicegui():
     script = (
         "import sys; from ldm_jax.cli.serve import main\n"
         "try: main(['--help'])\n"
@@ -234,7 +236,7 @@ def test_help_is_fast_and_without_jax():
 
 @contextlib.contextmanager
 def page_of(config, folder):
-    """Serve the page of a run that was never trained; yield its folder and address."""
+    """Serve the page of an untrained run; yield its folder and address."""
     write_run(config, folder)
     flags = ("--port", "0", "--max-steps", "9", "--max-images", "4")
     with subprocess.Popen(
@@ -268,7 +270,7 @@ def status_of(request):
 
 
 @needs_nicegui
-def test_no_file_is_served_that_is_not_the_page_s(served):
+def test_server_refuses_files_outside_the_page(served):
     _, url = served
     page = status_of(url)[1].decode()
     files = re.search(r"/_nicegui/[\d.]+/", page).group()
@@ -297,15 +299,15 @@ IMAGES = "[...document.querySelectorAll('.images img')].map(x => x.src)"
 COMMAND = "document.querySelector('.command code').innerText"
 
 
-def move(knob, value):
-    """Script that sends what a knob would send, in or out of its range."""
+def set_control(knob, value):
+    """Return a script that sends a control's value, in or out of its range."""
     found = f"""document.querySelector('[aria-label="{knob}"]').closest('[id^="c"]')"""
     return f"getElement({found}).$emit('update:model-value', {value})"
 
 
 @needs_nicegui
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_the_page_in_a_browser(served, tmp_path):
+def test_page_of_a_class_model_in_a_browser(served, tmp_path):
     folder, url = served
     with open_tab(tmp_path / "profile") as tab:
         tab.go(url)
@@ -314,20 +316,20 @@ def test_the_page_in_a_browser(served, tmp_path):
         assert len(set(first)) == 4
         command = tab.run(COMMAND)
         assert f"--workdir {folder} " in command and "--labels 0 --seeds 0-3" in command
-        tab.run(move("steps", 4))
+        tab.run(set_control("steps", 4))
         tab.wait(f"({STATUS}).includes('4 steps, ')")
-        tab.run(move("images", 1))
+        tab.run(set_control("images", 1))
         tab.wait(f"({IMAGES}).length == 1 && ({STATUS}).includes('steps')")
-        tab.run(move("guidance", 3.5))
+        tab.run(set_control("guidance", 3.5))
         tab.wait(f"({COMMAND}).includes('--guidance-scale 3.5')")
         tab.wait(f"({STATUS}).includes('4 steps, ')")
         image = Image.open(io.BytesIO(base64.b64decode(tab.run(IMAGES)[0][22:])))
         assert image.size == (8, 8)
         assert image.text["seed"] == "0" and image.text["guidance_scale"] == "3.5"
-        # What the page itself would never send is refused where it matters.
-        tab.run(move("steps", 10**6))
+        # The server refuses values that the page never sends.
+        tab.run(set_control("steps", 10**6))
         tab.wait(f"({STATUS}).includes('steps: got 1000000, wanted 1 to 9')")
-        tab.run(move("steps", "'/etc/passwd'"))
+        tab.run(set_control("steps", "'/etc/passwd'"))
         tab.wait(f"({STATUS}).includes('steps: got str, wanted 1 to 9')")
         for width in (390, 1280):
             tab.go(url, width=width)
@@ -344,14 +346,14 @@ def test_the_page_in_a_browser(served, tmp_path):
 
 
 def write(tab, knob, text):
-    """Type a text in the place of what is there."""
+    """Replace the text of a control."""
     tab.run(f"""document.querySelector('[aria-label="{knob}"]').select()""")
     tab.send("Input.insertText", text=text)
 
 
 @needs_nicegui
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_the_page_of_a_model_of_texts(tmp_path):
+def test_page_of_a_text_model_in_a_browser(tmp_path):
     (tmp_path / "words").mkdir()
     write_clip(tmp_path / "words", "sd1")
     config = config_of("clip")

@@ -1,4 +1,4 @@
-"""Plans: what the compiler's texts say, what fits, and the command."""
+"""Plans: compiled programs, estimates, remedies and the command."""
 
 import json
 
@@ -33,7 +33,7 @@ from tests.support.commands import ldm, succeeded
 from tests.support.tiny import get_config
 
 TINY = ["--config", "tests/support/tiny.py"]
-# As libtpu 0.0.52 prints them, attributes that say nothing here left out.
+# As libtpu 0.0.52 prints them, without attributes that the parser ignores.
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 
@@ -121,7 +121,7 @@ def test_bytes_of_a_type_leave_out_the_padding_of_its_layout():
     assert num_bytes(text) == 11 * 192 * 4 + 3 * 2 + 8 + 4
 
 
-def test_each_collective_counts_once_and_loops_count_their_rounds():
+def test_each_collective_counts_once_a_loop_iteration():
     assert set(collectives(parse_program(PROGRAM))) == {
         Collective("all-gather", 32 * 4 * 2, 4, True, 1),
         Collective("all-gather", 64 * 4 * 2, 4, True, 1),
@@ -132,7 +132,7 @@ def test_each_collective_counts_once_and_loops_count_their_rounds():
     assert len(collectives(parse_program(PROGRAM))) == 5
 
 
-def test_cycles_of_a_loop_count_its_rounds():
+def test_cycles_of_a_loop_count_its_iterations():
     assert estimated_cycles(parse_program(PROGRAM)) == 7 + 30 + 5 * 100 + 3 * 1000
 
 
@@ -155,13 +155,13 @@ backend_config={"known_trip_count":{"n":"3"}}
 """
 
 
-def test_kernels_count_what_they_were_said_to_do():
+def test_kernels_have_their_stated_flops_and_cycles():
     found = kernels(parse_program(KERNELS))
     assert found == [
         Kernel("attention_forward_512x4096", 671_088_640, 8_388_608, 1),
         Kernel("attention_backward_16x64", 1_310_720, 1024, 3),
     ]
-    # Four steps of 2048 x 1024 forward, three of 1024 backward: the least.
+    # Four steps of 2048 x 1024 forward; three of 1024, the smallest, backward.
     assert kernel_cycles(chip_named("v5e"), found) == pytest.approx(
         4 * (170 + 2048 * 4.27) + 3 * 1900, abs=1
     )
@@ -172,7 +172,7 @@ def test_kernels_count_what_they_were_said_to_do():
 
 
 BUNDLES = {
-    # chip, channels of a head: by 1024 probabilities of a step, forward and backward
+    # (chip, head width): {1024 probabilities a step: (forward, backward)}
     ("v6e", 32): {64: (665, 1166), 512: (1773, 3333)},
     ("v6e", 40): {1024: (3222, 6015), 2048: (6241, 11334)},
     ("v6e", 64): {256: (1041, 1965), 512: (1770, 3333), 2048: (6243, 11335)},
@@ -188,11 +188,11 @@ BUNDLES = {
     ("v5e", 256): {512: (4092, 9707)},
     ("v5e", 512): {64: (1097, 2361), 512: (7304, 19702), 2048: (29138, 78574)},
 }
-"""What libtpu 0.0.52 scheduled for one step of our kernels."""
+"""Bundles that libtpu 0.0.52 schedules for one step of our kernels."""
 
 
 @pytest.mark.parametrize("chip, width", BUNDLES)
-def test_cycles_of_kernels_are_those_of_their_schedules(chip, width):
+def test_kernel_cycles_are_near_those_of_their_schedules(chip, width):
     for size, bundles in BUNDLES[chip, width].items():
         each, most = 1024 * size, 1.05 if width <= 80 and size >= 256 else 1.32
         for way, products, wanted in zip(PRODUCTS, (2, 5), bundles, strict=True):
@@ -202,25 +202,29 @@ def test_cycles_of_kernels_are_those_of_their_schedules(chip, width):
             assert 0.95 * wanted < cycles < most * wanted, (way, size)
 
 
-def test_a_text_without_entry_is_refused():
+def test_program_text_without_entry_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         parse_program("HloModule nothing")
 
 
-def test_what_a_chip_sends_is_that_of_a_ring():
+def test_sent_bytes_are_those_of_a_ring():
     reduced = Collective("all-reduce", 1000, 4, False, 1)
     assert reduced.sent_bytes == 2 * 3 / 4 * 1000
     assert reduced._replace(kind="all-gather").sent_bytes == 3 / 4 * 1000
     assert reduced._replace(kind="collective-permute").sent_bytes == 1000
 
 
-def test_equal_collectives_are_told_together():
+def test_equal_collectives_share_one_row():
     row = Collective("all-gather", 8, 4, True, 3)
-    (told,) = collective_rows([row, row._replace(times=2)])
-    assert (told["count"], told["bytes"], told["asynchronous"]) == (5, 8, True)
+    (row_of_both,) = collective_rows([row, row._replace(times=2)])
+    assert (
+        row_of_both["count"],
+        row_of_both["bytes"],
+        row_of_both["asynchronous"],
+    ) == (5, 8, True)
 
 
-def test_a_lack_of_memory_is_read_from_the_compilers_error():
+def test_memory_shortage_is_read_from_the_compiler_error():
     assert parse_shortage(SHORT) == Shortage(16.77 * GIB, 15.75 * GIB)
     old = "Used 17.45G of 15.75G hbm. Exceeded hbm capacity by 1.70G."
     assert parse_shortage(old) == Shortage(17.45 * GIB, 15.75 * GIB)
@@ -228,7 +232,7 @@ def test_a_lack_of_memory_is_read_from_the_compilers_error():
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_every_listed_topology_is_one(name):
+def test_every_example_topology_is_parsed(name):
     topology = parse_topology(name)
     assert topology is not None
     assert topology.chip.name == name.split(":")[0]
@@ -237,17 +241,17 @@ def test_every_listed_topology_is_one(name):
 @pytest.mark.parametrize(
     "name", ["v5e", "v5e:", "v9:2x2", "v5e:0x2", "V5E:2x2", "2x2", "v5e:2xx2", ""]
 )
-def test_a_topology_that_is_none_gets_the_list(name):
+def test_unknown_topology_is_refused_with_the_list(name):
     with pytest.raises(InputError, match=r"--topology: got .* wanted one of local, v4"):
         parse_topology(name)
 
 
-def test_a_topology_with_too_few_axes_gets_an_example():
+def test_topology_with_too_few_axes_is_refused_with_an_example():
     with pytest.raises(InputError, match=r"wanted 3 axes for v5p, as in v5p:2x2x1"):
         parse_topology("v5p:2x2")
 
 
-def test_the_table_of_chips_is_consistent():
+def test_chip_table_is_consistent():
     assert len({chip.name for chip in CHIPS}) == len(CHIPS)
     assert set(AXES_BY_CHIP) == {chip.name for chip in CHIPS if chip.clock}
     for chip in CHIPS:
@@ -255,7 +259,7 @@ def test_the_table_of_chips_is_consistent():
         assert chip_of_kind(chip.kind) == chip
     for name, axes in AXES_BY_CHIP.items():
         assert chip_named(name).ports == 2 * axes
-    # A cycle multiplies what the matrix units hold: 128 x 128 x 4, or more of it.
+    # Products of a cycle are a multiple of the size of the matrix units.
     for chip in CHIPS:
         if chip.clock:
             assert chip.peak / chip.clock / 2**17 == pytest.approx(
@@ -263,7 +267,7 @@ def test_the_table_of_chips_is_consistent():
             )
 
 
-def test_kinds_of_chips_are_told_apart():
+def test_chip_is_found_by_its_device_kind():
     names = {
         "TPU v5 lite": "v5e",
         "TPU v5": "v5p",
@@ -278,28 +282,30 @@ def test_kinds_of_chips_are_told_apart():
     assert chip_of_kind("cpu") is None
 
 
-def test_a_collective_of_a_whole_slice_uses_the_links_of_every_axis():
+def test_collective_of_all_chips_uses_the_links_of_every_axis():
     chip = chip_named("v5e")
     assert send_rate(chip, (16, 16), 256) == 4 * chip.link
     assert send_rate(chip, (16, 16), 16) == 2 * chip.link
     assert send_rate(chip, (2, 2), 4) == 2 * chip.link
 
 
-def test_other_work_hides_an_asynchronous_collective_only():
+def test_only_asynchronous_collectives_overlap_computation():
     chip = chip_named("v5e")
     row = Collective("all-gather", int(400e9), 256, True, 1)
     second = 255 / 256 * 2
     hidden = estimate(chip, (16, 16), cycles=6 * 10**9, collectives=[row], flops=0)
     assert hidden.seconds == pytest.approx(4.0)
     waited = row._replace(asynchronous=False)
-    shown = estimate(chip, (16, 16), cycles=6 * 10**9, collectives=[waited], flops=0)
-    assert shown.seconds == pytest.approx(4.0 + second)
+    not_hidden = estimate(
+        chip, (16, 16), cycles=6 * 10**9, collectives=[waited], flops=0
+    )
+    assert not_hidden.seconds == pytest.approx(4.0 + second)
     full = int(4.0 * chip.peak)
     best = estimate(chip, (16, 16), cycles=6 * 10**9, collectives=[], flops=full)
     assert best.mfu == pytest.approx(1.0)
 
 
-def test_the_formula_of_scale_is_an_all_reduce_within_a_pod():
+def test_scale_row_is_an_all_reduce_within_and_between_pods():
     chip = chip_named("v5e")
     gradients = 4e9
     row = scale_row(
@@ -320,7 +326,7 @@ def test_the_formula_of_scale_is_an_all_reduce_within_a_pod():
     assert unknown.seconds is None
 
 
-def test_flops_of_products_and_loops_are_those_of_the_formula():
+def test_flops_of_products_and_loops_equal_their_formula():
     a, b = jnp.zeros((3, 4, 5)), jnp.zeros((3, 5, 7))
     product = 2 * 3 * 4 * 5 * 7
     assert count_flops(jnp.matmul, a, b) == product
@@ -335,9 +341,7 @@ def test_flops_of_products_and_loops_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 2)])
-def test_flops_of_a_convolution_and_its_gradients_are_three_times_its_own(
-    stride, groups
-):
+def test_flops_of_convolution_gradients_are_three_times_the_forward(stride, groups):
     image, kernel = jnp.zeros((2, 8, 8, 4)), jnp.zeros((3, 3, 4 // groups, 6))
 
     def convolve(image, kernel):
@@ -361,7 +365,7 @@ def test_flops_of_a_convolution_and_its_gradients_are_three_times_its_own(
     assert count_flops(gradients, image, kernel) == 3 * forward
 
 
-def test_flops_are_those_of_a_custom_gradient_too():
+def test_flops_of_a_custom_gradient_are_counted():
     @jax.custom_vjp
     def product(a, b):
         return a @ b
@@ -390,7 +394,7 @@ def names_of(request: PlanRequest, **fields) -> list[str]:
     return [remedy.name for remedy in remedies(request, **given)]
 
 
-def test_temporaries_that_are_too_large_are_cut_before_the_batch_is():
+def test_remedies_reduce_temporaries_before_the_batch():
     names = names_of(request_of("diffusion"))
     assert names == [
         "--diffusion.remat",
@@ -402,7 +406,7 @@ def test_temporaries_that_are_too_large_are_cut_before_the_batch_is():
     ]
 
 
-def test_a_state_that_is_too_large_alone_is_cut_by_fsdp():
+def test_remedy_for_a_state_that_is_too_large_is_fsdp():
     names = names_of(
         request_of("diffusion"),
         shortage=Shortage(30.0 * GIB, 16.0 * GIB),
@@ -412,7 +416,7 @@ def test_a_state_that_is_too_large_alone_is_cut_by_fsdp():
     assert all(name.startswith("--layout fsdp") for name in names)
 
 
-def test_a_call_of_the_sampler_can_only_be_made_smaller():
+def test_remedy_for_the_sampler_is_a_smaller_batch():
     found = remedies(
         request_of("sample"),
         shortage=Shortage(20.0 * GIB, 16.0 * GIB),
@@ -436,13 +440,13 @@ def test_a_call_of_the_sampler_can_only_be_made_smaller():
         ([*TINY, "--topology", "local", "--topolgy", "x"], "did you mean --topology"),
     ],
 )
-def test_bad_input_is_one_line(flags, message):
+def test_bad_plan_arguments_are_refused_in_one_line(flags, message):
     with pytest.raises(InputError, match=message) as caught:
         parse(flags)
     assert "\n" not in str(caught.value)
 
 
-def test_libtpu_that_is_missing_is_named(monkeypatch):
+def test_missing_libtpu_is_refused_with_its_extra(monkeypatch):
     from ldm_jax.tools.plan import topology
 
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
@@ -450,7 +454,7 @@ def test_libtpu_that_is_missing_is_named(monkeypatch):
         topology.prepare_environment()
 
 
-def test_a_batch_that_does_not_divide_is_told():
+def test_batch_that_accumulation_does_not_divide_is_refused():
     request, _ = parse(
         [*TINY, "--topology", "local", "--batch-per-device", "3", "--accumulate", "2"]
     )
@@ -458,36 +462,36 @@ def test_a_batch_that_does_not_divide_is_told():
         plan(request, lambda line: None)
 
 
-def test_a_plan_for_this_machine_fits_and_counts_its_gradients():
+def test_local_plan_fits_and_counts_its_gradients():
     flags = ["--topology", "local", "--stage", "autoencoder", "--json"]
-    request, answer = parse([*TINY, *flags])
-    said: list[str] = []
-    found = plan(request, said.append)
-    assert answer.json
+    request, output = parse([*TINY, *flags])
+    messages: list[str] = []
+    found = plan(request, messages.append)
+    assert output.json
     assert found["fits"] is True
     assert found["num_devices"] == 8
     assert found["memory"]["needed"] > found["memory"]["state"] > 0
     assert found["model_flops"] > 0
     assert found["estimate"] is None
-    assert any("compiling" in line for line in said)
+    assert any("compiling" in line for line in messages)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert "fits" in in_words(found)
     reduced = sum(row["bytes"] * row["count"] for row in found["collectives"])
-    # All of them but those that the compiler knows to be zero, and a few metrics.
+    # All gradients except those known to be zero, and a few metrics.
     assert reduced == pytest.approx(found["memory"]["gradients"], rel=0.02)
 
 
-def test_a_plan_of_the_sampler_counts_every_step():
+def test_sampler_plan_counts_every_step():
     work = ["--topology", "local", "--sample", "--batch-per-device", "1"]
     flops = []
     for steps in ("2", "4"):
         request, _ = parse([*TINY, *work, "--steps", steps])
         flops.append(sample_work(resolve(request, 1), None).flops)
-    # The decoder is there once.
+    # The decoder runs once.
     assert 1.5 < flops[1] / flops[0] < 2.0
 
 
-def test_a_step_is_compiled_for_a_pod_that_is_not_here():
+def test_train_step_is_compiled_for_a_pod_that_is_not_attached():
     pytest.importorskip("libtpu")
     small = "--autoencoder.channel-multipliers 1 --autoencoder.no-mid-attention"
     wide = "--stage autoencoder --autoencoder.channels 32"

@@ -1,4 +1,4 @@
-"""The page of a run: whole, without a network, and of runs that are not finished."""
+"""The report of a run: complete, self-contained, and also of unfinished runs."""
 
 import json
 import re
@@ -27,7 +27,7 @@ LOOK = {"title": "loss", "x_name": "steps", "smooth": True}
 
 
 class Page(HTMLParser):
-    """What a page holds, and that its tags are closed in order."""
+    """Parse a page's text and sources; assert that its tags close in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -110,7 +110,7 @@ def write(workdir, *flags):
     return (workdir / "report.html").read_text()
 
 
-def test_all_sections_of_a_run_are_on_one_page(tmp_path):
+def test_report_of_a_finished_run_has_all_sections(tmp_path):
     workdir = make_run(tmp_path / "<b>run & co</b>")
     for i, (scale, fid) in enumerate([(1.0, 0.5), (2.0, 0.2), (4.0, 0.9)]):
         folder = workdir / "evaluation" / str(i)
@@ -158,7 +158,7 @@ def test_all_sections_of_a_run_are_on_one_page(tmp_path):
     assert "step 9" not in page.text and "Step 10. The same seeds" in page.text
 
 
-def test_a_run_that_has_only_begun_has_a_page_too(tmp_path):
+def test_report_of_an_unfinished_run_is_written(tmp_path):
     workdir = make_run(tmp_path / "begun", trained=False, finished=False)
     page = Page(write(workdir))
     assert "unfinished" in page.text and "No samples were made" in page.text
@@ -169,7 +169,7 @@ def test_a_run_that_has_only_begun_has_a_page_too(tmp_path):
     assert "0 of 8 steps" in Page(write(empty, "--no-samples")).text
 
 
-def test_a_page_is_written_where_there_is_no_memory_for_samples(tmp_path, monkeypatch):
+def test_report_is_written_without_memory_for_samples(tmp_path, monkeypatch):
     def make_samples(summary):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB\nallocations: ...")
 
@@ -182,7 +182,7 @@ def test_a_page_is_written_where_there_is_no_memory_for_samples(tmp_path, monkey
     assert "No samples were made for this report: RESOURCE_EXHAUSTED: 3 GiB." in text
 
 
-def test_a_torn_line_and_half_a_file_are_left_out(tmp_path):
+def test_run_summary_leaves_out_truncated_lines_and_files(tmp_path):
     workdir = make_run(tmp_path / "run", finished=False)
     (workdir / "final.json").write_text('{"digest": ')
     summary = read_run_summary(workdir)
@@ -190,7 +190,7 @@ def test_a_torn_line_and_half_a_file_are_left_out(tmp_path):
     assert [len(stage.records) for stage in summary.stages] == [6, 8]
 
 
-def test_bad_input_is_one_line(tmp_path):
+def test_bad_report_arguments_are_refused(tmp_path):
     assert "is not a run" in error_line(ldm("report", "--workdir", tmp_path))
     workdir = make_run(tmp_path / "run", trained=False)
     with pytest.raises(InputError, match="is a folder, wanted a file"):
@@ -204,7 +204,7 @@ def svg(text):
 
 
 @pytest.mark.parametrize("logarithmic", [True, False])
-def test_a_chart_is_well_formed_and_stays_inside(logarithmic):
+def test_chart_is_well_formed_and_stays_inside_its_frame(logarithmic):
     steps = list(range(1, 5001))
     curve = Curve("loss & <more>", steps, [1e3 / step for step in steps])
     drawn = svg(chart([curve], logarithmic=logarithmic, **LOOK))
@@ -214,14 +214,14 @@ def test_a_chart_is_well_formed_and_stays_inside(logarithmic):
         points = [tuple(map(float, p.split(","))) for p in line.get("points").split()]
         assert len(points) <= 401
         assert all(0 <= x <= 640 and 0 <= y <= 300 for x, y in points)
-        assert points[0][1] < points[-1][1]  # it falls, downwards on the page
+        assert points[0][1] < points[-1][1]  # the curve falls; y grows downwards
     for anchor in ("end", "middle"):  # of the values, of the steps
         texts = [e for e in drawn if e.tag == "text" and e.get("class") is None]
         labels = [e.text for e in texts if e.get("text-anchor") == anchor]
         assert len(labels) > 2 and len(set(labels)) == len(labels)
 
 
-def test_charts_of_little_or_nothing():
+def test_chart_is_empty_only_without_drawable_values():
     nan = Curve("loss", [1, 2], [float("nan"), float("inf")])
     assert chart([nan], logarithmic=False, **LOOK) == ""
     negative = Curve("loss", [1, 2], [-1.0, 0.0])
@@ -232,17 +232,17 @@ def test_charts_of_little_or_nothing():
             assert re.search("points=", chart([flat], logarithmic=logarithmic, **LOOK))
 
 
-def test_a_curve_is_of_one_checkpoint_and_one_way():
+def test_guidance_curve_joins_scores_of_one_checkpoint_only():
     points = [(1.0, 0.5), (2.0, 0.2), (3.0, 0.9)]
     one = [measured(*point) for point in points]
     other = [measured(*point, checkpoint="o" * 64) for point in points]
     assert _sweep(one).count("<polyline") == 3  # FID; precision and recall
     assert _sweep([*one, *other]).count("<polyline") == 6
-    # Two of one and one of another are no curve, however well they would look.
+    # Two scores of one checkpoint and one of another make no curve.
     assert _sweep([*one[:2], other[2]]) == ""
 
 
-def test_scores_of_different_protocols_have_a_tile_each(tmp_path):
+def test_best_scores_are_kept_for_each_protocol(tmp_path):
     workdir = make_run(tmp_path / "run")
     adm = {**measured(1.0, 12.0), "protocol": {"name": "adm", "network": "inception"}}
     found = [measured(1.0, 0.5), measured(2.0, 0.3), adm]
