@@ -1,16 +1,16 @@
-"""Eight emulated CPU devices, strict promotion, and caches that stay warm."""
+"""Eight emulated CPU devices, strict promotion and caches that persist between runs."""
 
 import os
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".cache"
-# Before JAX is imported, and inherited by the commands that the tests run.
+# Set before JAX is imported; commands that the tests run inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TFDS_DATA_DIR", str(CACHE / "tfds"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Compiled fast, not to run fast: a quarter of the time from an empty cache. What must
-# round as optimised programs do asks for it (`tests.support.compiling.AS_SHIPPED`).
+# Less optimisation compiles faster: a quarter of the time from an empty cache. Tests
+# that need the rounding of optimised programs use `tests.support.compiling.AS_SHIPPED`.
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
@@ -27,15 +27,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_programs_left():
-    """Let go of a module's compiled programs: two thousand tests filled 8 GiB."""
+def clear_compiled_programs():
+    """Free the compiled programs of a test module: two thousand tests fill 8 GiB."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def lowered():
-    """Grows by one for each program that is handed to the compiler."""
+    """List that grows by one for each program given to the compiler."""
     programs = []
 
     def listen(event, duration, **kwargs):

@@ -10,7 +10,7 @@ from tests.support.commands import ROOT
 
 SCRIPT = "docs/make_config_reference.py"
 KINDS = {"tutorial", "how_to", "reference", "explanation"}
-MOST_LINES_OF_README = 150
+MAX_README_LINES = 150
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 every_page = pytest.mark.parametrize(
     "path", PAGES, ids=lambda path: str(path.relative_to(ROOT))
@@ -28,7 +28,7 @@ def anchors(text: str) -> set[str]:
     return {one.replace(" ", "-") for one in words}
 
 
-def test_pages_lie_in_the_folder_of_their_kind():
+def test_docs_have_one_folder_for_each_kind_of_page():
     pages = (ROOT / "docs").rglob("*.md")
     assert {str(path.parent.relative_to(ROOT / "docs")) for path in pages} == KINDS
 
@@ -43,13 +43,13 @@ def test_every_link_leads_to_a_file_and_a_heading(path):
 
 
 @every_page
-def test_every_path_in_a_page_is_there(path):
+def test_every_path_in_a_page_exists(path):
     for name in SOURCE.findall(path.read_text()):
         if "NAME" not in name:
             assert (ROOT / name).exists(), name
 
 
-def test_every_command_has_a_section():
+def test_every_command_has_a_section_in_the_reference():
     text = (ROOT / "docs/reference/commands.md").read_text()
     titles = ", ".join(re.findall(r"(?m)^## (.+)$", text)).split(", ")
     assert {f"ldm {name}" for name in COMMANDS} == {
@@ -57,7 +57,7 @@ def test_every_command_has_a_section():
     }
 
 
-def test_the_page_of_config_fields_is_up_to_date():
+def test_config_reference_is_up_to_date():
     page = runpy.run_path(str(ROOT / SCRIPT))["page"]()
     written = (ROOT / "docs/reference/config.md").read_text()
     assert written == page, f"run: python {SCRIPT}"
@@ -65,4 +65,4 @@ def test_the_page_of_config_fields_is_up_to_date():
 
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= MOST_LINES_OF_README
+    assert len(lines) <= MAX_README_LINES

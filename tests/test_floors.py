@@ -33,8 +33,8 @@ FLOORS = (
     "cli",
 )
 """Lowest first."""
-MOST_MODULES_IN_THE_HALL = 8
-MOST_ROOMS = 24
+MAX_TOP_MODULES = 8
+MAX_ROOMS = 24
 FREE_OF_JAX = ("types", "config")
 FILES = sorted(
     path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"
@@ -54,7 +54,7 @@ def room(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """List the modules a file imports, anywhere in it; of ours, as files."""
+    """List the modules that a file imports; those of the package by file."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -86,16 +86,16 @@ def test_no_file_imports_from_a_higher_floor(path):
     assert not {above for above in rooms if FLOORS.index(above) > floor}
 
 
-def test_no_files_import_each_other_in_a_circle():
+def test_imports_have_no_cycle():
     left = {name: ours(path) - {name} for name, path in MODULES.items()}
     while free := {name for name, needs in left.items() if not needs & left.keys()}:
         left = {name: needs for name, needs in left.items() if name not in free}
     assert not left
 
 
-def test_the_hall_is_not_crowded():
-    hall = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert len(hall) <= MOST_MODULES_IN_THE_HALL
+def test_number_of_top_modules_and_rooms_is_limited():
+    top_modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert len(top_modules) <= MAX_TOP_MODULES
     listed = subprocess.run(
         ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
     )
@@ -103,10 +103,10 @@ def test_the_hall_is_not_crowded():
         pytest.skip("not a checkout")
     parts = [Path(line).parts for line in listed.stdout.splitlines()]
     rooms = {p[1] if p[0] == "ldm_jax" else p[0] for p in parts if p[0] != "tests"}
-    assert len(rooms - {"__init__.py"}) <= MOST_ROOMS
+    assert len(rooms - {"__init__.py"}) <= MAX_ROOMS
 
 
-def test_networks_and_diffusion_never_meet():
+def test_models_and_diffusion_do_not_import_each_other():
     for path in FILES:
         rooms = {room(MODULES[name]) for name in ours(path)}
         if room(path) == "diffusion":
@@ -116,31 +116,31 @@ def test_networks_and_diffusion_never_meet():
             assert "diffusion" not in rooms
 
 
-def test_only_the_lowest_rooms_are_free_of_jax():
+def test_types_and_config_do_not_import_jax():
     for path in FILES:
         if room(path) in FREE_OF_JAX:
             roots = {name.split(".")[0] for name in imported(path)}
             assert not roots & {"jax", "flax", "numpy", "optax", "orbax"}
 
 
-def test_devices_are_named_in_parallel_only():
+def test_only_parallel_lists_devices():
     for path in FILES:
         if room(path) != "parallel":
             text = path.read_text()
-            # Which kind of chip is here may be asked, not which devices there are.
+            # The kind of chip may be read, not the list of devices.
             text = text.replace("jax.local_devices()[0].device_kind", "")
             assert "jax.devices(" not in text
             assert "jax.local_devices(" not in text
             assert "jax.pmap(" not in text
 
 
-def test_the_package_knows_nothing_of_the_examples():
+def test_package_does_not_import_or_name_the_examples():
     for path in FILES:
         assert not any(name.split(".")[0] == "examples" for name in imported(path))
         assert "scene" not in path.read_text().lower(), path
 
 
-def test_no_file_reaches_into_private_jax():
+def test_no_file_imports_private_jax():
     for path in FILES:
         assert not any(name.startswith("jax._src") for name in imported(path))
 
@@ -152,8 +152,8 @@ def global_names(code: types.CodeType) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_every_name_that_a_function_reads_is_defined(path):
-    # The linter cannot tell: it takes shape strings for names, so that rule is off.
+def test_every_global_name_of_a_function_is_defined(path):
+    # The linter's rule is off, because it reads shape strings as names.
     module = importlib.import_module(name_of(path))
     code = compile(path.read_text(), str(path), "exec")
     assert not {

@@ -6,14 +6,14 @@ from ldm_jax import images
 from tests.support.pngs import read_texts
 
 
-def test_uint8_survives_the_way_to_float_and_back():
+def test_uint8_round_trips_through_float():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     as_float = np.asarray(images.to_float(jnp.asarray(levels)))
     assert as_float.min() == -1.0 and as_float.max() == 1.0
     assert np.array_equal(images.to_uint8(as_float), levels)
 
 
-def test_out_of_range_is_clipped_and_halves_are_rounded_not_truncated():
+def test_to_uint8_clips_and_rounds_to_nearest():
     x = np.asarray([-3.0, 3.0, 0.999, -0.999]).reshape(1, 2, 2, 1)
     assert images.to_uint8(x).ravel().tolist() == [0, 255, 255, 0]
 
@@ -29,7 +29,7 @@ def test_a_grid_shows_every_image_in_order():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_png_keeps_its_pixels_and_its_texts(tmp_path, channels):
+def test_png_keeps_its_pixels_and_its_text_chunks(tmp_path, channels):
     image = np.random.RandomState(0).randint(0, 256, (5, 7, channels), np.uint8)
     path = tmp_path / "a.png"
     images.write_png(path, image, {"seed": "3", "versions": '{"jax": "1"}'})

@@ -9,7 +9,7 @@ from ldm_jax.types import InputError
 
 
 def draws(devices: int) -> list[np.ndarray]:
-    """Every kind of draw for 8 examples at step 3, computed on so many devices."""
+    """Draw every kind of number for 8 examples at step 3, on `devices` devices."""
     root = rng.root_key(5)
     index = jnp.arange(100, 108, dtype=jnp.uint32)
 
@@ -36,7 +36,7 @@ def test_every_draw_is_bitwise_the_same_on_any_number_of_devices(devices):
         assert np.array_equal(many, one)
 
 
-def test_purpose_step_and_example_each_change_the_draw():
+def test_stream_step_and_example_each_change_the_draw():
     root, index = rng.root_key(0), jnp.arange(2, dtype=jnp.uint32)
 
     def draw(stream, step):
@@ -78,7 +78,7 @@ def test_the_key_of_an_image_depends_on_its_seed_alone():
     assert not np.array_equal(among[0], alone)
 
 
-def test_image_keys_are_those_of_the_seeds_one_by_one():
+def test_image_keys_equal_the_root_keys_of_their_seeds():
     seeds = [0, 1, 2**31, 2**32 - 1]
     keys = jax.random.key_data(rng.image_keys(seeds))
     for key, seed in zip(keys, seeds, strict=True):

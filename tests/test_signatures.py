@@ -1,4 +1,4 @@
-"""Signatures: few parameters everywhere, the whole config only where a run is built."""
+"""Signatures: few parameters, and few of the type `Config`."""
 
 import ast
 from collections import Counter
@@ -7,8 +7,8 @@ import pytest
 
 from tests.test_floors import FILES, relative, room
 
-MOST_PARAMETERS = 8
-MOST_WITH_CONFIG = {
+MAX_PARAMETERS = 8
+MAX_CONFIG_PARAMETERS = {
     "config": 7,
     "build": 4,
     "training": 22,
@@ -18,7 +18,7 @@ MOST_WITH_CONFIG = {
     "tools": 13,
     "cli": 2,
 }
-"""Parameters of the type `Config` that a room may have; others have none."""
+"""Most parameters of the type `Config` in a room; other rooms have none."""
 
 
 def functions(path):
@@ -35,7 +35,7 @@ def parameters(function):
 def test_no_signature_has_more_than_eight_parameters(path):
     for function in functions(path):
         names = {p.arg for p in parameters(function)} - {"self", "cls"}
-        assert len(names) <= MOST_PARAMETERS, function.name
+        assert len(names) <= MAX_PARAMETERS, function.name
 
 
 def takes_config(parameter):
@@ -44,7 +44,7 @@ def takes_config(parameter):
     return ast.unparse(parameter.annotation) in ("Config", "Config | None")
 
 
-def test_the_whole_config_is_seen_only_where_a_run_is_built():
+def test_number_of_config_parameters_in_each_room_is_limited():
     found = Counter(
         room(path)
         for path in FILES
@@ -53,8 +53,8 @@ def test_the_whole_config_is_seen_only_where_a_run_is_built():
         if takes_config(parameter)
     )
     too_many = {
-        name: (num, MOST_WITH_CONFIG.get(name, 0))
+        name: (num, MAX_CONFIG_PARAMETERS.get(name, 0))
         for name, num in found.items()
-        if num > MOST_WITH_CONFIG.get(name, 0)
+        if num > MAX_CONFIG_PARAMETERS.get(name, 0)
     }
     assert not too_many
