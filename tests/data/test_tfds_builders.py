@@ -73,14 +73,14 @@ def write(folder, name, *, package=None):
 def test_a_builder_is_found_by_its_file_and_prepared(tmp_path, name, package):
     path = write(tmp_path / "code", name, package=package)
     data = str(tmp_path / "data")
-    given = f"builder:{path}/many"
-    assert DataConfig(source=given).source == given
-    assert find_class_names(given, directory=data) == ("even", "odd")
+    source_name = f"builder:{path}/many"
+    assert DataConfig(source=source_name).source == source_name
+    assert find_class_names(source_name, directory=data) == ("even", "odd")
     assert not (tmp_path / "data").exists()
-    source = open_source(given, "train", directory=data)
+    source = open_source(source_name, "train", directory=data)
     assert (source.class_names, source.channels) == (("even", "odd"), 3)
     assert [int(row["image"][0, 0, 0]) for row in source.examples] == [0, 10, 20, 30]
-    assert read_captions(given, "train[:1]", directory=data) == ["square 0"]
+    assert read_captions(source_name, "train[:1]", directory=data) == ["square 0"]
     # Without a config name, TFDS takes the first config.
     first = open_source(f"builder:{path}", "train", directory=data)
     assert len(first.examples) == 2

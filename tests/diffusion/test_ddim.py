@@ -82,7 +82,7 @@ def test_ddim_eta_zero_is_euler_and_keeps_the_noise(name):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_ddim_has_the_marginals_of_the_forward_process(name, eta):
-    # Mean alpha x_0 and variance sigma^2 (DDIM, eq. 7), whatever the eta.
+    # Mean alpha x_0 and variance sigma^2 (DDIM, eq. 7), for every eta.
     levels = make_levels(SCHEDULES[name], 9)
     table = table_of("ddim", levels, eta=eta)
     kept, clean = table.mix[:, 0].T

@@ -157,8 +157,8 @@ def test_guidance_scales_are_interpolated_from_first_to_last_step():
     assert spread([1, 5], step, [1] * 5) == pytest.approx([1, 2, 3, 4, 5])
     assert spread([1, 5, 3], step, [1] * 5) == pytest.approx([1, 3, 5, 4, 3])
     # One scale a step.
-    drawn = np.random.RandomState(0).rand(7)
-    assert spread(drawn, np.linspace(0, 1, 7), [1] * 7) == pytest.approx(drawn, 1e-5)
+    scales = np.random.RandomState(0).rand(7)
+    assert spread(scales, np.linspace(0, 1, 7), [1] * 7) == pytest.approx(scales, 1e-5)
 
 
 def test_guidance_interval_includes_its_ends():

@@ -138,8 +138,8 @@ def test_level_t_determines_alpha_and_sigma_between_table_entries(name):
     position = np.asarray([0.0, 0.25, 17.5, 500.9, 900.0])
     level = level_at(schedule, position)
     for t, alpha, sigma in zip(*level, strict=True):
-        asked = level_asked(schedule, t)
-        assert (alpha, sigma) == pytest.approx(asked[1:], rel=1e-9)
+        expected = level_asked(schedule, t)
+        assert (alpha, sigma) == pytest.approx(expected[1:], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -192,8 +192,8 @@ def test_drawn_times_of_a_flow_are_uniform(draws):
 
 def test_drawn_ratios_of_edm_are_log_normal(draws):
     level = draws["edm"]
-    drawn = np.log(np.asarray(level.sigma / level.alpha, np.float64))
-    unit = (drawn - EDM.log_mean) / EDM.log_std
+    log_ratio = np.log(np.asarray(level.sigma / level.alpha, np.float64))
+    unit = (log_ratio - EDM.log_mean) / EDM.log_std
     # Moments of the unit normal, and the variances of their estimates.
     for k, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         error = (variance / NUM_DRAWS) ** 0.5

@@ -144,7 +144,7 @@ def test_ddim_converges_to_the_flow_on_every_schedule(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_higher_order_solvers_are_nearer_to_the_flow_than_ddim(name):
-    # Cosine begins at a ratio of 2e4, where steps in the ratio itself would be absurd.
+    # Cosine begins at a ratio of 2e4: steps in the ratio itself would be too long.
     x_start, errors = np.linspace(-2, 2, 17), {}
     levels = make_levels(SCHEDULES[name], 20)
     net = network(levels, "v", TWO, schedule=SCHEDULES[name])

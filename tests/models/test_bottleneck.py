@@ -115,9 +115,9 @@ def test_latent_channels_may_differ_from_z_channels():
         assert params["post_quant_conv"]["kernel"].shape == (1, 1, 2, 5)
         assert params["decoder"]["conv_in"]["kernel"].shape[2] == 5
         apply = model.autoencoder.apply
-        made = jax.eval_shape(apply, {"params": params}, images(), noise(model))
-        assert made.images.shape == images().shape
-        assert made.latents.shape == (2, *model.latent_shape)
+        output = jax.eval_shape(apply, {"params": params}, images(), noise(model))
+        assert output.images.shape == images().shape
+        assert output.latents.shape == (2, *model.latent_shape)
 
 
 def test_attention_level_does_not_depend_on_the_image_size():
@@ -152,9 +152,9 @@ def test_decoding_rounds_latents_to_the_codebook_first():
     codes = Codebook(8, 2).apply({"params": params["codebook"]}, latents).codes
     assert not np.array_equal(codes, latents)
     assert np.array_equal(decode(variables, latents), decode(variables, codes))
-    made = jax.jit(model.autoencoder.apply)(variables, images(), latents)
-    decoded = decode(variables, made.latents)
-    assert made.images == pytest.approx(np.asarray(decoded), abs=1e-5)
+    output = jax.jit(model.autoencoder.apply)(variables, images(), latents)
+    decoded = decode(variables, output.latents)
+    assert output.images == pytest.approx(np.asarray(decoded), abs=1e-5)
 
 
 def test_the_mode_of_a_gaussian_is_its_mean():
@@ -219,9 +219,9 @@ def test_only_used_codes_have_a_gradient():
     model, params, *_ = vq()
 
     def loss(params):
-        made = model.autoencoder.apply({"params": params}, images(), noise(model))
-        loss = made.bottleneck.loss(beta=0.25, commitment="corrected")
-        return loss, made.bottleneck.indices
+        output = model.autoencoder.apply({"params": params}, images(), noise(model))
+        loss = output.bottleneck.loss(beta=0.25, commitment="corrected")
+        return loss, output.bottleneck.indices
 
     gradients, indices = jax.jit(jax.grad(loss, has_aux=True))(params)
     moved = np.abs(gradients["codebook"]["embedding"]).any(axis=-1)

@@ -46,8 +46,8 @@ def mask(tmp_path):
 
 
 def test_mask_keeps_every_byte_outside_its_hole(run, image, mask, tmp_path):
-    given = ["--image", image, "--mask", mask]
-    first, second = sampled(run, tmp_path / "out", *given, seeds="0,1")
+    arguments = ["--image", image, "--mask", mask]
+    first, second = sampled(run, tmp_path / "out", *arguments, seeds="0,1")
     hole = read_png(mask)[..., 0] == 255
     assert np.array_equal(first[~hole], read_png(image)[~hole])
     assert np.array_equal(second[~hole], read_png(image)[~hole])
@@ -55,8 +55,8 @@ def test_mask_keeps_every_byte_outside_its_hole(run, image, mask, tmp_path):
 
 
 def test_outpainting_keeps_every_byte_of_the_middle(run, image, tmp_path):
-    given = ["--image", image, "--outpaint", 2, 4, 6, 0]
-    first, second = sampled(run, tmp_path / "out", *given, seeds="0,1")
+    arguments = ["--image", image, "--outpaint", 2, 4, 6, 0]
+    first, second = sampled(run, tmp_path / "out", *arguments, seeds="0,1")
     assert first.shape == (SIDE + 4, SIDE + 8, 1)
     assert np.array_equal(first[4:, 2 : 2 + SIDE], read_png(image))
     assert not np.array_equal(first[:4], second[:4])
@@ -76,8 +76,8 @@ def test_outpainting_keeps_every_byte_of_the_middle(run, image, tmp_path):
     ],
 )
 def test_default_strength_depends_on_the_edit(run, image, concat, flags, strength):
-    given = [str(image) if word == "I" else word for word in flags.split()]
-    command = parse_sample(["--workdir", str(run), *given])
+    arguments = [str(image) if word == "I" else word for word in flags.split()]
+    command = parse_sample(["--workdir", str(run), *arguments])
     assert isinstance(command, SampleCommand)
     config = config_with(ConditionConfig(concat=concat, low_resolution_factor=2))
     resolved = with_strength(build_model(config), command.settings)

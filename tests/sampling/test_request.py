@@ -133,9 +133,9 @@ def workdir(tmp_path_factory):
 )
 def test_bad_flag_is_refused_in_one_line_and_writes_nothing(workdir, flags, words):
     names = {"I": workdir / "i.png", "M": workdir / "m.png", "DIR": workdir}
-    given = [names.get(word, word) for word in flags.split()]
+    arguments = [names.get(word, word) for word in flags.split()]
     out = [] if "--replay" in flags else ["--out", workdir / "out"]
-    message = error("--workdir", workdir, *out, *given)
+    message = error("--workdir", workdir, *out, *arguments)
     assert all(word in message for word in words), message
     assert not (workdir / "out").exists()
 
@@ -214,8 +214,8 @@ def test_guidance_interval_may_have_no_end(workdir):
 def test_model_of_classes_and_texts_samples_every_pair(workdir):
     both = ConditionConfig(label=True, context="text")
     config = config_with(both, transformer_depth=1)
-    given = ["--workdir", str(workdir), "--labels", "3,1", "--seeds", "5"]
-    command = command_of(*given, "--prompt", "a", "b", "--negative-prompt", "c")
+    arguments = ["--workdir", str(workdir), "--labels", "3,1", "--seeds", "5"]
+    command = command_of(*arguments, "--prompt", "a", "b", "--negative-prompt", "c")
     condition_texts = [spec.condition_texts for spec in specs_of(config, command)]
     assert condition_texts == [
         {"label": label, "prompt": prompt, "negative_prompt": "c"}
@@ -233,9 +233,9 @@ def test_model_of_classes_and_texts_samples_every_pair(workdir):
     ],
 )
 def test_interpolation_without_two_ends_is_refused(workdir, flags, counts):
-    given = ["--workdir", str(workdir), "--interpolate", "3", *flags.split()]
+    arguments = ["--workdir", str(workdir), "--interpolate", "3", *flags.split()]
     with pytest.raises(InputError, match=counts):
-        specs_of(get_config(), command_of(*given))
+        specs_of(get_config(), command_of(*arguments))
 
 
 def test_sample_help_shows_every_flag_and_parsing_imports_no_jax(capsys):
@@ -277,8 +277,8 @@ def test_settings_that_do_not_fit_the_condition_are_refused(
     workdir, condition, flags, words
 ):
     names = {"I": str(workdir / "i.png"), "M": str(workdir / "m.png")}
-    given = [names.get(word) or word for word in flags.split()]
-    settings = command_of("--workdir", str(workdir), *given).settings
+    arguments = [names.get(word) or word for word in flags.split()]
+    settings = command_of("--workdir", str(workdir), *arguments).settings
     depth = int(condition.context != "none")
     model = build_model(config_with(condition, transformer_depth=depth))
     with pytest.raises(InputError, match=words):
@@ -367,9 +367,9 @@ def test_request_that_the_model_cannot_do_is_refused_in_one_line(
     runs, capsys, run, flags, words, tmp_path
 ):
     names = {path.name: path for path in runs.iterdir()}
-    given = [names.get(word, word) for word in flags.split()]
+    arguments = [names.get(word, word) for word in flags.split()]
     out = [] if "--replay" in flags else ["--out", tmp_path / "out"]
-    message = refusal(capsys, "--workdir", runs / run, *out, *given)
+    message = refusal(capsys, "--workdir", runs / run, *out, *arguments)
     assert message.startswith("ldm sample: error: ")
     assert all(word in message for word in words), message
     assert list(tmp_path.iterdir()) == []

@@ -66,8 +66,8 @@ def sampler_fn(**options):
 def settings(sampler="ddim", steps=3, scale=2.0, **more):
     scales = (scale,) if isinstance(scale, float) else scale
     eta = 0.5 if sampler in TAKES_ETA else 0.0
-    given = {"sampler": sampler, "steps": steps, "guidance_scale": scales, "eta": eta}
-    return SamplingConfig(**{**given, **more})
+    fields = {"sampler": sampler, "steps": steps, "guidance_scale": scales, "eta": eta}
+    return SamplingConfig(**{**fields, **more})
 
 
 def labels(*numbers):
@@ -102,22 +102,22 @@ def in_threads(inputs, at_once):
 def test_concurrent_calls_equal_sequential_calls():
     x = jnp.asarray(np.random.RandomState(0).randn(20, 64), jnp.float32)
     here = threading.get_ident()
-    run, alone = in_threads(x, 4), in_threads(x, 1)()[0]
+    run, single = in_threads(x, 4), in_threads(x, 1)()[0]
     for _ in range(2):
-        made, callers = run()
+        result, callers = run()
         assert callers[0] == here and callers.count(here) == 1
         assert len(set(callers)) > 2 and len(callers) == 7
-        assert np.array_equal(made, alone)
+        assert np.array_equal(result, single)
         callers.clear()
 
 
 def test_thread_local_setting_holds_in_every_concurrent_call():
     x = jnp.asarray(np.random.RandomState(0).randn(9, 64), jnp.float32)
-    alone, run = in_threads(x, 1)()[0], in_threads(x, 2)
+    single, run = in_threads(x, 1)()[0], in_threads(x, 2)
     with jax.default_matmul_precision("highest"):
-        made, callers = run()
+        result, callers = run()
     assert callers.count(threading.get_ident()) == 3
-    assert np.array_equal(made, alone)
+    assert np.array_equal(result, single)
 
 
 def test_exception_of_a_concurrent_call_is_raised():
@@ -146,14 +146,14 @@ def test_concurrent_calls_are_bounded_by_cores_and_memory(monkeypatch):
 
 @pytest.mark.parametrize("sampler", KINDS)
 def test_image_has_the_same_bits_in_any_batch_and_at_any_position(sampler):
-    alone = images([7], [3], sampler)[0]
-    assert np.ptp(alone) > 0.1
+    single = images([7], [3], sampler)[0]
+    assert np.ptp(single) > 0.1
     for place in range(CHUNK):
         seeds, numbers = [1, 2, 3, 4], [9, 8, 7, 6]
         seeds[place], numbers[place] = 7, 3
-        assert np.array_equal(images(seeds, numbers, sampler)[place], alone)
+        assert np.array_equal(images(seeds, numbers, sampler)[place], single)
     many = images([5, 6, 4, 3, 2, 1, 7], [0, 1, 2, 9, 8, 7, 3], sampler)
-    assert np.array_equal(many[-1], alone)
+    assert np.array_equal(many[-1], single)
 
 
 def test_one_device_and_eight_sample_the_same_bits():
@@ -221,16 +221,16 @@ def test_one_program_serves_twenty_random_settings(traces):
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_program_for_all_settings_has_the_bits_of_a_specialised_one(scale):
     model, params = tiny_model("tiny")
-    given = (params, image_keys([7]), labels(3), settings("unipc", scale=scale))
-    alone = make_sample_fn(model, guided=scale != 1.0)(*given).images
-    assert np.array_equal(sampler_fn()(*given).images, alone)
+    inputs = (params, image_keys([7]), labels(3), settings("unipc", scale=scale))
+    single = make_sample_fn(model, guided=scale != 1.0)(*inputs).images
+    assert np.array_equal(sampler_fn()(*inputs).images, single)
 
 
 def test_max_steps_does_not_change_an_image():
     model, params = tiny_model("tiny")
-    given = (params, image_keys([7]), labels(3), settings("heun", steps=5))
-    few = make_sample_fn(model, max_steps=5)(*given).images
-    assert np.array_equal(sampler_fn()(*given).images, few)
+    inputs = (params, image_keys([7]), labels(3), settings("heun", steps=5))
+    few = make_sample_fn(model, max_steps=5)(*inputs).images
+    assert np.array_equal(sampler_fn()(*inputs).images, few)
 
 
 def test_prompts_share_one_program(traces):
@@ -309,11 +309,11 @@ def test_sample_fn_options_out_of_range_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make_sample_fn(model, **options)
-    given = (params, image_keys([0]), labels(0))
+    inputs = (params, image_keys([0]), labels(0))
     with pytest.raises(ValueError, match="steps: got 5, wanted 1 to 4"):
-        make_sample_fn(model, max_steps=4)(*given, settings(steps=5))
+        make_sample_fn(model, max_steps=4)(*inputs, settings(steps=5))
     with pytest.raises(ValueError, match="num_frames: got 4, wanted 0 or 2 to 3"):
-        make_sample_fn(model, num_frames=4)(*given, settings(steps=2))
+        make_sample_fn(model, num_frames=4)(*inputs, settings(steps=2))
 
 
 def test_sample_fn_inputs_that_do_not_match_are_refused():
@@ -412,12 +412,12 @@ def test_sample_of_inverted_noise_returns_the_image():
     ).images
     kept = decode(model, params, encode_images(model, params, picture))
     assert np.asarray(back) == pytest.approx(np.asarray(kept), abs=1e-3)
-    alone = invert(params, picture[1:], labels(4))
-    assert np.array_equal(alone[0], latents[1])
+    single = invert(params, picture[1:], labels(4))
+    assert np.array_equal(single[0], latents[1])
 
 
 def blur(latents):
-    """Decode with a mean over 3 x 3 latents, at twice the size."""
+    """Decode to sums over 3 x 3 latents, at twice the size."""
     wide = jnp.pad(latents, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = latents.shape[1:3]
     mean = sum(

@@ -348,11 +348,11 @@ def test_class_names_are_those_of_the_data_set_or_numbers(monkeypatch):
 def test_flags_that_conflict_with_as_dataset_are_refused(
     run, capsys, tmp_path, flags, words
 ):
-    words_of_flags = [
+    arguments = [
         str(picture(tmp_path / "p.png")) if word == "PICTURE" else word
         for word in flags.split()
     ]
-    message = error_line(capsys, run, tmp_path / "out", *words_of_flags)
+    message = error_line(capsys, run, tmp_path / "out", *arguments)
     assert words in message
     assert not (tmp_path / "out").exists()
 

@@ -384,14 +384,14 @@ def request_of(work: str) -> PlanRequest:
 
 
 def names_of(request: PlanRequest, **fields) -> list[str]:
-    given = {
+    arguments = {
         "shortage": Shortage(20.0 * GIB, 16.0 * GIB),
         "kept_bytes": 4.0 * GIB,
         "num_devices": 4,
         "batch_per_device": 8,
         **fields,
     }
-    return [remedy.name for remedy in remedies(request, **given)]
+    return [remedy.name for remedy in remedies(request, **arguments)]
 
 
 def test_remedies_reduce_temporaries_before_the_batch():

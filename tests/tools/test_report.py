@@ -207,8 +207,8 @@ def svg(text):
 def test_chart_is_well_formed_and_stays_inside_its_frame(logarithmic):
     steps = list(range(1, 5001))
     curve = Curve("loss & <more>", steps, [1e3 / step for step in steps])
-    drawn = svg(chart([curve], logarithmic=logarithmic, **LOOK))
-    lines = [e for e in drawn if e.tag == "polyline"]
+    root = svg(chart([curve], logarithmic=logarithmic, **LOOK))
+    lines = [e for e in root if e.tag == "polyline"]
     assert len(lines) == 2
     for line in lines:
         points = [tuple(map(float, p.split(","))) for p in line.get("points").split()]
@@ -216,7 +216,7 @@ def test_chart_is_well_formed_and_stays_inside_its_frame(logarithmic):
         assert all(0 <= x <= 640 and 0 <= y <= 300 for x, y in points)
         assert points[0][1] < points[-1][1]  # the curve falls; y grows downwards
     for anchor in ("end", "middle"):  # of the values, of the steps
-        texts = [e for e in drawn if e.tag == "text" and e.get("class") is None]
+        texts = [e for e in root if e.tag == "text" and e.get("class") is None]
         labels = [e.text for e in texts if e.get("text-anchor") == anchor]
         assert len(labels) > 2 and len(set(labels)) == len(labels)
 
