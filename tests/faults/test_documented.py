@@ -1,4 +1,4 @@
-"""The lines of docs/how_to/pods.md for two processes on one machine."""
+"""The commands of docs/how_to/pods.md for two processes on one machine."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import sys
 from tests.support.commands import ROOT, TIMEOUT, environment
 
 
-def test_the_lines_for_two_processes_train_and_sample(tmp_path):
+def test_documented_commands_of_two_processes_train_and_sample(tmp_path):
     text = (ROOT / "docs/how_to/pods.md").read_text()
     block = text[text.index("Two processes on this machine:\n") :].split("\n\n")[1]
     lines = re.sub(r"(?m)^    ", "", block)

@@ -1,6 +1,6 @@
-"""Processes killed at random moments, during saves too, end as if never stopped.
+"""Runs killed at random moments, also during saves, end like unbroken runs.
 
-LDM_JAX_KILLS says how often; `make torture` strikes ten times as often.
+LDM_JAX_KILLS is the number of kills; `make torture` has ten times as many.
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 
 from ldm_jax.training.checkpoint import CheckpointStore
 from ldm_jax.training.loop import stage_target
-from tests.proofs.test_pod import check_a_pair
+from tests.proofs.test_pod import check_two_processes_resume
 from tests.support.pods import alone, digest_of, ended, pair, wait_for_step
 from tests.support.toys import root_key, run_toy, toy_stage
 
@@ -23,7 +23,7 @@ SAVE_EVERY = 4
 
 
 @pytest.mark.timeout(1200 * KILLS)
-def test_killed_at_random_moments_a_run_ends_as_if_never_stopped(tmp_path):
+def test_a_run_killed_at_random_moments_ends_like_an_unbroken_run(tmp_path):
     whole = run_toy(tmp_path / "whole", toy_stage(num_steps=STEPS))
     chance, killed, torn = random.Random(0), 0, 0
     workdir = tmp_path / "killed"
@@ -36,7 +36,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_never_stopped(tmp_path):
         killed += process.returncode == -signal.SIGKILL
         torn += any((workdir / "diffusion/checkpoints").glob("*tmp*"))
     assert killed == KILLS
-    assert torn, "no save was struck"
+    assert torn, "no kill interrupted a save"
     ((code, out, err),) = ended([alone(workdir, STEPS, 0, SAVE_EVERY)])
     assert code == 0, err
     assert digest_of(out) == whole.digest
@@ -48,19 +48,19 @@ def rows(workdir):
     return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
 
 
-def test_two_processes_that_share_the_state_are_one_run_too(tmp_path):
-    check_a_pair(tmp_path, "fsdp")
+def test_two_processes_with_fsdp_resume_like_one_process(tmp_path):
+    check_two_processes_resume(tmp_path, "fsdp")
 
 
-def test_both_processes_told_to_stop_save_one_step(tmp_path):
+def test_two_processes_save_the_same_step_after_sigterm(tmp_path):
     processes = pair(tmp_path / "run", "pmap", 400, 0.1)
     wait_for_step(processes[0], 3)
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    told = time.monotonic()
+    signalled_at = time.monotonic()
     found = ended(processes)
     assert [code for code, _, _ in found] == [75, 75], found
-    assert time.monotonic() - told < 30
+    assert time.monotonic() - signalled_at < 30
     store = CheckpointStore(tmp_path / "run/diffusion/checkpoints", keep=3)
     stage = toy_stage(num_steps=400)
     step = store.restore(stage_target(stage, root_key(0))).step
@@ -68,12 +68,12 @@ def test_both_processes_told_to_stop_save_one_step(tmp_path):
     assert all(f"step {step} is saved" in err for _, _, err in found)
 
 
-def test_a_process_that_dies_is_named_by_the_other(tmp_path):
+def test_a_killed_process_is_named_by_the_other(tmp_path):
     first, second = pair(tmp_path / "run", "pmap", 4000, 0.05)
     wait_for_step(first, 3)
     second.send_signal(signal.SIGKILL)
-    struck = time.monotonic()
+    killed_at = time.monotonic()
     ((code, _, err), _) = ended([first, second])
     assert code != 0
-    assert time.monotonic() - struck < 60
+    assert time.monotonic() - killed_at < 60
     assert "unhealthy" in err and "\n1\n" in err

@@ -1,4 +1,4 @@
-"""A cache of latents, struck while it is made, made by two hosts, begun with late."""
+"""Latent caches: killed while written, written by two hosts, used by a resumed run."""
 
 import json
 import signal
@@ -10,16 +10,16 @@ import pytest
 from tests.faults.test_two_hosts import TORTURE, ended
 from tests.support.commands import LDM, TINY, error_line, run, start, succeeded, train
 
-MAKER = (*LDM, "cache-latents")
+COMMAND = (*LDM, "cache-latents")
 FLAGS = ("--diffusion.steps", 20, "--log.images-every", 100)
 
 
 def make(*args, devices=1):
-    return run(*MAKER, *args, devices=devices)
+    return run(*COMMAND, *args, devices=devices)
 
 
-def start_maker(*args, devices=1):
-    return start(*MAKER, *args, devices=devices)
+def start_make(*args, devices=1):
+    return start(*COMMAND, *args, devices=devices)
 
 
 def contents(folder):
@@ -33,68 +33,70 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole run, and its cache made by one process without interruption."""
+    """A finished run, and its cache, which one process made without interruption."""
     folder = tmp_path_factory.mktemp("finished")
     succeeded(train(folder / "run", *FLAGS))
-    said = succeeded(make("--workdir", folder / "run", "--out", folder / "latents"))
-    assert "16 of 16 shards made now" in said
+    output = succeeded(make("--workdir", folder / "run", "--out", folder / "latents"))
+    assert "16 of 16 shards made now" in output
     return folder
 
 
-def test_killed_again_and_again_a_cache_is_the_bytes_of_one_made_at_once(
+def test_a_cache_killed_and_resumed_has_the_bytes_of_an_unbroken_one(
     finished, tmp_path
 ):
     out, kills = tmp_path / "latents", 0
-    asked = ("--workdir", finished / "run", "--out", out, "--batch", 1)
+    flags = ("--workdir", finished / "run", "--out", out, "--batch", 1)
     for wanted in (2, 6, 11):
-        maker = start_maker(*asked)
-        while len(list(out.glob("*.array_record"))) < wanted and maker.poll() is None:
+        process = start_make(*flags)
+        while len(list(out.glob("*.array_record"))) < wanted and process.poll() is None:
             time.sleep(0.01)
-        maker.kill()
-        maker.communicate()
-        kills += maker.returncode == -signal.SIGKILL
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
     assert kills
-    asked_of_train = ("--first-stage", finished / "run", "--data.latents", out)
-    line = error_line(train(tmp_path / "run", *asked_of_train))
+    train_flags = ("--first-stage", finished / "run", "--data.latents", out)
+    line = error_line(train(tmp_path / "run", *train_flags))
     assert "is not finished; give the same command of" in line
     assert not (tmp_path / "run").exists()
-    assert "finished" in succeeded(make(*asked))
+    assert "finished" in succeeded(make(*flags))
     assert contents(out) == contents(finished / "latents")
-    assert "nothing left to write" in succeeded(make(*asked))
+    assert "nothing left to write" in succeeded(make(*flags))
 
 
-def test_two_hosts_make_the_bytes_of_one_also_when_one_is_killed(finished, tmp_path):
+def test_a_cache_of_two_hosts_has_the_bytes_of_one_also_after_a_kill(
+    finished, tmp_path
+):
     out = tmp_path / "latents"
 
-    def both():
+    def start_both():
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        asked = ("--workdir", finished / "run", "--out", out, "--batch", 1)
-        asked += ("--coordinator", f"localhost:{port}", "--num-processes", 2)
-        asked += ("--compilation-cache", "none")
-        return [start_maker(*asked, "--process-id", i, devices=4) for i in range(2)]
+        flags = ("--workdir", finished / "run", "--out", out, "--batch", 1)
+        flags += ("--coordinator", f"localhost:{port}", "--num-processes", 2)
+        flags += ("--compilation-cache", "none")
+        return [start_make(*flags, "--process-id", i, devices=4) for i in range(2)]
 
-    first, second = both()
+    first, second = start_both()
     while not list(out.glob("*.array_record")) and second.poll() is None:
         time.sleep(0.01)
     second.kill()
-    first.kill()  # it would wait as long as a process may be silent
+    first.kill()  # it would wait for the heartbeat timeout
     ended([first, second])
-    for done in ended(both()):
+    for done in ended(start_both()):
         succeeded(done)
     assert contents(out) == contents(finished / "latents")
 
 
 @pytest.mark.skipif(not TORTURE, reason="make torture")
-def test_a_run_begun_on_images_goes_on_from_latents(finished, tmp_path):
+def test_a_run_started_on_images_resumes_on_latents(finished, tmp_path):
     workdir = tmp_path / "run"
-    begun = start(*LDM, "train", "--config", TINY, "--workdir", workdir, *FLAGS)
+    started = start(*LDM, "train", "--config", TINY, "--workdir", workdir, *FLAGS)
     while not (workdir / "diffusion/checkpoints/4").exists():
-        assert begun.poll() is None
+        assert started.poll() is None
         time.sleep(0.01)
-    begun.send_signal(signal.SIGTERM)
-    begun.communicate()
+    started.send_signal(signal.SIGTERM)
+    started.communicate()
     out = workdir / "latents"
     succeeded(make("--workdir", workdir, "--out", out))
     cached = ("--data.latents", out)
@@ -104,9 +106,9 @@ def test_a_run_begun_on_images_goes_on_from_latents(finished, tmp_path):
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_latents_are_learned_from_by_every_layout(finished, tmp_path):
-    asked = (*FLAGS, "--first-stage", finished / "run")
-    asked += ("--data.latents", finished / "latents", "--parallel.layout", "fsdp")
-    asked += ("--parallel.accumulate", 2, "--parallel.steps-per-dispatch", 3)
-    succeeded(train(tmp_path / "run", *asked, devices=4))
+def test_losses_on_latents_are_equal_under_fsdp_and_accumulation(finished, tmp_path):
+    flags = (*FLAGS, "--first-stage", finished / "run")
+    flags += ("--data.latents", finished / "latents", "--parallel.layout", "fsdp")
+    flags += ("--parallel.accumulate", 2, "--parallel.steps-per-dispatch", 3)
+    succeeded(train(tmp_path / "run", *flags, devices=4))
     assert losses(tmp_path / "run") == pytest.approx(losses(finished / "run"), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Checkpoints that rot on the disk: nothing that is not what was saved is used."""
+"""Damaged checkpoints: a restore never uses values that differ from the saved ones."""
 
 import random
 import re
@@ -19,23 +19,23 @@ FLIPS = 25
 STEPS = 12
 NEWEST, BEFORE, FIRST = 12, 8, 4
 
-# Orbax closes its event loop when a read fails; tensorstore's other reads of the torn
-# step may end after that and then find it closed.
+# Orbax closes its event loop when a read fails; tensorstore's other reads of the
+# damaged step may end later and find it closed.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
 
 def restore(place):
-    """Restore what a folder of checkpoints has, as a new process would."""
+    """Restore the newest checkpoint of a folder, as a new process would."""
     store = CheckpointStore(place, keep=3)
     found = store.restore(stage_target(toy_stage(num_steps=STEPS), root_key(0)))
     store.close()
     return found
 
 
-def told(found):
-    """What of a checkpoint is to be the same, if it is used."""
+def compared(found):
+    """Return the fields of a checkpoint that a restore must reproduce."""
     return found.step, found.digest, found.notes
 
 
@@ -49,16 +49,16 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(whole, tmp_path_factory):
-    """What its two newest steps are."""
+    """The compared fields of the two newest steps."""
     before = tmp_path_factory.mktemp("before") / "checkpoints"
     shutil.copytree(whole, before)
     shutil.rmtree(before / str(NEWEST))
-    return {NEWEST: told(restore(whole)), BEFORE: told(restore(before))}
+    return {NEWEST: compared(restore(whole)), BEFORE: compared(restore(before))}
 
 
 @pytest.fixture
 def copies(whole, tmp_path):
-    """Makes copies of the checkpoints."""
+    """Return a function that copies the checkpoints."""
 
     def copy():
         place = tmp_path / "checkpoints"
@@ -89,18 +89,20 @@ def flip(path, chance):
 
 
 def read_by_orbax_alone(step):
-    """The arrays of a step as Orbax gives them, or None where it refuses."""
+    """Return a step's arrays as Orbax reads them, or None where Orbax refuses."""
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that no sharding was given
+        warnings.simplefilter("ignore")  # Orbax warns that no sharding was given
         try:
             return reader.restore(step / "state")
         except ValueError:
             return None
 
 
-def test_every_bit_that_changes_an_array_is_noticed(copies, whole, good, caplog):
-    chance, changed, silent = random.Random(0), 0, 0
+def test_every_flipped_bit_that_changes_an_array_is_detected(
+    copies, whole, good, caplog
+):
+    chance, changed, undetected_by_orbax = random.Random(0), 0, 0
     saved = read_by_orbax_alone(whole / str(NEWEST))
     while changed < FLIPS:
         place = copies()
@@ -111,21 +113,21 @@ def test_every_bit_that_changes_an_array_is_noticed(copies, whole, good, caplog)
             jax.tree.leaves(jax.tree.map(np.array_equal, saved, read))
         )
         caplog.clear()
-        found = told(restore(place))
+        found = compared(restore(place))
         if same:
             assert found == good[NEWEST]
             continue
         changed += 1
-        silent += read is not None
+        undetected_by_orbax += read is not None
         assert found == good[BEFORE]
         (line,) = caplog.messages
         assert re.match(r"damaged checkpoint: step 12: .*(params|ema|state)", line)
         if read is not None:
             assert re.search(r"\['state'\]\.(params|ema)\['w'\] is not what was", line)
-    assert silent > FLIPS // 2  # what the digests are for
+    assert undetected_by_orbax > FLIPS // 2  # the digests detect these
 
 
-def test_a_bit_anywhere_else_is_noticed_or_changes_nothing(copies, good, caplog):
+def test_a_flipped_bit_outside_the_arrays_is_detected_or_harmless(copies, good, caplog):
     chance, found = random.Random(0), []
     for _ in range(FLIPS):
         place = copies()
@@ -133,23 +135,23 @@ def test_a_bit_anywhere_else_is_noticed_or_changes_nothing(copies, good, caplog)
         path = chance.choice(sorted({*files(step)} - {*arrays(step)}))
         flip(path, chance)
         caplog.clear()
-        found.append(told(restore(place)))
+        found.append(compared(restore(place)))
         assert found[-1] == good[found[-1][0]], path
         assert len(caplog.messages) == (found[-1][0] == BEFORE)
     assert {step for step, _, _ in found} == {NEWEST, BEFORE}
 
 
-def test_every_bit_of_the_notes_counts(copies, good):
-    chance, noticed = random.Random(0), 0
+def test_a_flipped_bit_in_the_notes_is_detected(copies, good):
+    chance, detected = random.Random(0), 0
     for _ in range(FLIPS):
         place = copies()
         flip(place / str(NEWEST) / "notes/metadata", chance)
-        step, digest, notes = told(restore(place))
-        noticed += step == BEFORE
-        # They pass, and are what they were, if the bit is one of their digest's name.
+        step, digest, notes = compared(restore(place))
+        detected += step == BEFORE
+        # A flip in the name of the notes' digest is not detected; the notes are intact.
         known = {name: notes[name] for name in notes if name in good[step][2]}
         assert (step, digest, known) == good[step]
-    assert noticed > FLIPS - 3
+    assert detected > FLIPS - 3
 
 
 def cut_in_half(step):
@@ -218,33 +220,31 @@ def lose_everything(step):
         lose_everything,
     ],
 )
-def test_a_step_that_is_not_whole_is_told_of_and_set_aside(
-    copies, good, caplog, damage
-):
+def test_a_damaged_step_is_reported_and_moved_aside(copies, good, caplog, damage):
     place = copies()
     damage(place / str(NEWEST))
-    assert told(restore(place)) == good[BEFORE]
+    assert compared(restore(place)) == good[BEFORE]
     (line,) = caplog.messages
     assert re.match(r"damaged checkpoint: step 12: \S", line)
     assert len(list((place / "damaged").glob("12-*"))) == 1
     assert not (place / str(NEWEST)).exists()
 
 
-def test_a_half_written_step_is_none(copies, good, caplog):
+def test_a_half_written_step_is_not_a_checkpoint(copies, good, caplog):
     place = copies()
     half = place / f"{NEWEST}.orbax-checkpoint-tmp"
     (place / str(NEWEST)).rename(half)
     cut_in_half(half)
-    assert told(restore(place)) == good[BEFORE]
+    assert compared(restore(place)) == good[BEFORE]
     assert caplog.messages == []
 
 
-# Two processes. A leaf that is cut over both lies in files of the process that wrote
-# it, and the same process reads it again: the other one finds nothing wrong.
+# Two processes. Each process reads only its own file of a leaf that both share:
+# the other process cannot detect damage in that file.
 
 
 @pytest.fixture(scope="module")
-def by_two(tmp_path_factory):
+def run_of_two(tmp_path_factory):
     """A run that two processes finished."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     found = ended(pair(workdir, "fsdp", STEPS))
@@ -252,8 +252,8 @@ def by_two(tmp_path_factory):
     return workdir
 
 
-def theirs(workdir, step):
-    """The file of arrays that only process 1 reads."""
+def file_of_process_1(workdir, step):
+    """Return the file of arrays that only process 1 reads."""
     parts = workdir / "diffusion/checkpoints" / str(step) / "state/ocdbt.process_1/d"
     return max(parts.iterdir(), key=lambda path: path.stat().st_size)
 
@@ -269,20 +269,18 @@ def check_both_go_back_to(step, workdir, layout, whole_digest, *reasons):
         lines = re.findall("damaged checkpoint: (.*)", err)
         assert len(lines) == len(reasons)
         assert all(map(re.search, reasons, lines)), lines
-        # Orbax reads leaves side by side: where two are torn it raises the one, and
+        # Orbax reads leaves concurrently: of two damaged ones it raises one, and
         # Python may print the other.
         assert err.count("Traceback") <= err.count("Exception ignored in")
         assert re.findall(r"^step (\d+)", out, re.MULTILINE)[0] == str(step + 1)
         assert digest_of(out) == whole_digest
 
 
-def test_both_processes_go_back_over_what_only_one_of_them_found_torn(
-    by_two, good, tmp_path
-):
+def test_both_processes_skip_a_step_that_one_finds_damaged(run_of_two, good, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(by_two, workdir)
-    cut(theirs(workdir, NEWEST))
-    flip_in_the_middle(theirs(workdir, BEFORE))
+    shutil.copytree(run_of_two, workdir)
+    cut(file_of_process_1(workdir, NEWEST))
+    flip_in_the_middle(file_of_process_1(workdir, BEFORE))
     check_both_go_back_to(
         FIRST,
         workdir,
@@ -293,12 +291,10 @@ def test_both_processes_go_back_over_what_only_one_of_them_found_torn(
     )
 
 
-def test_both_processes_go_back_over_a_step_that_both_found_torn(
-    by_two, good, tmp_path
-):
+def test_both_processes_skip_a_step_that_both_find_damaged(run_of_two, good, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(by_two, workdir)
-    cut(theirs(workdir, NEWEST))
+    shutil.copytree(run_of_two, workdir)
+    cut(file_of_process_1(workdir, NEWEST))
     reason = r"step 12: .*state\.(params|ema)\.w.* is not valid"
     check_both_go_back_to(BEFORE, workdir, "pmap", good[NEWEST][1], reason)
 

@@ -1,7 +1,7 @@
-"""A step that hangs tells where, and one that is not finite of what.
+"""A hanging step prints its stack; a non-finite step is logged with its examples.
 
 python -m tests.faults.test_stall WORKDIR is a run whose disk hangs once, until the
-file that is its standard error tells of that twice.
+file of its standard error shows the stacks twice.
 """
 
 import json
@@ -29,14 +29,14 @@ prepare_example = pipeline.prepare_example
 def read_from_a_disk_that_hangs(example, **sizes):
     if example["index"] == HANGS_AT:
         until = time.monotonic() + HANGS_FOR_AT_MOST
-        while len(told_in(Path(os.environ["STDERR"]).read_text())) < 2:
-            assert time.monotonic() < until, "the clock did not strike twice"
+        while len(stacks_in(Path(os.environ["STDERR"]).read_text())) < 2:
+            assert time.monotonic() < until, "the stacks were not printed twice"
             time.sleep(0.1)
     return prepare_example(example, **sizes)
 
 
-def told_in(err):
-    """What the clock told with both: the thread that hangs, and the one that waits."""
+def stacks_in(err):
+    """Return the timeout reports that show the hanging and the waiting thread."""
     parts = err.split(f"Timeout (0:00:0{STALL_TIMEOUT})!")[1:]
     both = (" in read_from_a_disk_that_hangs\n", " in take\n")
     return [part for part in parts if all(each in part for each in both)]
@@ -49,31 +49,31 @@ def main(args):
     sys.stdout.write(f"digest {found.digest}\n")
 
 
-def test_a_step_that_hangs_prints_where_and_the_run_goes_on(tmp_path):
-    told = tmp_path / "stderr"
-    with told.open("w") as file:
+def test_a_hanging_step_prints_its_stack_and_the_run_continues(tmp_path):
+    stderr = tmp_path / "stderr"
+    with stderr.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.test_stall", tmp_path / "stalled"],
             cwd=ROOT,
-            env=environment(devices=4) | {"STDERR": str(told)},
+            env=environment(devices=4) | {"STDERR": str(stderr)},
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
         )
         ((code, out, _),) = ended([process])
-    assert code == 0, told.read_text()
-    assert len(told_in(told.read_text())) >= 2
+    assert code == 0, stderr.read_text()
+    assert len(stacks_in(stderr.read_text())) >= 2
     assert digest_of(out) == run_toy(tmp_path / "unbroken", toy_stage()).digest
 
 
-def test_steps_that_are_not_finite_are_told_and_borne_as_often_as_is_asked(tmp_path):
-    lost = ["--autoencoder.optim.lr", "1e30", "--stages", "autoencoder"]
-    lost += ["--autoencoder.steps", "3"]
-    line = error_line(train(tmp_path, *lost))
+def test_non_finite_steps_are_logged_and_skipped_up_to_max_skipped_steps(tmp_path):
+    diverging = ["--autoencoder.optim.lr", "1e30", "--stages", "autoencoder"]
+    diverging += ["--autoencoder.steps", "3"]
+    line = error_line(train(tmp_path, *diverging))
     assert re.search(r"autoencoder step 2: loss = nan.* not_finite\.jsonl", line)
     assert faults(tmp_path) == [(2, [list(range(8, 16))])]
-    # The same run goes on, to its end, where there is nothing to make latents with.
-    line = error_line(train(tmp_path, *lost, "--max-skipped-steps", "2"))
+    # With two skips allowed the run reaches its end, where the latent scale is nan.
+    line = error_line(train(tmp_path, *diverging, "--max-skipped-steps", "2"))
     assert "the scale of its latents is nan" in line
     assert [step for step, _ in faults(tmp_path)] == [2, 3]
 

@@ -1,6 +1,6 @@
-"""A disk that fills, stops taking writes or limits them ends a run in one line.
+"""A full or read-only disk, or a limit on file size, ends a run in one line.
 
-Nothing written before is harmed, and the same command goes on when the cause is gone.
+Earlier files stay intact; the same command resumes once the cause is removed.
 """
 
 import json
@@ -21,19 +21,19 @@ from tests.support.toys import root_key, run_toy, toy_stage
 
 STEPS = 120
 SOON = 20.0
-"""Seconds; a save or a line of the log is due several times in them."""
+"""Seconds; several saves and log lines are due within them."""
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The digest of a run whose disk is well, and what it logged."""
+    """The digest and the log of a run on an intact disk."""
     workdir = tmp_path_factory.mktemp("unbroken")
     return run_toy(workdir, toy_stage(num_steps=STEPS)).digest, logged(workdir)
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system that nothing else writes to, of four megabytes."""
+    """A file system of four megabytes that nothing else uses."""
     place = tmp_path / "disk"
     place.mkdir()
     if shutil.which("mount") is None:
@@ -56,7 +56,7 @@ def logged(workdir):
 
 
 def fill(disk):
-    """Leave no byte free; return the file that takes them."""
+    """Fill the disk to the last byte; return the file that does so."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
         while True:
@@ -65,7 +65,7 @@ def fill(disk):
 
 
 def failed(*processes):
-    """Wait for a run that has to fail soon; return its last step and its lines."""
+    """Wait for processes that must fail soon; return the last step and error lines."""
     start = time.monotonic()
     found = ended(processes)
     assert time.monotonic() - start < SOON
@@ -99,7 +99,7 @@ def newest(workdir):
 
 
 def content(folder):
-    """Return all that lies in a folder."""
+    """Return the files of a folder by relative path."""
     return {
         path.relative_to(folder): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -107,18 +107,18 @@ def content(folder):
 
 
 def lost_and_kept(line, *, every):
-    """Return the step a message says was not written, and the one it says is kept.
+    """Return the step that a message calls not written, and the one it calls kept.
 
-    Which, depends on how far the run had come when it was struck.
+    Both depend on the run's progress when the write failed.
     """
-    told = re.search(r"step (\d+) could not be written .*step (\d+) is kept", line)
-    lost, kept = int(told[1]), int(told[2])
+    match = re.search(r"step (\d+) could not be written .*step (\d+) is kept", line)
+    lost, kept = int(match[1]), int(match[2])
     assert lost % every == 0 and kept == lost - every
     return lost, kept
 
 
-def check_it_goes_on(workdir, unbroken, *args):
-    """Give the same command again: it ends as the run that nothing happened to."""
+def check_it_resumes(workdir, unbroken, *args):
+    """Give the same command again: the run ends like the unbroken one."""
     step = newest(workdir)
     ((code, out, err),) = ended([alone(workdir, STEPS, *args)])
     assert code == 0, err
@@ -126,29 +126,29 @@ def check_it_goes_on(workdir, unbroken, *args):
     assert (digest_of(out), logged(workdir)) == unbroken
 
 
-def test_a_disk_that_is_full_ends_a_run_until_there_is_room(disk, unbroken):
+def test_a_full_disk_ends_a_run_that_resumes_after_room_is_made(disk, unbroken):
     workdir = disk / "run"
     process = alone(workdir, STEPS, 0.02, 4)
     wait_for_step(process, 14)
     filler = fill(disk)
     last, line = failed(process)
     assert re.search("could not be written .*No space left .* goes on from there", line)
-    told = re.search(r"step (\d+) could not be .*step (\d+) is kept", line)
-    assert newest(workdir) == int(told[2]) == int(told[1]) - 4
-    assert last < int(told[1]) + 4
+    match = re.search(r"step (\d+) could not be .*step (\d+) is kept", line)
+    assert newest(workdir) == int(match[2]) == int(match[1]) - 4
+    assert last < int(match[1]) + 4
     _, line = failed(alone(workdir, STEPS, 0, 4))
-    # Where it strikes first depends on how much the torn step had taken.
+    # Which write fails first depends on the size of the unfinished step.
     assert re.search("No space left on device|code='28'", line)
     filler.unlink()
-    check_it_goes_on(workdir, unbroken, 0, 4)
+    check_it_resumes(workdir, unbroken, 0, 4)
 
 
-def test_a_line_that_a_full_disk_tore_is_told_and_written_again(disk, unbroken):
+def test_a_log_line_cut_by_a_full_disk_is_reported_and_rewritten(disk, unbroken):
     workdir = disk / "run"
     process = alone(workdir, STEPS, 0.02, 40)
     wait_for_step(process, 44)
     wait_for_checkpoint(workdir, 40)
-    # What is left of the log's last page takes a few more lines, and part of one.
+    # The log's last page has room for a few more lines and a part of one.
     filler = fill(disk)
     _, line = failed(process)
     assert f"{workdir / 'metrics.jsonl'}: No space left on device; make room" in line
@@ -156,14 +156,14 @@ def test_a_line_that_a_full_disk_tore_is_told_and_written_again(disk, unbroken):
     with pytest.raises(OSError, match=r"No space left on device: '.*loss.png.part'"):
         plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
     filler.unlink()
-    check_it_goes_on(workdir, unbroken, 0, 40)
+    check_it_resumes(workdir, unbroken, 0, 40)
 
 
-def test_a_disk_that_takes_no_more_writes_ends_a_run_and_is_left_alone(disk, unbroken):
+def test_a_read_only_disk_ends_a_run_and_stays_unchanged(disk, unbroken):
     workdir = disk / "run"
     process = alone(workdir, STEPS, 0.02, 4)
     wait_for_step(process, 14)
-    # Refused while a file is open for writing.
+    # The remount fails while a file is open for writing.
     wait_until(lambda: mount("-o", "remount,ro", disk).returncode == 0)
     before = content(workdir)
     _, line = failed(process)
@@ -174,20 +174,18 @@ def test_a_disk_that_takes_no_more_writes_ends_a_run_and_is_left_alone(disk, unb
     assert f"{disk / 'new'}: Read-only file system; make it writable" in line
     assert content(workdir) == before
     assert mount("-o", "remount,rw", disk).returncode == 0
-    check_it_goes_on(workdir, unbroken, 0, 4)
+    check_it_resumes(workdir, unbroken, 0, 4)
 
 
-# A limit of the size of files needs no file system of its own. It leaves the log alone,
-# and strikes the arrays of a checkpoint, which a thread writes while steps go on.
+# A limit on file size needs no file system of its own. The log stays below it; the
+# arrays of a checkpoint, which a thread writes during training, exceed it.
 
 
 def limit(process):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (16384, 16384))
 
 
-def test_a_save_that_fails_in_the_background_is_told_at_the_next_step(
-    tmp_path, unbroken
-):
+def test_a_failed_background_save_ends_the_run_before_the_next_save(tmp_path, unbroken):
     workdir = tmp_path / "run"
     process = alone(workdir, STEPS, 0.05, 20)
     wait_for_step(process, 25)
@@ -198,10 +196,10 @@ def test_a_save_that_fails_in_the_background_is_told_at_the_next_step(
     lost, kept = lost_and_kept(line, every=20)
     assert lost < last < lost + 20  # when the next save is due
     assert newest(workdir) == kept
-    check_it_goes_on(workdir, unbroken, 0, 20)
+    check_it_resumes(workdir, unbroken, 0, 20)
 
 
-def test_a_save_that_fails_on_one_process_alone_is_told_by_both(tmp_path, unbroken):
+def test_a_save_that_fails_on_one_process_is_reported_by_both(tmp_path, unbroken):
     workdir = tmp_path / "run"
     processes = pair(workdir, "fsdp", STEPS, 0.05, 20)
     wait_for_step(processes[0], 25)
@@ -213,10 +211,10 @@ def test_a_save_that_fails_on_one_process_alone_is_told_by_both(tmp_path, unbrok
     assert lost < last < lost + 20  # when the next save is due
     assert "process 1: " in first and first.endswith(second.partition("error: ")[2])
     assert newest(workdir) == kept
-    check_it_goes_on(workdir, unbroken, 0, 20)
+    check_it_resumes(workdir, unbroken, 0, 20)
 
 
-def test_a_folder_of_checkpoints_that_is_taken_away_ends_a_run(tmp_path):
+def test_a_removed_checkpoint_folder_ends_a_run(tmp_path):
     workdir = tmp_path / "run"
     process = alone(workdir, STEPS, 0.02, 20)
     wait_for_step(process, 25)

@@ -1,4 +1,4 @@
-"""The commands in two processes: the numbers of one, and no step where they differ."""
+"""Commands in two processes give the numbers of one; differing configs are refused."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SCORED = ("--scores.every", 10, "--scores.images", 300, "--scores.steps", 2)
 
 
 def ended(processes):
-    """Wait for processes, and return how each ended."""
+    """Wait for processes; return the exit code and output of each."""
     outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
     return [
         subprocess.CompletedProcess(process.args, process.returncode, *output)
@@ -35,7 +35,7 @@ def ended(processes):
     ]
 
 
-def two(command, *flags, of_the_second=()):
+def start_two(command, *flags, second_flags=()):
     """Start a command in two processes of four devices, the second with more flags."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -43,13 +43,13 @@ def two(command, *flags, of_the_second=()):
     together = ("--coordinator", f"localhost:{port}", "--num-processes", 2)
     return [
         start(*LDM, command, *flags, *together, "--process-id", this, *extra, devices=4)
-        for this, extra in enumerate([(), of_the_second])
+        for this, extra in enumerate([(), second_flags])
     ]
 
 
-def two_of_train(workdir, *flags, of_the_second=()):
+def start_two_trainings(workdir, *flags, second_flags=()):
     flags = ("--config", TINY, "--workdir", workdir, *flags)
-    return two("train", *flags, of_the_second=of_the_second)
+    return start_two("train", *flags, second_flags=second_flags)
 
 
 def losses(workdir):
@@ -74,20 +74,22 @@ def run_of_one(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def of_one(run_of_one):
+def losses_of_one(run_of_one):
     return losses(run_of_one)
 
 
 @pytest.mark.parametrize("layout", ["pmap", "fsdp"] if TORTURE else ["fsdp"])
-def test_two_hosts_have_the_losses_of_one(tmp_path, run_of_one, of_one, layout):
+def test_two_hosts_have_the_losses_and_scores_of_one(
+    tmp_path, run_of_one, losses_of_one, layout
+):
     flags = (*FLAGS, *SCORED, "--parallel.layout", layout)
-    # What judges is not taught twice, but the real images are measured again, by both.
+    # The classifier is copied; both processes measure the real images again.
     shutil.copytree(
         run_of_one / "evaluation",
         tmp_path / "run" / "evaluation",
         ignore=shutil.ignore_patterns("real_*"),
     )
-    for done in ended(two_of_train(tmp_path / "run", *flags)):
+    for done in ended(start_two_trainings(tmp_path / "run", *flags)):
         succeeded(done)
     here, there = map(real_statistics, (tmp_path / "run", run_of_one))
     assert here.provenance == there.provenance
@@ -97,15 +99,15 @@ def test_two_hosts_have_the_losses_of_one(tmp_path, run_of_one, of_one, layout):
     assert apart < 1e-6 * scale
     np.testing.assert_allclose(here.kept, there.kept, rtol=1e-4, atol=1e-5)
     assert not list((tmp_path / "run" / "evaluation").glob("share_*"))
-    # Both drew: 300 images are two files of features, one of each process.
+    # Both processes drew: 300 images are two feature files, one of each process.
     ours, theirs = scores(tmp_path / "run"), scores(run_of_one)
     assert [one["step"] for one in ours] == [10, 20]
     for here, there in zip(ours, theirs, strict=True):
         assert here["fid"] == pytest.approx(there["fid"], rel=1e-3)
     found = losses(tmp_path / "run")
     assert len(found) >= 20
-    assert [row[:2] for row in found] == [row[:2] for row in of_one]
-    for (_, _, here), (_, _, there) in zip(found, of_one, strict=True):
+    assert [row[:2] for row in found] == [row[:2] for row in losses_of_one]
+    for (_, _, here), (_, _, there) in zip(found, losses_of_one, strict=True):
         assert here == pytest.approx(there, rel=1e-5)
 
 
@@ -113,7 +115,7 @@ def test_two_hosts_share_an_evaluation(run_of_one, tmp_path):
     flags = ("--workdir", run_of_one, "--num-images", 300, "--steps", 2)
     out = ("--out", tmp_path / "out")
     shutil.copytree(run_of_one / "evaluation", tmp_path / "out")
-    for done in ended(two("evaluate", *flags, *out)):
+    for done in ended(start_two("evaluate", *flags, *out)):
         succeeded(done)
     (path,) = (tmp_path / "out").glob("*/metrics.json")
     assert len(list(path.parent.glob("features_*.npz"))) == 2
@@ -125,7 +127,7 @@ def test_two_hosts_share_an_evaluation(run_of_one, tmp_path):
 
 def test_hosts_with_different_configs_name_the_difference_and_write_nothing(tmp_path):
     workdir, other = tmp_path / "run", ("--diffusion.optim.lr", 0.5)
-    for done in ended(two_of_train(workdir, of_the_second=other)):
+    for done in ended(start_two_trainings(workdir, second_flags=other)):
         line = error_line(done)
         assert "diffusion.optim.lr" in line and "0.5" in line and "process 1" in line
     assert not list(workdir.rglob("*.json*"))

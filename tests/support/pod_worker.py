@@ -1,4 +1,4 @@
-"""One process of several: runs the toy stage with real checkpoints, says its digest.
+"""One process of a run: trains the toy stage with checkpoints, prints its digest.
 
 python -m tests.support.pod_worker WORKDIR LAYOUT NUM_STEPS COORDINATOR NUM ID
     [SECONDS_A_STEP [SAVE_EVERY]]
@@ -51,7 +51,7 @@ def main(args):
 
 
 def count_kept(layout_class):
-    """Note of each step whether it left arrays of its state and did not take them."""
+    """Record for every step whether some of its input state was not donated."""
     map_step, kept, last = layout_class.map_step, [], [None]
 
     def counted(self, step, *, accumulate=1):
@@ -59,7 +59,7 @@ def count_kept(layout_class):
 
         def call(state, *rest):
             after = mapped(state, *rest)
-            if state is last[0]:  # not one that was just read from a checkpoint
+            if state is last[0]:  # not a state just restored from a checkpoint
                 kept.append(not all(x.is_deleted() for x in jax.tree.leaves(state)))
             last[0] = after[0]
             return after

@@ -1,4 +1,4 @@
-"""Start processes that run the toy stage, one or a pair, and look at how they end."""
+"""Start one or two processes that run the toy stage, and collect their outputs."""
 
 import re
 import socket
@@ -54,7 +54,7 @@ def ended(processes):
         outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
     finally:
         for process in processes:
-            process.kill()  # nothing, where it has ended
+            process.kill()  # no effect on an ended process
     return [
         (process.returncode, out, err)
         for process, (out, err) in zip(processes, outputs, strict=True)
