@@ -49,7 +49,7 @@ test: setup
 
 proofs: setup
 	$(RUN) -m pytest tests/proofs -n 2 --dist loadfile --no-loadscope-reorder
-	@# What is promised of bits, of programs as they are compiled outside of the tests.
+	@# Tests of equal bits, with programs compiled as outside of the tests.
 	LDM_JAX_AS_SHIPPED=1 $(RUN) -m pytest tests/cli/test_old_run.py tests/sampling/test_sample_fn.py tests/parallel/test_layouts.py -n 2 --dist loadfile
 
 faults: setup

@@ -85,7 +85,7 @@ def batches(num):
 
 
 def descend(config, rate):
-    """The first state and the step under plain descent: at rate 1, by the gradient."""
+    """Return the first state and a step of plain gradient descent."""
     descent, stage = optax.sgd(rate), build(config)
     ema_decay = config.autoencoder.optim.ema_decay
     state, own = stage.init(), {"optimizer": Optimizer(descent, ema_decay)}
@@ -103,8 +103,8 @@ def descend(config, rate):
 def run(config, devices, steps, rate=None, layout=PmapLayout):
     """Train a few steps; return the state before and after each, and the metrics.
 
-    Adam, or plain descent at a rate: Adam makes of a gradient of nothing but rounding
-    errors, such as a bias before a norm has, a full step in either direction.
+    A rate selects plain descent. Adam turns a gradient of mere rounding errors, such as
+    that of a bias before a norm, into a full step in either direction.
     """
     layout, stage = layout(jax.devices()[:devices]), build(config)
     start, step = descend(config, rate) if rate else (stage.init(), stage.step)
@@ -131,11 +131,11 @@ def present(metrics):
 
 
 def plain_update(config):
-    """The same update said plainly: whole losses, whole gradients, jax.grad."""
+    """Return the reference update: jax.grad of the whole losses."""
     model, settings = build_model(config), config.autoencoder
     adversary = adversary_of(config)
 
-    def judge(critic, x):
+    def discriminate(critic, x):
         return adversary.discriminator.apply({"params": critic}, x, axis_name=None)
 
     def update(state, batch):
@@ -150,7 +150,7 @@ def plain_update(config):
             error = jnp.abs(made.images - images)
             is_sum = settings.reduction == "sum"
             terms = error.sum() / len(images) if is_sum else error.mean()
-            generator = -judge(state.critic.params, made.images).mean()
+            generator = -discriminate(state.critic.params, made.images).mean()
             if settings.regularizer == "kl":
                 penalty = settings.kl_weight * made.bottleneck.kl().mean()
             else:
@@ -174,7 +174,7 @@ def plain_update(config):
         def critic_loss(critic):
             fake = jax.lax.stop_gradient(losses(state.params)[3])
             of = hinge_loss if settings.adversary.loss == "hinge" else vanilla_loss
-            return factor * of(judge(critic, images), judge(critic, fake))
+            return factor * of(discriminate(critic, images), discriminate(critic, fake))
 
         value, gradients = jax.value_and_grad(loss)(state.params)
         return value, gradients, jax.grad(critic_loss)(state.critic.params), weight
@@ -242,7 +242,7 @@ def test_all_numbers_stay_finite_when_the_discriminator_starts(regularizer):
     assert all(np.isfinite(value) for row in rows for value in present(row).values())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[-1]))
     assert [row.adversary_factor for row in rows] == [0.0] * START + [1.0] * 8
-    # Not even Adam's counts had moved before.
+    # Adam's step counts, too, are zero before the start step.
     assert leaves_equal(states[START].critic, states[0].critic)
     counts = optax.tree.get_all_with_path(states[-1].critic.opt_state, "count")
     assert {int(count) for _, count in counts} == {8}

@@ -1,4 +1,4 @@
-"""Averages of weights of any length, made after training of a few that were kept."""
+"""Post-hoc EMA: averages of any relative length from the snapshots of a few."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def test_a_length_out_of_range_is_a_value_error(length):
 
 @functools.cache
 def walk(num_steps=600):
-    """Parameters that learn quickly, then slowly, and shake."""
+    """Return noisy parameters that change fast at first, then slowly."""
     random = np.random.default_rng(0)
     steps = np.arange(1, num_steps + 1)[:, None]
     drift = 1.0 - np.exp(-steps / np.asarray([[5.0, 30.0, 100.0, 1e4]]))
@@ -63,26 +63,26 @@ def averages_of(length, num_steps=600):
     """Track an average step by step, as training does, in float32."""
     shares = jax.jit(jax.vmap(functools.partial(share_of_new, length=length)))
     all_shares = np.asarray(shares(jnp.arange(1, num_steps + 1)))
-    average, found = np.full(4, 7.0), []  # where it starts has no weight
+    average, found = np.full(4, 7.0), []  # the initial value has no weight
     for share, params in zip(all_shares, walk(num_steps), strict=True):
         average = average + share * (params - average)
         found.append(average)
     return np.stack(found)
 
 
-def test_updates_of_an_average_give_its_profile():
+def test_tracked_averages_follow_their_power_profile():
     steps, power = np.arange(0, 601), power_of(0.07) + 1.0
     masses = np.diff((steps / 600) ** power)
     wanted = masses @ walk()
     assert averages_of(0.07)[-1] == pytest.approx(wanted, rel=1e-5)
-    # Late in training a share is far below what 1 - 1 / t tells apart in float32.
+    # Late in training a share is far below the float32 resolution of 1 - 1 / t.
     late = share_of_new(jnp.asarray(3_000_000), length=0.07)
     assert float(late) == pytest.approx(power / 3e6, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """What training leaves of two averages."""
+    """A folder of snapshots of two averages."""
     folder = tmp_path_factory.mktemp("kept") / "averages"
     tracked = [averages_of(length) for length in KEPT]
     for step in snapshot_steps(600, snapshots=16):
@@ -91,7 +91,7 @@ def kept(tmp_path_factory):
     return folder
 
 
-def made(folder, length, step=None, **fields):
+def post_hoc(folder, length, step=None, **fields):
     shapes = {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}
     given = {"lengths": KEPT, "newest": 600, **fields}
     return make_average(folder, shapes, length=length, step=step, **given)
@@ -100,11 +100,11 @@ def made(folder, length, step=None, **fields):
 @pytest.mark.parametrize("length", [0.03, 0.05, 0.07, 0.1, 0.15, 0.2])
 def test_a_post_hoc_average_is_the_one_tracked_in_training(kept, length):
     for step in (None, 375):
-        found = made(kept, length, step)
+        found = post_hoc(kept, length, step)
         direct = averages_of(length)[(step or 600) - 1]
         assert found.step == (step or 600)
         assert found.mixture.weights.sum() == pytest.approx(1.0)
-        # By Cauchy and Schwarz: what the profiles differ by, times what they weigh.
+        # Cauchy-Schwarz: the profiles' difference times the spread of the parameters.
         steps, power = np.arange(found.step + 1), power_of(length) + 1.0
         profile = np.linalg.norm(np.diff((steps / found.step) ** power))
         most = np.linalg.norm(walk()[: found.step] - direct, axis=0) * profile
@@ -112,7 +112,7 @@ def test_a_post_hoc_average_is_the_one_tracked_in_training(kept, length):
         assert (error < 3e-6 + most * found.mixture.error).all()
         if length in KEPT:
             assert found.mixture.error < 1e-9
-        # Another length's is told apart.
+        # The average of another length differs clearly.
         other = np.abs(found.tree["w"] - averages_of(0.28)[found.step - 1])
         assert other.max() > 10 * error.max()
 
@@ -133,19 +133,21 @@ def test_a_mixture_of_a_million_steps_is_accurate():
     assert found.error < 0.005
 
 
-def test_an_average_that_snapshots_cannot_give_is_an_input_error(kept, tmp_path):
+def test_an_average_out_of_reach_of_the_snapshots_is_an_input_error(kept, tmp_path):
     with pytest.raises(InputError, match=r"got 0\.005, but the nearest .* % off"):
-        made(kept, 0.005)
+        post_hoc(kept, 0.005)
     with pytest.raises(InputError, match=r"no averages of step 100 .* there: 38, 75"):
-        made(kept, 0.07, 100)
+        post_hoc(kept, 0.07, 100)
     with pytest.raises(InputError, match="there: none yet"):
-        made(tmp_path, 0.07)
-    assert made(kept, 0.07, newest=580).step == 562  # later ones are of a killed run
+        post_hoc(tmp_path, 0.07)
+    assert (
+        post_hoc(kept, 0.07, newest=580).step == 562
+    )  # later snapshots are of a killed run
     with pytest.raises(InputError, match="missing"):
-        made(kept, 0.07, lengths=(0.05, 0.2))
+        post_hoc(kept, 0.07, lengths=(0.05, 0.2))
 
 
-def test_a_damaged_snapshot_is_named(kept, tmp_path):
+def test_a_damaged_snapshot_is_refused_by_name(kept, tmp_path):
     for path in kept.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     path = tmp_path / "000600.safetensors"
@@ -153,9 +155,9 @@ def test_a_damaged_snapshot_is_named(kept, tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"000600\.safetensors: 0\.\d+/w is damaged"):
-        made(tmp_path, 0.07)
+        post_hoc(tmp_path, 0.07)
     path.unlink()
-    assert made(tmp_path, 0.07).step == 562
+    assert post_hoc(tmp_path, 0.07).step == 562
 
 
 def test_an_update_follows_the_profile_of_every_average():
@@ -235,18 +237,18 @@ def test_snapshots_are_even_and_end_with_the_last_step():
 
 
 @pytest.mark.parametrize("lengths", [(0.0,), (0.29,), (0.1, 0.1)])
-def test_lengths_out_of_range_are_input_errors(lengths):
+def test_average_lengths_out_of_range_are_input_errors(lengths):
     with pytest.raises(InputError, match=r"average_lengths: got .*wanted each above 0"):
         DiffusionConfig(average_lengths=lengths)
 
 
-def test_a_run_without_averages_has_no_length_to_choose(tmp_path):
+def test_ema_length_is_refused_for_a_run_without_averages(tmp_path):
     workdir = write_run(get_config(), tmp_path / "run")
     with pytest.raises(InputError, match="the run kept no averages"):
         parse_sample([f"--workdir={workdir}", "--ema-length=0.1"])
 
 
-def test_recipes_from_before_lengths_are_read_and_still_written(tmp_path):
+def test_metadata_without_ema_length_reads_back(tmp_path):
     workdir = write_run(get_config(), tmp_path / "run")
     settings = parse_sample([f"--workdir={workdir}"]).settings
     text = settings_text(settings)

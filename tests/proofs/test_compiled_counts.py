@@ -1,4 +1,4 @@
-"""What the compiler counts of our programs, against what it counted before.
+"""The compiler's counts for our programs, compared with stored counts.
 
 Counts, not seconds: they are the same on every machine with these versions. A number
 that falls is an improvement: store it. One that rises needs a reason.
@@ -24,7 +24,7 @@ STORED = {
     ("diffusion", "fsdp"): (1_492_565, 2_560_732, 161_840, 1),
     ("sample", "pmap"): (899_425, 473_591, 34_072, 0),
 }
-"""On 8 CPU devices, one example each (a call of the sampler: 4 on one)."""
+"""On 8 CPU devices with one example each; the sampler has 4 examples on one device."""
 
 
 def compiled(work: str, layout: str) -> Compiled:
@@ -46,7 +46,7 @@ def compiled(work: str, layout: str) -> Compiled:
 
 
 @pytest.mark.parametrize("work, layout", STORED)
-def test_no_program_grew(work, layout):
+def test_no_program_exceeds_its_stored_counts(work, layout):
     found = compiled(work, layout)
     assert found.memory is not None
     names = ("FLOPs", "bytes moved", "bytes of temporaries", "collectives")
@@ -65,9 +65,9 @@ def test_no_program_grew(work, layout):
 
 
 @pytest.mark.parametrize("layout", ["pmap", "fsdp"])
-def test_state_is_updated_in_place(layout):
-    # Parameters, their average and the optimiser's moments: what is returned anew is
-    # less than any of them.
+def test_the_step_updates_its_state_in_place(layout):
+    # The state is parameters, EMA and moments; newly allocated outputs are smaller
+    # than any of them.
     config = get_config()
     parallel = dataclasses.replace(config.parallel, layout=layout)
     config = dataclasses.replace(config, parallel=parallel)
@@ -94,6 +94,6 @@ def test_a_longer_run_compiles_no_more_programs(lowered, tmp_path):
         train(config, tmp_path / str(len(lowered)))
         return len(lowered) - before
 
-    programs(2)  # what any run in this process compiles once
+    programs(2)  # compiles what all runs of this process share
     short, long = programs(2), programs(6)
     assert 0 < long <= short

@@ -35,7 +35,7 @@ def shapes_of(critic, side):
     return jax.eval_shape(init, image)["params"]
 
 
-def test_the_discriminator_of_the_paper_has_exactly_its_parameters():
+def test_the_patch_discriminator_has_the_published_parameter_count():
     # 64 channels, three strided layers, RGB.
     params = shapes_of(make_critic(3, 64), 256)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 2_765_633
@@ -47,21 +47,25 @@ def test_the_discriminator_of_the_paper_has_exactly_its_parameters():
 @pytest.mark.parametrize(
     ("num_layers", "side", "logits"), [(3, 256, 30), (2, 32, 6), (1, 8, 2), (3, 24, 1)]
 )
-def test_padding_is_one_on_every_side(num_layers, side, logits):
+def test_discriminator_logits_have_the_size_that_padding_one_gives(
+    num_layers, side, logits
+):
     critic = make_critic(num_layers)
     params = shapes_of(critic, side)
-    judge = functools.partial(critic.apply, axis_name=None)
-    shape = jax.eval_shape(judge, {"params": params}, jnp.zeros((2, side, side, 3)))
+    discriminate = functools.partial(critic.apply, axis_name=None)
+    shape = jax.eval_shape(
+        discriminate, {"params": params}, jnp.zeros((2, side, side, 3))
+    )
     assert shape.shape == (2, logits, logits)
     assert shape.dtype == jnp.float32
 
 
-def test_images_too_small_for_a_logit_are_refused():
+def test_the_discriminator_refuses_images_too_small_for_a_logit():
     with pytest.raises(ValueError, match="16x16 pixels are too few for 3 strided"):
         shapes_of(make_critic(3), 16)
 
 
-def test_kernels_and_scales_start_as_the_papers():
+def test_discriminator_kernels_and_scales_have_the_published_initialisation():
     critic = make_critic(2, 32)
     image = jnp.zeros((1, 32, 32, 3))
     params = jax.jit(functools.partial(critic.init, axis_name=None))(
@@ -108,25 +112,25 @@ def test_batch_norm_over_devices_is_batch_norm_of_the_whole_batch():
 
 @functools.cache
 def lpips():
-    """A distance with random weights, on images of the smallest size."""
+    """Return random LPIPS parameters, and the distance for the smallest images."""
     image = jnp.zeros((1, 16, 16, 3))
     params = jax.jit(Lpips().init)(jax.random.key(0), image, image)["params"]
     apply = jax.jit(lambda params, x, y: Lpips().apply({"params": params}, x, y))
     return params, apply
 
 
-def test_the_distance_of_equal_images_is_zero_and_of_others_is_not():
+def test_lpips_is_zero_for_equal_images_only():
     params, distance = lpips()
     x, y = uniform(0, (2, 16, 16, 3)), uniform(1, (2, 16, 16, 3))
     assert (jnp.abs(distance(params, x, x)) < 1e-12).all()
     there, back = distance(params, x, y), distance(params, y, x)
     assert there.shape == (2,) and (there > 1e-3).all()
     assert there == pytest.approx(np.asarray(back), rel=1e-5)
-    # Each pair is measured alone.
+    # The distance of a pair does not depend on its batch.
     assert distance(params, x[:1], y[:1]) == pytest.approx(float(there[0]), rel=1e-5)
 
 
-def test_grey_images_are_measured_as_their_three_equal_channels():
+def test_lpips_repeats_grey_images_to_three_channels():
     params, distance = lpips()
     x, y = uniform(0, (2, 16, 16, 1)), uniform(1, (2, 16, 16, 1))
     colour = [jnp.repeat(images, 3, axis=-1) for images in (x, y)]
@@ -134,9 +138,9 @@ def test_grey_images_are_measured_as_their_three_equal_channels():
     assert distance(params, x, y) == pytest.approx(np.asarray(wanted), rel=1e-5)
 
 
-def test_the_slope_of_the_distance_is_finite_where_all_features_are_zero():
+def test_lpips_gradient_is_finite_where_all_features_are_zero():
     params, _ = lpips()
-    # Biases far below zero put out every unit of the first maps.
+    # A bias far below zero makes the first feature maps zero.
     dark = jax.tree.map(jnp.copy, params)
     dark["vgg"]["conv1_2"]["bias"] = jnp.full((64,), -1e3)
     x, y = uniform(0, (1, 16, 16, 3)), uniform(1, (1, 16, 16, 3))
@@ -147,7 +151,7 @@ def test_the_slope_of_the_distance_is_finite_where_all_features_are_zero():
     assert jnp.isfinite(jax.jit(jax.grad(total))(y)).all()
 
 
-def test_images_too_small_for_vgg_are_refused():
+def test_lpips_refuses_images_too_small_for_vgg():
     x = jnp.zeros((1, 15, 32, 3))
     with pytest.raises(ValueError, match="got 15x32 pixels, wanted sides of at least"):
         jax.eval_shape(lambda: Lpips().init(jax.random.key(0), x, x))
@@ -162,7 +166,7 @@ def prefixed(prefix, arrays):
     return {prefix + key: value for key, value in arrays.items()}
 
 
-def test_every_kind_of_file_gives_the_same_weights(tmp_path):
+def test_load_lpips_reads_equal_weights_from_every_file_layout(tmp_path):
     vgg, lin = torchvision(), heads()
     whole = {**under_slices(vgg), **lin}
     inside = {"encoder.conv_in.weight": np.zeros(3, np.float32)}
@@ -195,7 +199,7 @@ def test_every_kind_of_file_gives_the_same_weights(tmp_path):
     )
 
 
-def test_a_missing_part_is_named_with_the_file_that_has_it(tmp_path):
+def test_load_lpips_names_the_file_of_a_missing_part(tmp_path):
     vgg = save(tmp_path / "vgg16", torchvision())
     with pytest.raises(InputError, match=r"vgg16, which lack LPIPS.*vgg\.pth"):
         load_lpips((vgg,))
@@ -206,7 +210,7 @@ def test_a_missing_part_is_named_with_the_file_that_has_it(tmp_path):
         load_lpips((str(Path("nowhere")),))
 
 
-def test_weights_that_cannot_be_those_of_lpips_are_refused(tmp_path):
+def test_load_lpips_refuses_wrong_shapes_negative_heads_and_conflicts(tmp_path):
     vgg, lin = torchvision(), heads()
     wrong = save(tmp_path / "wrong", {**vgg, "features.2.bias": np.zeros(3, "f4")})
     right = save(tmp_path / "right", lin)
@@ -245,7 +249,7 @@ def with_lpips(side, *files):
     return dataclasses.replace(config, data=data, autoencoder=first)
 
 
-def test_lpips_without_files_is_refused_when_it_would_be_read():
+def test_load_perceptual_refuses_lpips_without_files():
     config = with_lpips(16)
     with pytest.raises(
         InputError, match=r"^perceptual_files: got none, wanted .*; try"
@@ -254,7 +258,7 @@ def test_lpips_without_files_is_refused_when_it_would_be_read():
     assert load_perceptual(get_config().autoencoder) is None
 
 
-def test_a_dry_run_knows_lpips_by_its_shapes():
+def test_an_autoencoder_stage_without_files_has_the_shapes_of_lpips():
     config = with_lpips(16)
     stage = autoencoder_stage(config, build_model(config), Path())
     shapes = jax.tree.map(lambda leaf: leaf.shape, stage.frozen)
@@ -272,7 +276,7 @@ def test_a_dry_run_knows_lpips_by_its_shapes():
         jax.eval_shape(step, state, None, batch, root_key(0))
 
 
-def test_images_too_small_for_lpips_are_refused_before_anything_is_read():
+def test_an_image_size_too_small_for_lpips_is_refused_before_loading():
     config = with_lpips(8)
     with pytest.raises(InputError, match=r"image_size: got 8, wanted at least 16"):
         autoencoder_stage(config, build_model(config), Path())

@@ -1,4 +1,4 @@
-"""A run scored by a named protocol: whole, resumed, and refused."""
+"""Evaluation of a run by a named protocol: complete, resumed, and refused."""
 
 import dataclasses
 import functools
@@ -57,13 +57,13 @@ from tests.support.commands import ldm, succeeded, train, write_run
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """A run as `ldm sample` reads it, its parameters drawn and not trained."""
+    """A run folder with random parameters."""
     return write_run(tiny.get_config(), tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)
-def short_lessons(monkeypatch):
-    """Teach the classifier for a moment only, and keep few features a file."""
+def short_classifier_training(monkeypatch):
+    """Train the classifier for 5 steps; store the features of 32 images a file."""
     short = functools.partial(train_classifier, num_steps=5)
     monkeypatch.setattr(classifiers, "train_classifier", short)
     monkeypatch.setattr(samples, "SHARD", 32)
@@ -77,18 +77,20 @@ def measure(tiny_run, out, *flags):
 
 
 def assert_alike(one, other):
-    told = {k: v for k, v in other["scores"].items() if v is not None}
+    wanted_scores = {k: v for k, v in other["scores"].items() if v is not None}
     assert one["scores"].keys() == other["scores"].keys()
-    assert {k: one["scores"][k] for k in told} == pytest.approx(told, rel=1e-5)
+    assert {k: one["scores"][k] for k in wanted_scores} == pytest.approx(
+        wanted_scores, rel=1e-5
+    )
 
 
-def test_the_command_scores_a_run_and_says_how(tiny_run, tmp_path, capsys):
+def test_evaluate_writes_scores_and_their_settings(tiny_run, tmp_path, capsys):
     path = measure(tiny_run, tmp_path / "out")
     report = json.loads(path.read_text())
     scores = report["scores"]
     names = {"fid", "kid", "inception_score", "precision", "recall", "coverage"}
     assert names <= scores.keys()
-    assert scores["fid"] > report["held_out_scores"]["fid"]  # it was never trained
+    assert scores["fid"] > report["held_out_scores"]["fid"]  # the run is not trained
     assert report["protocol"]["name"] == "dataset-classifier"
     assert report["num_held_out"] == 70
     assert report["settings"]["steps"] == 2 and report["seeds"] == "0-69"
@@ -105,7 +107,7 @@ def test_the_command_scores_a_run_and_says_how(tiny_run, tmp_path, capsys):
     ]
 
 
-def test_an_interrupted_one_goes_on_without_drawing_twice(
+def test_an_interrupted_evaluation_resumes_without_drawing_twice(
     tiny_run, tmp_path, monkeypatch
 ):
     whole = json.loads(measure(tiny_run, tmp_path / "whole").read_text())
@@ -150,7 +152,7 @@ def test_an_interrupted_one_goes_on_without_drawing_twice(
     assert_alike(fewer, whole)
 
 
-def test_a_shard_that_is_cut_short_is_gone_on_with(tiny_run, tmp_path, monkeypatch):
+def test_an_evaluation_resumes_from_a_partial_shard(tiny_run, tmp_path, monkeypatch):
     whole = json.loads(measure(tiny_run, tmp_path / "whole").read_text())
     monkeypatch.setattr(samples, "PART", 8)
     real_extract, seen = samples.join, []
@@ -172,27 +174,29 @@ def test_a_shard_that_is_cut_short_is_gone_on_with(tiny_run, tmp_path, monkeypat
     assert_alike(found, whole)
 
 
-def test_several_ways_are_measured_one_after_the_other(tiny_run, tmp_path, capsys):
+def test_evaluate_measures_every_combination_of_settings(tiny_run, tmp_path, capsys):
     out = tmp_path / "out"
     args = ["--workdir", tiny_run, "--num-images", 66, "--out", out, "--steps", 1, 2]
     args += ["--guidance-scale", 1, 3, "--compilation-cache", "none"]
     main([str(arg) for arg in args])
     found = [json.loads(path.read_text()) for path in out.glob("*/metrics.json")]
-    ways = {(f["settings"]["steps"], *f["settings"]["guidance_scale"]) for f in found}
-    assert ways == {(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)}
+    settings = {
+        (f["settings"]["steps"], *f["settings"]["guidance_scale"]) for f in found
+    }
+    assert settings == {(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)}
     assert len({f["scores"]["fid"] for f in found}) == 4
     assert "| ddim 2, guidance 3 | held-out real |" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
-    """A run that was trained, for a moment."""
+    """A run trained for a few steps."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     succeeded(train(workdir, "--stages", "autoencoder"))
     return workdir
 
 
-def test_reconstructions_are_scored(trained_run, tmp_path, capsys, monkeypatch):
+def test_evaluate_scores_reconstructions(trained_run, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     args = ["--workdir", trained_run, "--reconstructions", "--out", out]
     main([str(arg) for arg in (*args, "--compilation-cache", "none")])
@@ -200,10 +204,10 @@ def test_reconstructions_are_scored(trained_run, tmp_path, capsys, monkeypatch):
     report = json.loads((out / "reconstructions_dataset-classifier.json").read_text())
     found = report["reconstructions"]
     assert found["num_images"] == 297 and found["lpips"] is None
-    assert found["ssim"] is None  # the window is larger than these
+    assert found["ssim"] is None  # the SSIM window is larger than the images
     assert 3.0 < found["psnr"] < 40.0
     assert found["rfid"] > 0.0 and f"psnr {found['psnr']:.4g}" in printed
-    # Of a first stage that changes nothing, nothing is lost.
+    # An identity autoencoder has no reconstruction error.
     monkeypatch.setattr(
         reconstructions, "make_reconstruct", lambda model: lambda params, x: x
     )
@@ -223,10 +227,10 @@ def test_features_do_not_depend_on_devices_or_batches():
     assert jax.device_count() == 8
     params = train_classifier(images(64), np.arange(64) % 4, num_classes=4, num_steps=3)
     extractor = classifier_extractor(params, num_classes=4)
-    shown = images(300, seed=1)
-    alone = jax.jit(functools.partial(classify, num_classes=4))(params, shown)
+    pixels = images(300, seed=1)
+    alone = jax.jit(functools.partial(classify, num_classes=4))(params, pixels)
     for size in (300, 37):
-        found = extract_all(extractor, shown, size=size)
+        found = extract_all(extractor, pixels, size=size)
         assert found.spatial is None
         for name in ("pooled", "logits"):
             wanted = np.asarray(getattr(alone, name))
@@ -246,7 +250,7 @@ def test_metric_networks_multiply_in_float32_on_any_chip(monkeypatch):
     assert set(seen) == {"highest"}
 
 
-def test_statistics_of_a_part_are_of_all_classes(monkeypatch, tmp_path):
+def test_kept_features_cover_all_classes(monkeypatch, tmp_path):
     by_class = sorted(
         open_source("tfds:digits", "train", directory=None).examples,
         key=lambda example: int(example["label"]),
@@ -255,11 +259,11 @@ def test_statistics_of_a_part_are_of_all_classes(monkeypatch, tmp_path):
     monkeypatch.setattr(dataset_statistics, "MAX_FEATURES", 80)
     label_by_image = {x["image"].tobytes(): int(x["label"]) for x in by_class}
 
-    def tell(images):
+    def label_features(images):
         labels = [label_by_image[image.tobytes()] for image in images]
         return np.stack([labels, labels], axis=1).astype(np.float32)
 
-    extractor = extractor_of(tell, digest="d")
+    extractor = extractor_of(label_features, digest="d")
     dataset = Dataset(tiny.get_config().data, lambda split: source)
     protocol = PROTOCOLS["dataset-classifier"]
     found = measure_real(dataset, protocol, extractor, folder=tmp_path)
@@ -267,7 +271,7 @@ def test_statistics_of_a_part_are_of_all_classes(monkeypatch, tmp_path):
     everything = np.array([label_by_image[x["image"].tobytes()] for x in by_class])
     assert np.isclose(found.pooled.mean[0], everything.mean(), rtol=1e-12)
     assert len(kept) == 80
-    assert set(kept[:60]) == set(range(10))  # any first part stands for all
+    assert set(kept[:60]) == set(range(10))  # every prefix covers all classes
 
 
 def extractor_of(function, *, digest):
@@ -275,38 +279,40 @@ def extractor_of(function, *, digest):
     return Extractor(lambda x: FeatureSet(function(x), None, None), digest)
 
 
-def levels_of(shown):
-    """Three features of each image, in the place of Inception's."""
-    return shown.reshape(len(shown), -1)[:, :3].astype(np.float32)
+def levels_of(pixels):
+    """Return three features of each image, in place of Inception's."""
+    return pixels.reshape(len(pixels), -1)[:, :3].astype(np.float32)
 
 
-def test_a_reference_batch_of_adm_is_read_as_it_is_published(tmp_path):
-    shown = images(40, side=8, channels=3)
+def test_an_adm_reference_batch_is_read_in_its_published_format(tmp_path):
+    pixels = images(40, side=8, channels=3)
     path = tmp_path / "VIRTUAL_things.npz"
     mu, sigma = np.arange(3.0), np.diag([1.0, 4.0, 9.0])
-    np.savez(path, arr_0=shown, mu=mu, sigma=sigma, mu_s=mu, sigma_s=2.0 * sigma)
+    np.savez(path, arr_0=pixels, mu=mu, sigma=sigma, mu_s=mu, sigma_s=2.0 * sigma)
     extractor = extractor_of(levels_of, digest="d" * 64)
     read = functools.partial(
         real_statistics, dataset_of(tiny.get_config()), given=path, folder=tmp_path
     )
     found = read(PROTOCOLS["adm"], extractor)
-    again = read(PROTOCOLS["adm"], extractor._replace(extract=None))  # it was kept
+    again = read(
+        PROTOCOLS["adm"], extractor._replace(extract=None)
+    )  # read from its file
     for one in (found, again):
         assert np.array_equal(one.pooled.covariance, sigma)
         assert np.array_equal(one.spatial.covariance, 2.0 * sigma)
-        assert np.array_equal(one.features, levels_of(shown))
+        assert np.array_equal(one.features, levels_of(pixels))
         assert one.provenance.num_images == 40
-    np.savez(path, arr_0=shown)
+    np.savez(path, arr_0=pixels)
     plain = read(PROTOCOLS["adm"], extractor)
-    assert np.allclose(plain.pooled.mean, levels_of(shown).mean(axis=0))
+    assert np.allclose(plain.pooled.mean, levels_of(pixels).mean(axis=0))
     with pytest.raises(InputError, match=r"wanted statistics of torch-fidelity"):
         read(PROTOCOLS["torch-fidelity"], extractor)
-    np.savez(path, arr_0=shown[..., 0])
+    np.savez(path, arr_0=pixels[..., 0])
     with pytest.raises(InputError, match=r"uint8 of shape \(40, 8, 8\), wanted"):
         read(PROTOCOLS["adm"], extractor)
 
 
-def test_a_classifier_of_other_classes_than_the_config_says_is_refused():
+def test_a_classifier_with_another_number_of_classes_is_refused():
     config = tiny.get_config()
     config = dataclasses.replace(
         config,
@@ -317,7 +323,7 @@ def test_a_classifier_of_other_classes_than_the_config_says_is_refused():
         fit_classifier(dataset_of(config))
 
 
-def test_statistics_of_a_folder_are_of_what_is_in_it(tmp_path):
+def test_the_data_digest_of_a_folder_depends_on_its_images_only(tmp_path):
     config = tiny.get_config()
     data = dataclasses.replace(config.data, source=f"folder:{tmp_path}")
     config = dataclasses.replace(config, data=data)
@@ -331,7 +337,7 @@ def test_statistics_of_a_folder_are_of_what_is_in_it(tmp_path):
     assert all(new != old for new, old in zip(after, before, strict=True))
 
 
-def test_the_classifier_learns_digits_and_is_the_same_each_time():
+def test_the_classifier_learns_digits_deterministically():
     dataset = dataset_of(tiny.get_config())
     train, test = (
         load_images(dataset, split, limit=2000) for split in ("train", "test")
@@ -345,11 +351,11 @@ def test_the_classifier_learns_digits_and_is_the_same_each_time():
     assert right > 0.9
 
 
-def test_maps_of_any_size_are_halved_to_four():
+def test_the_classifier_accepts_images_of_any_size():
     for side in (4, 7, 8, 31, 64):
-        shown = jax.ShapeDtypeStruct((2, side, side, 3), np.float32)
+        pixels = jax.ShapeDtypeStruct((2, side, side, 3), np.float32)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        seen, _ = jax.eval_shape(classifier(3).init_with_output, key, shown)
+        seen, _ = jax.eval_shape(classifier(3).init_with_output, key, pixels)
         assert seen.pooled.shape == (2, 64) and seen.logits.shape == (2, 3)
 
 
@@ -360,7 +366,7 @@ def test_extract_all_joins_the_features_of_every_batch():
 
 
 @pytest.mark.parametrize("name", ["adm", "clean-fid"])
-def test_inception_looks_at_grey_images_too(name, monkeypatch):
+def test_inception_accepts_grey_images(name, monkeypatch):
     alone = PmapLayout(jax.devices()[:1])
     monkeypatch.setattr(extractors, "PmapLayout", lambda: alone)
     monkeypatch.setattr(extractors, "BATCH_SIZE", 2)
@@ -387,7 +393,7 @@ def reference(**fields):
     return Reference(Provenance(**provenance | fields), moments(rows), None, rows)
 
 
-def test_statistics_come_back_and_carry_their_protocol(tmp_path):
+def test_a_reference_reads_back_with_its_provenance(tmp_path):
     path = tmp_path / "real.npz"
     write_reference(path, reference())
     found = read_reference(path)
@@ -397,13 +403,13 @@ def test_statistics_come_back_and_carry_their_protocol(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["protocol", "network"])
-def test_two_ways_of_measuring_are_never_compared(tmp_path, name):
+def test_references_of_another_protocol_or_network_are_not_comparable(tmp_path, name):
     ours, theirs = reference(), reference(**{name: "other"})
     with pytest.raises(InputError, match=f"of {name} other, wanted .* never compared"):
         check_comparable(ours.provenance, theirs.provenance, path=tmp_path)
 
 
-def test_statistics_of_another_protocol_stop_the_command(tiny_run, tmp_path):
+def test_evaluate_refuses_a_reference_of_another_protocol(tiny_run, tmp_path):
     path = tmp_path / "real.npz"
     write_reference(path, reference())
     out = tmp_path / "out"
@@ -411,7 +417,7 @@ def test_statistics_of_another_protocol_stop_the_command(tiny_run, tmp_path):
         measure(tiny_run, out, "--reference", path)
 
 
-def test_what_is_kept_of_one_data_set_is_not_taken_for_another(tiny_run, tmp_path):
+def test_cached_statistics_are_not_used_for_another_data_set(tiny_run, tmp_path):
     out = tmp_path / "out"
     measure(tiny_run, out)
     config = tiny.get_config()
@@ -436,19 +442,19 @@ def test_what_is_kept_of_one_data_set_is_not_taken_for_another(tiny_run, tmp_pat
         (["--sampler", "ddmi"], "ddim"),
     ],
 )
-def test_bad_flags_are_one_line(tiny_run, flags, wanted):
+def test_bad_flags_are_refused_in_one_line(tiny_run, flags, wanted):
     with pytest.raises(InputError, match=wanted) as caught:
         parse(["--workdir", str(tiny_run), *flags])
     assert "\n" not in str(caught.value)
 
 
-def test_too_few_images_for_a_covariance(tiny_run, tmp_path):
+def test_too_few_images_for_a_covariance_are_refused(tiny_run, tmp_path):
     with pytest.raises(InputError, match="got 20 images, wanted more than the 64"):
         measure(tiny_run, tmp_path / "out", "--num-images", 20)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK nothing", b"[]"])
-def test_what_is_not_a_file_of_statistics(tmp_path, content):
+def test_read_reference_refuses_other_files(tmp_path, content):
     path = tmp_path / "real.npz"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"real\.npz: not a file of arrays"):
@@ -458,7 +464,7 @@ def test_what_is_not_a_file_of_statistics(tmp_path, content):
         read_reference(path)
 
 
-def test_the_command_tells_of_a_folder_that_is_no_run(tmp_path):
+def test_evaluate_refuses_a_folder_that_is_not_a_run(tmp_path):
     found = ldm("evaluate", "--workdir", tmp_path)
     assert found.returncode != 0
     assert "is not a run" in found.stderr and found.stderr.count("\n") <= 2

@@ -1,4 +1,4 @@
-"""Weights in and out, run as a user runs them."""
+"""Import, export and inspection of weights through the commands."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ STEPS = ["--steps", 2, "--seeds", "0-1"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A text-to-image model as our own folder, its tokenizer beside it."""
+    """The folder of a text-to-image model, with its tokenizer."""
     path = tmp_path_factory.mktemp("clip")
     config = config_of("clip")
     write_run(config, path)
@@ -43,26 +43,26 @@ def exported(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(exported, tmp_path_factory):
-    """What `ldm sample` draws straight from the exported folder."""
-    out = tmp_path_factory.mktemp("pictures")
+def samples(exported, tmp_path_factory):
+    """Images that `ldm sample` draws from the exported folder."""
+    out = tmp_path_factory.mktemp("samples")
     prompt = ["--prompt", "hello cat", "--guidance-scale", 7.5, "--out", out]
     sample_here("--weights", exported, *prompt, *STEPS)
     return out
 
 
-def test_text_becomes_pictures_straight_from_foreign_weights(pictures):
-    images = [read_png(pictures / f"00000{i}.png") for i in range(2)]
+def test_sample_draws_images_of_a_prompt_from_a_diffusers_folder(samples):
+    images = [read_png(samples / f"00000{i}.png") for i in range(2)]
     assert images[0].shape == (16, 16, 3)
     assert not np.array_equal(*images)
-    texts = read_texts(pictures / "000001.png")
+    texts = read_texts(samples / "000001.png")
     assert (texts["prompt"], texts["seed"]) == ("hello cat", "1")
     assert texts["guidance_scale"] == "7.5"
-    assert (pictures / "grid.png").exists()
+    assert (samples / "grid.png").exists()
 
 
-def test_a_run_a_folder_and_a_file_draw_the_same_bytes(
-    folder, exported, pictures, tmp_path
+def test_run_diffusers_folder_and_compvis_file_give_equal_images(
+    folder, exported, samples, tmp_path
 ):
     file = tmp_path / "model.safetensors"
     succeeded(ldm("export", folder, "--out", file, "--format", "compvis"))
@@ -77,10 +77,10 @@ def test_a_run_a_folder_and_a_file_draw_the_same_bytes(
         prompt = ["--prompt", "hello cat", "--guidance-scale", 7.5, "--out", out]
         sample_here(*source, *prompt, *STEPS)
         for image in ("000000.png", "000001.png"):
-            assert np.array_equal(read_png(out / image), read_png(pictures / image))
+            assert np.array_equal(read_png(out / image), read_png(samples / image))
 
 
-def test_an_inspection_is_json(exported):
+def test_inspect_prints_json(exported):
     report = json.loads(succeeded(ldm("inspect", exported)))
     assert report["pipeline"] == "StableDiffusionPipeline"
     assert set(report["parts"]) == {
@@ -100,13 +100,13 @@ def test_an_inspection_is_json(exported):
         (["--weights", "tests", "--prompt", "x"], ["tests", "model_index.json"]),
     ],
 )
-def test_what_is_no_weights_is_told_in_one_line(args, words, capsys, tmp_path):
+def test_paths_without_weights_are_refused_in_one_line(args, words, capsys, tmp_path):
     message = refusal(capsys, *args, "--out", tmp_path / "out")
     assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_asks_for_what_it_reads(exported, capsys, tmp_path):
+def test_sample_names_a_missing_prompt_and_unused_labels(exported, capsys, tmp_path):
     out = ["--out", tmp_path / "out"]
     assert "--prompt" in refusal(capsys, "--weights", exported, *out)
     labels = ["--labels", "1", *out]
@@ -114,7 +114,7 @@ def test_a_model_asks_for_what_it_reads(exported, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_import_leaves_nothing_and_harms_nothing(exported, tmp_path):
+def test_a_failed_import_leaves_no_files_and_changes_none(exported, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in exported.rglob("*"):
@@ -139,7 +139,7 @@ def test_a_bad_import_leaves_nothing_and_harms_nothing(exported, tmp_path):
     assert [path.name for path in full.iterdir()] == ["mine"]
 
 
-def test_a_pickle_that_calls_something_is_refused_and_does_not_run(capsys, tmp_path):
+def test_a_pickle_with_a_function_call_is_refused_and_not_run(capsys, tmp_path):
     import os
     import pickle
 
@@ -159,25 +159,25 @@ def test_a_pickle_that_calls_something_is_refused_and_does_not_run(capsys, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
 
 
-def test_a_first_stage_is_taken_from_another_run_and_kept(tmp_path):
-    """Stage 2 trains on the autoencoder of a run that trained nothing else."""
+def test_a_first_stage_of_another_run_is_copied_into_the_run(tmp_path):
+    """The diffusion stage trains on the autoencoder of a run of that stage alone."""
     first, second = tmp_path / "first", tmp_path / "second"
     config = ["--config", "tests/support/tiny.py", "--autoencoder.steps", 2]
     alone = ["--stages", "autoencoder", "--workdir", first]
     assert "finished" in succeeded(ldm("train", *config, *alone))
-    taken = ["--first-stage", first, "--diffusion.steps", 2, "--workdir"]
-    wider = [*config, *taken, tmp_path / "wider", "--autoencoder.channels", 16]
+    first_stage = ["--first-stage", first, "--diffusion.steps", 2, "--workdir"]
+    wider = [*config, *first_stage, tmp_path / "wider", "--autoencoder.channels", 16]
     assert "channels (8 there, 16 here)" in error_line(ldm("train", *wider))
     assert not (tmp_path / "wider").exists()
-    assert "finished" in succeeded(ldm("train", *config, *taken, second))
+    assert "finished" in succeeded(ldm("train", *config, *first_stage, second))
     finals = [json.loads((path / "final.json").read_text()) for path in (first, second)]
     assert finals[0]["latent_scale"] == finals[1]["latent_scale"]
     assert finals[1]["seconds_by_stage"]["autoencoder"] == 0
     assert not (second / "autoencoder").exists()
 
-    # From here on the run stands alone: what it took is kept in its folder.
+    # The run resumes and samples without the folder of the other run.
     shutil.rmtree(first)
-    assert "finished" in succeeded(ldm("train", *config, *taken, second))
+    assert "finished" in succeeded(ldm("train", *config, *first_stage, second))
     args = ["--workdir", second, "--labels", "1", "--out", tmp_path / "out"]
     sample_here(*args, *STEPS)
     texts = read_texts(tmp_path / "out" / "000000.png")

@@ -1,4 +1,4 @@
-"""Training from latents on disk is training from images, and refuses what is not."""
+"""Training on cached latents equals training on images; other caches are refused."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ MOMENTS = {"label": 8, "none": 3, "clip": 8}
 
 
 class Prepared:
-    """A run's folder with a first stage, and a cache that was made of it."""
+    """A run folder with a first stage, and a cache of its latents."""
 
     def __init__(self, kind: str, folder: Path, **data) -> None:
         self.kind, self.workdir, self.out = kind, folder / "run", folder / "latents"
@@ -79,10 +79,10 @@ class Prepared:
         kept = {} if trained else self.weights.conditioner
         save_frozen(PretrainedWeights(None, first_stage, kept), self.workdir)
 
-    def make(self, **asked):
-        asked = {"num_shards": 5, "batch_size": 2, "states": True, **asked}
+    def make(self, **options):
+        options = {"num_shards": 5, "batch_size": 2, "states": True, **options}
         return make_cache(
-            self.config, self.workdir, self.out, open_encoders=open_encoders, **asked
+            self.config, self.workdir, self.out, open_encoders=open_encoders, **options
         )
 
     def of_condition(self, **fields):
@@ -121,21 +121,21 @@ class Prepared:
         params = state.params._replace(unet=self.weights.unet)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
         state = zeros._replace(params=params, ema=params)
-        told, losses = [], []
+        examples_seen, losses = [], []
         iterator = opened(batch_size=BATCH, layout=layout)
         for _ in range(STEPS):
             batch = to_batch(next(iterator))
             assert isinstance(batch, LatentBatch) == (cache is not None)
             state, metrics = step(state, stage.frozen, batch, root_key(0))
-            told.append((batch.example_index.tolist(), batch.label.tolist()))
+            examples_seen.append((batch.example_index.tolist(), batch.label.tolist()))
             losses.append((float(metrics.loss), float(metrics.gradient_norm)))
         iterator.close()
-        return stage, told, np.asarray(losses)
+        return stage, examples_seen, np.asarray(losses)
 
 
 @pytest.fixture(scope="module", params=["label", "none", "clip"])
 def prepared(request, tmp_path_factory):
-    """Of a Gaussian, of a codebook, and of captions read by a frozen encoder."""
+    """Caches of a KL model, a VQ model, and a model with a frozen text encoder."""
     folder, data = tmp_path_factory.mktemp(request.param), {}
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "clip":
@@ -148,11 +148,11 @@ def prepared(request, tmp_path_factory):
         yield made
 
 
-def test_losses_from_latents_are_those_from_images(prepared):
+def test_losses_on_latents_equal_losses_on_images(prepared):
     kind = prepared.kind
-    _, told, losses = prepared.train(prepared.config)
+    _, examples_seen, losses = prepared.train(prepared.config)
     stage, again, found = prepared.train(prepared.reading())
-    assert again == told  # the same examples, for whom the same noise is drawn
+    assert again == examples_seen  # the same examples, hence the same noise
     assert found == pytest.approx(losses, rel=1e-5)
     assert len({loss for loss, _ in losses}) == STEPS
     assert stage.frozen.autoencoder == {}
@@ -181,7 +181,7 @@ def cached(tmp_path_factory):
     return made
 
 
-def test_an_unchanged_cache_is_left_alone_and_a_damaged_shard_made_anew(cached):
+def test_make_cache_writes_only_a_damaged_shard_again(cached):
     files = {path: path.read_bytes() for path in cached.out.iterdir()}
     (cached.out / shard_name(1, 2)).write_bytes(b"torn")
     with pytest.raises(InputError, match=r"has 4 bytes, wanted \d+ bytes; give the"):
@@ -191,8 +191,8 @@ def test_an_unchanged_cache_is_left_alone_and_a_damaged_shard_made_anew(cached):
     assert {path: path.read_bytes() for path in cached.out.iterdir()} == files
 
 
-def test_a_run_that_makes_its_own_is_the_run_that_is_given_them(tmp_path, monkeypatch):
-    """What is missing when it goes on is made anew, what is whole is kept."""
+def test_a_run_with_its_own_cache_equals_a_run_given_that_cache(tmp_path, monkeypatch):
+    """A resumed run writes a missing shard again and keeps the others."""
     one = PmapLayout(jax.devices()[:1])
     for room, name in ((run, "make_layout"), (making, "PmapLayout")):
         monkeypatch.setattr(room, name, lambda *_: one)
@@ -205,12 +205,12 @@ def test_a_run_that_makes_its_own_is_the_run_that_is_given_them(tmp_path, monkey
         diffusion=dataclasses.replace(config.diffusion, steps=2),
         log=dataclasses.replace(config.log, images_every=1000),
     )
-    alone, given = tmp_path / "alone", tmp_path / "given"
-    final = run.train(config, alone).final
-    latents = alone / "latents"
+    own, given = tmp_path / "own", tmp_path / "given"
+    final = run.train(config, own).final
+    latents = own / "latents"
     reader = dataclasses.replace(
         config,
-        first_stage=str(alone),
+        first_stage=str(own),
         data=dataclasses.replace(config.data, latents=str(latents)),
     )
     digest = run.train(reader, given).final["digest_by_stage"]["diffusion"]
@@ -219,12 +219,12 @@ def test_a_run_that_makes_its_own_is_the_run_that_is_given_them(tmp_path, monkey
     lost, *kept = sorted(latents.glob("*.array_record"))
     before = lost.read_bytes(), [path.stat().st_mtime_ns for path in kept]
     lost.unlink()
-    kept_config, note = making.keep_latents(config, alone, open_encoders=open_encoders)
+    kept_config, note = making.keep_latents(config, own, open_encoders=open_encoders)
     assert kept_config.data.latents == str(latents) and note == read_note(latents)
     assert before == (lost.read_bytes(), [path.stat().st_mtime_ns for path in kept])
 
 
-def test_a_dry_run_of_latents_has_no_first_stage_and_the_same_digest():
+def test_a_dry_run_on_latents_reports_the_same_as_one_on_images():
     config, layout = config_of("clip", **SMALL), PmapLayout(jax.devices()[:1])
     data = dataclasses.replace(config.data, latents="not there")
     cached = dataclasses.replace(config, data=data, first_stage="elsewhere")
@@ -267,7 +267,7 @@ def test_a_cache_of_another_first_stage_is_refused_with_both_digests(cached):
         reading.open_cache(cached.reading(), params, read_note(cached.out))
 
 
-def test_a_cache_without_words_is_not_taken_for_one_with(cached):
+def test_a_cache_without_captions_is_refused_for_a_text_model(cached):
     config = cached.reading()
     condition = ConditionConfig(context="text")
     text = {"condition": condition, "transformer_depth": 1}
@@ -297,7 +297,7 @@ def test_a_cache_computed_in_another_precision_is_refused(cached):
     assert "autoencoder.dtype ('float32' there, 'bfloat16' here)" in line
 
 
-def test_what_is_no_cache_or_not_finished_is_told(cached, tmp_path):
+def test_missing_unfinished_and_damaged_caches_are_refused(cached, tmp_path):
     config = cached.reading(latents=str(tmp_path))
     assert "is no cache of latents (no cache.json)" in refused(cached, config)
     note = dataclasses.replace(read_note(cached.out), shards=())
@@ -309,7 +309,7 @@ def test_what_is_no_cache_or_not_finished_is_told(cached, tmp_path):
     assert "is damaged or of another version" in refused(cached, config)
 
 
-def test_a_first_stage_that_is_not_trained_yet_has_no_latents(cached, tmp_path):
+def test_latents_are_refused_before_the_first_stage_is_trained(cached, tmp_path):
     line = refused(
         cached,
         cached.reading(),
@@ -319,7 +319,7 @@ def test_a_first_stage_that_is_not_trained_yet_has_no_latents(cached, tmp_path):
     assert "is not trained yet" in line and "try --first-stage" in line
 
 
-def test_a_flipped_bit_is_found_where_it_is_read(cached, tmp_path, monkeypatch):
+def test_a_flipped_bit_of_a_shard_is_detected_on_reading(cached, tmp_path, monkeypatch):
     for path in cached.out.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     shard = tmp_path / shard_name(1, 2)
@@ -330,7 +330,7 @@ def test_a_flipped_bit_is_found_where_it_is_read(cached, tmp_path, monkeypatch):
     note = checked(config, cached.frozen_weights(), cached.workdir)
     with pytest.raises(InputError, match=r"damaged \(.*; give the same command"):
         reading.open_cache(config, params, note)
-    # A large cache is not read before it is trained from: then, by the reading thread.
+    # A large cache is checked during training, by the reading thread.
     monkeypatch.setattr(reading, "MAX_BYTES_IN_MEMORY", 0)
     cache = reading.open_cache(config, params, note)
     layout = PmapLayout(jax.devices()[:1])
@@ -340,7 +340,7 @@ def test_a_flipped_bit_is_found_where_it_is_read(cached, tmp_path, monkeypatch):
     iterator.close()
 
 
-def test_text_states_of_another_encoder_or_tokenizer_are_refused(tmp_path):
+def test_text_embeddings_of_another_encoder_or_tokenizer_are_refused(tmp_path):
     made = Prepared("clip", tmp_path)
     digest = reading.text_encoder_digest(
         made.model, made.weights.conditioner, has_captions=True
@@ -356,7 +356,7 @@ def test_text_states_of_another_encoder_or_tokenizer_are_refused(tmp_path):
             reading._check_text(build_model(config), conditioner, made.out, note)
 
 
-# What is written, and what is left where writing stops.
+# Writing shards, and resuming after an interruption.
 
 
 def note_of(made, **fields) -> CacheNote:
@@ -370,7 +370,7 @@ def note_of(made, **fields) -> CacheNote:
 
 
 def records_of(made, note, *, stops_at=None):
-    """Encode without a network: what is written depends on every pixel."""
+    """Return a function from a shard to records, encoded as means of the images."""
     examples = open_split(made.config, "train").examples
     shape = note.fields[0].shape
 
@@ -388,7 +388,7 @@ def records_of(made, note, *, stops_at=None):
     return records
 
 
-def test_what_was_whole_when_a_command_stopped_is_kept(cached, tmp_path):
+def test_complete_shards_of_an_interrupted_command_are_kept(cached, tmp_path):
     note = note_of(cached)
     with pytest.raises(KeyboardInterrupt):
         make_shards(tmp_path, note, range(5), {}, records_of(cached, note, stops_at=3))
@@ -413,7 +413,7 @@ def test_what_was_whole_when_a_command_stopped_is_kept(cached, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_two_processes_write_what_one_writes(cached, tmp_path):
+def test_two_processes_write_the_shards_that_one_writes(cached, tmp_path):
     note, folders = note_of(cached), [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
@@ -443,7 +443,7 @@ def test_a_record_reads_back_bit_for_bit_with_its_caption(cached):
         pack(wrong, note, where="example 7")
 
 
-def test_a_disk_that_takes_no_more_is_told_with_the_file(cached, tmp_path):
+def test_a_shard_that_cannot_be_written_is_a_run_error(cached, tmp_path):
     with pytest.raises(RunError, match=r"cannot be written \(.*; make room there"):
         make_shards(
             tmp_path / "not there",
@@ -454,10 +454,10 @@ def test_a_disk_that_takes_no_more_is_told_with_the_file(cached, tmp_path):
         )
 
 
-# What may be asked.
+# Refused flags and configs.
 
 
-def test_another_cache_in_the_same_folder_is_refused(cached):
+def test_another_or_too_large_number_of_shards_is_refused(cached):
     with pytest.raises(InputError, match=r"--out: .* shards \(2 there, 3 here\)"):
         cached.make(num_shards=3)
     with pytest.raises(InputError, match=r"--shards: got 25, wanted at most 24"):
@@ -473,21 +473,21 @@ def test_another_cache_in_the_same_folder_is_refused(cached):
         ("label", {"flip": True}, "with data.flip True, wanted none"),
     ],
 )
-def test_what_needs_the_images_reads_no_latents(kind, data, message):
+def test_latents_are_refused_with_image_conditions_or_augmentation(kind, data, message):
     config = config_of(kind)
     data = dataclasses.replace(config.data, latents="somewhere", **data)
     with pytest.raises(InputError, match=message):
         dataclasses.replace(config, data=data)
 
 
-def test_a_first_stage_alone_reads_no_latents():
+def test_latents_are_refused_for_the_first_stage_alone():
     config = dataclasses.replace(config_of("label"), stages=("autoencoder",))
     data = dataclasses.replace(config.data, latents="somewhere")
     with pytest.raises(InputError, match=r"stage 1 alone.*trains on images"):
         dataclasses.replace(config, data=data)
 
 
-def test_latents_are_no_part_of_what_a_run_is(cached):
+def test_the_config_digest_ignores_the_latents(cached):
     ours, theirs = cached.config, cached.reading()
     assert config_lib.digest(ours) == config_lib.digest(theirs)
     assert config_lib.differences(ours, theirs) == []
@@ -514,13 +514,13 @@ TINY = ("--config", "tests/support/tiny.py")
         ((*TINY, "--out", "gs://bucket/x"), "--out: got gs:/bucket/x, wanted a folder"),
     ],
 )
-def test_bad_input_gets_one_line(args, message):
+def test_bad_flags_of_cache_latents_are_refused(args, message):
     with pytest.raises(InputError) as caught:
         parse(list(args))
     assert message in str(caught.value)
 
 
-def test_flags_of_the_config_and_of_the_launch_are_read():
+def test_config_flags_and_launch_flags_are_read():
     flags, out, config = parse(
         [*TINY, "--first-stage", "there", "--out", "y", "--seed", "5", "--pod"]
     )

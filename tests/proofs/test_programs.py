@@ -1,4 +1,4 @@
-"""Sample programs: written here, run where our networks are not."""
+"""Sample programs: exported here, run without the code of the networks."""
 
 import os
 import subprocess
@@ -65,7 +65,7 @@ def program(tiny_model):
 def test_a_fresh_process_draws_the_same_bits_from_the_program(
     tiny_model, program, tmp_path
 ):
-    """Three images in calls of two: the last is filled up, as everywhere."""
+    """Three images in calls of two: the last call is padded."""
     from ldm_jax.config import to_json
 
     config, model, weights = tiny_model
@@ -85,18 +85,19 @@ def test_a_fresh_process_draws_the_same_bits_from_the_program(
     drawn = []
     for name, guided in (("ddim", True), ("euler_ancestral", False)):
         ours = make_sample_fn(model, guided=guided)
-        how = SamplingConfig(sampler=name, steps=2, guidance_scale=(SCALE,))
-        images = np.asarray(ours(params, image_keys(SEEDS), cond, how).images)
+        settings_of_ours = SamplingConfig(
+            sampler=name, steps=2, guidance_scale=(SCALE,)
+        )
+        images = np.asarray(
+            ours(params, image_keys(SEEDS), cond, settings_of_ours).images
+        )
         assert np.load(tmp_path / f"{name}.npy").tobytes() == images.tobytes()
         drawn.append(images)
     assert not np.array_equal(*drawn)
 
 
 def test_parameters_are_inputs_and_not_part_of_the_program(tiny_model, program):
-    """Twice the parameters' values leave the same bytes, which are fewer than they.
-
-    Nor are the paths of our files: one model has one program on every machine.
-    """
+    """A program has neither parameters nor paths of our files in its bytes."""
     _, model, weights = tiny_model
     params = to_sample_params(weights)
     doubled = jax.tree.map(lambda x: 2 * x, params)
@@ -117,7 +118,7 @@ def test_parameters_are_inputs_and_not_part_of_the_program(tiny_model, program):
         (lambda data: data[:-9] + bytes(9), "damaged"),
     ],
 )
-def test_what_is_no_program_is_told_in_one_line(program, change, words):
+def test_damaged_programs_are_refused_in_one_line(program, change, words):
     with pytest.raises(InputError, match=words) as caught:
         load_sample_program(change(program))
     assert "\n" not in str(caught.value)
@@ -132,7 +133,7 @@ def test_a_program_for_another_platform_names_both(tiny_model):
         load_sample_program(data)
 
 
-def test_wrong_shapes_are_named_before_anything_is_drawn(tiny_model, program):
+def test_wrong_input_shapes_are_refused_by_name(tiny_model, program):
     _, _, weights = tiny_model
     params = to_sample_params(weights)
     draw, keys = load_sample_program(program), image_keys([0, 1])
@@ -153,7 +154,7 @@ def test_wrong_shapes_are_named_before_anything_is_drawn(tiny_model, program):
         with pytest.raises(InputError, match=words) as caught:
             draw(*arguments, SamplingConfig(steps=2))
         assert "\n" not in str(caught.value)
-    # A list of scales is none of these: it is spread over the steps.
+    # A list of scales is not a wrong shape: it is spread over the steps.
     one, three = (
         draw(params, keys, cond, SamplingConfig(steps=2, guidance_scale=scales)).images
         for scales in ((2.0,), (2.0, 2.0, 2.0))
@@ -163,7 +164,7 @@ def test_wrong_shapes_are_named_before_anything_is_drawn(tiny_model, program):
         check_arrays({"a": jnp.zeros(1)}, {})
 
 
-def test_what_cannot_be_exported_is_told(tiny_model):
+def test_unsupported_exports_are_refused(tiny_model):
     _, model, weights = tiny_model
     params = to_sample_params(weights)
     bad = [

@@ -1,4 +1,4 @@
-"""Scores while a run is trained: those of the evaluation; training is as without."""
+"""Scores during training equal the evaluation's and do not change training."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ def one_device():
 
 
 def config_of(scores=SCORES, **fields):
-    """A tiny run whose first stage is a moment."""
+    """Return the tiny config with one autoencoder step, two averages, and scores."""
     config = tiny.get_config()
     first = dataclasses.replace(config.autoencoder, steps=1)
     second = dataclasses.replace(
@@ -50,8 +50,8 @@ def config_of(scores=SCORES, **fields):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device_and_short_lessons():
-    """One device compiles fastest; the classifier is taught for a moment only."""
+def one_device_and_short_classifier_training():
+    """One device compiles fastest; the classifier trains for 5 steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_layout", lambda config: one_device())
         for room in (pipeline, extractors):
@@ -63,8 +63,8 @@ def one_device_and_short_lessons():
 
 
 @pytest.fixture(scope="module")
-def scored(one_device_and_short_lessons, tmp_path_factory):
-    """A run that was scored on its way, at steps 4 and 8."""
+def scored(one_device_and_short_classifier_training, tmp_path_factory):
+    """A run scored at steps 4 and 8."""
     workdir = tmp_path_factory.mktemp("scored") / "run"
     return workdir, train(config_of(), workdir).final
 
@@ -77,7 +77,7 @@ def curve(workdir):
     return [r for r in read_metrics(Path(workdir) / "metrics.jsonl") if "fid" in r]
 
 
-def test_the_last_score_is_what_the_evaluation_finds_afterwards(scored):
+def test_the_last_training_score_equals_the_evaluation(scored):
     workdir, _ = scored
     args = ["--workdir", workdir, "--steps", 2, "--num-images", 66]
     args += ["--guidance-scale", 2, "--compilation-cache", "none"]
@@ -91,11 +91,11 @@ def test_the_last_score_is_what_the_evaluation_finds_afterwards(scored):
     for name in names:
         assert last[name] == pytest.approx(report["scores"][name], rel=1e-5), name
     assert last["held_out_fid"] == pytest.approx(report["held_out_scores"]["fid"])
-    # The classifier and the statistics are those that training kept.
+    # The evaluation reuses the classifier and the statistics of training.
     assert len(list(workdir.glob("evaluation/*.npz"))) == 2
 
 
-def test_averages_of_any_length_are_measured_and_drawn(scored, tmp_path, capsys):
+def test_averages_of_any_length_are_evaluated_and_sampled(scored, tmp_path, capsys):
     workdir, out = scored[0], scored[0] / "evaluation"
     lengths = [0.05, 0.08, 0.1]
     args = ["--workdir", workdir, "--steps", 1, "--num-images", 66]
@@ -108,7 +108,7 @@ def test_averages_of_any_length_are_measured_and_drawn(scored, tmp_path, capsys)
     assert len({one["scores"]["fid"] for one in found.values()}) == 3
     assert len({one["made_with"]["checkpoint"] for one in found.values()}) == 3
     assert "FID against EMA length" in scores_section(read_run_summary(workdir))
-    # What was kept at the last step is what training had then.
+    # The snapshot of the last step equals the average at that step.
     last = open_tensors(workdir / "diffusion" / "averages" / "000008.safetensors")
     unet = flatten(load_run(workdir, ema_length=0.1).params.unet)
     for name, leaf in unet.items():
@@ -119,7 +119,7 @@ def test_averages_of_any_length_are_measured_and_drawn(scored, tmp_path, capsys)
     sample_here("--replay", images / "000000.png")
 
 
-def test_training_with_scores_is_training_without(scored, tmp_path):
+def test_scores_do_not_change_training(scored, tmp_path):
     workdir, final = scored
     config = config_of(ScoresConfig(), first_stage=str(workdir))
     plain = train(config, tmp_path / "plain").final
@@ -131,7 +131,7 @@ def test_training_with_scores_is_training_without(scored, tmp_path):
 
 
 def measured_toy(killed_at=(), **fields):
-    """A toy stage that is scored, and the steps at which it was."""
+    """Return a toy stage with scores, and the list of its scored steps."""
     measured, killed = [], set(killed_at)
 
     def measure(ema, step):
@@ -150,7 +150,7 @@ def run_scored(workdir, stage, **fields):
 
 
 @pytest.mark.parametrize("killed_at", [2, 4, 6, 12])
-def test_a_score_that_was_cut_short_is_made_when_the_run_goes_on(tmp_path, killed_at):
+def test_an_interrupted_score_is_computed_when_the_run_resumes(tmp_path, killed_at):
     whole, steps = measured_toy()
     unbroken = run_scored(tmp_path / "whole", whole)
     assert steps == [2, 4, 6, 8, 10, 12]
@@ -160,17 +160,17 @@ def test_a_score_that_was_cut_short_is_made_when_the_run_goes_on(tmp_path, kille
     found = run_scored(tmp_path / "cut", stage)
     assert found.digest == unbroken.digest
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    # What is saved is saved before it is scored, every fourth step: nothing that was
-    # scored up to there is scored again.
+    # Every fourth step is saved before it is scored: the scores of earlier steps are
+    # not computed again.
     assert measured.count(killed_at) == 2
     assert sum(measured.count(step) for step in (4, 8, 12) if step < killed_at) <= 2
-    # A stage that is finished and scored is left alone.
+    # A finished stage is not scored again.
     measured.clear()
     run_scored(tmp_path / "cut", stage)
     assert not measured
 
 
-def test_a_run_may_be_scored_from_where_it_goes_on(tmp_path):
+def test_scores_may_start_when_a_run_resumes(tmp_path):
     stage, measured = measured_toy()
     with pytest.raises(Preempted):
         run_toy(tmp_path, stage._replace(measure=None), stop=StopAfter(5))
@@ -201,7 +201,7 @@ def test_the_second_score_compiles_nothing(scored):
     assert not programs
 
 
-def test_the_report_draws_the_curve(scored):
+def test_the_report_draws_the_score_curve(scored):
     workdir, _ = scored
     (_, stage) = read_run_summary(workdir).stages
     drawn = score_curves(stage)
@@ -211,7 +211,7 @@ def test_the_report_draws_the_curve(scored):
     assert (workdir / "loss.png").stat().st_size > 10_000
 
 
-def test_scores_are_no_part_of_what_a_run_is():
+def test_the_config_digest_ignores_scores():
     plain, with_scores = config_of(ScoresConfig()), config_of()
     assert digest(plain) == digest(with_scores)
     tree = json.loads(to_json(plain))
@@ -231,15 +231,13 @@ def test_scores_are_no_part_of_what_a_run_is():
         ),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_a_run_begins(
-    tmp_path, fields, words
-):
+def test_unusable_score_settings_are_refused_before_training(tmp_path, fields, words):
     config = config_of(dataclasses.replace(SCORES, **fields))
     with pytest.raises(InputError) as caught:
         train(config, tmp_path / "run")
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "run").exists()
-    online.check_scores(ScoresConfig(protocol="adm"), num_classes=0)  # never measured
+    online.check_scores(ScoresConfig(protocol="adm"), num_classes=0)  # scores are off
 
 
 @pytest.mark.parametrize(
@@ -257,14 +255,14 @@ def test_what_cannot_be_measured_is_refused_before_a_run_begins(
         (lambda: ScoresConfig(protocol="fid"), ["protocol", "'fid'", "adm"]),
     ],
 )
-def test_a_bad_value_is_refused_in_one_line(make, words):
+def test_bad_score_settings_are_refused_in_one_line(make, words):
     with pytest.raises(InputError) as caught:
         make()
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_scores_fall_on_steps_that_are_logged():
+def test_scores_every_must_be_a_multiple_of_log_every():
     config = config_of(ScoresConfig())
     log = dataclasses.replace(config.log, every=3)
     with pytest.raises(InputError, match=r"got 4, wanted a multiple of log\.every, 3"):

@@ -1,4 +1,4 @@
-"""How many sampling steps: the choice, the features, and the command."""
+"""`ldm steps`: the choice of a number of steps, the features, and the command."""
 
 import json
 
@@ -25,14 +25,14 @@ ROWS = [
 ]
 
 
-def test_the_cheapest_near_the_best_has_fewest_calls_then_fewest_seconds():
+def test_cheapest_has_the_fewest_calls_then_the_fewest_seconds():
     assert cheapest(ROWS) == ROWS[2]
     assert cheapest(ROWS, tolerance=0.06) == ROWS[4]
     assert cheapest(ROWS, tolerance=0.0) == ROWS[3]
     assert cheapest(ROWS[:1]) == ROWS[0]
 
 
-def test_the_table_has_a_row_a_setting_and_marks_the_choice():
+def test_the_table_has_a_row_per_setting_and_marks_the_cheapest():
     lines = to_table(ROWS, ROWS[2]).splitlines()
     assert len(lines) == 2 + len(ROWS)
     assert {line.count("|") for line in lines} == {7}
@@ -65,7 +65,7 @@ def test_components_keep_the_directions_of_most_variance():
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """A run as `ldm sample` reads it, its parameters drawn and not trained."""
+    """A run folder with random parameters."""
     return write_run(tiny.get_config(), tmp_path_factory.mktemp("tiny"))
 
 
@@ -90,15 +90,15 @@ def test_the_command_compares_samplers_and_names_the_cheapest(tiny_run, tmp_path
     assert read_png(out / "steps.png").size
 
 
-def test_distances_are_those_of_a_protocol_where_one_is_named(tiny_run, tmp_path):
+def test_distances_of_a_protocol_equal_the_evaluation(tiny_run, tmp_path):
     args = ["--samplers", "ddim", "--steps", 2, "--limit-steps", 2]
-    looks = ["--protocol", "dataset-classifier", "--num-images", 160]
+    protocol = ["--protocol", "dataset-classifier", "--num-images", 160]
     out = tmp_path / "out"
-    succeeded(ldm("steps", "--workdir", tiny_run, "--out", out, *args, *looks))
+    succeeded(ldm("steps", "--workdir", tiny_run, "--out", out, *args, *protocol))
     report = json.loads((out / "steps.json").read_text())
     assert report["protocol"] == "dataset-classifier"
     (row,) = report["settings"]
-    # The same seeds by the evaluation, and the same statistics of real images.
+    # The evaluation draws the same seeds and has the same statistics of real images.
     flags = ("--steps", 2, "--num-images", 160)
     succeeded(ldm("evaluate", "--workdir", tiny_run, *flags))
     (path,) = (tiny_run / "evaluation").glob("*/metrics.json")
@@ -128,7 +128,7 @@ def test_distances_are_those_of_a_protocol_where_one_is_named(tiny_run, tmp_path
         (["--inception", "i.pth"], "--inception: got it without --protocol"),
     ],
 )
-def test_bad_flags_are_told_in_one_line(tiny_run, args, words):
+def test_bad_flags_of_steps_are_refused(tiny_run, args, words):
     with pytest.raises(InputError, match=words):
         parse(["--workdir", str(tiny_run), *args])
 
@@ -142,7 +142,9 @@ def test_bad_flags_are_told_in_one_line(tiny_run, args, words):
         ("none", {}, ["--guidance-scale", "2"], "no condition"),
     ],
 )
-def test_runs_that_cannot_be_asked_are_told(kind, changes, args, words, tmp_path):
+def test_runs_without_prompts_or_labels_to_sample_are_refused(
+    kind, changes, args, words, tmp_path
+):
     import dataclasses
 
     config = dataclasses.replace(config_of(kind), **changes)
@@ -151,8 +153,8 @@ def test_runs_that_cannot_be_asked_are_told(kind, changes, args, words, tmp_path
         parse(["--workdir", str(tmp_path), *args])
 
 
-def test_a_spacing_without_meaning_for_the_run_is_told(tiny_run, tmp_path):
-    """By the mathematics, before anything is drawn."""
+def test_a_spacing_that_excludes_the_number_of_steps_is_refused(tiny_run, tmp_path):
+    """The refusal comes before any image is drawn."""
     args = ["--workdir", tiny_run, "--steps", 3, "--spacing", "ldm", "--out", tmp_path]
     with pytest.raises(InputError, match="--steps: got 3, for which"):
         main([str(arg) for arg in args])
