@@ -36,7 +36,7 @@ MODULES = {
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
-    """Let empty modules stand for what the originals import in passing."""
+    """Replace unused imports of the originals by empty modules."""
     import torch
 
     attributes = {
@@ -48,7 +48,7 @@ def stand_ins() -> Iterator[None]:
         "torchvision": {},
         "torchvision.ops": {},
         "torchvision.ops.misc": {"FrozenBatchNorm2d": torch.nn.Identity},
-        # The package imports all its towers; the part that is wanted needs none.
+        # The package imports its image towers, which the text encoder does not need.
         "open_clip": {"__path__": [f"{ORIGINALS}/open_clip"]},
     }
     added = attributes.keys() - sys.modules.keys()
@@ -64,12 +64,12 @@ def stand_ins() -> Iterator[None]:
 
 @functools.cache
 def originals() -> types.SimpleNamespace:
-    """Import the originals, less their recomputation of activations."""
+    """Import the originals, without their recomputation of activations."""
     import torch
 
     found = {"torch": torch}
     with warnings.catch_warnings(), stand_ins():
-        warnings.simplefilter("ignore")  # of their age
+        warnings.simplefilter("ignore")  # deprecations
         sys.path.insert(0, str(ORIGINALS))
         for short, name in MODULES.items():
             found[short] = importlib.import_module(name)
@@ -98,7 +98,7 @@ def groups(number: int) -> Iterator[None]:
 
 
 def build(config: Config, kind: str):
-    """Build an original; its keys have no prefix, as ours are without one."""
+    """Build an original network; its keys have no prefix."""
     builders = {"unet": _unet, "autoencoder": _autoencoder, "conditioner": _conditioner}
     module = config.autoencoder if kind == "autoencoder" else config.diffusion
     with groups(module.num_groups), stand_ins(), open(os.devnull, "w") as quiet:
@@ -216,7 +216,7 @@ def _openai_clip(clip: ClipConfig):
 
 
 def table(config: Config, kind: str) -> Table:
-    """List the names and shapes of an original, made without its numbers."""
+    """List the names and shapes of an original, without allocating its weights."""
     condition = config.diffusion.condition
     is_given = condition.context in ("none", "embedding")
     if kind == "conditioner" and is_given and condition.concat != "segmentation":

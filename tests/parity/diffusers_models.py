@@ -109,7 +109,7 @@ def make_torch(class_name: str, config: dict, seed: int):
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of their imports; none of them is ours
+        warnings.simplefilter("ignore")  # deprecations within its imports
         import diffusers
 
         model = getattr(diffusers, class_name)(**config)
@@ -120,25 +120,25 @@ def make_torch(class_name: str, config: dict, seed: int):
 
 
 def unet_config(class_name: str, config: dict):
-    """Return our config of a UNet of theirs, with some autoencoder."""
+    """Return our config of a diffusers UNet, with a fixed autoencoder."""
     autoencoder = read_autoencoder("AutoencoderKL", KL)
     return assemble_config(autoencoder=autoencoder, unet=read_unet(class_name, config))
 
 
 def autoencoder_config(class_name: str, config: dict):
-    """Return our config of an autoencoder of theirs."""
+    """Return our config of a diffusers autoencoder."""
     return assemble_config(autoencoder=read_autoencoder(class_name, config))
 
 
 def config_and_kind(class_name: str, config: dict):
-    """Return our config of a model of theirs, and which of our networks it is."""
+    """Return our config of a diffusers model, and the kind of the network."""
     if class_name.startswith("UNet"):
         return unet_config(class_name, config), "unet"
     return autoencoder_config(class_name, config), "autoencoder"
 
 
 def our_unet(config, tensors: dict[str, np.ndarray]):
-    """Build our UNet and read its parameters from their tensors."""
+    """Build our UNet and read its parameters from diffusers' tensors."""
     model = build_model(config)
     shapes = param_shapes(init_unet, model)
     format_ = names.unet_format(config.diffusion)
@@ -148,7 +148,7 @@ def our_unet(config, tensors: dict[str, np.ndarray]):
 
 
 def our_autoencoder(config, tensors: dict[str, np.ndarray]):
-    """Build our autoencoder and read its parameters from their tensors."""
+    """Build our autoencoder and read its parameters from diffusers' tensors."""
     model = build_model(config)
     shapes = param_shapes(init_autoencoder, model)
     format_ = names.autoencoder_format(config.autoencoder)
@@ -176,7 +176,7 @@ def unet_inputs(config, seed: int, batch: int = 2) -> dict[str, np.ndarray]:
 
 
 def torch_condition(inputs: dict[str, np.ndarray]) -> dict:
-    """Put what `unet_inputs` drew beside x and t under the names of diffusers."""
+    """Return the conditions of `unet_inputs` under the names of diffusers."""
     import torch
 
     names = {"label": "class_labels", "context": "encoder_hidden_states"}

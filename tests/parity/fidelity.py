@@ -13,7 +13,7 @@ STAND_INS = (
 
 
 def stand_in(name):
-    """Make a module that has whatever is asked of it, and any of its own modules."""
+    """Make a module that has every attribute, and its own submodules."""
 
     def attribute(wanted):
         if wanted.startswith("__"):

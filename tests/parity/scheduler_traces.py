@@ -1,7 +1,7 @@
 """The schedulers of diffusers in double precision, call by call, and our tables.
 
-Their code keeps its tables, and in places the latents, in float32. After `widen` their
-float32 is float64, so that what is compared is the arithmetic and not its rounding.
+diffusers keeps its tables, and in places the latents, in float32. After `widen` its
+float32 is float64, so that the comparison is of the arithmetic without its rounding.
 """
 
 import importlib
@@ -26,7 +26,7 @@ SHORT = COUNTS[:-1]
 Network = Callable[[np.ndarray, float], np.ndarray]
 # These work on x_t / alpha, and scale it for the network.
 IN_UNITS_OF_THE_DATA = ("Euler", "Heun", "EDM")
-# These take t - T // n for the next timestep, wherever their own grid goes.
+# These take t - T // n as the next timestep, whatever their grid is.
 STRIDE_BY_DIVISION = ("DDIM", "PNDM")
 LDM, ZERO, FLOW, EDM = (
     SCHEDULES[name] for name in ("ldm_linear", "zero_snr", "flow", "edm")
@@ -57,13 +57,13 @@ UNCHANGED: Mapping[str, Any] = {}
 
 
 class Case(NamedTuple):
-    """A scheduler and what it is called here.
+    """A scheduler of diffusers and our sampler.
 
     Attributes:
-      theirs: Name of the class in diffusers, without its last word.
+      theirs: Name of the class in diffusers, without "Scheduler".
       ours: Name of the sampler here.
-      grids: Its spacings, and for which numbers of steps they are ours.
-      predictions: What its network may predict.
+      grids: Its spacings, and the numbers of steps for which they equal ours.
+      predictions: The predictions that it supports.
       schedule: The noise levels.
       config: Of the class.
       eta: DDIM's.
@@ -79,7 +79,7 @@ class Case(NamedTuple):
 
 
 MULTI, SINGLE = "DPMSolverMultistep", "DPMSolverSinglestep"
-# From 1, DPM-Solver's and UniPC's 999 leading timesteps pass the last one.
+# With offset 1, DPM-Solver's and UniPC's 999 leading timesteps pass the last one.
 FROM_0, SDE = {"steps_offset": 0}, {"algorithm_type": "sde-dpmsolver++"}
 ZERO_SNR, OVER_FLOW = {"rescale_betas_zero_snr": True}, {"use_flow_sigmas": True}
 AT_FLOW = ({"linspace": ()}, ("flow",), FLOW)
@@ -151,13 +151,13 @@ def scheduler_of(
         options = {"original_inference_steps": 1000}
     scheduler.set_timesteps(num_steps, **options)
     if case.theirs == SINGLE and num_steps % 2 == 0:
-        # Even counts have two steps of first order; they take both last.
+        # Even counts have two steps of first order; diffusers takes both last.
         scheduler.order_list = [1, *[1, 2] * (num_steps // 2 - 1), 1]
     return scheduler
 
 
 class Double:
-    """A module whose single precision is double."""
+    """A module whose float32 is float64."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -169,7 +169,7 @@ class Double:
 
 
 class Gap:
-    """Answers who asks for `T // n` how far the next timestep is."""
+    """A divisor n for which `T // n` is the distance to the next timestep."""
 
     def __init__(self, timesteps: int) -> None:
         self.timesteps = timesteps
@@ -191,7 +191,7 @@ def module_of(scheduler: type) -> Any:
 
 
 def network(x: Any, t: Any, xp: Any = np) -> Any:
-    """Stand for a network: smooth, nowhere linear, and aware of the time."""
+    """Compute a stand-in network: smooth, nonlinear, and dependent on the time."""
     s = t / 1000.0
     return 0.7 * xp.tanh(0.9 * x + 0.4 - 1.1 * s) + 0.3 * xp.sin(1.7 * x + 2.0 * s)
 
@@ -201,13 +201,13 @@ def starts(scheduler: Any, names: tuple[str, ...]) -> bool:
 
 
 def timesteps_of(scheduler: Any, schedule: Schedule) -> np.ndarray:
-    """Return what the network is asked at, in our units, for each network call."""
+    """Return the timestep of each network call, in our units."""
     t = scheduler.timesteps.numpy().astype(np.float64)
     return t * schedule.num_timesteps if isinstance(schedule, EdmSchedule) else t
 
 
 def levels_of(scheduler: Any, schedule: Schedule) -> Levels:
-    """Read the levels that a scheduler visits out of its own tables."""
+    """Read the levels that a scheduler visits from its tables."""
     t = timesteps_of(scheduler, schedule)
     sigma = getattr(scheduler, "sigmas", None)
     if starts(scheduler, ("PNDM", "Heun", "FlowMatchHeun")):
@@ -232,7 +232,7 @@ def levels_of(scheduler: Any, schedule: Schedule) -> Levels:
 
 
 def gap_after(call: int, scheduler: Any, grid: np.ndarray) -> int | None:
-    """Return how far the grid's next timestep is, where `T // n` is another."""
+    """Return the distance to the grid's next timestep if it is not `T // n`."""
     step = max(call - 1, 0) if starts(scheduler, ("PNDM",)) else call
     here = int(grid[step])
     there = int(grid[step + 1]) if step + 1 < len(grid) else -1
@@ -252,9 +252,9 @@ def follow_theirs(
 
     Args:
       scheduler: With its timesteps set.
-      schedule: Ours that it has the levels of.
+      schedule: Our schedule of the same levels.
       denoise: The network, of x_t and t.
-      x_start: Where to start, at the scale that the network sees.
+      x_start: The first latent, at the scale of the network.
       fresh: Unit-variance noise of each network call.
       options: Of a step.
 
@@ -272,7 +272,7 @@ def follow_theirs(
         patch.setattr(
             module, "randn_tensor", lambda *_, **__: now["fresh"], raising=False
         )
-        grid, asked = levels.t[:-1], timesteps_of(scheduler, schedule)
+        grid, timesteps = levels.t[:-1], timesteps_of(scheduler, schedule)
         steps = scheduler.num_inference_steps
         for i, t in enumerate(scheduler.timesteps):
             now["fresh"] = torch.from_numpy(fresh[i])
@@ -280,7 +280,7 @@ def follow_theirs(
                 gap = gap_after(i, scheduler, grid)
                 scheduler.num_inference_steps = steps if gap is None else Gap(gap)
             seen = scheduler.scale_model_input(sample, t) if scaled else sample
-            output = torch.from_numpy(denoise(seen.numpy(), asked[i]))
+            output = torch.from_numpy(denoise(seen.numpy(), timesteps[i]))
             sample = scheduler.step(output, t, sample, return_dict=False, **options)[0]
             states.append(sample.numpy())
     return np.stack(states)
@@ -305,7 +305,7 @@ def follow_ours(
 
 
 def in_their_units(states: np.ndarray, table: Table, scheduler: Any) -> np.ndarray:
-    """Return latents as a scheduler keeps them."""
+    """Return latents in the units of a scheduler."""
     if not starts(scheduler, IN_UNITS_OF_THE_DATA):
         return states
     return states / table.alpha[:, 0].reshape(-1, *[1] * (states.ndim - 1))

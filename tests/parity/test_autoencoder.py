@@ -1,4 +1,4 @@
-"""Our autoencoders are diffusers': moments, latents, decoding, gradients."""
+"""Our autoencoders equal diffusers': moments, latents, decoding, gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ CASES = [models.random_autoencoder(seed) for seed in range(20)]
 
 
 @pytest.mark.parametrize("seed", range(len(CASES)))
-def test_encoding_decoding_and_gradients_equal_diffusers(seed):
+def test_autoencoder_outputs_and_gradients_equal_diffusers(seed):
     class_name, settings = CASES[seed]
     model, tensors = models.make_torch(class_name, settings, seed)
     config = models.autoencoder_config(class_name, dict(model.config))
@@ -35,7 +35,7 @@ def test_encoding_decoding_and_gradients_equal_diffusers(seed):
     theirs = encoded.latent_dist.mode() if is_kl else encoded.latents
     decoded = model.decode(z).sample
     theirs.square().sum().backward()
-    # With a codebook the gradient goes straight through it, in both.
+    # With a codebook both have a straight-through gradient.
     decoded.square().sum().backward()
 
     def encode(x):

@@ -1,4 +1,4 @@
-"""Our CLIP text encoder against transformers', on random weights.
+"""Our CLIP text encoder against that of transformers, with random weights.
 
 `python -m tests.parity.test_clip_text` writes the golden file that the tests without
 torch read.
@@ -18,7 +18,7 @@ from tests.support.weights import clip_shapes, clip_tree, random_tensors
 
 REASON = "compares with the original, which needs the extra `parity`"
 with warnings.catch_warnings():
-    # What these two deprecate of each other or of Python is none of our business.
+    # Deprecation warnings at the import of these two are not ours.
     warnings.simplefilter("ignore")
     torch = pytest.importorskip("torch", reason=REASON)
     transformers = pytest.importorskip("transformers", reason=REASON)
@@ -119,7 +119,7 @@ def assert_close(got, wanted, *, relative):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_outputs_and_gradients_equal_those_of_transformers(case):
+def test_clip_outputs_and_gradients_equal_transformers(case):
     state = random_tensors(shapes(case), seed=len(str(case)))
     tokens = tokens_of(case)
     model = original(case, state)
@@ -145,7 +145,7 @@ def test_outputs_and_gradients_equal_those_of_transformers(case):
     assert_close(got, wanted.detach().numpy(), relative=1e-5)
     largest = np.abs(got - wanted.detach().numpy()).max()
     assert largest < 1e-4 * np.abs(wanted.detach().numpy()).max()
-    # Key biases have no gradient but rounding: softmax takes no constant in q . k.
+    # Key biases have no gradient but rounding: softmax ignores a constant in q . k.
     gradients = {k: g for k, g in gradients.items() if "k_proj.bias" not in k}
     for path, gradient in jax.tree_util.tree_leaves_with_path(clip_tree(gradients)):
         leaf = ours_gradients
@@ -155,14 +155,14 @@ def test_outputs_and_gradients_equal_those_of_transformers(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_names_and_shapes_are_those_of_transformers(case):
+def test_clip_tensor_names_and_shapes_equal_transformers(case):
     model = original(case, random_tensors(shapes(case), seed=0))
     prefix = "" if settings(case)["output"] == "pooled" else "text_model."
     theirs = {f"{prefix}{k}": tuple(x.shape) for k, x in model.state_dict().items()}
     assert theirs == shapes(case)
 
 
-def test_the_penultimate_output_leaves_the_last_layer_without_gradient():
+def test_the_penultimate_output_gives_the_last_layer_no_gradient():
     case = CASES[2]
     state = random_tensors(shapes(case), seed=0)
     model = original(case, state)
@@ -191,7 +191,7 @@ def golden(case, seed):
     }
 
 
-def test_the_golden_file_holds_what_transformers_says():
+def test_the_golden_file_equals_transformers():
     stored = json.loads(GOLDEN.read_text())
     assert len(stored) == len(GOLDEN_CASES)
     for i, (case, there) in enumerate(zip(GOLDEN_CASES, stored, strict=True)):

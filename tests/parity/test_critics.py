@@ -1,4 +1,4 @@
-"""Both critics against a plain torch statement of the same networks."""
+"""The discriminator and LPIPS against plain torch implementations."""
 
 import functools
 import warnings
@@ -15,14 +15,14 @@ from tests.support.lpips_files import CONV_INDICES, heads, torchvision
 
 REASON = "compares with torch, which needs the extra `parity`"
 with warnings.catch_warnings():
-    # What torch deprecates of Python or NumPy when imported is none of our business.
+    # Deprecation warnings at the import of torch are not ours.
     warnings.simplefilter("ignore")
     torch = pytest.importorskip("torch", reason=REASON)
 functional = torch.nn.functional
 
 
 def to_torch(array):
-    """NHWC to NCHW; a leaf that gradients reach."""
+    """Convert NHWC to an NCHW tensor that requires a gradient."""
     return torch.tensor(np.array(array).transpose(0, 3, 1, 2), requires_grad=True)
 
 
@@ -31,10 +31,10 @@ def to_numpy(tensor):
 
 
 def assert_close(slope, wanted):
-    """Up to 3e-3 of the slope's norm, not value by value.
+    """Compare gradients up to 3e-3 of the norm, not value by value.
 
-    Where a rectifier's input is all but zero, float32 may round it to either side, and
-    processors do: the slopes of the pixels below it move, by 5e-4 of the norm in all.
+    Where the input of a ReLU is nearly zero, rounding decides its sign, and differs
+    between processors: the gradients of its pixels change, by 5e-4 of the norm in all.
     """
     assert np.linalg.norm(slope - wanted) <= 3e-3 * np.linalg.norm(wanted)
 
@@ -43,7 +43,7 @@ def images(seed, side, batch=3):
     return jax.random.uniform(jax.random.key(seed), (batch, side, side, 3), minval=-1.0)
 
 
-def torch_judge(params, x, num_layers):
+def torch_discriminator(params, x, num_layers):
     def convolve(x, name, stride):
         leaves = params[name]
         kernel = torch.tensor(np.array(leaves["kernel"]).transpose(3, 2, 0, 1))
@@ -66,20 +66,20 @@ def test_the_discriminator_equals_torch(num_layers, side):
     x = images(0, side)
     init = jax.jit(functools.partial(critic.init, axis_name=None))
     params = init(jax.random.key(1), x)["params"]
-    # Away from the initial biases, which are all zero, and with visible kernels.
+    # Perturbed: the initial biases are zero and the initial kernels small.
     noise = jax.tree.map(
         lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape),
         params,
     )
 
-    def judge(params, x):
+    def discriminate(params, x):
         return critic.apply({"params": params}, x, axis_name=None)
 
-    logits, backward = jax.vjp(jax.jit(judge), noise, x)
+    logits, backward = jax.vjp(jax.jit(discriminate), noise, x)
     pull = jax.random.normal(jax.random.key(3), logits.shape)
     _, slope = backward(pull)
     x_torch = to_torch(x)
-    wanted = torch_judge(noise, x_torch, num_layers)
+    wanted = torch_discriminator(noise, x_torch, num_layers)
     assert logits == pytest.approx(to_numpy(wanted)[..., 0], abs=1e-4)
     wanted.backward(torch.tensor(np.array(pull))[:, None])
     assert_close(slope, to_numpy(x_torch.grad))

@@ -1,4 +1,4 @@
-"""Scores of the same features are torch-fidelity's, and so are the features."""
+"""Our scores and Inception features equal those of torch-fidelity."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def features():
     return made, random.randn(1100, 24) @ mix
 
 
-def test_the_frechet_distance(features):
+def test_frechet_distance_equals_torch_fidelity(features):
     theirs = fidelity("metric_fid")
     stats = [theirs.fid_features_to_statistics(torch.from_numpy(x)) for x in features]
     wanted = theirs.fid_statistics_to_metric(*stats, verbose=False)
@@ -36,7 +36,7 @@ def test_the_frechet_distance(features):
 
 
 @pytest.mark.parametrize("size", [50, 1000])
-def test_the_kernel_distance(features, size):
+def test_kernel_distance_equals_torch_fidelity(features, size):
     settings = {"kid_subsets": 20, "kid_subset_size": size, "rng_seed": 2020, **QUIET}
     wanted = fidelity("metric_kid").kid_features_to_metric(
         *map(torch.from_numpy, features), **settings
@@ -47,7 +47,7 @@ def test_the_kernel_distance(features, size):
 
 
 @pytest.mark.parametrize("shuffle, seed", [(True, 2020), (False, None)])
-def test_the_inception_score(features, shuffle, seed):
+def test_inception_score_equals_torch_fidelity(features, shuffle, seed):
     wanted = fidelity("metric_isc").isc_features_to_metric(
         torch.from_numpy(features[0]), splits=7, shuffle=shuffle
     )
@@ -56,7 +56,7 @@ def test_the_inception_score(features, shuffle, seed):
     assert got.std == pytest.approx(wanted["inception_score_std"], rel=1e-6)
 
 
-def test_precision_and_recall(features):
+def test_precision_and_recall_equal_torch_fidelity(features):
     wanted = fidelity("metric_prc").prc_features_to_metric(
         *map(torch.from_numpy, features),
         prc_neighborhood=3,
@@ -65,12 +65,12 @@ def test_precision_and_recall(features):
         **QUIET,
     )
     got = neighbourhoods(*features)
-    assert 0.05 < got.recall < 0.999  # something is decided
+    assert 0.05 < got.recall < 0.999  # neither trivial value
     assert got.precision == pytest.approx(wanted["precision"], rel=1e-6)
     assert got.recall == pytest.approx(wanted["recall"], rel=1e-6)
 
 
-def test_images_are_resized_as_tensorflow_1_did():
+def test_resize_bilinearly_equals_tensorflow_1():
     theirs = fidelity("interpolate_compat_tensorflow")
     images = np.random.RandomState(1).randint(0, 256, (2, 32, 45, 3))
     images = images.astype(np.float32)
@@ -86,7 +86,7 @@ def test_images_are_resized_as_tensorflow_1_did():
 
 
 def random_state(module):
-    """Draw weights that keep the size of what goes through, norms that do something."""
+    """Draw weights that keep the size of activations, and norms that are not trivial."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for key, value in module.state_dict().items():
@@ -102,7 +102,7 @@ def random_state(module):
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_features_are_those_of_its_network(tmp_path, monkeypatch, kind):
+def test_inception_features_equal_torch_fidelity(tmp_path, monkeypatch, kind):
     module = fidelity("feature_extractor_inceptionv3")
     blank = lambda *args, **kwargs: {}  # noqa: E731
     monkeypatch.setattr(module, "load_state_dict_from_url", blank)
@@ -140,7 +140,7 @@ def test_features_are_those_of_its_network(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (32, 32), (256, 256), (700, 410)])
-def test_images_are_resized_as_clean_fid_resizes_them(height, width):
+def test_resize_cleanly_equals_clean_fid(height, width):
     images = np.random.RandomState(1).randint(0, 256, (2, height, width, 3), np.uint8)
     theirs = np.stack([build_resizer("clean")(image) for image in images])
     np.testing.assert_array_equal(resize_cleanly(images, side=299), theirs)

@@ -1,4 +1,4 @@
-"""Our count of FLOPs is that of torch's counter on diffusers' model."""
+"""Our count of FLOPs equals that of torch's counter on diffusers' model."""
 
 import importlib
 
@@ -16,11 +16,11 @@ pytest.importorskip("diffusers", reason="parity needs the extra `parity`")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 5, 9])
-def test_a_pass_and_its_gradients_count_as_in_torch(seed):
+def test_count_flops_equals_torch_for_the_forward_and_the_backward_pass(seed):
     flop_counter = pytest.importorskip("torch.utils.flop_counter")
     class_name, settings = CASES[seed]
     model, tensors = models.make_torch(class_name, settings, seed)
-    # Products of its own, which torch counts; fused attention on a CPU it does not.
+    # Plain products: torch does not count fused attention on a CPU.
     plain = importlib.import_module("diffusers.models.attention_processor")
     for module in model.modules():
         if hasattr(module, "set_processor"):

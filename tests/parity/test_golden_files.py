@@ -1,4 +1,4 @@
-"""The golden files against the libraries they came from.
+"""The golden files against the libraries that they were made with.
 
 `python -m tests.parity.test_golden_files` writes them again: diffusers', and
 latent-diffusion's where `LDM_ORIGINALS` names its packages (see `compvis_models`).
@@ -25,7 +25,7 @@ from tests.support.golden_cases import (
 torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
 pytest.importorskip("diffusers", reason="parity needs the extra `parity`")
 
-RECIPES = sorted((ROOT / "configs").glob("*/*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*/*.py"))
 needs_originals = pytest.mark.skipif(
     compvis_models.ORIGINALS is None, reason="LDM_ORIGINALS names the originals"
 )
@@ -186,7 +186,7 @@ KL = {
     "latent_channels": 4,
 }
 
-# name: the class, what it is made of
+# name: the class, its config
 DIFFUSERS = {
     "Stable Diffusion 1": ("UNet2DConditionModel", CROSSED),
     "Stable Diffusion 2": (
@@ -288,19 +288,19 @@ def test_the_golden_files_have_every_case():
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)
-def test_the_golden_file_holds_what_diffusers_says(name):
+def test_the_golden_file_equals_diffusers(name):
     assert_same(golden_diffusers(name), stored("diffusers.json")[name])
 
 
 @needs_originals
 @pytest.mark.parametrize("name", COMPVIS)
-def test_the_golden_file_holds_what_latent_diffusion_says(name):
+def test_the_golden_file_equals_latent_diffusion(name):
     assert_same(golden_compvis(name), stored("compvis.json")[name])
 
 
 @needs_originals
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_golden_file_holds_the_tables_of_latent_diffusion(path):
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_golden_tables_equal_latent_diffusion(path):
     here, there = golden_tables(path), stored("compvis_tables.json")[path.stem]
     assert json.loads(json.dumps(here)) == there
 
@@ -309,4 +309,4 @@ if __name__ == "__main__":
     write_golden("diffusers.json", [golden_diffusers(name) for name in DIFFUSERS])
     if compvis_models.ORIGINALS:
         write_golden("compvis.json", [golden_compvis(name) for name in COMPVIS])
-        write_golden("compvis_tables.json", [golden_tables(path) for path in RECIPES])
+        write_golden("compvis_tables.json", [golden_tables(path) for path in CONFIGS])

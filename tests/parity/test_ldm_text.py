@@ -1,4 +1,4 @@
-"""Latent diffusion's text encoder against its formulas, written once more in torch."""
+"""Latent diffusion's text encoder against its formulas in torch."""
 
 import re
 import warnings
@@ -13,7 +13,7 @@ from tests.support.weights import random_tensors, tree_of_modules
 
 REASON = "compares with torch, which needs the extra `parity`"
 with warnings.catch_warnings():
-    # What torch deprecates of Python or NumPy when imported is none of our business.
+    # Deprecation warnings at the import of torch are not ours.
     warnings.simplefilter("ignore")
     torch = pytest.importorskip("torch", reason=REASON)
 
@@ -25,7 +25,7 @@ CASES = [
     (64, 4, 8, 64, 50, 20, 20),
 ]
 
-# Every layer of ours is two of theirs, the attention and the MLP.
+# One layer of ours is two of the original, the attention and the MLP.
 ATTENTION = {
     "0": "norm1",
     "1.to_q": "attention/q",
@@ -78,8 +78,8 @@ def ldm_tree(state_dict):
     return tree_of_modules(flat)
 
 
-def statement(state, tokens, case):
-    """State the encoder in float64: every text by itself, every head by itself."""
+def reference(state, tokens, case):
+    """Compute the encoder in float64, one text and one head at a time."""
     _, depth, heads, head_width, *_ = case
 
     def norm(x, name):
@@ -115,14 +115,14 @@ def assert_close(got, wanted, *, relative):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_outputs_and_gradients_equal_the_formulas(case):
+def test_ldm_text_outputs_and_gradients_equal_the_formulas(case):
     width, depth, heads, head_width, vocab, length, n = case
     state = random_tensors(shapes(case), seed=width)
     tokens = np.random.RandomState(0).randint(0, vocab, (2, n)).astype(np.int32)
     double = {
         key: torch.from_numpy(x).double().requires_grad_() for key, x in state.items()
     }
-    wanted = statement(double, torch.from_numpy(tokens).long(), case)
+    wanted = reference(double, torch.from_numpy(tokens).long(), case)
     target = np.random.RandomState(1).normal(size=wanted.shape).astype(np.float32)
     (wanted * torch.from_numpy(target)).sum().backward()
 

@@ -1,4 +1,4 @@
-"""A model exported here is a pipeline there: the same text gives the same picture."""
+"""An exported model is a diffusers pipeline: the same text gives the same image."""
 
 import dataclasses
 import warnings
@@ -80,7 +80,7 @@ def with_tokenizer(config: Config, folder) -> Config:
 
 
 @pytest.mark.parametrize("kind", ["clip", "open_clip"])
-def test_a_whole_text_to_image_pipeline_is_the_same(kind, tmp_path):
+def test_a_text_to_image_pipeline_of_diffusers_gives_our_images(kind, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     write_clip(tokenizer, "sd2" if kind == "open_clip" else "sd1")
@@ -123,7 +123,7 @@ def test_a_whole_text_to_image_pipeline_is_the_same(kind, tmp_path):
     assert np.abs(pixels[0] - pixels[1]).max() > 0.05  # the texts and seeds differ
 
 
-def test_an_unconditional_pipeline_is_the_same(tmp_path):
+def test_an_unconditional_pipeline_of_diffusers_gives_our_images(tmp_path):
     config = models.config_of("none")
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -147,14 +147,14 @@ def test_an_unconditional_pipeline_is_the_same(tmp_path):
             predicted = pipeline.unet(latents, t).sample
             latents = pipeline.scheduler.step(predicted, t, latents).prev_sample
         decoded = pipeline.vqvae.decode(latents / 0.5).sample
-    # One latent next to two codes may go either way: nearly all are the same.
+    # Rounding may choose another of two near codes: nearly all pixels are equal.
     error = np.abs(ours - np.clip(from_torch(decoded), -1, 1))
     assert np.median(error) < 1e-4
     assert (error > 1e-2).mean() < 0.02
 
 
 @pytest.mark.parametrize("kind", ["label", "class", "text", "embedding"])
-def test_every_exported_unet_is_opened_by_diffusers(kind, tmp_path):
+def test_an_exported_unet_has_equal_outputs_in_diffusers(kind, tmp_path):
     config = models.config_of(kind)
     weights = models.model_of(config)
     write_folder(weights, tmp_path)
@@ -188,7 +188,7 @@ def test_every_exported_unet_is_opened_by_diffusers(kind, tmp_path):
 
 
 @pytest.mark.parametrize("shards", ["10GB", "100KB"])
-def test_what_diffusers_saves_is_read_whole_or_in_shards(shards, tmp_path):
+def test_folders_saved_by_diffusers_are_read_whole_and_in_shards(shards, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     write_clip(tokenizer, "sd1")
@@ -212,24 +212,24 @@ def test_a_torch_checkpoint_in_compvis_naming_is_read(zipped, tmp_path):
 
     weights, arrays = compvis_arrays()
     state = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
-    path, recipe = tmp_path / "model.ckpt", tmp_path / "recipe.py"
+    path, config_file = tmp_path / "model.ckpt", tmp_path / "recipe.py"
     torch.save(
         {"state_dict": state, "epoch": 3, "optimizer_states": [{"lr": 1e-4}]},
         path,
         _use_new_zipfile_serialization=zipped,
     )
-    recipe.write_text(
+    config_file.write_text(
         "from tests.support.models import config_of\n"
         "def get_config():\n    return config_of('label')\n"
     )
-    found = open_weights(path, config_file=recipe).read()
+    found = open_weights(path, config_file=config_file).read()
     assert models.same(found.unet, weights.unet)
     assert models.same(found.autoencoder, weights.autoencoder)
     assert found.latent_scale == weights.config.autoencoder.latent_scale
 
 
-def test_a_unet_without_a_width_of_heads_is_the_same():
-    """Null is one head, as wide as the level."""
+def test_a_unet_with_null_attention_head_dim_equals_diffusers():
+    """Null means one head, as wide as the level."""
     from tests.parity import diffusers_models
 
     config = {

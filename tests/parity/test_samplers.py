@@ -1,8 +1,8 @@
-"""Our samplers are diffusers' schedulers, network call by network call.
+"""Our samplers equal diffusers' schedulers at every network call.
 
-Both sides ask one nonlinear function, each at its own latents, and are given the same
-noise. The levels come from `make_levels` where it gives their grid. Elsewhere they are
-read out of their tables, because the words mean something else there:
+Both call one nonlinear function, each at its own latents, and read the same noise. The
+levels come from `make_levels` where it gives the grid of diffusers. Elsewhere they are
+read from the tables of diffusers, where the name of a spacing has another meaning:
 
 - `trailing` at 999 steps: they round `1000 k / 999`, we round down.
 - `linspace`: they round halves to even, we round them up; Euler, Heun and FlowMatch do
@@ -101,7 +101,7 @@ def pair_of(
     prediction: PredictionName,
     fresh: np.ndarray = FRESH,
 ) -> Pair:
-    """Run a scheduler, and tabulate ours on its levels."""
+    """Run a scheduler, and make our table on its levels."""
     scheduler = scheduler_of(case, spacing, num_steps, prediction)
     if num_steps in case.grids[spacing]:
         levels = make_levels(case.schedule, num_steps, spacing=spacing)
@@ -121,7 +121,7 @@ def error_of(pair: Pair) -> float:
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize(("name", "spacing"), EACH)
-def test_our_levels_are_theirs_where_the_words_mean_the_same(name, spacing):
+def test_levels_equal_diffusers_for_exactly_the_listed_grids(name, spacing):
     case = CASES[name]
     for num_steps in counts_of(spacing):
         scheduler = scheduler_of(case, spacing, num_steps, case.predictions[0])
@@ -137,11 +137,11 @@ def test_our_levels_are_theirs_where_the_words_mean_the_same(name, spacing):
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize(("name", "spacing"), EACH)
-def test_every_latent_on_the_way_is_theirs(name, spacing):
+def test_every_latent_equals_diffusers_in_float64(name, spacing):
     case = CASES[name]
     for i, prediction in enumerate(case.predictions):
         for num_steps in counts_of(spacing):
-            # Their long runs are slow: one prediction, but all on the first grid.
+            # Long runs of diffusers are slow: all predictions on the first grid only.
             if num_steps > 50 and i > 0 and spacing != next(iter(case.grids)):
                 continue
             error = error_of(pair_of(case, spacing, num_steps, prediction))
@@ -149,7 +149,7 @@ def test_every_latent_on_the_way_is_theirs(name, spacing):
 
 
 @pytest.mark.parametrize(("name", "spacing"), SHARED)
-def test_in_single_precision_theirs_differ_by_rounding(name, spacing):
+def test_latents_of_diffusers_in_float32_differ_by_rounding(name, spacing):
     case = CASES[name]
     for num_steps in sorted({*case.grids[spacing]} & {*SHORT}):
         for prediction in case.predictions:
@@ -159,7 +159,7 @@ def test_in_single_precision_theirs_differ_by_rounding(name, spacing):
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
-def test_the_scan_steps_as_they_do(sampler):
+def test_the_scan_equals_diffusers_for_every_sampler(sampler):
     case = next(case for case in CASES.values() if case.ours == sampler)
     keys = image_keys([3, 8])
     fresh = [
@@ -179,7 +179,7 @@ def test_the_scan_steps_as_they_do(sampler):
         table=pair.table,
         num_frames=int(pair.table.step[-1]) + 2,
     )
-    # Of the calls of a step, the last one ends it.
+    # The last network call of a step ends it.
     last = np.append(np.diff(pair.table.step) != 0, True)
     rows = Table(*(row[last] for row in pair.table))
     frames = in_their_units(np.asarray(found.frames[1:]), rows, pair.scheduler)
@@ -188,10 +188,10 @@ def test_the_scan_steps_as_they_do(sampler):
     assert (found.frames[-1] == found.x_0).all()
 
 
-# Theirs extrapolates v over several levels and takes the sum for the v of one, which
-# leaves a method of first order. So theirs is given the noise instead.
+# diffusers extrapolates v over several levels and uses the sum as the v of one, which
+# is a method of first order. So diffusers is given the noise instead.
 @pytest.mark.usefixtures("wide")
-def test_plms_reads_the_noise_at_each_level_before_it_extrapolates():
+def test_plms_extrapolates_the_noise_of_each_level():
     case = CASES["plms"]
     scheduler = scheduler_of(case, "leading", 25, "eps")
     levels = make_levels(LDM, 25, spacing="leading")
@@ -213,7 +213,7 @@ def test_plms_reads_the_noise_at_each_level_before_it_extrapolates():
     assert np.abs(ours[-2] - exact).max() < np.abs(theirs[-2] - exact).max() / 5
 
 
-def test_latent_diffusions_steps_are_ours_for_every_count_that_does_not_crash():
+def test_ldm_spacing_equals_latent_diffusion_for_every_valid_count():
     crashed, steps, abar = set(), {}, LDM.abar
     for num_steps in range(1, 1001):
         stride = 1000 // num_steps
@@ -252,7 +252,7 @@ def test_latent_diffusions_steps_are_ours_for_every_count_that_does_not_crash():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_the_rescaling_of_guidance_is_theirs(share):
+def test_guidance_rescaling_equals_diffusers(share):
     from diffusers.guiders.guider_utils import rescale_noise_cfg
 
     guided, conditional = 5.0 * DRAWN[0], DRAWN[1] + 0.5

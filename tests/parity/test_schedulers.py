@@ -1,4 +1,4 @@
-"""The schedulers we write have our noise levels there."""
+"""Exported scheduler configs give our noise levels in diffusers."""
 
 import warnings
 
@@ -28,17 +28,19 @@ def theirs(config):
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("schedule", ["ldm_linear", "linear", "cosine"])
-def test_the_signal_powers_are_theirs(schedule, zero_terminal_snr):
+def test_exported_schedules_have_our_signal_powers_in_diffusers(
+    schedule, zero_terminal_snr
+):
     fields = {"schedule": schedule, "zero_terminal_snr": zero_terminal_snr}
     config = config_of("none", prediction="v", **fields)
     ours = build_schedule(config.diffusion).abar
     found = theirs(config).alphas_cumprod.numpy()
-    # Theirs are float32 products of a thousand factors.
+    # Those of diffusers are float32 products of a thousand factors.
     assert np.abs(ours - found).max() < 1e-5
     assert (found[-1] < 1e-9) == (ours[-1] < 1e-9)
 
 
-def test_a_flow_goes_the_way_of_theirs():
+def test_exported_flow_levels_equal_diffusers():
     config = config_of("none", schedule="flow", prediction="flow")
     scheduler = theirs(config)
     scheduler.set_timesteps(4)

@@ -1,4 +1,4 @@
-"""Our UNet is diffusers' UNet: outputs and gradients, through the real importer."""
+"""Our UNet equals diffusers': outputs and gradients, through the importer."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ CASES += [models.random_unet(seed) for seed in range(18)]
 
 
 @pytest.mark.parametrize("seed", range(len(CASES)))
-def test_output_and_gradient_equal_diffusers(seed):
+def test_unet_outputs_and_gradients_equal_diffusers(seed):
     class_name, settings = CASES[seed]
     model, tensors = models.make_torch(class_name, settings, seed)
     config = models.unet_config(class_name, dict(model.config))

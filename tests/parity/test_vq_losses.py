@@ -1,4 +1,4 @@
-"""Stage 1's losses against torch statements of their formulas."""
+"""Losses of the autoencoder stage against their formulas in torch."""
 
 import warnings
 
@@ -15,7 +15,7 @@ from tests.proofs.test_adversary import build_model, make_config
 
 REASON = "compares with torch, which needs the extra `parity`"
 with warnings.catch_warnings():
-    # What torch deprecates of Python or NumPy when imported is none of our business.
+    # Deprecation warnings at the import of torch are not ours.
     warnings.simplefilter("ignore")
     torch = pytest.importorskip("torch", reason=REASON)
 functional = torch.nn.functional
@@ -62,7 +62,7 @@ def test_quantisation_and_its_loss_equal_torch(commitment):
 
 
 @pytest.mark.parametrize("which", ["hinge", "vanilla"])
-def test_the_losses_of_the_adversary_equal_torch(which):
+def test_discriminator_losses_equal_torch(which):
     real, fake = normal(0, (3, 5, 5)), normal(1, (3, 5, 5))
     ours = hinge_loss if which == "hinge" else vanilla_loss
     total, slopes = jax.value_and_grad(ours, argnums=(0, 1))(real, fake)
@@ -96,7 +96,7 @@ def test_the_reconstruction_term_equals_torch(reduction, error):
     assert slope == pytest.approx(y.grad.numpy(), rel=1e-4, abs=1e-8)
 
 
-def test_the_adaptive_weight_equals_that_of_torch():
+def test_the_adaptive_weight_equals_torch():
     config = make_config()
     autoencoder = build_model(config).autoencoder
     features, images = normal(0, (2, 8, 8, 8)), normal(1, (2, 8, 8, 1))
