@@ -4,7 +4,7 @@ import pytest
 from ldm_jax.evaluation.fid import Moments, frechet_distance, moments
 
 
-def test_diagonal_gaussians_have_the_closed_form():
+def test_frechet_distance_of_diagonal_gaussians_has_its_closed_form():
     m1, m2 = np.asarray([0.0, 1.0, 2.0]), np.asarray([1.0, 1.0, 0.0])
     s1, s2 = np.asarray([1.0, 2.0, 0.5]), np.asarray([3.0, 2.0, 0.1])
     wanted = np.square(m1 - m2).sum() + np.square(s1 - s2).sum()
@@ -12,7 +12,7 @@ def test_diagonal_gaussians_have_the_closed_form():
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_it_is_symmetric_zero_for_equals_and_blind_to_rotation():
+def test_frechet_distance_is_symmetric_zero_for_equals_and_rotation_invariant():
     random = np.random.RandomState(0)
     roots = random.randn(2, 5, 5)
     a, b = (Moments(random.randn(5), root @ root.T) for root in roots)
@@ -27,7 +27,7 @@ def test_it_is_symmetric_zero_for_equals_and_blind_to_rotation():
     assert frechet_distance(rotate(a), rotate(b)) == pytest.approx(distance, rel=1e-9)
 
 
-def test_it_stays_finite_for_a_singular_covariance():
+def test_frechet_distance_is_finite_for_a_singular_covariance():
     flat = Moments(np.zeros(3), np.diag([1.0, 0.0, 0.0]))
     round_ = Moments(np.zeros(3), np.eye(3))
     assert frechet_distance(flat, round_) == pytest.approx(2.0, abs=1e-12)

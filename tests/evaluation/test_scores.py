@@ -1,4 +1,4 @@
-"""Scores of features: closed forms, no difference under the null, any batches alike."""
+"""Scores of features: closed forms, equal distributions, and any batch size."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def draw(n, d, seed=0):
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 500])
-def test_moments_are_the_same_whatever_the_batch(size):
+def test_moments_do_not_depend_on_the_batch_size(size):
     features = draw(500, 6) * np.logspace(-3, 3, 6) + 1e4
     parts = [sums_of(features[i : i + size]) for i in range(0, 500, size)]
     got, wanted = moments_of(merge_all(parts)), moments(features)
@@ -44,14 +44,14 @@ def test_moments_of_parts_do_not_depend_on_their_order():
         np.testing.assert_allclose(other.covariance, found[0].covariance, rtol=1e-12)
 
 
-def test_no_moments_of_too_few():
+def test_moments_of_too_few_features_are_refused():
     with pytest.raises(ValueError, match="got 1 features, wanted 2 or more"):
         moments_of(sums_of(draw(1, 3)))
     with pytest.raises(ValueError, match="got no features"):
         merge_all([])
 
 
-def test_the_frechet_distance_of_ill_conditioned_gaussians():
+def test_frechet_distance_is_accurate_for_ill_conditioned_gaussians():
     # They share their axes: the distance is between the roots of their variances.
     axes = np.linalg.qr(draw(12, 12))[0]
     small, large = np.logspace(-14, 2, 12), np.logspace(-12, 4, 12)
@@ -79,7 +79,7 @@ def test_the_kernel_distance_is_unbiased_for_sets_of_two():
     assert error < 0.3 * wanted
 
 
-def test_the_kernel_distance_is_0_on_average_where_there_is_no_difference():
+def test_kernel_distance_is_zero_on_average_for_equal_distributions():
     found = [
         kernel_distance(
             draw(300, 8, 2 * i), draw(300, 8, 2 * i + 1), subsets=5, subset_size=100
@@ -93,13 +93,13 @@ def test_the_kernel_distance_is_0_on_average_where_there_is_no_difference():
     assert np.mean(covers) > 0.8
 
 
-def test_an_interval_needs_two_blocks():
+def test_the_interval_of_a_kernel_distance_needs_two_subsets():
     assert kernel_distance(draw(150, 3), draw(150, 3), subset_size=100).half is None
     with pytest.raises(InputError, match="got 50 and 200 features, wanted at least"):
         kernel_distance(draw(50, 3), draw(200, 3), subset_size=100)
 
 
-def test_the_inception_score_of_clear_images_is_their_number_of_kinds():
+def test_inception_score_of_certain_predictions_is_the_number_of_classes():
     logits = 1000.0 * np.eye(8)[np.arange(80) % 8]
     assert inception_score(logits, splits=5, seed=None).mean == pytest.approx(8.0)
     assert inception_score(logits[::8], splits=2).mean == pytest.approx(1.0)
@@ -108,7 +108,7 @@ def test_the_inception_score_of_clear_images_is_their_number_of_kinds():
         inception_score(np.zeros((3, 8)), splits=5)
 
 
-def test_neighbourhoods_of_a_set_and_itself():
+def test_precision_and_recall_are_one_for_equal_and_zero_for_distant_sets():
     x = draw(200, 5)
     same = neighbourhoods(x, x)
     assert (same.precision, same.recall, same.coverage) == (1.0, 1.0, 1.0)
@@ -116,8 +116,8 @@ def test_neighbourhoods_of_a_set_and_itself():
     assert far == (0.0, 0.0, 0.0, 0.0)
 
 
-def test_neighbourhoods_counted_by_hand():
-    # Real balls reach from 0 and 1 one far, from 3 two far; made ones 8 and 1 far.
+def test_precision_recall_density_and_coverage_equal_a_count_by_hand():
+    # Radii of the real balls are 1, 1 and 2; of the made ones 8, 1 and 1.
     real, made = np.asarray([[0.0], [1.0], [3.0]]), np.asarray([[1.5], [9.5], [10.5]])
     found = neighbourhoods(made, real, neighbours=1)
     assert found.precision == pytest.approx(1 / 3)
@@ -126,18 +126,18 @@ def test_neighbourhoods_counted_by_hand():
     assert found.recall == pytest.approx(1.0)
 
 
-def test_density_expects_one_under_the_null():
+def test_density_is_one_on_average_for_equal_distributions():
     found = neighbourhoods(draw(2000, 4, 0), draw(2000, 4, 1), neighbours=5)
     assert found.density == pytest.approx(1.0, abs=0.1)
     assert found.coverage == pytest.approx(1 - 2.0**-5, abs=0.02)  # their lemma 2
 
 
-def test_neighbourhoods_want_neighbours():
+def test_neighbourhoods_of_too_few_features_are_refused():
     with pytest.raises(InputError, match="got 3 and 9 features, wanted more than 3"):
         neighbourhoods(draw(3, 2), draw(9, 2))
 
 
-def test_likeness_in_closed_form():
+def test_psnr_and_ssim_have_their_closed_forms():
     images = np.random.RandomState(0).randint(0, 250, (2, 20, 16, 3)).astype(np.uint8)
     np.testing.assert_allclose(psnr(images, images + 5), 20 * np.log10(255 / 5))
     assert np.all(np.isinf(psnr(images, images)))
@@ -152,7 +152,7 @@ def test_likeness_in_closed_form():
         ssim(images[:, :8], images[:, :8])
 
 
-def test_resizing_keeps_what_has_the_size_already():
+def test_resizing_to_the_same_size_changes_no_pixel():
     images = np.random.RandomState(0).randint(0, 256, (2, 9, 9, 3)).astype(np.uint8)
     floats = images.astype(np.float32)
     same = resize_bilinearly(jax.numpy.asarray(floats), side=9)

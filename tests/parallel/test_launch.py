@@ -19,7 +19,7 @@ TRAIN = ["--config", "tests/support/tiny.py", "--workdir", "runs/x"]
 THREE = ["--coordinator", "localhost:1234", "--num-processes", "2", "--process-id", "1"]
 
 
-def test_a_run_is_alone_unless_it_is_told_of_others():
+def test_a_run_is_one_process_unless_flags_name_others():
     beside = Path("runs/x")
     alone = parse(TRAIN).launch
     assert alone == Launch() and not alone.joins
@@ -32,7 +32,7 @@ def test_a_run_is_alone_unless_it_is_told_of_others():
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (THREE[:4], "--process-id: not given"),
         ([*THREE[:4], "--process-id", "2"], "--process-id: got 2, wanted 0 to 1"),
@@ -48,12 +48,12 @@ def test_a_run_is_alone_unless_it_is_told_of_others():
         ),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(args, told):
-    with pytest.raises(InputError, match=told):
+def test_inconsistent_launch_flags_are_refused(args, message):
+    with pytest.raises(InputError, match=message):
         parse([*TRAIN, *args])
 
 
-def test_the_processes_of_a_pod_share_images_by_themselves(tmp_path):
+def test_the_process_flag_of_sample_is_refused_in_a_pod(tmp_path):
     (tmp_path / "config.json").write_text(to_json(get_config()))
     request = ["--workdir", str(tmp_path), *THREE]
     assert parse_sample(request).launch.process_id == 1
@@ -69,7 +69,7 @@ def test_the_processes_of_a_pod_share_images_by_themselves(tmp_path):
         ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4),
     ],
 )
-def test_a_cpu_counts_as_what_the_recipe_says_or_the_user(given, devices):
+def test_cpu_devices_come_from_the_config_or_the_environment(given, devices):
     program = (
         "from ldm_jax.config.launch import Launch\n"
         "from ldm_jax.parallel.launch import start\n"
@@ -90,29 +90,29 @@ def test_a_cpu_counts_as_what_the_recipe_says_or_the_user(given, devices):
 
 
 @pytest.fixture
-def two(monkeypatch):
-    """Another process, which tells what the test puts here."""
+def peer_texts(monkeypatch):
+    """A list for the text of another process; None stands for the same text as ours."""
     theirs = []
     monkeypatch.setattr(hosts, "gather_texts", lambda text: [text, theirs[0] or text])
     return theirs
 
 
-def test_processes_that_differ_are_told_in_what(two):
-    two.append(json.dumps({"seed": 1, "jax": "0.10.2"}))
+def test_check_same_names_the_differing_fields_and_values(peer_texts):
+    peer_texts.append(json.dumps({"seed": 1, "jax": "0.10.2"}))
     with pytest.raises(InputError, match=r"seed \(0 on process 0, 1 on process 1\)"):
         hosts.check_same({"seed": 0, "jax": "0.10.2"})
-    two[0] = None
+    peer_texts[0] = None
     hosts.check_same({"seed": 0})
 
 
-def test_what_fails_on_another_process_is_told_here(two):
-    two.append(json.dumps(["RunError", "no checkpoint is intact", None]))
+def test_an_error_of_another_process_is_raised_here(peer_texts):
+    peer_texts.append(json.dumps(["RunError", "no checkpoint is intact", None]))
     with pytest.raises(RunError, match="process 1: no checkpoint is intact"):
         hosts.first_alone(lambda: None)
-    two[0] = json.dumps(["OSError", "[Errno 28] No space left: 'log'", 28])
+    peer_texts[0] = json.dumps(["OSError", "[Errno 28] No space left: 'log'", 28])
     with pytest.raises(OSError, match=r"process 1: .*No space left") as found:
         hosts.first_alone(lambda: None)
-    assert found.value.errno == 28  # so that it ends with the same code, and advice
-    two[0] = None
+    assert found.value.errno == 28  # it decides the exit code and the advice
+    peer_texts[0] = None
     with pytest.raises(InputError, match="mine"), hosts.together():
         raise InputError("mine")

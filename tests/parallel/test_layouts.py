@@ -45,7 +45,7 @@ def logged(workdir, name):
     return [(row["step"], row[name]) for row in map(json.loads, lines)]
 
 
-# Every draw and the order of the data are the same bits, whatever computes them.
+# Random draws and the order of the data are equal bits on every layout.
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def logged(workdir, name):
         ("fsdp", 8, 1, 3),
     ],
 )
-def test_a_run_has_the_same_digest_on_any_machine(
+def test_the_digest_does_not_depend_on_layout_devices_or_accumulation(
     tmp_path, unbroken, layout, devices, accumulate, steps_per_dispatch
 ):
     found = run_toy(
@@ -78,7 +78,7 @@ def test_a_run_has_the_same_digest_on_any_machine(
 
 
 class StopAfter(StopSignal):
-    """A machine that is taken away after some dispatches."""
+    """A stop signal that arrives after some dispatches."""
 
     def __init__(self, dispatches):
         super().__init__()
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_eight_devices_restores_on_fewer(tmp_path, unbroken):
     assert found.digest == unbroken[0]
 
 
-def test_dispatches_end_at_every_step_at_which_something_is_due(tmp_path):
+def test_dispatches_end_at_every_due_step(tmp_path):
     loop_config = LoopConfig(
         tmp_path,
         CheckpointConfig(every=7),
@@ -138,7 +138,7 @@ def test_dispatches_end_at_every_step_at_which_something_is_due(tmp_path):
     )
 
 
-# The state is donated, cut as it should be, and held once.
+# The state is donated, sharded, and held once.
 
 
 @pytest.mark.parametrize("kind", [PmapLayout, FsdpLayout])
@@ -192,7 +192,7 @@ def test_the_mean_over_parts_is_the_mean_over_the_batch():
 
 
 def numpy_digest(array):
-    """The formula once more, in NumPy, with 64 bits to spare."""
+    """Compute the formula of a digest in NumPy, with 64-bit integers."""
 
     def mix(x):
         x = np.asarray(x, np.uint64)
@@ -231,7 +231,7 @@ def test_a_leaf_digest_changes_with_a_bit_an_order_and_a_sign_of_zero():
     assert leaf_digests([np.zeros(2)]) != leaf_digests([-np.zeros(2)])
 
 
-# What goes wrong.
+# Failures.
 
 
 def test_non_finite_steps_are_skipped_up_to_the_limit(tmp_path):
@@ -241,9 +241,9 @@ def test_non_finite_steps_are_skipped_up_to_the_limit(tmp_path):
     found = run_toy(tmp_path / "more", stage, max_skipped=2)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.ema))
     lines = (tmp_path / "more" / "not_finite.jsonl").read_text().splitlines()
-    told = [json.loads(line) for line in lines]
-    assert [row["step"] for row in told] == [3, 6]
-    assert told[0]["example_index"] == [list(range(16, 24))]
+    skipped = [json.loads(line) for line in lines]
+    assert [row["step"] for row in skipped] == [3, 6]
+    assert skipped[0]["example_index"] == [list(range(16, 24))]
 
 
 def test_a_skipped_step_changes_only_the_step_count(tmp_path):
@@ -264,12 +264,12 @@ def test_a_skipped_step_does_not_change_the_logged_learning_rate(tmp_path):
 
 
 def test_a_save_does_not_poll_the_stop_signal(tmp_path, monkeypatch):
-    """Orbax would ask by steps the counter that all agree by on where to stop."""
+    """A poll by Orbax would disturb the agreement of processes on a stop step."""
 
-    def asked(*args):
+    def polled(*args):
         raise AssertionError("asked")
 
-    monkeypatch.setattr(ocp.checkpoint_manager.utils, "reached_preemption", asked)
+    monkeypatch.setattr(ocp.checkpoint_manager.utils, "reached_preemption", polled)
     store = CheckpointStore(tmp_path / "c", keep=2)
     store.save(1, {"w": jnp.ones(8)}, {})
     store.wait()
@@ -287,7 +287,7 @@ def test_at_once_raises_preempted_in_the_body():
     with stop_signal() as stop:
         with stop.at_once("done"):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)  # heard, and asked for between steps
+        os.kill(os.getpid(), signal.SIGTERM)  # recorded, and polled between steps
         assert stop.agreed()
 
 
@@ -302,7 +302,7 @@ def test_a_checkpoint_of_another_model_is_an_input_error(tmp_path):
     assert (tmp_path / "c" / "1").is_dir()
 
 
-def test_a_file_is_no_folder_of_checkpoints(tmp_path):
+def test_a_checkpoint_store_refuses_a_file(tmp_path):
     (tmp_path / "c").write_text("")
     with pytest.raises(InputError, match="a file, wanted a folder"):
         CheckpointStore(tmp_path / "c", keep=2)
@@ -342,7 +342,7 @@ def test_a_profile_covers_the_dispatches_of_its_steps(dispatch, monkeypatch):
     assert len(traced) < 5 + 2 * dispatch
 
 
-def test_a_profile_can_be_opened(tmp_path):
+def test_a_profile_writes_perfetto_and_xplane_files(tmp_path):
     profile = Profile(tmp_path, (1, 2))
     for done in range(3):
         profile.before(done, 1)

@@ -129,8 +129,8 @@ def test_restoring_skips_a_checkpoint_with_a_flipped_bit(store):
     assert len(list((store.directory / "damaged").iterdir())) == 1
 
 
-# Orbax closes its event loop when a read fails; tensorstore's other reads of the torn
-# step may end after that and then find it closed.
+# Orbax closes its event loop when a read fails; tensorstore's other reads of the
+# damaged step may end later and find it closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_restoring_skips_a_truncated_checkpoint(store):
     store.save(1, tree(), {})
@@ -207,7 +207,7 @@ def test_further_failed_reads_of_an_open_store_are_not_logged(
     async def leave_one_alone():
         await asyncio.wait([asyncio.ensure_future(begin(tmp_path))])
 
-    # As Orbax reads: in a loop of its own, that it closes at the first failure.
+    # As Orbax reads: in an event loop of its own, closed at the first failure.
     loop = asyncio.new_event_loop()
     loop.run_until_complete(leave_one_alone())
     loop.close()

@@ -1,4 +1,4 @@
-"""Every kind of condition trains, and what is frozen stays."""
+"""Every kind of condition trains; frozen parameters do not change."""
 
 import dataclasses
 from pathlib import Path
@@ -130,12 +130,16 @@ def test_the_null_inputs_are_the_null_class_and_the_empty_prompt():
     assert null.label.tolist() == [10, 10]
     assert null.tokens.tolist() == [[7, 8, 8]] * 2
     assert not null.embedding.any() and null.image is None
-    told = {"num_classes": 10, "null_tokens": (7, 8, 8)}
-    said = null_inputs(inputs, **told, null_embedding=jnp.full((1, 4), 3.0))
-    assert (said.embedding == 3.0).all() and said.embedding.shape == (2, 1, 4)
-    picture = ConditionInputs(image=jnp.ones((1, 2, 2, 3)))
-    kept = null_inputs(picture, num_classes=0, null_tokens=())
-    assert kept.image is picture.image
+    settings = {"num_classes": 10, "null_tokens": (7, 8, 8)}
+    with_embedding = null_inputs(
+        inputs, **settings, null_embedding=jnp.full((1, 4), 3.0)
+    )
+    assert (
+        with_embedding.embedding == 3.0
+    ).all() and with_embedding.embedding.shape == (2, 1, 4)
+    image_inputs = ConditionInputs(image=jnp.ones((1, 2, 2, 3)))
+    kept = null_inputs(image_inputs, num_classes=0, null_tokens=())
+    assert kept.image is image_inputs.image
     dropped = drop_conditions(inputs, null, jnp.asarray([True, False]))
     assert dropped.label.tolist() == [10, 2]
     assert dropped.tokens.tolist() == [[7, 8, 8], [1, 1, 1]]
@@ -151,7 +155,7 @@ def test_holes_are_rectangles_of_a_quarter_to_three_quarters():
         assert np.array_equal(hole, np.outer(rows, columns))
         assert 0.25 * 32 - 1 <= rows.sum() <= 0.75 * 32 + 1
         assert 0.25 * 16 - 1 <= columns.sum() <= 0.75 * 16 + 1
-    # Half of each side on average, so a quarter of the image; no place is spared.
+    # Half of each side on average, so a quarter of the image; all inner pixels occur.
     assert holes.mean() == pytest.approx(0.25, abs=0.05)
     assert holes.any(axis=0)[1:-1, 1:-1].all()
 
@@ -208,7 +212,7 @@ def test_a_rescaler_halves_a_map_as_bilinear_resizing_does():
     )
 
 
-def test_without_a_context_a_transformer_reads_itself():
+def test_a_transformer_without_context_attends_to_itself():
     module = SpatialTransformer(1, 2, 4, jnp.float32)
     x = jax.random.normal(jax.random.key(0), (1, 2, 2, 8))
     params = module.init(jax.random.key(1), x, None)
@@ -219,14 +223,14 @@ def test_without_a_context_a_transformer_reads_itself():
     assert np.abs(module.apply(params, x, 2.0 * own) - alone).max() > 1e-3
 
 
-def test_a_context_is_a_set_its_order_does_not_matter():
+def test_a_transformer_ignores_the_order_of_its_context():
     module = SpatialTransformer(2, 2, 4, jnp.float32)
     x = jax.random.normal(jax.random.key(0), (1, 2, 2, 8))
     context = jax.random.normal(jax.random.key(2), (1, 5, 6))
     params = module.init(jax.random.key(1), x, context)
     params = jax.tree.map(lambda p: p + 0.1, params)
-    turned = module.apply(params, x, context[:, ::-1])
-    assert turned == pytest.approx(
+    reordered = module.apply(params, x, context[:, ::-1])
+    assert reordered == pytest.approx(
         np.asarray(module.apply(params, x, context)), abs=1e-5
     )
 
@@ -244,7 +248,7 @@ def test_a_resampling_block_starts_as_plain_resampling(direction):
     assert y[0] == pytest.approx(wanted, abs=1e-6)
 
 
-def test_an_example_keeps_its_tokens_vectors_and_map():
+def test_prepare_example_keeps_tokens_embeddings_and_segmentation():
     example = {
         "image": np.zeros((6, 4, 3), np.uint8),
         "index": 5,
@@ -260,7 +264,7 @@ def test_an_example_keeps_its_tokens_vectors_and_map():
     assert prepared["label"] == 0
 
 
-def test_a_wide_image_is_cut_to_its_middle():
+def test_prepare_example_crops_a_wide_image_to_its_centre():
     image = np.zeros((4, 12, 1), np.uint8)
     image[:, 4:8] = 200
     example = {"image": image, "index": 0}
@@ -268,7 +272,7 @@ def test_a_wide_image_is_cut_to_its_middle():
     assert (prepared["image"] == 200).all()
 
 
-def test_conditions_that_do_not_fit_are_refused():
+def test_inconsistent_condition_fields_are_refused():
     config = config_of("low_resolution")
     condition = dataclasses.replace(config.diffusion.condition, low_resolution_factor=4)
     diffusion = dataclasses.replace(config.diffusion, condition=condition)
@@ -304,7 +308,7 @@ def test_data_without_the_condition_is_refused_before_training(kind, example, wo
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_a_mask_of_tfds_has_an_axis_more_and_is_read():
+def test_prepare_example_reads_a_segmentation_with_a_channel_axis():
     example = {
         "image": np.zeros((4, 4, 3), np.uint8),
         "index": 0,

@@ -1,4 +1,4 @@
-"""Pictures with captions: from a data set to a prompt, with nothing from elsewhere."""
+"""A tokenizer that is trained on captions: from the data set to the prompt."""
 
 import dataclasses
 import logging
@@ -58,12 +58,12 @@ def tokenizer(tmp_path_factory):
     return load_byte_pairs(folder, length=LENGTH)
 
 
-def test_the_order_of_the_captions_changes_nothing():
+def test_train_byte_pairs_ignores_the_order_of_captions():
     one = train_byte_pairs(CAPTIONS, vocab_size=320)
     assert train_byte_pairs(reversed(CAPTIONS), vocab_size=320) == one
 
 
-def test_words_of_the_captions_are_tokens_and_a_row_reads_back(tokenizer):
+def test_words_of_captions_are_tokens_and_decode_back(tokenizer):
     rows = tokenizer.encode(CAPTIONS)
     assert rows.shape == (len(CAPTIONS), LENGTH) and rows.dtype == np.int32
     assert texts(tokenizer, rows) == CAPTIONS
@@ -78,19 +78,21 @@ def test_no_text_has_unknown_tokens(tokenizer, text):
     assert len(set(row)) > 2
 
 
-def test_upper_and_lower_case_are_one(tokenizer):
+def test_upper_and_lower_case_give_equal_tokens(tokenizer):
     upper, lower = tokenizer.encode(["A RED Circle", "a red circle"])
     assert np.array_equal(upper, lower)
 
 
-def test_a_caption_longer_than_the_context_is_counted_and_cut(tokenizer):
+def test_a_caption_longer_than_the_context_is_counted_and_truncated(tokenizer):
     long = " ".join(["circle"] * 40)
     assert count_truncated([*CAPTIONS, long], tokenizer) == 1
     (row,) = tokenizer.encode([long])
     assert len(row) == LENGTH and row[-1] == tokenizer.eos_id
 
 
-def test_what_no_caption_had_is_named(tokenizer, caplog, monkeypatch):
+def test_parts_of_a_prompt_that_no_caption_has_are_reported(
+    tokenizer, caplog, monkeypatch
+):
     assert unknown_parts("a small red circle", tokenizer) == []
     assert unknown_parts("A SMALL red ж circle7", tokenizer) == ["ж", "7"]
     config = get_config()
@@ -103,26 +105,26 @@ def test_what_no_caption_had_is_named(tokenizer, caplog, monkeypatch):
         "ldm_jax.sampling.conditions._tokenizer", lambda condition: tokenizer
     )
     warn_of_prompts(build_model(config), ("a red circle", "a ж", "red " * LENGTH))
-    told = [record.getMessage() for record in caplog.records]
-    assert told[0] == "--prompt: 'a ж' has what the model's texts never had: ж"
-    assert told[1].endswith(
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == "--prompt: 'a ж' has what the model's texts never had: ж"
+    assert messages[1].endswith(
         f"is longer than the {LENGTH} tokens the model reads, and is cut"
     )
-    assert len(told) == 2
+    assert len(messages) == 2
 
 
-def test_too_few_tokens_are_refused():
+def test_a_vocabulary_below_the_minimum_is_refused():
     with pytest.raises(InputError, match=r"vocab_size: got 258, wanted at least 259"):
         train_byte_pairs(CAPTIONS, vocab_size=MIN_VOCAB_SIZE - 1)
 
 
-def test_a_file_that_is_no_tokenizer_is_told(tmp_path):
+def test_load_byte_pairs_refuses_other_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer.json: not a tokenizer"):
         load_byte_pairs(tmp_path, length=LENGTH)
 
 
-def test_a_caption_that_is_not_utf8_is_told():
+def test_a_caption_that_is_not_utf8_is_refused():
     with pytest.raises(InputError, match=r"x, example 3: its caption is not UTF-8"):
         caption_of({"caption": b"\xff\xfe"}, "x, example 3")
 
@@ -135,13 +137,13 @@ def test_a_caption_that_is_not_utf8_is_told():
         ("tfds:mnist", r"not prepared .*; try: tfds build mnist --data_dir"),
     ],
 )
-def test_a_data_set_that_is_not_there_names_the_next(tmp_path, name, message):
+def test_a_missing_data_set_is_refused_with_a_suggestion(tmp_path, name, message):
     with pytest.raises(InputError, match=message):
         open_source(name, "train", directory=str(tmp_path))
 
 
 class Prepared:
-    """A data set that TFDS has prepared, as far as it is asked here."""
+    """A stand-in for a TFDS builder of a prepared data set."""
 
     def __init__(self, label=None, reads=True):
         label = {} if label is None else {"label": label}
@@ -166,7 +168,7 @@ def opened(monkeypatch, builder, split="train"):
     return open_source("tfds:faces", split, directory="folder")
 
 
-def test_a_label_that_is_no_class_is_left_out(monkeypatch):
+def test_a_label_without_classes_is_ignored(monkeypatch):
     source = opened(monkeypatch, Prepared(tfds.features.Text()))
     assert source.class_names == () and set(source.examples[1]) == {"image"}
     classes = tfds.features.ClassLabel(names=["a", "b"])
@@ -174,19 +176,19 @@ def test_a_label_that_is_no_class_is_left_out(monkeypatch):
     assert source.class_names == ("a", "b") and "label" in source.examples[0]
 
 
-def test_a_data_set_in_a_format_without_random_access_says_how_to_get_one(monkeypatch):
+def test_a_data_set_without_random_access_is_refused_with_a_command(monkeypatch):
     with pytest.raises(InputError, match=r"one by one; try .* --file_format array_rec"):
         opened(monkeypatch, Prepared(reads=False))
 
 
-def test_a_misspelt_split_names_the_next(monkeypatch):
+def test_a_misspelt_split_is_refused_with_the_nearest(monkeypatch):
     with pytest.raises(InputError, match=r"no split 'trian', wanted .*; try train$"):
         opened(monkeypatch, Prepared(), split="trian")
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A run of text to image on a few scenes, as small as the digits' in the tests."""
+    """The tiny config as text to image, on a few scenes."""
     few = {"num_train": 24, "num_test": 10, "num_held_out": 4}
     for name, number in few.items():
         monkeypatch.setattr(Builder.builder_configs["one"], name, number)
@@ -212,7 +214,7 @@ def config(tmp_path, monkeypatch):
     )
 
 
-def test_a_run_learns_its_words_from_the_captions_it_trains_on(
+def test_a_run_learns_its_tokenizer_from_the_captions_it_trains_on(
     config, tmp_path, caplog
 ):
     with caplog.at_level(logging.WARNING):
@@ -233,17 +235,17 @@ def test_a_run_learns_its_words_from_the_captions_it_trains_on(
     rows = [examples[i]["tokens"] for i in range(24)]
     assert np.array_equal(rows, tokenizer.encode(captions))
     assert null_tokens(config.diffusion.condition) == tuple(tokenizer.encode([""])[0])
-    # Learned once: the words stay as they are when the run goes on.
+    # A resumed run keeps its tokenizer.
     (tmp_path / "tokenizer/tokenizer.json").write_text(kept + "\n")
     keep_tokenizer(config, tmp_path)
     assert (tmp_path / "tokenizer/tokenizer.json").read_text() == kept + "\n"
 
 
-def test_words_that_are_lost_are_in_the_checkpoints(config, tmp_path):
+def test_a_lost_tokenizer_is_restored_from_a_checkpoint(config, tmp_path):
     keep_tokenizer(config, tmp_path)
     path = tmp_path / "tokenizer/tokenizer.json"
     learned = train_byte_pairs(CAPTIONS, vocab_size=300)
-    path.write_text(learned)  # of captions that are no longer those of the data
+    path.write_text(learned)  # of other captions than those of the data
     notes = tokenizer_notes(config, tmp_path)
     (tmp_path / "diffusion").mkdir()
     store = CheckpointStore(tmp_path / "diffusion" / CHECKPOINTS, keep=2)
@@ -258,13 +260,13 @@ def test_words_that_are_lost_are_in_the_checkpoints(config, tmp_path):
     assert path.read_text() == learned
 
 
-def test_a_first_stage_alone_reads_no_words(config, tmp_path):
+def test_the_first_stage_alone_reads_no_tokens(config, tmp_path):
     alone = dataclasses.replace(config, stages=("autoencoder",))
     assert own_tokenizer(alone, tmp_path) is None
     assert "tokens" not in open_split(without_tokenizer(alone), "train").examples[0]
 
 
-def test_pictures_without_captions_cannot_be_read_as_text(config):
+def test_a_text_model_refuses_data_without_captions(config):
     digits = dataclasses.replace(
         config.data, source="tfds:digits", directory=None, num_train_examples=1500
     )
@@ -273,7 +275,7 @@ def test_pictures_without_captions_cannot_be_read_as_text(config):
 
 
 @pytest.mark.skipif("LDM_JAX_SLOW" not in os.environ, reason="trains both stages")
-def test_a_run_trained_on_captions_draws_what_it_is_told(config, tmp_path):
+def test_a_run_trained_on_captions_draws_samples_of_a_prompt(config, tmp_path):
     final = train(config, tmp_path / "run").final
     assert load_run(tmp_path / "run").digest == final["digest"]
     prompts = ("--prompt", "a red circle", "--seeds", "0-1", "--steps", "2")

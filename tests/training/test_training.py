@@ -160,14 +160,14 @@ SMALL = {"channel_multipliers": (1,), "attention_downsampling": ()}
 
 
 def plain_step(config):
-    """The step of stage 2 on one device, and what it is given at the start."""
+    """Return the diffusion step on one device, its stage, and a batch."""
     built = stage("diffusion", config)
     step = jax.jit(functools.partial(built.step, reduce=reduce_over_axis))
     batch = jax.tree.map(jnp.asarray, batches(1, PmapLayout(jax.devices()[:1]))[0])
     return step, built, batch
 
 
-def test_the_diffusion_step_trains_a_flow_with_a_weight():
+def test_the_diffusion_step_accepts_a_flow_with_a_loss_weight():
     flow = {"schedule": "flow", "prediction": "flow", "loss_weight": "p2"}
     step, built, batch = plain_step(with_diffusion(**SMALL, **flow))
     state = jax.eval_shape(built.init)
@@ -188,7 +188,7 @@ def test_the_diffusion_step_on_continuous_levels_has_the_loss_of_its_config():
     )
     model, key = build_model(config), root_key(0)
     step, built, batch = plain_step(config)
-    # Nothing is clean here, and a new UNet predicts nothing: the score is known.
+    # The latents are zero, and a new UNet predicts zero: the loss is known.
     nothing = built.frozen._replace(latent_scale=jnp.zeros(()))
     state, metrics = step(built.init(), nothing, batch, key)
 
@@ -289,8 +289,8 @@ def test_the_latent_scale_gives_latents_unit_standard_deviation():
 
     scale, again = measured(one), measured(four)
     assert scale == pytest.approx(float(again), rel=1e-6)
-    taken = batches(CONFIG.autoencoder.scale_batches, one)
-    images = np.concatenate([batch.image for batch in taken])
+    measured_batches = batches(CONFIG.autoencoder.scale_batches, one)
+    images = np.concatenate([batch.image for batch in measured_batches])
 
     def encode(module, x):
         return module.encode(x)
@@ -329,7 +329,7 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     config = OptimConfig(lr=1.0, clip_norm=0.5, b1=0.0, b2=0.0)
     optimizer = make_optimizer(config, num_steps=10)
     params = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
-    # With b2 = 0, Adam's second moment is the square of what the clip let through.
+    # With b2 = 0, Adam's second moment is the square of the clipped gradient.
 
     def second_moment(size):
         gradients = {"a": jnp.full(3, size), "b": jnp.zeros(4)}
@@ -345,7 +345,7 @@ def test_muon_orthogonalises_updates_of_matrices_alone():
     config = OptimConfig(algorithm="muon", lr=0.1, clip_norm=0.0)
     optimizer = make_optimizer(config, num_steps=10)
     random = np.random.default_rng(0)
-    # Singular values from 1 to 0.1: those of the update no longer tell them apart.
+    # The gradient has singular values from 1 to 0.1; those of the update are near 1.
     left, _ = np.linalg.qr(random.normal(size=(6, 4)))
     right, _ = np.linalg.qr(random.normal(size=(4, 4)))
     matrix = left * [1.0, 0.5, 0.2, 0.1] @ right
@@ -362,11 +362,11 @@ def test_muon_orthogonalises_updates_of_matrices_alone():
     moved = jax.tree.map(lambda leaf: np.asarray(leaf) / -0.1, state.params)
     values = np.linalg.svd(moved["matrix"], compute_uv=False)
     assert values.min() > 0.6 and values.max() < 1.3
-    # The same directions: u v' of the gradient, of full rank.
+    # The same directions: u v' of the gradient.
     assert np.sum(moved["matrix"] * (left @ right)) / np.sum(values) > 0.99
     wider = np.linalg.svd(moved["wide"], compute_uv=False)
     assert wider == pytest.approx(values * (6 / 4) ** 0.5, rel=1e-3)
-    # Adam's first step has length 1; one that looks ahead adds b1 of the next average.
+    # Adam's first step has length 1; with Nesterov momentum, b1 of the next is added.
     length = 1.0 + 0.9 * 0.1 / (1.0 - 0.9**2)
     assert moved["vector"] == pytest.approx([length, -length], rel=1e-3)
     assert np.abs(moved["conv"]) == pytest.approx(length, rel=1e-3)
@@ -413,17 +413,17 @@ def test_stacked_muon_equals_optax_muon():
 def test_muon_embeddings_false_gives_embedding_tables_to_adam():
     params = matrices_of_few_shapes()
     moves = {}
-    for told in (True, False):
+    for in_muon in (True, False):
         config = OptimConfig(
-            algorithm="muon", lr=0.1, clip_norm=0.0, muon_embeddings=told
+            algorithm="muon", lr=0.1, clip_norm=0.0, muon_embeddings=in_muon
         )
         optimizer = make_transformation(config, num_steps=10)
         with jax.numpy_dtype_promotion("standard"):
-            moves[told], _ = optimizer.update(params, optimizer.init(params), params)
+            moves[in_muon], _ = optimizer.update(params, optimizer.init(params), params)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), moves[True], moves[False])
     assert changed.pop("words") == {"embedding": True}
     assert not any(jax.tree.leaves(changed))
-    # Adam's first step, which looks ahead, has one length everywhere.
+    # Adam's first step with Nesterov momentum has one length everywhere.
     length = 0.1 * (1.0 + 0.9 * 0.1 / (1.0 - 0.9**2))
     table = moves[False]["words"]["embedding"]
     np.testing.assert_allclose(np.abs(table), length, rtol=1e-3)
