@@ -1,4 +1,4 @@
-"""The front doors, run as a user runs them."""
+"""`ldm train` and `ldm sample`, run as a user runs them."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def snapshot(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def test_a_run_writes_what_it_promises(finished):
+def test_training_writes_its_files_and_metrics(finished):
     names = {str(path.relative_to(finished)) for path in finished.rglob("*.*")}
     wanted = {
         "config.json",
@@ -68,7 +68,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert {"reconstruction", "kl"} <= rows[0].keys()
 
 
-def test_a_finished_run_says_so_and_changes_nothing(finished):
+def test_training_a_finished_run_changes_no_file(finished):
     before = snapshot(finished)
     assert "finished" in succeeded(train(finished))
     assert snapshot(finished) == before
@@ -93,7 +93,7 @@ def test_a_dry_run_ends_with_one_line_of_json_and_writes_nothing(tmp_path):
     report = json.loads(succeeded(result).splitlines()[-1])
     assert set(report["parameters"]) == {"autoencoder", "unet"}
     assert report["batch_per_device"] == {"autoencoder": 4, "diffusion": 8}
-    # Adam keeps two copies, the average one: four times the parameters, and counters.
+    # Two moments of Adam and one EMA: four times the parameters, and counters.
     for stage, network in (("autoencoder", "autoencoder"), ("diffusion", "unet")):
         size = 16 * report["parameters"][network]
         assert 0 < report["state_bytes"][stage] - size < 100
@@ -115,7 +115,7 @@ def samples(finished, tmp_path_factory):
     return out
 
 
-def test_samples_are_label_by_label_with_their_recipes(finished, samples):
+def test_samples_are_ordered_by_label_and_carry_their_metadata(finished, samples):
     paths = sorted(samples.glob("0*.png"))
     assert [path.name for path in paths] == [f"{i:06d}.png" for i in range(10)]
     texts = [read_texts(path) for path in paths]
@@ -131,21 +131,21 @@ def test_samples_are_label_by_label_with_their_recipes(finished, samples):
     assert (samples / "grid.png").exists()
 
 
-def test_an_image_alone_has_the_bytes_it_has_in_a_batch(finished, samples, tmp_path):
+def test_an_image_has_equal_bytes_alone_and_in_a_batch(finished, samples, tmp_path):
     args = ["--labels", 0, "--seeds", 3, "--steps", 3, "--eta", 0.7]
     succeeded(sample(finished, tmp_path, *args))
     alone = (tmp_path / "000000.png").read_bytes()
     assert alone == (samples / "000008.png").read_bytes()
 
 
-def test_an_image_is_made_again_by_another_process(samples):
+def test_replay_reproduces_an_image_in_another_process(samples):
     path = samples / "000007.png"
     assert f"{path}: every one of 64 pixels is the same" in succeeded(
         ldm("sample", "--replay", path)
     )
 
 
-# Bad input: one line, a non-zero exit, and nothing that was there is touched.
+# Bad input: one line, a non-zero exit code, and no existing file is changed.
 
 
 def test_another_config_in_the_same_workdir_is_refused_by_field(finished):
@@ -156,36 +156,36 @@ def test_another_config_in_the_same_workdir_is_refused_by_field(finished):
     assert snapshot(finished) == before
 
 
-def test_a_misspelt_flag_is_answered_with_the_nearest(tmp_path):
+def test_a_misspelt_flag_is_refused_with_the_nearest(tmp_path):
     line = error_line(train(tmp_path / "x", "--diffusion.stepps", 3))
     assert "did you mean --diffusion.steps?" in line
     assert not (tmp_path / "x").exists()
 
 
-def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path):
+def test_an_indivisible_batch_size_is_refused_before_writing(tmp_path):
     line = error_line(train(tmp_path / "x", devices=3))
     assert "autoencoder.batch_size: got 8" in line and "3 devices" in line
     assert not (tmp_path / "x").exists()
 
 
-def test_a_workdir_that_is_a_file_is_named(tmp_path):
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "x").write_text("mine")
     assert "is a file" in error_line(train(tmp_path / "x"))
     assert (tmp_path / "x").read_text() == "mine"
 
 
-def test_a_workdir_that_cannot_be_written_is_named():
+def test_a_workdir_that_cannot_be_created_is_refused():
     line = error_line(train("/proc/ldm"))
     assert "/proc/ldm" in line
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_write_permission_is_named(tmp_path):
+def test_a_workdir_without_write_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     assert "Permission denied" in error_line(train(tmp_path / "x"))
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_a_non_finite_loss_ends_training_and_keeps_earlier_checkpoints(tmp_path):
     workdir = tmp_path / "run"
     line = error_line(train(workdir, "--diffusion.optim.lr", 1e38))
     assert "diffusion step" in line and "not finite" in line, line
@@ -216,7 +216,7 @@ def test_two_trainings_in_one_workdir_are_refused(tmp_path):
         first.communicate()
 
 
-def test_the_python_of_the_readme_runs_and_gives_the_bytes_of_the_command(
+def test_the_python_example_of_the_readme_gives_the_images_of_the_command(
     finished, tmp_path
 ):
     text = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from ldm_jax.cli import huge_pages
         (None, None, None),
     ],
 )
-def test_huge_pages_are_asked_for_once_where_the_system_waits_to_be_asked(
+def test_huge_pages_are_requested_once_under_the_madvise_setting(
     tmp_path, monkeypatch, given, system, wanted
 ):
     monkeypatch.delenv(huge_pages.TUNABLES, raising=False)
@@ -35,14 +35,14 @@ def test_huge_pages_are_asked_for_once_where_the_system_waits_to_be_asked(
 
     monkeypatch.setattr(os, "execv", execv)
     huge_pages.use_huge_pages()
-    huge_pages.use_huge_pages()  # as the program that was started does
+    huge_pages.use_huge_pages()  # as the restarted program does
     again = [sys.executable, *sys.orig_argv[1:]]
     assert started == ([] if wanted is None else [(wanted, again)])
 
 
 @pytest.fixture
 def starts(tmp_path, monkeypatch):
-    """Counts the programs that are started where the system waits to be asked."""
+    """A list of restarts, under the madvise setting."""
     (tmp_path / "enabled").write_text("always [madvise] never\n")
     monkeypatch.setattr(huge_pages, "PAGES_FILE", tmp_path / "enabled")
     monkeypatch.delenv(huge_pages.TUNABLES, raising=False)
@@ -52,7 +52,7 @@ def starts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("watcher", ["trace", *huge_pages.WATCHERS])
-def test_a_debugger_keeps_its_program(starts, monkeypatch, watcher):
+def test_a_debugged_program_is_not_restarted(starts, monkeypatch, watcher):
     if watcher == "trace":
         monkeypatch.setattr(sys, "gettrace", lambda: print)
     else:
@@ -61,9 +61,7 @@ def test_a_debugger_keeps_its_program(starts, monkeypatch, watcher):
     assert not starts
 
 
-def test_a_program_goes_on_where_the_system_refuses_to_start_it_again(
-    starts, monkeypatch
-):
+def test_a_program_continues_if_its_restart_is_refused(starts, monkeypatch):
     def execv(*command):
         raise OSError("not permitted")
 
@@ -71,7 +69,7 @@ def test_a_program_goes_on_where_the_system_refuses_to_start_it_again(
     huge_pages.use_huge_pages()
 
 
-def test_a_program_that_starts_again_is_the_same_process_with_the_same_arguments():
+def test_a_restarted_program_has_the_same_process_and_arguments():
     code = "\n".join(
         [
             "import os, sys",

@@ -22,7 +22,7 @@ print("imported:", sorted(heavy & sys.modules.keys()))
 print("seconds:", resource.getrusage(resource.RUSAGE_SELF).ru_utime)
 """
 MOST_SECONDS = 1.0
-"""Of CPU, not of the clock, for a command's help."""
+"""CPU seconds, not wall-clock seconds, for the help of a command."""
 
 
 @pytest.mark.parametrize("command", ["", *main.COMMANDS])
@@ -55,23 +55,23 @@ def test_help_lists_every_command():
         (["plan", "--config", "ldm/sd15", "--diffusion.remt"], "--diffusion.remat?"),
     ],
 )
-def test_a_mistyped_word_is_answered_by_the_nearest(args, words):
+def test_a_mistyped_argument_is_refused_with_the_nearest(args, words):
     with pytest.raises(InputError) as caught:
         main.run(args)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_error_is_one_line_under_the_name_of_the_command(capsys):
+def test_an_error_is_one_line_with_the_name_of_the_command(capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(main.run, "ldm inspect", ["inspect", "nowhere"])
     assert stop.value.code == 2
-    said = capsys.readouterr()
-    done = subprocess.CompletedProcess("ldm", 2, said.out, said.err)
+    captured = capsys.readouterr()
+    done = subprocess.CompletedProcess("ldm", 2, captured.out, captured.err)
     assert error_line(done).startswith("ldm inspect: error: nowhere: ")
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_the_scripts_are_the_sub_commands(script):
+def test_train_and_sample_scripts_equal_the_sub_commands(script):
     by_script = error_line(run(script, "--seeed", 3))
     by_command = error_line(run(*LDM, script.removesuffix(".py"), "--seeed", 3))
     assert by_script == by_command
@@ -79,7 +79,7 @@ def test_the_scripts_are_the_sub_commands(script):
 
 def test_shipped_configs_are_found_from_any_folder(tmp_path):
     assert {"digits", "ldm/sd15", "autoencoder/kl_f8"} <= shipped_configs().keys()
-    (tmp_path / "configs").mkdir()  # of someone else
+    (tmp_path / "configs").mkdir()  # another folder of that name
     code = (
         "from ldm_jax.config.load_config import load_config\n"
         "print(load_config('digits').seed)"
@@ -105,12 +105,12 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path):
         ([], False),
     ],
 )
-def test_only_a_command_that_computes_starts_again_in_huge_pages(
+def test_only_commands_that_compute_restart_with_huge_pages(
     monkeypatch, args, starts_again
 ):
-    asked, ran = [], []
-    monkeypatch.setattr(main, "use_huge_pages", lambda: asked.append(True))
+    requested, ran = [], []
+    monkeypatch.setattr(main, "use_huge_pages", lambda: requested.append(True))
     monkeypatch.setattr(main, "run_main", lambda run, prog, given: ran.append(given))
     monkeypatch.setattr(sys, "argv", ["ldm", *args])
     main.main()
-    assert bool(asked) == starts_again and ran == [args]
+    assert bool(requested) == starts_again and ran == [args]

@@ -1,13 +1,13 @@
-"""A run from before: it goes on, samples, replays and exports as it did.
+"""A run of an earlier version resumes, samples, replays and exports as it did then.
 
 `fixtures/old_run/run.tar.xz` holds a run that was killed after 300 of the 400 steps of
-its second stage, what it said when it was not killed, samples of both, and its weights
-as they were exported; `expected.json` the commands, run beside the unpacked folders.
-Of a checkpoint only what is read is kept, its arrays packed into one file.
+its second stage, the records of the same run without a kill, samples of both, and
+exported weights; `expected.json` lists the commands, run beside the unpacked folders.
+A checkpoint has only the files that are read, its arrays packed into one file.
 
-Bits are promised for one processor and one set of versions. With those of the metadata
-every pixel must be the same, and every digest. With others a pixel may be one grey
-level off, and a run that went on is another run: that it ends is all that is asked.
+Equal bits are required on the processor and with the versions of the metadata: then all
+pixels and digests must be equal. Otherwise a pixel may differ by one grey level, and a
+resumed run only has to end.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from tests.support.commands import ldm_here, run, sample_here, succeeded
 FIXTURE = Path(__file__).parents[1] / "fixtures/old_run"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 OURS = "ldm_jax"
-"""Its version may rise without another bit."""
+"""The package whose version may differ where bits are equal."""
 SAME = re.compile(r": every one of \d+ pixels is the same")
 DIFFERING = re.compile(r"pixels differ, by at most (\d+) grey levels")
 MOST_APART = 1
-"""Grey levels, where the processor or the versions are others."""
+"""Grey levels, on another processor or with other versions."""
 pytestmark = pytest.mark.skipif(
     "LDM_JAX_AS_SHIPPED" not in os.environ, reason="bits of optimised programs"
 )
@@ -47,7 +47,7 @@ def every(kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory):
-    """The folder as it was unpacked: a run that was stopped."""
+    """The unpacked folder, with an interrupted run."""
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(FIXTURE / "run.tar.xz") as archive:
         archive.extractall(folder, filter="data")
@@ -56,13 +56,13 @@ def old(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(old, tmp_path_factory):
-    """Another folder, in which it went on to its end."""
+    """A copy of the folder, in which the run was resumed to its end."""
     folder = tmp_path_factory.mktemp("resumed") / "old"
     shutil.copytree(old, folder)
     flags = ("--config", "--workdir")
     args = [x if x in flags else folder / x for x in EXPECTED["resume"]]
-    said = succeeded(run("train.py", *args))
-    assert "finished:" in said
+    output = succeeded(run("train.py", *args))
+    assert "finished:" in output
     return folder
 
 
@@ -75,7 +75,7 @@ def known_versions() -> bool:
     return all(version(name) == v for name, v in EXPECTED["versions"].items())
 
 
-def promised(made: dict[str, str], recorded: dict[str, str]) -> bool:
+def must_have_equal_bits(made: dict[str, str], recorded: dict[str, str]) -> bool:
     """Return whether two images with this metadata must have equal bits."""
     versions = [json.loads(texts["versions"]) for texts in (made, recorded)]
     ours, theirs = ({k: v for k, v in each.items() if k != OURS} for each in versions)
@@ -87,16 +87,16 @@ def parts(texts: dict[str, str], *, hidden: tuple[str, ...]) -> dict[str, str]:
 
 
 def compare(made: Path, recorded: Path, *, same_weights: bool) -> None:
-    """Assert that an image is what it was: its texts, and its pixels as promised."""
+    """Assert that an image has the recorded metadata and pixels."""
     texts = [read_texts(path) for path in (made, recorded)]
     pixels = [read_png(path).astype(int) for path in (made, recorded)]
     assert pixels[0].shape == pixels[1].shape
-    if "settings" not in texts[1]:  # a sheet of several
+    if "settings" not in texts[1]:  # a grid of samples
         assert texts[0] == texts[1] == {}
         beside = (path.with_name("000000.png") for path in (made, recorded))
-        exact = promised(*map(read_texts, beside))
+        exact = must_have_equal_bits(*map(read_texts, beside))
     else:
-        exact = promised(*texts)
+        exact = must_have_equal_bits(*texts)
         hidden = ("platform", "versions", *([] if same_weights else ["checkpoint"]))
         ours, theirs = (parts(t, hidden=() if exact else hidden) for t in texts)
         if exact:
@@ -113,7 +113,7 @@ def compare(made: Path, recorded: Path, *, same_weights: bool) -> None:
 
 
 def check_command(folder, made, kind, name, *, same_weights=True):
-    """Give a recorded command again, and compare all that it wrote."""
+    """Run a recorded command again, and compare all images."""
     recorded = EXPECTED[kind][name]
     args = list(recorded["args"])
     place = args.index("--out") + 1
@@ -127,7 +127,7 @@ def check_command(folder, made, kind, name, *, same_weights=True):
 
 
 def check_replay(folder, capsys, kind, name, *args, same_weights=True):
-    """Make images of a recorded command again from their recipes: each, or one."""
+    """Replay every image of a recorded command."""
     paths = [Path(path) for path in EXPECTED[kind][name]["pixels_sha256"]]
     paths = [path for path in paths if path.stem.isdigit()]
     for path in paths:
@@ -148,7 +148,7 @@ def check_one_replay(path, capsys, *args, same_weights):
         assert SAME.search(capsys.readouterr().out)
 
 
-def test_the_files_are_what_they_were(old):
+def test_old_files_have_their_recorded_digests(old):
     for kind in ("stopped", "finished", "weights"):
         for recorded in EXPECTED[kind].values():
             for path, digest in recorded["pixels_sha256"].items():
@@ -161,17 +161,17 @@ def test_the_files_are_what_they_were(old):
 
 
 @pytest.mark.parametrize("name", every("stopped"))
-def test_a_checkpoint_of_before_is_sampled_as_before(old, tmp_path, name):
+def test_an_old_checkpoint_gives_its_recorded_samples(old, tmp_path, name):
     check_command(old, tmp_path / "out", "stopped", name)
 
 
 @pytest.mark.parametrize("name", every("stopped"))
-def test_an_image_of_before_is_made_again(old, capsys, name):
+def test_replay_reproduces_an_old_image(old, capsys, name):
     check_replay(old, capsys, "stopped", name)
 
 
-def test_an_image_of_before_is_made_again_with_its_run_elsewhere(old, capsys, tmp_path):
-    """From a folder where no path of the recipe leads anywhere."""
+def test_replay_reproduces_an_old_image_with_its_run_elsewhere(old, capsys, tmp_path):
+    """Replay in a folder where the paths of the metadata do not exist."""
     paths = {name: old / f"pictures/{name}.png" for name in ("image", "mask")}
     args = [x for name, path in paths.items() for x in (f"--{name}", path)]
     with contextlib.chdir(tmp_path):
@@ -181,12 +181,12 @@ def test_an_image_of_before_is_made_again_with_its_run_elsewhere(old, capsys, tm
 
 
 @pytest.mark.parametrize("name", every("weights"))
-def test_weights_of_before_are_sampled_as_before(old, tmp_path, name):
+def test_old_weights_give_their_recorded_samples(old, tmp_path, name):
     check_command(old, tmp_path / "out", "weights", name)
 
 
 @pytest.mark.parametrize("name", every("weights"))
-def test_an_image_of_weights_is_made_again(old, capsys, name):
+def test_replay_reproduces_an_image_of_old_weights(old, capsys, name):
     check_replay(old, capsys, "weights", name)
 
 
@@ -199,18 +199,18 @@ def final(folder: Path) -> dict:
     return json.loads((folder / "final.json").read_text())
 
 
-def goes_on_exactly(resumed: Path) -> bool:
+def resumes_exactly(resumed: Path) -> bool:
     ours, theirs = (final(resumed / "runs" / x) for x in ("old", "whole"))
     return ours["trained_on"] == theirs["trained_on"] and known_versions()
 
 
-def test_a_run_of_before_goes_on_to_the_end_of_one_that_was_not_stopped(resumed):
+def test_an_old_run_resumes_to_the_end_of_the_unbroken_run(resumed):
     ours, theirs = (resumed / "runs" / x for x in ("old", "whole"))
     assert final(theirs)["digest"] == EXPECTED["digest"]
     assert final(ours).keys() == final(theirs).keys()
     assert final(ours)["config_digest"] == final(theirs)["config_digest"]
     assert [row.keys() for row in rows(ours)] == [row.keys() for row in rows(theirs)]
-    if goes_on_exactly(resumed):
+    if resumes_exactly(resumed):
         timed = ("seconds_by_stage",)
         left, right = (parts(final(run), hidden=timed) for run in (ours, theirs))
         assert left == right
@@ -218,17 +218,17 @@ def test_a_run_of_before_goes_on_to_the_end_of_one_that_was_not_stopped(resumed)
 
 
 @pytest.mark.parametrize("name", every("finished"))
-def test_when_it_has_gone_on_it_is_sampled_as_before(resumed, tmp_path, name):
+def test_a_resumed_old_run_gives_its_recorded_samples(resumed, tmp_path, name):
     check_command(resumed, tmp_path / "out", "finished", name, same_weights=False)
 
 
 @pytest.mark.parametrize("name", every("finished"))
-def test_when_it_has_gone_on_its_images_are_made_again(resumed, capsys, name):
+def test_replay_reproduces_images_of_a_resumed_old_run(resumed, capsys, name):
     check_replay(resumed, capsys, "finished", name, same_weights=False)
 
 
 @pytest.mark.parametrize("name", EXPECTED["exports"])
-def test_when_it_has_gone_on_it_is_exported_as_before(resumed, tmp_path, name):
+def test_a_resumed_old_run_exports_the_recorded_files(resumed, tmp_path, name):
     args = list(EXPECTED["exports"][name])
     args[args.index("export") + 1] = "runs/old"
     place = args.index("--out") + 1
@@ -246,5 +246,5 @@ def test_when_it_has_gone_on_it_is_exported_as_before(resumed, tmp_path, name):
         for path in files
     }
     assert digests.keys() == wanted.keys()
-    if goes_on_exactly(resumed):
+    if resumes_exactly(resumed):
         assert digests == wanted

@@ -22,7 +22,7 @@ from ldm_jax.config.serialization import LATER_FIELDS
 from ldm_jax.types import InputError
 
 
-def test_json_reads_back_equal_and_with_the_same_digest():
+def test_config_json_reads_back_equal_and_with_the_same_digest():
     config = get_config()
     again = config_lib.from_json(config_lib.to_json(config))
     assert again == config
@@ -95,7 +95,7 @@ def test_the_digest_changes_with_any_field():
         (lambda: Config(data=DataConfig(image_size=30)), ["image_size", "30", "4"]),
     ],
 )
-def test_a_bad_value_is_refused_in_one_line_naming_it(make, words):
+def test_a_bad_config_value_is_refused_by_name_in_one_line(make, words):
     with pytest.raises(InputError) as caught:
         make()
     message = str(caught.value)
@@ -113,7 +113,7 @@ def test_a_config_of_another_version_is_refused():
         config_lib.from_json(json.dumps(tree))
 
 
-def test_every_other_prediction_has_a_meaning_on_every_schedule():
+def test_every_prediction_but_eps_on_a_flow_is_accepted():
     pairs = itertools.product(get_args(ScheduleName), get_args(PredictionName))
     refused = []
     for schedule, prediction in pairs:
@@ -132,17 +132,17 @@ def without_later_fields(config):
     return tree
 
 
-def test_a_config_written_before_a_field_came_is_read_with_its_old_digest():
+def test_a_config_without_later_fields_is_read_with_its_old_digest():
     config = dataclasses.replace(get_config(), parallel=ParallelConfig())
     tree = without_later_fields(config)
     assert "zero_terminal_snr" not in tree["diffusion"]
     assert config_lib.from_json(json.dumps(tree)) == config
-    # As digests were made before there were later fields.
+    # The digest of versions without later fields.
     text = json.dumps(tree, sort_keys=True)
     assert config_lib.digest(config) == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_a_config_of_a_run_that_knew_of_no_cpu_devices_is_read():
+def test_a_config_without_cpu_devices_is_read():
     one = ParallelConfig(steps_per_dispatch=3)
     config = dataclasses.replace(get_config(), parallel=one)
     tree = json.loads(config_lib.to_json(config))
@@ -150,7 +150,7 @@ def test_a_config_of_a_run_that_knew_of_no_cpu_devices_is_read():
     assert config_lib.from_json(json.dumps(tree)) == config
 
 
-def test_a_later_field_counts_in_the_digest_once_it_is_used():
+def test_a_later_field_changes_the_digest_when_it_is_set():
     config = get_config()
     diffusion = dataclasses.replace(config.diffusion, offset_noise=0.1)
     used = dataclasses.replace(config, diffusion=diffusion)

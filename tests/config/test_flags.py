@@ -26,12 +26,12 @@ def error(call, *args, **kwargs) -> str:
         ("7, 7", [7, 7]),
     ],
 )
-def test_lists_are_numbers_and_ranges_in_order(text, numbers):
+def test_parse_list_reads_numbers_and_ranges_in_order(text, numbers):
     assert parse_list(text, name="--seeds", low=0, high=9) == numbers
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1--3", "1-2-3", "1,,2", "²"])
-def test_what_is_no_list_is_refused(text):
+def test_parse_list_refuses_other_texts(text):
     assert "--seeds" in error(parse_list, text, name="--seeds", low=0, high=9)
 
 
@@ -82,12 +82,12 @@ def test_every_field_is_a_flag():
         (["stray"], ["stray"]),
     ],
 )
-def test_a_bad_flag_is_one_line_that_names_it(flags, words):
+def test_a_bad_flag_is_refused_by_name_in_one_line(flags, words):
     message = error(parse, [*DIGITS, *flags])
     assert all(word in message for word in words), message
 
 
-def test_a_missing_config_or_workdir_is_named():
+def test_a_missing_config_or_workdir_is_refused():
     assert "--config" in error(parse, ["--workdir", "x"])
     assert "--workdir" in error(parse, DIGITS[:2])
 
@@ -112,7 +112,7 @@ def test_a_dry_run_needs_no_workdir():
         ),
     ],
 )
-def test_a_bad_config_file_is_one_line(tmp_path, content, words):
+def test_a_bad_config_file_is_refused_in_one_line(tmp_path, content, words):
     path = tmp_path / "mine.py"
     if content is not None:
         path.write_text(content)
@@ -121,7 +121,7 @@ def test_a_bad_config_file_is_one_line(tmp_path, content, words):
     assert all(word in message for word in words), message
 
 
-def test_a_config_that_is_not_json_names_its_file(tmp_path):
+def test_a_config_that_is_not_json_is_refused_with_its_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{")
     with pytest.raises(InputError, match=r"--config: .*config\.json: config: not JSON"):

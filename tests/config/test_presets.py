@@ -28,14 +28,14 @@ from ldm_jax.types import PyTree
 from tests.support.commands import LDM, ROOT, run, succeeded
 from tests.support.counts import AUTOENCODERS, LDMS
 
-RECIPES = sorted((ROOT / "configs").glob("*/*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*/*.py"))
 LARGEST = ("text2img256_kl8_1p4b",)
 MAX_BYTES = 4 * 2**30
 slow = pytest.mark.skipif("LDM_JAX_SLOW" not in os.environ, reason="make recipes")
-every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 every_ldm = pytest.mark.parametrize("name", sorted(LDMS))
 
-# Run by a small process, whose own size its child's peak does not start from.
+# A small process: the peak memory of a child starts from the size of its parent.
 LAUNCHER = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
@@ -46,7 +46,7 @@ sys.exit(code)
 
 
 def load(name: str) -> Config:
-    (path,) = (path for path in RECIPES if path.stem == name)
+    (path,) = (path for path in CONFIGS if path.stem == name)
     return load_config(str(path))
 
 
@@ -55,24 +55,24 @@ def count(tree: PyTree) -> int:
 
 
 def dry_run(path: Path) -> tuple[dict, int]:
-    """Dry-run a recipe; return what it says and its peak of memory, in bytes."""
+    """Dry-run a config; return its report and its peak memory in bytes."""
     command = [*LDM, "train", "--config", path.relative_to(ROOT), "--dry-run"]
     result = run("-c", LAUNCHER, sys.executable, *command)
     return json.loads(succeeded(result)), int(result.stderr.splitlines()[-1])
 
 
-def test_every_published_model_has_a_recipe_and_every_recipe_a_count():
-    assert {path.stem for path in RECIPES} == {*AUTOENCODERS, *LDMS}
+def test_every_published_model_has_a_config_and_every_config_a_count():
+    assert {path.stem for path in CONFIGS} == {*AUTOENCODERS, *LDMS}
 
 
-@every_recipe
-def test_a_recipe_reads_back_from_json_equal(path):
+@every_config
+def test_a_shipped_config_reads_back_from_json_equal(path):
     config = load_config(str(path))
     assert config_lib.from_json(config_lib.to_json(config)) == config
 
 
-@every_recipe
-def test_a_recipe_says_how_to_run_it_and_what_to_expect(path):
+@every_config
+def test_a_shipped_config_documents_its_command_and_results(path):
     text = path.read_text().split('"""')[1]
     name = path.relative_to(ROOT / "configs").with_suffix("")
     assert f"--config {name} " in text
@@ -83,8 +83,8 @@ def test_a_recipe_says_how_to_run_it_and_what_to_expect(path):
         assert f"--first-stage runs/{LDMS[path.stem].first_stage}" in text
 
 
-@every_recipe
-def test_a_recipe_names_its_batch_learning_rate_and_steps_in_words(path):
+@every_config
+def test_a_shipped_config_documents_its_batch_size_learning_rate_and_steps(path):
     config = load_config(str(path))
     stage = config.diffusion if "diffusion" in config.stages else config.autoencoder
     text = path.read_text().split('"""')[1]
@@ -92,19 +92,21 @@ def test_a_recipe_names_its_batch_learning_rate_and_steps_in_words(path):
     assert f"batch {stage.batch_size}" in words or f"of {stage.batch_size}" in words
     rates = re.findall(r"\d[\d.]*e-\d", words)
     assert stage.optim.lr in map(float, rates)
-    if not path.stem.startswith("sd"):  # Those add up steps that the text lists.
+    if not path.stem.startswith(
+        "sd"
+    ):  # Their steps are the sum of those that the text lists.
         assert f"{stage.steps:,}" in words
 
 
 @pytest.mark.parametrize("name", sorted(AUTOENCODERS))
-def test_a_first_stage_is_trained_at_the_published_rate_for_one_image(name):
+def test_a_first_stage_has_the_published_learning_rate_per_image(name):
     config = load(name).autoencoder
     assert config.optim.lr == pytest.approx(4.5e-6 * config.batch_size, rel=1e-12)
     assert config.adversary.optim.lr == config.optim.lr
 
 
 @every_ldm
-def test_a_recipe_has_the_first_stage_it_names(name):
+def test_a_diffusion_config_has_the_autoencoder_of_its_first_stage(name):
     config, named = load(name), LDMS[name].first_stage
     size = config.data.image_size
     wanted = dataclasses.replace(
@@ -150,16 +152,16 @@ def test_a_conditioner_has_the_published_number_of_parameters(name):
 
 @slow
 @pytest.mark.parametrize("name", LARGEST)
-def test_a_dry_run_of_the_largest_stays_below_4_gib(name):
-    (path,) = (path for path in RECIPES if path.stem == name)
+def test_a_dry_run_of_the_largest_config_stays_below_4_gib(name):
+    (path,) = (path for path in CONFIGS if path.stem == name)
     report, peak = dry_run(path)
     assert peak < MAX_BYTES
     assert report["parameters"]["unet"] == LDMS[name].unet
 
 
 @slow
-@every_recipe
-def test_the_dry_run_of_every_recipe_stays_below_4_gib(path, capsys):
+@every_config
+def test_a_dry_run_of_every_config_stays_below_4_gib(path, capsys):
     start = time.monotonic()
     report, peak = dry_run(path)
     seconds = time.monotonic() - start
@@ -173,14 +175,14 @@ def test_the_dry_run_of_every_recipe_stays_below_4_gib(path, capsys):
 
 
 def table_rows() -> dict[str, list[str]]:
-    """Read the tables of docs/reference/models.md: cells by the recipe's name."""
+    """Read the tables of docs/reference/models.md: cells by the config's name."""
     lines = (ROOT / "docs/reference/models.md").read_text().splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
     return {cells[0].strip("`"): [cell.strip() for cell in cells] for cells in rows}
 
 
-@every_recipe
-def test_the_table_of_models_says_what_the_recipe_is(path):
+@every_config
+def test_the_table_of_models_equals_the_configs(path):
     config, cells = load_config(str(path)), table_rows()[path.stem]
     latent = "x".join(map(str, config.latent_shape))
     if path.stem in AUTOENCODERS:
