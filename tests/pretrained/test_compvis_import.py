@@ -1,4 +1,4 @@
-"""Checkpoints in CompVis naming that are read."""
+"""Import of checkpoints in CompVis naming."""
 
 import numpy as np
 import pytest
@@ -143,7 +143,7 @@ def test_extra_tensors_beside_a_class_table_are_refused():
 
 
 @pytest.mark.parametrize("text", ["wide", "", "nan", "inf", "-1", "0"])
-def test_file_scale_refuses_what_is_no_number_above_zero(text):
+def test_file_scale_refuses_all_but_numbers_above_zero(text):
     stored = Tensors.from_arrays({}, {"ldm_jax.latent_scale": text})
     assert "ldm_jax.latent_scale: got" in refusal(file_scale, stored)
 

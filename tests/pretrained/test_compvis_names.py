@@ -1,9 +1,9 @@
-"""The names of every recipe's parameters, by shapes only.
+"""The parameter names of every shipped config, by shapes only.
 
 `golden/compvis_tables.json` holds digests of the tables of names and shapes of the
 original classes at full size; `tests.parity.test_golden_files` makes them again. One
-recipe departs from a released checkpoint: the class embedding of latent-diffusion's
-`cin256` has 1000 rows, that of `imagenet256_vq8` one more, for no class.
+config differs from a released checkpoint: the class embedding of latent-diffusion's
+`cin256` has 1000 rows, that of `imagenet256_vq8` one more, for the null class.
 """
 
 import functools
@@ -28,10 +28,10 @@ from tests.support.golden_cases import (
     tree_shapes,
 )
 
-RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("**/*.py"))}
+CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("**/*.py"))}
 TABLES = {case.pop("name"): case for case in read_golden("compvis_tables.json")}
 QUICK = {
-    *(name for name, path in RECIPES.items() if path.parent.name != "ldm"),
+    *(name for name, path in CONFIGS.items() if path.parent.name != "ldm"),
     "celebahq256_vq4",
     "imagenet256_vq8",
     "lsun_churches256_kl8",
@@ -41,20 +41,20 @@ QUICK = {
     "text2img256_kl8_1p4b",
 }
 slow = pytest.mark.skipif("LDM_JAX_SLOW" not in os.environ, reason="make recipes")
-every_recipe = pytest.mark.parametrize(
+every_config = pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in QUICK else slow) for n in RECIPES],
+    [pytest.param(n, marks=() if n in QUICK else slow) for n in CONFIGS],
 )
 
 
 @functools.cache
 def load(name: str) -> Config:
-    return load_config(str(RECIPES[name]))
+    return load_config(str(CONFIGS[name]))
 
 
 def kinds(name: str) -> list[str]:
-    """Name a recipe's own networks; its first stage has a recipe of its own."""
-    if RECIPES[name].parent.name == "ldm":
+    """List a config's own networks; its first stage has a config of its own."""
+    if CONFIGS[name].parent.name == "ldm":
         return ["unet", "conditioner"]
     return ["autoencoder"] if name in TABLES else ["autoencoder", "unet"]
 
@@ -64,8 +64,8 @@ def table(name: str, kind: str) -> Table:
     return stored_table(config, kind, FORMATS["compvis", kind](config))
 
 
-@every_recipe
-def test_every_number_has_one_place_in_every_format(name):
+@every_config
+def test_every_parameter_is_stored_once_in_every_format(name):
     config = load(name)
     for kind in kinds(name):
         shapes = tree_shapes(config, kind)
@@ -78,7 +78,7 @@ def test_every_number_has_one_place_in_every_format(name):
             assert sum(map(math.prod, stored.values())) == numbers
 
 
-@every_recipe
+@every_config
 def test_names_and_shapes_are_those_of_the_original_classes(name):
     if name not in TABLES:
         pytest.skip("a model of this library's own")
@@ -88,7 +88,7 @@ def test_names_and_shapes_are_those_of_the_original_classes(name):
 
 
 def test_every_published_model_has_a_table():
-    published = {n for n, path in RECIPES.items() if path.parent.name != "configs"}
+    published = {n for n, path in CONFIGS.items() if path.parent.name != "configs"}
     assert set(TABLES) == published
 
 
@@ -149,7 +149,7 @@ def test_the_autoencoder_of_stable_diffusion_has_its_well_known_names():
     )
 
 
-def test_a_codebook_and_attention_in_a_row_of_blocks_are_named():
+def test_codebook_and_encoder_attention_have_their_original_names():
     assert_contains(
         table("vq_f8", "autoencoder"),
         {
@@ -185,7 +185,7 @@ def test_stable_diffusion_2_has_linear_projections_and_fused_text_attention():
     )
 
 
-def test_latent_diffusions_own_blocks_are_named():
+def test_latent_diffusion_blocks_have_their_original_names():
     assert_contains(
         table("lsun_churches256_kl8", "unet"),
         {
@@ -212,6 +212,6 @@ def test_latent_diffusions_own_blocks_are_named():
     assert table("imagenet256_vq8", "conditioner") == {"embedding.weight": (1001, 512)}
 
 
-def test_the_average_of_a_parameter_has_its_name_without_dots():
+def test_ema_key_drops_the_dots_of_a_name():
     key = ema_key("input_blocks.0.0.weight")
     assert key == "diffusion_modelinput_blocks00weight"

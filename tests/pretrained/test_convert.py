@@ -104,14 +104,14 @@ def test_export_leaves_neighbouring_folders_unchanged(tmp_path):
     export_run(source, out, layout="diffusers")
     assert (mine / "mine").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "out.part"]
-    # Others may read it, as they may any new folder here.
+    # The export has the permissions of any new folder.
     assert out.stat().st_mode == mine.stat().st_mode
     found = open_weights(out).read()
     assert same(trees(found), trees(model_of(config_of("label"))))
 
 
 @pytest.mark.parametrize("format_", ["diffusers", "compvis"])
-def test_export_of_no_run_names_its_path(format_, tmp_path):
+def test_export_refuses_a_folder_that_is_not_a_run(format_, tmp_path):
     from ldm_jax.pretrained.convert import export_run
 
     out = tmp_path / "out.safetensors"

@@ -13,7 +13,7 @@ from ldm_jax.pretrained.open_weights import open_weights
 from tests.support.models import config_of
 from tests.support.pretrained import refusal, written
 
-# What the published folders of Stable Diffusion say of their networks.
+# Network configs of the published Stable Diffusion folders.
 SD_UNET = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.6.0",
@@ -136,7 +136,7 @@ def test_stable_diffusion_folders_give_our_configs(name):
     )
     assert found.diffusion.linear_projection == ours.diffusion.linear_projection
     a, b = found.diffusion.condition.clip, ours.diffusion.condition.clip
-    # The folder of 2.1 leaves out the last layer, which nothing reads.
+    # The folder of 2.1 has no last layer, because no model reads it.
     assert (a.width, a.depth) == (b.width, b.depth - two)
     assert (a.activation, a.num_heads) == (b.activation, b.num_heads)
 
@@ -262,5 +262,5 @@ def test_an_autoencoder_with_a_wrong_value_is_refused_in_one_line(field, value):
 def test_null_attention_head_dim_is_one_head():
     settings = assembled("UNet2DModel", attention_head_dim=None).diffusion
     assert (settings.num_heads, settings.head_channels) == (1, 0)
-    # Null and absent differ here alone.
+    # This is the only field where null and absent differ.
     assert assembled("UNet2DModel").diffusion.head_channels == 8

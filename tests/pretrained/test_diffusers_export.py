@@ -1,4 +1,4 @@
-"""Diffusers folders that are written."""
+"""Export of diffusers folders."""
 
 import dataclasses
 import json

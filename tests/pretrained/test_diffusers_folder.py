@@ -68,7 +68,7 @@ def test_a_pipeline_is_its_components_with_their_configs(tmp_path):
     )
 
 
-def test_the_pipeline_of_the_first_text_to_image_model_is_known(tmp_path):
+def test_the_ldm_text_to_image_pipeline_is_known(tmp_path):
     index = {
         "_class_name": "LDMTextToImagePipeline",
         "bert": ["latent_diffusion", "LDMBertModel"],
@@ -81,7 +81,7 @@ def test_the_pipeline_of_the_first_text_to_image_model_is_known(tmp_path):
     assert set(open_folder(tmp_path).components) == {"bert", "tokenizer", "vqvae"}
 
 
-def test_an_absent_component_is_passed_over(tmp_path):
+def test_an_absent_component_is_skipped(tmp_path):
     folder = open_folder(write_folder(tmp_path, text_encoder=[None, None]))
     assert "text_encoder" not in folder.components
 
@@ -277,7 +277,7 @@ def test_the_first_file_in_the_fixed_order_is_read(place, tmp_path):
     assert list(component_tensors(component)) == [f"k{place}"]
 
 
-def test_safetensors_stand_before_pickles_and_full_before_half_precision():
+def test_weight_names_order_safetensors_first_and_full_precision_first():
     first_pickle = WEIGHT_NAMES.index("diffusion_pytorch_model.bin")
     assert all(name.endswith(".bin") for name in WEIGHT_NAMES[first_pickle:])
     assert not any("bin" in name for name in WEIGHT_NAMES[:first_pickle])

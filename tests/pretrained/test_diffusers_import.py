@@ -1,4 +1,4 @@
-"""Diffusers folders that are read."""
+"""Import of diffusers folders."""
 
 import dataclasses
 

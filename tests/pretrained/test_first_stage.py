@@ -1,4 +1,4 @@
-"""First stages that are read from weights."""
+"""Import of first stages from weights."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from tests.support.pretrained import (
     with_first,
 )
 
-# None of these changes the shape of a tensor, or it comes before any is read.
+# These keep the shapes of tensors, or are refused before a tensor is read.
 OTHER_AUTOENCODERS = [
     ({"num_groups": 4}, "num_groups (8 there, 4 here)"),
     ({"attention_resolutions": (16,)}, "attention levels (() there, (0,) here)"),

@@ -1,4 +1,4 @@
-"""Weights that are opened and inspected."""
+"""Opening and inspecting weights."""
 
 import pytest
 

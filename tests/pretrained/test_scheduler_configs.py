@@ -1,4 +1,4 @@
-"""Noise levels and predictions in the words of diffusers' schedulers, and back."""
+"""Noise levels and predictions as scheduler configs of diffusers, and back."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
     ],
     ids=lambda fields: fields["schedule"],
 )
-def test_noise_levels_come_back_from_diffusers_as_they_were(fields):
+def test_noise_levels_survive_a_scheduler_config_of_diffusers(fields):
     ours = config_of("none", **fields)
     name, values = scheduler_json(ours.diffusion)
     found = read_scheduler(name, json.loads(json.dumps(values)))
@@ -45,7 +45,7 @@ def test_noise_levels_come_back_from_diffusers_as_they_were(fields):
     ],
     ids=lambda fields: "-".join(fields.values()),
 )
-def test_what_no_scheduler_of_diffusers_holds_is_refused_in_one_line(fields):
+def test_schedules_without_a_diffusers_scheduler_are_refused_in_one_line(fields):
     with pytest.raises(InputError) as caught:
         scheduler_json(config_of("none", **fields).diffusion)
     message = str(caught.value)
@@ -74,20 +74,20 @@ def test_a_scheduler_of_other_noise_levels_is_refused_in_one_line(name, values, 
     assert all(word in message for word in (name, *words)), message
 
 
-def test_noise_predicted_from_noise_alone_is_refused():
+def test_eps_prediction_with_zero_terminal_snr_is_refused():
     found = read_scheduler("DDIMScheduler", {"rescale_betas_zero_snr": True})
     with pytest.raises(InputError, match=r"eps.*zero_terminal_snr.*try v"):
         DiffusionConfig(**found)
 
 
-def test_a_flow_model_is_models_side_by_side_and_comes_back(tmp_path):
+def test_a_flow_model_is_exported_without_a_pipeline_and_reads_back(tmp_path):
     weights = model_of(config_of("none", schedule="flow", prediction="flow"))
     write_folder(weights, tmp_path)
     assert not (tmp_path / "model_index.json").exists()
     assert open_weights(tmp_path).config == weights.config
 
 
-def test_a_pipeline_with_a_scheduler_of_flows_is_a_flow_model(tmp_path):
+def test_a_pipeline_with_a_flow_scheduler_is_a_flow_model(tmp_path):
     write_folder(model_of(config_of("none")), tmp_path)
     (tmp_path / "ldm_jax.json").unlink()
     index = tmp_path / "model_index.json"

@@ -119,7 +119,7 @@ def test_a_hand_made_checkpoint_is_read(form, tmp_path):
     assert np.array_equal(tensors["w"], MATRIX)
 
 
-def test_the_content_tells_the_form_whatever_the_name(tmp_path):
+def test_open_tensors_detects_the_format_from_the_content(tmp_path):
     for suffix in (".bin", ".pth", ".pt", ""):
         path = good("legacy", tmp_path).rename(tmp_path / f"model{suffix}")
         assert list(open_tensors(path)) == ["w"]
@@ -136,7 +136,7 @@ def test_the_content_tells_the_form_whatever_the_name(tmp_path):
         ("BFloat16", ml_dtypes.bfloat16, "BF16"),
     ],
 )
-def test_other_floats_come_as_float32_exactly(form, kind, dtype, code, tmp_path):
+def test_other_floats_are_read_as_float32_exactly(form, kind, dtype, code, tmp_path):
     values = np.asarray([0.5, -1.25, 3.0e-5, np.inf, np.nan, -0.0]).astype(dtype)
     body = table(w=tensor(storage(kind), (6,), (1,)))
     size = values.itemsize
@@ -210,7 +210,7 @@ def test_the_state_dict_is_found_and_all_else_ignored(place, tmp_path):
     assert list(open_tensors(write_zip(tmp_path / "a.ckpt", body, data))) == ["w"]
 
 
-def test_attributes_of_a_state_dict_and_parameters_are_seen_through(tmp_path):
+def test_state_dict_attributes_and_parameter_wrappers_are_unwrapped(tmp_path):
     parameter = call(
         name("torch._utils", "_rebuild_parameter"), tensor(storage()), TRUE, NONE
     )
@@ -281,7 +281,7 @@ def attack(module: str, attribute: str, *arguments: bytes):
 
 
 def attacks(proof: Path) -> dict[str, bytes]:
-    """Bodies that would make the file `proof`, by the name they must be refused for."""
+    """Return pickles that would create the file `proof`, by the name in the refusal."""
     touch = text(f"touch {proof}")
     python = text(f"open({str(proof)!r}, 'w').close()")
     getattr_chain = call(
@@ -339,14 +339,16 @@ REAL += ["builtins.exec", "__builtin__.eval", "INST os system", "OBJ"]
 
 
 @pytest.mark.parametrize("attacked", REAL)
-def test_the_attacks_of_these_tests_are_real(attacked, tmp_path):
+def test_the_attacks_of_these_tests_work_in_plain_pickle(attacked, tmp_path):
     pickle.loads(program(attacks(tmp_path / "proof")[attacked]))
     assert (tmp_path / "proof").exists()
 
 
 @pytest.mark.parametrize("refused", attacks(Path("x")))
 @pytest.mark.parametrize("form", FORMS)
-def test_a_pickle_that_would_run_something_is_refused_by_name(form, refused, tmp_path):
+def test_a_pickle_that_calls_a_foreign_function_is_refused_by_name(
+    form, refused, tmp_path
+):
     proof = tmp_path / "proof"
     body = table(w=tensor(storage()), x=attacks(proof)[refused])
     path = write_checkpoint(form, tmp_path, body, {"0": MATRIX.tobytes()})
@@ -398,7 +400,7 @@ ORDERED = name("collections", "OrderedDict")
     ],
     ids=itertools.count(),
 )
-def test_build_changes_nothing_of_ours(body, tmp_path):
+def test_the_build_opcode_changes_no_class_of_ours(body, tmp_path):
     both = table(x=body, w=tensor(storage()))
     path = write_zip(tmp_path / "a.pt", both, {"0": MATRIX.tobytes()})
     assert np.array_equal(open_tensors(path)["w"], MATRIX)
@@ -438,7 +440,7 @@ def test_build_changes_nothing_of_ours(body, tmp_path):
     ],
     ids=itertools.count(),
 )
-def test_a_pickle_that_makes_no_sense_is_refused(body, tmp_path):
+def test_an_invalid_pickle_is_refused(body, tmp_path):
     both = table(w=tensor(storage()), x=body)
     refusal(write_zip(tmp_path / "a.pt", both, {"0": MATRIX.tobytes()}))
 
@@ -472,11 +474,11 @@ def test_a_tensor_outside_its_storage_is_refused(
     body = table(w=tensor(storage(), shape, strides, offset))
     path = write_checkpoint(form, tmp_path, body, {"0": MATRIX.tobytes()})
     with pytest.raises(InputError, match="damaged"):
-        open_tensors(path)  # and not only when it is read
+        open_tensors(path)  # already on opening
 
 
 @pytest.mark.parametrize("size", [TRUE, text("3"), NONE, row(TRUE, TRUE), row(NONE)])
-def test_a_size_that_is_not_of_numbers_is_refused(size, tmp_path):
+def test_a_tensor_size_that_is_not_of_numbers_is_refused(size, tmp_path):
     where = (storage(), number(0), size, row(number(1)), FALSE, NONE)
     path = write_zip(
         tmp_path / "a.pt", table(w=call(REBUILD, *where)), {"0": bytes(24)}
@@ -494,7 +496,7 @@ def test_a_storage_of_another_size_than_described_is_refused(form, numel, tmp_pa
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_storage_that_is_not_there_is_refused(form, tmp_path):
+def test_a_missing_storage_is_refused(form, tmp_path):
     body = table(w=tensor(storage(key="../0")))
     path = write_checkpoint(form, tmp_path, body, {"0": MATRIX.tobytes()})
     assert "storage" in refusal(path)
@@ -522,7 +524,7 @@ def test_deep_nesting_is_refused_and_does_not_crash(body, tmp_path):
     refusal(write_zip(tmp_path / "a.pt", body))
 
 
-def test_a_memo_slot_that_would_cost_memory_is_refused(tmp_path):
+def test_a_huge_memo_slot_is_refused(tmp_path):
     body = NONE + b"r\xff\xff\xff\x0f"
     assert "memo slot" in refusal(write_zip(tmp_path / "a.pt", body))
 
@@ -562,7 +564,7 @@ def test_a_zip_with_two_members_of_one_name_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("body", [b"}", b"]", NONE, table(epoch=number(3))])
-def test_a_checkpoint_without_tensors_says_so(body, tmp_path):
+def test_a_checkpoint_without_tensors_is_refused(body, tmp_path):
     assert "without tensors" in refusal(write_zip(tmp_path / "a.pt", body))
 
 
@@ -574,7 +576,7 @@ def small(form: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", [*FORMS, "safetensors"])
-def test_no_beginning_of_a_file_is_taken_for_the_whole(form, tmp_path):
+def test_a_truncated_file_is_refused_at_every_length(form, tmp_path):
     path = small(form, tmp_path)
     whole = path.read_bytes()
     for size in range(len(whole)):
@@ -584,7 +586,7 @@ def test_no_beginning_of_a_file_is_taken_for_the_whole(form, tmp_path):
 
 @pytest.mark.parametrize("form", [*FORMS, "safetensors"])
 @pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
-def test_a_flipped_byte_raises_an_input_error_or_none(form, flip, tmp_path):
+def test_a_flipped_byte_raises_no_error_other_than_input_error(form, flip, tmp_path):
     path = small(form, tmp_path)
     whole = path.read_bytes()
     for at in range(len(whole)):
@@ -597,7 +599,7 @@ def test_a_flipped_byte_raises_an_input_error_or_none(form, flip, tmp_path):
         assert all(array.size <= 6 for array in arrays)
 
 
-def test_a_flipped_weight_in_a_zip_is_noticed(tmp_path):
+def test_a_flipped_weight_in_a_zip_is_detected(tmp_path):
     path = good("zip", tmp_path)
     data = MATRIX.tobytes()
     flipped = bytes([data[0] ^ 1]) + data[1:]
@@ -611,13 +613,13 @@ def test_a_flipped_weight_in_a_zip_is_noticed(tmp_path):
     "content", [b"", b"hello", b"\x80", b"PK\x03\x04", b"\x89PNG", b"{}", bytes(99)]
 )
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors", ".safetensors.index.json"])
-def test_a_file_of_something_else_is_refused(content, suffix, tmp_path):
+def test_a_file_of_another_format_is_refused(content, suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     refusal(path)
 
 
-def test_what_is_not_a_file_is_refused(tmp_path):
+def test_folders_pipes_and_missing_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "folder" in refusal(tmp_path)
     assert "ordinary" in refusal(tmp_path / "pipe")
@@ -663,7 +665,7 @@ def test_a_written_file_reads_back_equal(tmp_path):
         assert tensors[key].dtype == (np.float32 if floating else array.dtype)
 
 
-def test_the_safetensors_library_reads_what_is_written(tmp_path):
+def test_the_safetensors_library_reads_our_files(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", ARRAYS)
     with safe_open(tmp_path / "a.safetensors", framework="numpy") as file:
         assert set(file.keys()) == set(ARRAYS) and file.metadata() is None
@@ -682,7 +684,7 @@ def test_equal_input_gives_equal_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_every_tensor_starts_at_a_multiple_of_its_element(tmp_path):
+def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
     write_safetensors(tmp_path / "a", {"a": np.zeros(3, np.int8), **ARRAYS})
     content = (tmp_path / "a").read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
@@ -707,7 +709,7 @@ def test_a_file_is_written_whole_or_not_at_all(bad, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["none/a.safetensors", "file/a.safetensors", "dir"])
-def test_where_nothing_can_be_written_is_told(place, tmp_path):
+def test_write_safetensors_refuses_an_unwritable_path(place, tmp_path):
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
@@ -730,11 +732,11 @@ def test_where_nothing_can_be_written_is_told(place, tmp_path):
         [],
     ],
 )
-def test_a_header_that_lies_is_refused(header, tmp_path):
+def test_an_inconsistent_safetensors_header_is_refused(header, tmp_path):
     refusal(write_raw(tmp_path / "a.safetensors", header, bytes(8)))
 
 
-def test_an_element_type_that_is_not_read_is_told_when_it_is_asked_for(tmp_path):
+def test_an_unsupported_element_type_is_refused_on_reading(tmp_path):
     header = {"w": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}
     tensors = open_tensors(write_raw(tmp_path / "a.safetensors", header, bytes(8)))
     assert tensors.dtype("w") == "F8_E4M3"
@@ -758,19 +760,19 @@ def write_index(folder: Path, places) -> Path:
 PLACES = {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}
 
 
-def test_shards_are_read_as_one(tmp_path):
+def test_shards_are_read_as_one_file(tmp_path):
     tensors = open_tensors(write_shards(tmp_path, PLACES))
     assert set(tensors) == {"a", "b", "c"} and tensors.metadata["total_size"] == "48"
     assert np.array_equal(tensors["b"], MATRIX)
 
 
-def test_a_variant_of_an_index_is_an_index(tmp_path):
+def test_an_index_of_a_variant_is_read(tmp_path):
     path = write_shards(tmp_path, PLACES)
     path = path.rename(tmp_path / "model.safetensors.index.fp16.json")
     assert len(open_tensors(path)) == 3
 
 
-def test_a_missing_shard_is_named(tmp_path):
+def test_a_missing_shard_is_refused_by_name(tmp_path):
     path = write_shards(tmp_path, PLACES)
     (tmp_path / "2.safetensors").unlink()
     assert "2.safetensors" in refusal(path)
@@ -820,7 +822,7 @@ def test_a_shard_may_not_be_a_pickle(tmp_path):
 @pytest.mark.parametrize(
     "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 99_999]
 )
-def test_an_index_that_is_not_one_is_refused(content, tmp_path):
+def test_an_invalid_index_is_refused(content, tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(content)
     refusal(path)
@@ -837,20 +839,20 @@ LAZY = Tensors(
 )
 
 
-def test_a_prefix_selects_and_is_stripped():
+def test_under_selects_and_strips_a_prefix():
     part = LAZY.under("a.")
     assert list(part) == ["w", "b"] and part.shape("w") == (2, 3)
     assert part.metadata == {"by": "us"}
 
 
-def test_arrays_in_memory_are_like_a_file():
+def test_from_arrays_reads_like_a_file():
     tensors = Tensors.from_arrays(ARRAYS, {"by": "us"})
     assert tensors.metadata == {"by": "us"} and tensors.dtype("f16") == "F16"
     assert tensors["f16"].dtype == tensors["big_endian"].dtype == np.float32
     assert all(np.array_equal(tensors[key], ARRAYS[key]) for key in ARRAYS)
 
 
-def test_a_tensor_that_is_not_there_is_a_key_error():
+def test_a_missing_tensor_is_a_key_error():
     with pytest.raises(KeyError):
         LAZY["b"]
     with pytest.raises(KeyError):
@@ -858,11 +860,11 @@ def test_a_tensor_that_is_not_there_is_a_key_error():
     assert "b" not in LAZY and "c" in LAZY and len(LAZY) == 3
 
 
-def test_keys_that_match_pass_and_nothing_is_read():
+def test_match_keys_accepts_equal_keys_without_reading():
     weights.match_keys({"w": (2, 3), "b": (3,)}, LAZY.under("a."), what="the text")
 
 
-def test_keys_that_differ_are_named_and_counted_in_one_line():
+def test_match_keys_names_and_counts_differences_in_one_line():
     wanted = {f"x{i}": (1,) for i in range(12)} | {"a.w": (3, 2), "c": (4,)}
     with pytest.raises(InputError) as caught:
         weights.match_keys(wanted, LAZY, what="a.ckpt as the UNet")

@@ -1,4 +1,4 @@
-"""Frozen text encoders that are read from weights."""
+"""Import of frozen text encoders from weights."""
 
 import dataclasses
 
