@@ -14,7 +14,7 @@ from ldm_jax.diffusion.schedules import (
     reaches_pure_noise,
 )
 from ldm_jax.rng import image_keys
-from tests.support.gaussian import BETAS, SCHEDULES, SIGMA_DATA, level_asked
+from tests.support.gaussian import BETAS, SCHEDULES, SIGMA_DATA, level_of_time
 
 LDM, EDM = SCHEDULES["ldm_linear"], SCHEDULES["edm"]
 NUM_DRAWS = 20_000
@@ -138,7 +138,7 @@ def test_level_t_determines_alpha_and_sigma_between_table_entries(name):
     position = np.asarray([0.0, 0.25, 17.5, 500.9, 900.0])
     level = level_at(schedule, position)
     for t, alpha, sigma in zip(*level, strict=True):
-        expected = level_asked(schedule, t)
+        expected = level_of_time(schedule, t)
         assert (alpha, sigma) == pytest.approx(expected[1:], rel=1e-9)
 
 

@@ -21,7 +21,7 @@ from tests.support.gaussian import (
     TWO,
     flow_end,
     follow,
-    level_asked,
+    level_of_time,
     moments,
     network,
 )
@@ -242,7 +242,7 @@ def test_lcm_samples_the_data_with_a_consistency_function(name):
 
     def jump(x, t):
         """Map x at t to the clean end of its flow, as a distilled network does."""
-        level = level_asked(schedule, t)
+        level = level_of_time(schedule, t)
         total = np.hypot(level.alpha * STD, level.sigma)
         return MEAN + STD / total * (x - level.alpha * MEAN)
 

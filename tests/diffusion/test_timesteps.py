@@ -16,7 +16,7 @@ from ldm_jax.diffusion.timesteps import (
     spaced_timesteps,
 )
 from ldm_jax.types import SPACING_NAMES
-from tests.support.gaussian import BETAS, SCHEDULES, level_asked
+from tests.support.gaussian import BETAS, SCHEDULES, level_of_time
 
 LDM, ZERO, FLOW, EDM = (
     SCHEDULES[name] for name in ("ldm_linear", "zero_snr", "flow", "edm")
@@ -149,7 +149,7 @@ def test_t_of_every_spacing_matches_its_alpha_and_sigma(spacing, name):
     schedule = SCHEDULES[name]
     levels = make_levels(schedule, 23, spacing=spacing)
     for t, alpha, sigma in zip(*(row[:-1] for row in levels[:3]), strict=True):
-        wanted = level_asked(schedule, t)
+        wanted = level_of_time(schedule, t)
         assert (alpha, sigma) == pytest.approx((wanted.alpha, wanted.sigma), rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Headless Chromium, driven by its own protocol: no driver has to be installed."""
+"""Headless Chromium, controlled by its own protocol: no driver is needed."""
 
 import base64
 import contextlib
@@ -24,14 +24,14 @@ class Tab:
     """A page in a browser.
 
     Attributes:
-      asked: Addresses that it asked for.
-      said: What it wrote to its console as errors.
+      requests: Addresses that the page requested.
+      errors: Errors on its console.
     """
 
     def __init__(self, socket: Any) -> None:
         self._socket, self._ids = socket, itertools.count(1)
-        self.asked: list[str] = []
-        self.said: list[str] = []
+        self.requests: list[str] = []
+        self.errors: list[str] = []
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.send(f"{domain}.enable")
 
@@ -43,18 +43,18 @@ class Tab:
             if message.get("id") == mine:
                 assert "error" not in message, message
                 return message["result"]
-            self._hear(message)
+            self._record(message)
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _record(self, message: dict[str, Any]) -> None:
         method, params = message.get("method"), message.get("params", {})
         if method == "Network.requestWillBeSent":
-            self.asked.append(params["request"]["url"])
+            self.requests.append(params["request"]["url"])
         elif method == "Network.webSocketCreated":
-            self.asked.append(params["url"])
+            self.requests.append(params["url"])
         elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
-            self.said.append(params["entry"]["text"])
+            self.errors.append(params["entry"]["text"])
         elif method == "Runtime.exceptionThrown":
-            self.said.append(str(params["exceptionDetails"]))
+            self.errors.append(str(params["exceptionDetails"]))
 
     def go(self, url: str, *, width: int = 1280, dark: bool = False) -> None:
         self.send(
@@ -66,7 +66,7 @@ class Tab:
         self.send("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:
-        """Evaluate an expression; promises are waited for."""
+        """Evaluate an expression, and await a promise."""
         found = self.send(
             "Runtime.evaluate",
             **{"expression": script, "returnByValue": True, "awaitPromise": True},
@@ -75,13 +75,15 @@ class Tab:
         return found["result"].get("value")
 
     def wait(self, script: str) -> Any:
-        """Evaluate an expression until it is true; return what it is then."""
+        """Evaluate an expression until it is true; return its value."""
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
             if value := self.run(script):
                 return value
             time.sleep(0.1)
-        raise AssertionError(f"never: {script}; page: {self.run(TEXT)!r}; {self.said}")
+        raise AssertionError(
+            f"never: {script}; page: {self.run(TEXT)!r}; {self.errors}"
+        )
 
     def screenshot(self, path: Path) -> None:
         shot = self.send("Page.captureScreenshot", captureBeyondViewport=True)
@@ -93,7 +95,7 @@ TEXT = "document.body.innerText"
 
 @contextlib.contextmanager
 def open_tab(profile: Path):
-    """Start Chromium with a profile of its own, and take its empty page."""
+    """Start Chromium with its own profile, and yield its empty page."""
     from websockets.sync.client import connect
 
     flags = [*FLAGS, f"--user-data-dir={profile}", "about:blank"]
@@ -107,7 +109,7 @@ def open_tab(profile: Path):
 
 
 def address_of_page(profile: Path) -> str:
-    """Wait until Chromium has written where it listens, and ask for its page."""
+    """Wait until Chromium writes its port, and return the address of its page."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         with contextlib.suppress(OSError, ValueError, StopIteration):

@@ -1,4 +1,4 @@
-"""Run the project's commands as a user does, on a run small enough for a test."""
+"""Run the commands as a user does, with a run small enough for a test."""
 
 import os
 import re
@@ -78,7 +78,7 @@ def error_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def write_run(config: Config, folder: Path, seed: int = 0) -> Path:
-    """Make a folder that can be sampled from, without training."""
+    """Write a run folder with random parameters, to sample from without training."""
     folder.mkdir(exist_ok=True)
     write_native(model_of(config, seed), folder)
     (folder / "config.json").write_text(to_json(config))
@@ -86,7 +86,7 @@ def write_run(config: Config, folder: Path, seed: int = 0) -> Path:
 
 
 def ldm_here(*args: object) -> None:
-    """Run `ldm` in this process, which knows JAX already."""
+    """Run `ldm` in this process, which has imported JAX already."""
     main.run(list(map(str, args)))
 
 
@@ -98,9 +98,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     """Assert that `ldm sample` ends with one clear line, in this process; return it."""
     with pytest.raises(SystemExit) as stop:
         run_main(main.run, "ldm sample", ["sample", *map(str, args)])
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     code = stop.value.code
     assert isinstance(code, int)
     return error_line(
-        subprocess.CompletedProcess("ldm sample", code, said.out, said.err)
+        subprocess.CompletedProcess("ldm sample", code, captured.out, captured.err)
     )

@@ -1,4 +1,4 @@
-"""How programs are compiled outside of the tests, where they are optimised."""
+"""Compiler options of programs outside of the tests, where they are optimised."""
 
 AS_SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-"""Options of `jax.jit` for what holds of optimised programs alone: their rounding."""
+"""Options of `jax.jit` for tests of the rounding of optimised programs."""

@@ -1,9 +1,8 @@
 """Parameters of the published models, counted on the original PyTorch classes.
 
-Encoder, decoder and codebook for a first stage; the UNet; and what prepares its
-condition, without the output layer over the vocabulary that the original text
-transformers carry unused. A class embedding has one row more here than
-latent-diffusion's `cin256`: the null class.
+Encoder, decoder and codebook for a first stage; the UNet; and the conditioner, without
+the output layer over the vocabulary that the original text transformers carry unused. A
+class embedding has one row more here than latent-diffusion's `cin256`: the null class.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,7 @@ class LdmCounts(NamedTuple):
     """Parameters of a diffusion model.
 
     Attributes:
-      first_stage: Whose autoencoder it has.
+      first_stage: The config of its autoencoder.
       unet: Of the UNet.
       conditioner: Of the class embedding, text transformer or rescaler.
     """

@@ -1,4 +1,4 @@
-"""Data for which the best denoiser, the exact flow and the exact samples are known.
+"""Data whose best denoiser, exact flow and exact samples are known.
 
 A pixel is drawn from a mixture of Gaussians, independently of the others. So E[x_0|x_t]
 has a closed form. The flow of one number keeps the order of its values, hence carries
@@ -60,7 +60,7 @@ POINT = Mixture(np.ones(1), np.asarray([MEAN]), np.zeros(1))
 
 
 def clean(x: Any, alpha: Any, sigma: Any, data: Mixture, xp: Any = np) -> Any:
-    """E[x_0 | x_t], by Bayes' rule for each component."""
+    """Return E[x_0 | x_t], by Bayes' rule for each component."""
     weight, mean, std = (xp.asarray(part, x.dtype) for part in data)
     variance = (alpha * std) ** 2 + sigma**2
     away = x[..., None] - alpha * mean
@@ -73,7 +73,7 @@ def clean(x: Any, alpha: Any, sigma: Any, data: Mixture, xp: Any = np) -> Any:
 def answer(
     x: Any, level: Level, prediction: str, *, sigma_data: float = 1.0, **kw: Any
 ) -> Any:
-    """What a perfect network predicts; `kw` for `clean`."""
+    """Return the prediction of a perfect network; `kw` goes to `clean`."""
     alpha, sigma = level.alpha, level.sigma
     x_0 = clean(x, alpha, sigma, **kw)
     eps = (x - alpha * x_0) / sigma
@@ -88,13 +88,13 @@ def answer(
 
 
 def rank(x: np.ndarray, alpha: float, sigma: float, data: Mixture) -> np.ndarray:
-    """Share of the noisy pixels below x."""
+    """Return the share of the noisy pixels below x."""
     scale = np.sqrt((alpha * data.std) ** 2 + sigma**2)
     return (data.weight * ndtr((x[..., None] - alpha * data.mean) / scale)).sum(-1)
 
 
 def flow_end(x: np.ndarray, levels: Levels, data: Mixture) -> np.ndarray:
-    """Where the flow carries x from the first level to the last: bisection of rank."""
+    """Return the end of the flow from x, by bisection of the rank."""
     wanted = rank(x, levels.alpha[0], levels.sigma[0], data)
     low, high = np.full_like(x, -50.0), np.full_like(x, 50.0)
     for _ in range(70):
@@ -104,8 +104,8 @@ def flow_end(x: np.ndarray, levels: Levels, data: Mixture) -> np.ndarray:
     return (low + high) / 2
 
 
-def level_asked(schedule: Schedule, t: float) -> Level:
-    """The level that a network understands by t."""
+def level_of_time(schedule: Schedule, t: float) -> Level:
+    """Return the level of the network's time t."""
     time = np.float64(t) / schedule.num_timesteps
     match schedule:
         case FlowSchedule():
@@ -126,14 +126,14 @@ def level_asked(schedule: Schedule, t: float) -> Level:
 def network(
     levels: Levels, prediction: str, data: Mixture, *, schedule: Schedule | None = None
 ) -> Callable[[np.ndarray, float], np.ndarray]:
-    """A perfect network, of x_t and t; it knows the levels, or all of a schedule."""
+    """Return a perfect network, of x_t and t, on some levels or a whole schedule."""
 
     def denoise(x: np.ndarray, t: float) -> np.ndarray:
         if schedule is None:
             place = np.flatnonzero(levels.t == t)[0]
             level = Level(t, levels.alpha[place], levels.sigma[place])
         else:
-            level = level_asked(schedule, t)
+            level = level_of_time(schedule, t)
         return answer(x, level, prediction, sigma_data=SIGMA_DATA, data=data)
 
     return denoise
@@ -150,7 +150,7 @@ def follow(
     Args:
       table: The sampler.
       denoise: The network, of x_t and t.
-      x_start: Where to start.
+      x_start: The first latent.
       fresh: Unit-variance noise of each call; None for none.
 
     Returns:
@@ -182,7 +182,7 @@ def moments(
     """Carry mean and variance through a table whose network is affine.
 
     Every latent is a mean and a weighted sum of the start and the fresh noises. The
-    weights are what is carried: variances would lose half of the digits.
+    state is these weights: variances would lose half of the digits.
 
     Args:
       table: The sampler of n calls and r registers.

@@ -1,7 +1,7 @@
-"""What a golden file says of a network: its names, and a summary of what it computes.
+"""Golden files: the tensor names of a network, and a summary of its outputs.
 
 A case is a small config and a seed. Weights are drawn from the names and shapes of the
-original's tensors, inputs from the seed, so that a file holds neither.
+original's tensors, inputs from the seed, so a file holds neither.
 """
 
 import functools
@@ -68,7 +68,7 @@ Inputs = dict[str, np.ndarray]
 
 def formats(config: Config, kind: str) -> list[Format]:
     """List every naming of a network's parameters."""
-    # No UNet of diffusers has a pooled context: it is refused when it is written.
+    # No UNet of diffusers has a pooled context: its export is refused.
     without = {"diffusers"} if config.diffusion.condition.pooled else set()
     found = [
         make(config)
@@ -85,7 +85,7 @@ class Digest(NamedTuple):
     """A table of names and shapes, shortened.
 
     Attributes:
-      keys: How many.
+      keys: The number of names.
       sha256: Of its lines, sorted: the key, then its sides.
     """
 
@@ -123,7 +123,7 @@ def tree_shapes(config: Config, kind: str) -> PyTree:
 def stored_table(config: Config, kind: str, format_: Format) -> Table:
     """List the names and shapes in a file, with fused tensors as the file has them."""
     table = key_shapes(tree_shapes(config, kind), format_)
-    # One byte a number: only the shapes are of interest, and the joined are new.
+    # One byte a number: only the shapes are read, and joined tensors are allocated.
     arrays = {k: np.broadcast_to(np.int8(0), shape) for k, shape in table.items()}
     return {k: array.shape for k, array in compvis_names.join_in_proj(arrays).items()}
 
@@ -134,8 +134,8 @@ def draw_tensors(table: Table, seed: int, gain: float) -> dict[str, np.ndarray]:
     Args:
       table: Names and shapes.
       seed: Of the draw.
-      gain: Of all that is added to what a norm reads. Where it is small the norms see
-        so little variance that a wrong epsilon shows; where it is 1 none does.
+      gain: Scale of the weights whose output a norm reads. A small gain gives the norms
+        so little variance that a wrong epsilon shows; a gain of 1 does not.
 
     Returns:
       Tensors by name.
@@ -185,7 +185,7 @@ def make_inputs(config: Config, kind: str, seed: int) -> Inputs:
 def run_ours(
     config: Config, kind: str, params: PyTree, inputs: Inputs, *, gradient: bool
 ) -> dict[str, np.ndarray]:
-    """Compute what a golden file summarises.
+    """Compute the outputs that a golden file summarises.
 
     Args:
       config: Of the networks.
@@ -195,7 +195,7 @@ def run_ours(
       gradient: Whether the gradient of `projected(output)` is wanted, too.
 
     Returns:
-      What it computes, by name.
+      Outputs by name.
     """
     model = build_model(config)
     arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
@@ -250,7 +250,7 @@ def _with_gradient(
 
 
 def _run(function: Callable, *args: PyTree) -> Any:
-    """Run a function once, compiled in the least time, not to the least time."""
+    """Run a function once, compiled as fast as possible, not optimised."""
     compiled = jax.jit(function).lower(*args).compile(compiler_options=FAST_TO_COMPILE)
     return jax.tree.map(np.asarray, compiled(*args))
 
@@ -262,7 +262,7 @@ def projections(size: int) -> np.ndarray:
 
 
 def summary(array: np.ndarray) -> list[float]:
-    """Shorten an array: values here and there, and projections of the whole.
+    """Shorten an array to some of its values and projections of the whole.
 
     A projection is divided by the root of the size, so that it is as large as a value.
     """

@@ -25,7 +25,7 @@ def torchvision():
 
 
 def under_slices(arrays):
-    """The same under the names of the lpips package."""
+    """Rename the convolutions as the lpips package does."""
     renamed = {}
     for key, value in arrays.items():
         _, index, leaf = key.split(".")

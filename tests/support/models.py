@@ -84,14 +84,14 @@ def config_of(kind: str, **fields) -> Config:
 
 
 def model_of(config: Config, seed: int = 0) -> ModelWeights:
-    """Draw a model's parameters: no network is run, so nothing is compiled."""
+    """Draw a model's parameters; no network is compiled."""
     shapes = network_shapes(config)
     trees = []
     for tree in shapes:
         flat = {key: leaf.shape for key, leaf in flatten(tree).items()}
         # As in `random_tensors`, but with our axes: the fan-in is not the last one.
-        turned = {_leaf_name(k): s[::-1] for k, s in flat.items()}
-        drawn = random_tensors(turned, seed)
+        reversed_shapes = {_leaf_name(k): s[::-1] for k, s in flat.items()}
+        drawn = random_tensors(reversed_shapes, seed)
         trees.append(
             unflatten({k: np.array(drawn[_leaf_name(k)].T, order="C") for k in flat})
         )

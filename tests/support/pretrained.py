@@ -36,7 +36,7 @@ def without_own_config(out):
 
 
 def compvis_arrays(kind="label"):
-    """The tensors of a CompVis file of a small model, and its config."""
+    """Return a small model's weights, and its tensors in CompVis naming."""
     weights = model_of(config_of(kind))
     diffusion, tensors = weights.config.diffusion, {}
     for prefix, tree, format_ in (

@@ -1,4 +1,4 @@
-"""Formulas in the place of networks: a whole command, compiled in a blink."""
+"""Formulas in place of networks, so that a whole command compiles fast."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ MADE: dict[Any, Any] = {}
 
 
 def picture(path: Any, *, height: int = SIDE, width: int = SIDE, seed: int = 0) -> Any:
-    """Write a grey picture of noise."""
+    """Write a grey image of noise."""
     pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 1))
     write_png(path, pixels.astype(np.uint8))
     return path
@@ -51,22 +51,22 @@ def config_with(condition: ConditionConfig | None = None, **diffusion: Any) -> C
 
 
 def denoiser_of(model: Any, params: Any) -> Any:
-    """Make a denoiser that depends on all that a UNet does."""
+    """Make a denoiser that depends on all inputs of a UNet."""
     kernel = params.unet["conv_in"]["kernel"][1, 1]
 
     def denoise(x_t, t, cond):
-        told = t.astype(jnp.float32) / 1000.0
+        offset = t.astype(jnp.float32) / 1000.0
         if cond.label is not None:
             label = cond.label.astype(jnp.float32)
             if label.ndim == 2:
                 label = (label * jnp.arange(label.shape[1], dtype=jnp.float32)).sum(1)
-            told = told + jnp.sin(label)
+            offset = offset + jnp.sin(label)
         if cond.context is not None:
-            told = told + cond.context[..., 0].mean(axis=1)
+            offset = offset + cond.context[..., 0].mean(axis=1)
         seen = [x_t] if cond.concat is None else [x_t, cond.concat]
         features = jnp.concatenate(seen, axis=-1) @ kernel
         mixed = 0.3 * (features[..., : x_t.shape[-1]] + x_t)
-        return jnp.tanh(mixed + 0.2 * told[:, None, None, None])
+        return jnp.tanh(mixed + 0.2 * offset[:, None, None, None])
 
     return denoise
 
@@ -95,7 +95,7 @@ def one_device() -> PmapLayout:
 
 
 def make_once(model: Any, *, weak: Any, layout: Any, **settings: Any) -> Any:
-    """Make a sample function, or take the one that was made alike before."""
+    """Make a sample function, cached by model and settings."""
     pair = [n and n._replace(schedule=None) for n in (model, weak)]
     key = (*pair, *sorted(settings.items()))
     if key not in MADE:
@@ -105,7 +105,7 @@ def make_once(model: Any, *, weak: Any, layout: Any, **settings: Any) -> Any:
 
 @contextmanager
 def no_networks() -> Iterator[None]:
-    """Put the formulas in place, on one device, each kind of sampling traced once."""
+    """Replace the networks by formulas, on one device, with cached sample functions."""
     with pytest.MonkeyPatch.context() as patch:
         for room in (chunk, inversion):
             patch.setattr(room, "denoiser_of", denoiser_of)

@@ -1,4 +1,4 @@
-"""A run of seconds: the real data at 8x8 pixels and the smallest networks."""
+"""A config that trains in seconds: digits at 8x8 pixels, the smallest networks."""
 
 from ldm_jax.config import (
     AutoencoderConfig,

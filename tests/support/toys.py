@@ -1,4 +1,4 @@
-"""A stage without networks, whose every number is exact in any order of summation.
+"""A stage of numbers that are exact in any order of summation, without networks.
 
 Its parameters depend on every bit of every random draw: noise, times, dropped
 conditions and the images. Equal digests mean equal draws.
@@ -33,7 +33,7 @@ BATCH = 8
 
 
 def bits_of(bits):
-    """Twelve bits of every number, so that sums over a batch are exact."""
+    """Return twelve bits of every number, so that sums over a batch are exact."""
     return (jax.lax.bitcast_convert_type(bits, jnp.uint32) >> 11 & 0xFFF).astype("f4")
 
 
@@ -51,23 +51,23 @@ def toy_step(state, frozen, batch, root, *, reduce, nan_at=()):
         for bad in nan_at:
             means = jnp.where(state.step == bad, jnp.nan, means)
         gradient = jnp.concatenate([means, jnp.full(4, 0.5 * means.sum())])
-        of = functools.partial(jnp.broadcast_to, gradient)
-        gradients = jax.tree.map(lambda w: of(w.shape), state.params)
+        broadcast = functools.partial(jnp.broadcast_to, gradient)
+        gradients = jax.tree.map(lambda w: broadcast(w.shape), state.params)
         return BatchGradients(gradients, (means, gradient))
 
     reduced = reduce(gradient_fn, state, frozen, batch, root)
     means, gradient = reduced.means
     params = jax.tree.map(lambda w, g: w - g / 64, state.params, reduced.gradients)
     ema = jax.tree.map(lambda old, new: 0.5 * (old + new), state.ema, params)
-    # Read, as an optimiser does: what a step does not read, it does not take over.
+    # Read the state as an optimiser does: unread arrays are not donated.
     last = jnp.where(state.step < 0, state.opt_state["last"], gradient)
     state = TrainState(state.step + 1, params, ema, {"last": last})
     return state, DiffusionMetrics(means.sum(), means[0])
 
 
 def toy_state():
-    # Noise, which cannot be squeezed: in a checkpoint it lies in files of the process
-    # that wrote it, where zeros would fit into the index that all of them read.
+    # Noise cannot be compressed: a checkpoint has it in files of the process that
+    # wrote it, where zeros would fit into the index that all processes read.
     noise = jax.random.bits(root_key(0), (64, 16, 8)) >> 20
     params = {"w": noise.astype(jnp.float32) / 2**12, "b": jnp.zeros(8)}
     ema = jax.tree.map(jnp.copy, params)
@@ -93,7 +93,7 @@ def toy_stage(*, num_steps=12, nan_at=(), drawn=None):
 
 
 def run_toy(workdir, stage, *, parallel=None, devices=None, stop=None, **settings):
-    """Run the toy from wherever it stopped; return what it finished with."""
+    """Run the toy stage, or resume it; return the result of the stage."""
     parallel = parallel or ParallelConfig()
     layout = make_layout(parallel, devices)
     Path(workdir).mkdir(exist_ok=True)

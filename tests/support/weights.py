@@ -1,4 +1,4 @@
-"""Weights that anyone can draw again from their names, and CLIP's names for them.
+"""Random weights that depend on names only, and the names of CLIP's tensors.
 
 NumPy promises never to change what `RandomState` draws, so a golden file needs only a
 seed and the shapes.

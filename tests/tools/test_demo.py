@@ -341,8 +341,8 @@ def test_page_of_a_class_model_in_a_browser(served, tmp_path):
                 )
                 == "pixelated"
             )
-        assert all(x.startswith((url, "data:", f"ws{url[4:]}")) for x in tab.asked)
-        assert not tab.said
+        assert all(x.startswith((url, "data:", f"ws{url[4:]}")) for x in tab.requests)
+        assert not tab.errors
 
 
 def write(tab, knob, text):
@@ -382,4 +382,4 @@ def test_page_of_a_text_model_in_a_browser(tmp_path):
         assert image.text["prompt"] == "hello 'cat'"
         write(tab, "prompt", "")
         tab.wait(f"({STATUS}).includes('Enter a prompt')")
-        assert not tab.said
+        assert not tab.errors
