@@ -86,7 +86,7 @@ def test_resize_bilinearly_equals_tensorflow_1():
 
 
 def random_state(module):
-    """Draw weights that keep the size of activations, and norms that are not trivial."""
+    """Draw weights that keep the size of activations, and non-trivial norms."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for key, value in module.state_dict().items():
