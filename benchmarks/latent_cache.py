@@ -198,7 +198,7 @@ def to_table(rows: list[dict[str, Any]]) -> str:
     """Write what was counted of recipes."""
     lines = [
         "| recipe | TFLOP an image | from latents | saved | KiB of pixels | of moments "
-        "| of text states |",
+        "| of text embeddings |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
