@@ -21,25 +21,25 @@ class Flags:
         ldm train --config digits --workdir runs/second \
             --first-stage runs/digits --data.latents runs/latents
 
-    Takes the data and the finished first stage of a run; or of a config that names a
-    first stage, and then every field of the config is a flag, as in `ldm train`. Keeps
-    the moments of each latent, not a sample of it, and what a frozen text encoder makes
-    of each caption. On several hosts each makes its share. Interrupted, the same
-    command goes on; given again later, it makes anew what is damaged.
+    Takes the data and the finished first stage of a run, or of a config that names a
+    first stage; every field of that config is a flag, as in `ldm train`. Stores the
+    moments of each latent, not a sample of it, and the text embedding of each caption
+    if the text encoder is frozen. Several hosts share the work. The same command
+    resumes after an interruption, and later replaces damaged shards.
     """
 
     workdir: Path | None = None
     """Folder of a run."""
     config_name: Annotated[str | None, tyro.conf.arg(name="config")] = None
-    """In its place: a shipped config, or a file with get_config()."""
+    """Instead of a run: a shipped config, or a file with get_config()."""
     out: Path | None = None
     """Folder of the cache."""
     shards: int | None = None
-    """Files of records; by the size of the data by default."""
+    """Files of records; chosen by the size of the data by default."""
     batch: int = IMAGES_AT_ONCE
     """Images that a device encodes at once."""
     states: bool = True
-    """Keep what a frozen text encoder makes of the captions."""
+    """Store the text embeddings of a frozen text encoder."""
     launch: Annotated[Launch, Inline] = Launch()
     """How the program starts."""
     config: Annotated[Config, Inline] = Config()

@@ -26,11 +26,11 @@ class Flags:
     out: Path = Path("contact_sheet.png")
     """PNG to draw."""
     image_size: int | None = None
-    """Name images smaller than so many pixels."""
+    """Name images with a side below this many pixels."""
     train_split: str = "train"
-    """As --data.train-split."""
+    """Training split, as in --data.train-split."""
     test_split: str | None = None
-    """As --data.test-split; test by default, where there is one."""
+    """Held-out split, as in --data.test-split; test by default, if there is one."""
     json: bool = False
     """Print JSON, with all names."""
 

@@ -33,16 +33,16 @@ class Flags:
     Makes the images of seeds 0, 1, 2 ... over all devices and prints FID, KID,
     Inception Score, precision, recall, density and coverage, beside those of held-out
     real images. Features come from FID's Inception network, read from a file, or from a
-    classifier trained on the data set's own labels. An interrupted command, given
-    again, goes on. metrics.json has the scores and all that it takes to repeat them.
+    classifier trained on the data set's own labels. The same command resumes after an
+    interruption. metrics.json has the scores and all settings that reproduce them.
     """
 
     workdir: Path
     """Folder of the run."""
     step: int | None = None
-    """Checkpoint to take; the newest by default."""
+    """Step of the checkpoint; the newest by default."""
     protocol: ProtocolName | None = None
-    """How images are measured; dataset-classifier by default, adm with --inception."""
+    """Protocol of the scores; dataset-classifier by default, adm with --inception."""
     inception: Path | None = None
     """Weights of FID's Inception network (.pth, safetensors)."""
     reference: Path | None = None
@@ -51,18 +51,18 @@ class Flags:
     num_images: int | None = None
     """Samples; the protocol's number by default."""
     sampler: SamplerName = "ddim"
-    """Of the samples."""
+    """Sampler of the samples."""
     steps: tuple[int, ...] = (50,)
-    """Of each sample; several are measured one after the other."""
+    """Denoising steps; several values are measured in turn."""
     spacing: SpacingName | None = None
-    """Of the steps; the run's by default."""
+    """Spacing of the steps; the run's by default."""
     eta: float = 0.0
     """DDIM's share of fresh noise."""
     guidance_scale: tuple[str, ...] = ("1",)
-    """1 is none; several are measured one after the other."""
+    """Guidance scale, 1 for none; several values are measured in turn."""
     ema_lengths: tuple[float, ...] = ()
-    """Of the average of the weights, as shares of training, where the run kept
-    averages; several are measured one after the other."""
+    """Relative lengths of a post-hoc EMA, as shares of training, if the run kept
+    averages; several are measured in turn."""
     reconstructions: bool = False
     """Measure the first stage on held-out images, not samples."""
     lpips: tuple[Path, ...] = ()
@@ -171,7 +171,7 @@ def main(args: list[str]) -> None:
 
 
 def in_words(settings: SamplingConfig) -> str:
-    """Name the settings of samples, above their column."""
+    """Return the column head of samples with these settings."""
     scale = ",".join(f"{value:g}" for value in settings.guidance_scale)
     text = f"{settings.sampler} {settings.steps}, guidance {scale}"
     length = settings.ema_length

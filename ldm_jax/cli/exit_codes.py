@@ -1,4 +1,4 @@
-"""How a program ends: what a user can mend is one line and an exit code."""
+"""Exit codes of programs; an error that a user can correct is one line."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ BAD_INPUT = 2
 FAILED_RUN = 1
 INTERRUPTED = 130
 PREEMPTED = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on."""
+"""EX_TEMPFAIL of sysexits.h: not an error; the same command resumes."""
 SECONDS_TO_END = 5
 REMEDIES = {
     errno.ENOSPC: "make room there and give the same command",
@@ -22,13 +22,13 @@ REMEDIES = {
     errno.EROFS: "make it writable and give the same command, or try another folder",
     errno.EIO: "look after the disk and give the same command",
 }
-"""What to do where a disk, and no flag, is at fault."""
+"""Advice by error number, for errors of a disk and not of a flag."""
 
 
 def run_main(
     main: Callable[[list[str]], None], prog: str, args: list[str] | None = None
 ) -> NoReturn:
-    """Run a program to its end, which is an exit code.
+    """Run a program, and exit with its code.
 
     Args:
       main: Takes the arguments without the program's name.
@@ -66,11 +66,11 @@ def run_main(
 
 
 def _end_soon(code: int) -> None:
-    """End a process that failed alone, though it waits for others that wait for it."""
+    """End a failed process soon: it and the others would wait for each other."""
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return
-    # Process 0 last: the others would print that they miss it.
+    # Process 0 ends last: the others would print that they lost it.
     seconds = SECONDS_TO_END + 2 * (jax.process_index() == 0)
     end = threading.Timer(seconds, os._exit, [code])
     end.daemon = True

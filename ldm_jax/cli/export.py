@@ -20,13 +20,13 @@ class Flags:
     out: Path
     """A new folder for diffusers, a .safetensors file for CompVis."""
     format: Literal["diffusers", "compvis"] = "diffusers"
-    """Whose format."""
+    """Format of the output."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the numbers; float32 loses nothing."""
+    """Dtype of the parameters; float32 is lossless."""
 
 
 def main(args: list[str]) -> None:
-    """Export, and print where it is."""
+    """Export, and print the path."""
     flags = parse_flags(Flags, args, prog="ldm export")
     from ldm_jax.pretrained.convert import export_run
 

@@ -8,7 +8,7 @@ from ldm_jax.config.validation import checked_dataclass
 
 @checked_dataclass
 class Flags:
-    """Turn weights from elsewhere into a folder for `ldm sample --workdir`.
+    """Convert weights of another program to a folder for `ldm sample --workdir`.
 
     ldm import stable-diffusion-v1-5 --out runs/sd15
     """
@@ -21,13 +21,13 @@ class Flags:
     """Config of a file that does not hold one: a shipped one, such as ldm/sd15, or a
     file."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer's files, where the weights do not hold them."""
+    """Folder of the tokenizer's files, if the weights have none."""
     latent_scale: float | None = None
-    """Of the autoencoder, where the weights do not say it."""
+    """Latent scale of the autoencoder, if the weights do not state it."""
 
 
 def main(args: list[str]) -> None:
-    """Import, and print where the folder is."""
+    """Import, and print the folder."""
     flags = parse_flags(Flags, args, prog="ldm import")
     from ldm_jax.pretrained.convert import import_weights
 

@@ -20,7 +20,7 @@ class Command(NamedTuple):
     summary: str
     """One line for the help."""
     computes: bool = False
-    """Whether it runs a network for long, which huge pages help."""
+    """Whether it runs networks for long, which is faster with huge pages."""
 
 
 COMMANDS = {
@@ -43,7 +43,7 @@ def main(*first: str) -> NoReturn:
     """Run `ldm` on this process' arguments.
 
     Args:
-      first: Words that stand before them, such as the sub-command.
+      first: Words before the arguments, such as the sub-command.
     """
     args = [*first, *sys.argv[1:]]
     name = args[0] if args else ""
@@ -54,7 +54,7 @@ def main(*first: str) -> NoReturn:
 
 
 def run(args: list[str]) -> None:
-    """Run the sub-command that comes first with the arguments behind it.
+    """Run the sub-command that comes first, with the remaining arguments.
 
     Raises:
       InputError: If there is none of that name, or its arguments are wrong.

@@ -16,14 +16,14 @@ from ldm_jax.types import InputError, SamplerName, choices
 
 @checked_dataclass
 class Flags:
-    r"""Compile a training step for chips that are not here, and never run it.
+    r"""Compile a training step for absent chips, without running it.
 
         ldm plan --config ldm/text2img256_kl8_1p4b \
             --topology v5e:16x16 --layout fsdp --batch-per-device 4
 
-    Says of each chip whether the training step fits and by how much, what fills its
-    memory, how long the compiler expects it to take, and what goes over the links; with
-    --sample, the same of a call of the sampler. Planning for a TPU needs the extra
+    Reports for one chip whether the training step fits and by how much, the use of its
+    memory, the compiler's estimate of the time, and the traffic on the links; with
+    --sample, the same for a call of the sampler. Planning for a TPU needs the extra
     `plan` (libtpu) and no TPU. Reads no data and writes no run. Every field of the
     config is a flag, as in `ldm train`.
     """
@@ -31,29 +31,29 @@ class Flags:
     config_name: Annotated[str | None, tyro.conf.arg(name="config")] = None
     """A shipped config, or a file with get_config()."""
     topology: str | None = None
-    """What it runs on: local, or a TPU slice as v5e:4x4, v6e:2x2 or v4:2x2x1."""
+    """Devices: local, or a TPU slice such as v5e:4x4, v6e:2x2 or v4:2x2x1."""
     layout: LayoutName | None = None
-    """How the state is spread; the config's by default."""
+    """Layout of the state; the config's by default."""
     accumulate: int | None = None
-    """Parts a batch is computed in; the config's by default."""
+    """Parts in which a batch is computed; the config's by default."""
     batch_per_device: int | None = None
-    """Images of a chip; the config's share by default."""
+    """Images per chip; those of the config by default."""
     stage: str | None = None
     """autoencoder or diffusion; the last that the config trains by default."""
     sample: bool = False
     """Plan a call of the sampler, not a step."""
     sampler: SamplerName = "ddim"
-    """Of the call."""
+    """Sampler of the call."""
     steps: int = 50
-    """Of the sampler."""
+    """Steps of the sampler."""
     suggest: bool = True
-    """Look for what would fit where this does not."""
+    """If it does not fit, look for changes that do."""
     scale: bool = False
     """Add a table of a step on 4 to 4096 chips, by formula."""
     json: bool = False
     """Print JSON."""
     config: Annotated[Config, Inline] = Config()
-    """What is planned."""
+    """Config to plan."""
 
     def _check(self) -> None:
         require_at_least(self, 1, "batch_per_device", "accumulate", "steps")
@@ -63,7 +63,7 @@ def parse(args: list[str]) -> tuple[PlanRequest, Flags]:
     """Read the command line.
 
     Returns:
-      The question, and the flags, which say how to answer.
+      The request, and the flags of the output.
 
     Raises:
       InputError: If it is wrong.
@@ -105,7 +105,7 @@ def _work(flags: Flags) -> WorkName:
 
 
 def main(args: list[str]) -> None:
-    """Compile, and print what was found."""
+    """Compile, and print the plan."""
     request, flags = parse(args)
     if request.topology is not None:
         prepare_environment()

@@ -11,13 +11,12 @@ from ldm_jax.parallel.launch import PEER_TIMEOUT, start
 
 @checked_dataclass
 class Flags:
-    """Write a run on one page: what was trained, how it went, what it draws.
+    """Write a report of a run: its config, losses, scores and samples.
 
         ldm report --workdir runs/digits
 
-    Writes WORKDIR/report.html, complete in itself: it can be mailed, and opened without
-    a network. What `ldm evaluate` and `ldm steps` found of the run is in it; a run that
-    is not finished has one too.
+    Writes WORKDIR/report.html, one page without external files. It includes the results
+    of `ldm evaluate` and `ldm steps`. The run may be unfinished.
     """
 
     workdir: Path
@@ -25,13 +24,13 @@ class Flags:
     out: Path | None = None
     """File to write; WORKDIR/report.html by default."""
     samples: bool = True
-    """Draw samples; without, nothing is computed."""
+    """Draw samples; --no-samples computes nothing."""
     launch: Annotated[Launch, Inline] = Launch()
     """How the program starts."""
 
 
 def main(args: list[str]) -> None:
-    """Write the report, and print where it is."""
+    """Write the report, and print its path."""
     flags = parse_flags(Flags, args, prog="ldm report")
     from ldm_jax.tools.report.run_summary import check_out, read_run_summary
 

@@ -24,16 +24,16 @@ from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError, RunError
 
 PLACES = ("workdir", "weights", "tokenizer", "autoguidance", "image", "mask")
-"""Settings that --replay takes: where files are that have moved."""
+"""Settings that --replay accepts: new paths of moved files."""
 
 
 class SampleCommand(NamedTuple):
     """Images to make."""
 
     settings: SamplingConfig
-    """How they are made."""
+    """Settings of the images."""
     request: SampleRequest
-    """Which they are, and where they go."""
+    """The images, and where they are written."""
     launch: Launch
     """How the program starts."""
 
@@ -120,7 +120,7 @@ class SampleArguments(SampleRequest, SamplingConfig):
     """How the program starts; the processes of a pod share the images."""
 
     def __post_init__(self) -> None:
-        """Check nothing: the parts that are made of the flags check themselves."""
+        """Skip the checks: the parts made from the flags check themselves."""
 
 
 def parse_sample(args: list[str]) -> SampleCommand | ReplayRequest:
@@ -211,7 +211,7 @@ def _replay(given: SampleArguments) -> ReplayRequest:
 def _check_run(
     config: Config, settings: SamplingConfig, request: SampleRequest
 ) -> None:
-    """Raise `InputError` for what the config of a run excludes."""
+    """Raise `InputError` for settings that the config of a run excludes."""
     if settings.config_file is not None:
         raise InputError(
             "--config: got it beside --workdir, wanted none: a run has its own"

@@ -40,19 +40,19 @@ class Flags:
     workdir: Positional[Annotated[Path, tyro.conf.arg(metavar="WORKDIR")]]
     """Folder of the run."""
     step: int | None = None
-    """Checkpoint to take; the newest by default."""
+    """Step of the checkpoint; the newest by default."""
     sampler: SamplerName = "ddim"
-    """Of every image; see ldm sample --help."""
+    """Sampler of every image; see ldm sample --help."""
     spacing: SpacingName | None = None
-    """Of the steps; the run's by default."""
+    """Spacing of the steps; the run's by default."""
     max_steps: int | None = None
-    """Of the page; 100 by default, or all there are."""
+    """Largest number of steps; by default 100, or that of the schedule if smaller."""
     max_images: int = 16
-    """At a time."""
+    """Largest number of images at a time."""
     host: str = LOOPBACK
-    """Address to listen at; this machine's alone by default."""
+    """Address to listen at; by default only this machine can connect."""
     port: int = PORT
-    """Where; 0 for any that is free."""
+    """Port to listen at; 0 for any free port."""
     compilation_cache: str | None = None
     """Folder of compiled programs, or none; beside the run by default."""
 

@@ -19,10 +19,10 @@ class Flags:
         ldm steps --workdir runs/digits
 
     Prints a table and names the cheapest setting within 5 % of the best; writes
-    steps.json and steps.png. Quality is the Fréchet distance to the training split,
-    with --protocol of its features, as in `ldm evaluate`: that is FID. Else it is that
-    of principal components of small averaged images, a stand-in which needs nothing
-    from outside and sees layout and contrast, not texture.
+    steps.json and steps.png. Quality is the Fréchet distance to the training split:
+    with --protocol of the protocol's features, which is FID as in `ldm evaluate`;
+    otherwise of principal components of small averaged images, which need no files and
+    represent layout and contrast, not texture.
     """
 
     workdir: Path
@@ -32,17 +32,17 @@ class Flags:
     steps: tuple[int, ...] = (5, 10, 20, 50)
     """Numbers of denoising steps."""
     spacing: SpacingName | None = None
-    """Of the steps; the run's by default."""
+    """Spacing of the steps; the run's by default."""
     num_images: int = 500
     """Images of each setting."""
     guidance_scale: float = 1.0
-    """1 is none."""
+    """Guidance scale; 1 for none."""
     protocol: ProtocolName | None = None
-    """Whose features are compared."""
+    """Protocol of the features that are compared."""
     inception: Path | None = None
     """Weights of FID's Inception network (.pth, safetensors)."""
     limit_steps: int = 200
-    """Steps of dpmpp_2m whose images stand for the converged ones."""
+    """Steps of dpmpp_2m for the images that count as converged."""
     out: Path | None = None
     """Folder of steps.json and steps.png; WORKDIR/steps by default."""
 
@@ -90,7 +90,7 @@ def parse(args: list[str]) -> StepsRequest:
 
 
 def check_settings(config: Config, flags: Flags) -> None:
-    """Raise `InputError` if a run has not the steps, or no condition to guide by."""
+    """Raise `InputError` if a run lacks the steps, or a condition to guide by."""
     condition, top = config.diffusion.condition, config.diffusion.num_timesteps
     if outside := [steps for steps in flags.steps if not 1 <= steps <= top]:
         raise InputError(f"--steps: got {outside[0]}, wanted 1 to {top}")

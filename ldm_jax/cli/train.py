@@ -15,7 +15,7 @@ from ldm_jax.parallel.launch import start
 from ldm_jax.types import InputError
 
 WORTH_DRAWING = 60.0
-"""Seconds of training after which drawing samples for the report is no long wait."""
+"""Seconds of training above which the report has samples."""
 
 
 @checked_dataclass
@@ -24,8 +24,7 @@ class Flags:
 
         ldm train --config digits --workdir runs/digits
 
-    Given again, the same command goes on where it was interrupted. Every field of the
-    config is a flag.
+    The same command resumes after an interruption. Every field of the config is a flag.
     """
 
     config_name: Annotated[str | None, tyro.conf.arg(name="config")] = None
@@ -41,7 +40,7 @@ class Flags:
     launch: Annotated[Launch, Inline] = Launch()
     """How the program starts."""
     config: Annotated[Config, Inline] = Config()
-    """What is trained."""
+    """Config to train."""
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
@@ -79,7 +78,7 @@ def parse(args: list[str]) -> Flags:
 
 
 def main(args: list[str]) -> None:
-    """Train, and print where the run is."""
+    """Train, and print the path of the run."""
     flags = parse(args)
     config = flags.config
     workdir = None if flags.dry_run else flags.workdir
@@ -106,7 +105,7 @@ def main(args: list[str]) -> None:
         return
     by_stage = outcome.final["seconds_by_stage"]
     if outcome.trained:
-        # Of several processes the others are gone, and samples are drawn by all.
+        # Sampling needs all processes, and the others have ended.
         draws = sum(by_stage.values()) > WORTH_DRAWING and jax.process_count() == 1
         write_report(
             read_run_summary(workdir), workdir / "report.html", with_samples=draws
