@@ -43,10 +43,10 @@ class Classifier(nn.Module):
     """Convolutions with strides down to a map of 4x4, a mean, a linear layer.
 
     Fields:
-      num_classes: Classes there are.
-      channels: Of the first convolution; each later one has twice as many, up to
+      num_classes: Number of classes.
+      channels: Channels of the first convolution; each later one doubles them, up to
         `width`.
-      width: Of a feature.
+      width: Length of a feature vector.
       num_groups: Groups of every norm.
     """
 
@@ -79,7 +79,7 @@ CHANNELS, WIDTH, NUM_GROUPS = 16, 64, 8
 STEPS, BATCH_SIZE = 1000, 64
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
 CLASSIFIER_SEED = 0
-"""The same for all runs, so that two runs on one data set are comparable."""
+"""Seed of all runs, so that two runs on one data set are comparable."""
 MAX_BYTES = 2 * 2**30
 """Bytes of training images in memory."""
 
@@ -188,8 +188,8 @@ def fit_classifier(dataset: Dataset) -> TrainedClassifier:
     """Train the classifier on a run's data set.
 
     Raises:
-      InputError: If the data set has fewer than two classes, or other than the config
-        says.
+      InputError: If the data set has fewer than two classes, or another number than the
+        config.
     """
     data = dataset.data
     if data.num_classes < 2:

@@ -18,7 +18,7 @@ class Dataset(NamedTuple):
     """The data set of a run."""
 
     data: DataConfig
-    """Where it is, and how its images are prepared."""
+    """Config of the data."""
     open_split: Callable[[build.Split], Source]
     """Opens a split, or raises `InputError`."""
 
@@ -29,7 +29,7 @@ def dataset_of(config: Config) -> Dataset:
 
 
 def load_images(dataset: Dataset, split: build.Split, *, limit: int) -> Batch:
-    """Read a split, or `limit` examples from all over it.
+    """Read a split, or `limit` examples that are spread over it.
 
     Raises:
       InputError: If the data cannot be read.
@@ -38,7 +38,7 @@ def load_images(dataset: Dataset, split: build.Split, *, limit: int) -> Batch:
 
 
 def prepare_all(dataset: Dataset, examples: Examples, *, limit: int) -> Batch:
-    """Read examples, or `limit` from all over them, as the run prepares its images."""
+    """Read examples, or `limit` spread over them, as the run prepares its images."""
     size, channels = dataset.data.image_size, dataset.data.image_channels
     return load_all(examples, image_size=size, image_channels=channels, limit=limit)
 
@@ -58,7 +58,7 @@ def read_block(
 
 
 def data_digest(data: DataConfig) -> str:
-    """Return a digest that tells data sets apart, without reading their images.
+    """Return a digest that differs between data sets, without reading their images.
 
     Raises:
       InputError: If a folder of images does not exist.

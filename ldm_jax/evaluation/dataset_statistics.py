@@ -57,7 +57,7 @@ def real_statistics(
 
     Raises:
       InputError: If the file is of another protocol or network, or cannot be read.
-      OSError: If what was measured cannot be written.
+      OSError: If the statistics cannot be written.
     """
     data = dataset.data
     wanted = Provenance(
@@ -86,7 +86,7 @@ def real_statistics(
 def _path_of_given(
     given: Path, protocol: Protocol, extractor: Extractor, *, folder: Path
 ) -> Path:
-    """Return a file of statistics as it is; of a batch of ADM's, one made of it."""
+    """Return a file of statistics, or the one made from a reference batch of ADM."""
     arrays = read_arrays(given)
     if not is_batch(arrays):
         return given
@@ -100,7 +100,7 @@ def _path_of_given(
 
 
 class Share(NamedTuple):
-    """What one of several processes measured: its blocks of images."""
+    """Statistics of the image blocks of one process."""
 
     pooled: Sums | None
     """Sums of features, in the order of its blocks; None if it has no block."""
@@ -175,7 +175,7 @@ def _join(
         image_size=data.image_size,
         data=digest.hexdigest(),
     )
-    # In an order in which the first ones represent all.
+    # In an order in which every prefix represents all images.
     rank = np.argsort(shuffled_order(num))
     indices = np.concatenate([share.indices for share in shares])
     features = [share.features for share in shares if len(share.features)]

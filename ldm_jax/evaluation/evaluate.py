@@ -2,7 +2,7 @@
 
 OUT/NAME/features_000000.npz    features of 256 samples
 OUT/NAME/samples.png            the first samples
-OUT/NAME/metrics.json           the scores, and all that it takes to repeat them
+OUT/NAME/metrics.json           the scores, and the settings that reproduce them
 OUT/real_PROTOCOL_....npz       statistics of the run's own data
 """
 
@@ -55,7 +55,7 @@ class MetricNetwork(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """What samples are scored with, the same for all settings."""
+    """Network and statistics that score samples, the same for all settings."""
 
     extractor: Extractor
     """Extracts features."""
@@ -255,7 +255,7 @@ def _evaluate(
         **facts,
         "real": scorer.reference.provenance._asdict(),
         "classifier_accuracy": scorer.accuracy,
-        # Of this command alone, where it resumed another.
+        # Those of this command only, if it resumed another one.
         "images_drawn": made.num_images,
         "seconds_of_sampling": made.seconds,
         "devices": pipeline.layout.num_devices,

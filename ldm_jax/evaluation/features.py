@@ -28,7 +28,7 @@ class FeatureSet(NamedTuple):
 
 
 class Provenance(NamedTuple):
-    """How statistics were measured, and of which images.
+    """Protocol, network and images of statistics.
 
     Statistics are comparable only if protocol and network agree.
     """
@@ -53,13 +53,13 @@ class Reference(NamedTuple):
     """Statistics of real images."""
 
     provenance: Provenance
-    """How they were measured."""
+    """Protocol, network and images."""
     pooled: Moments
     """Moments of all features."""
     spatial: Moments | None
     """Moments of sFID's features; None where the network has none."""
     features: Float[np.ndarray, "n d"]
-    """Single features, of images from all over the data set, in no order."""
+    """Single features of images spread over the data set, unordered."""
 
 
 def join(parts: list[FeatureSet]) -> FeatureSet:

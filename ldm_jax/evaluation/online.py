@@ -96,7 +96,7 @@ def make_measure(
         guidance_scale=(scores.guidance_scale,),
     )
     condition = config.diffusion.condition
-    model = model._replace(condition=condition)  # its tokenizer may be learned since
+    model = model._replace(condition=condition)  # with a trained tokenizer
     nothing = sample_params(frozen, DiffusionParams({}, {}))
     pipeline = make_pipeline(Run(config, model, nothing, "", 0), settings)
     guided = condition.uses_classes or condition.uses_tokens

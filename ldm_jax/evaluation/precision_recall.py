@@ -16,7 +16,7 @@ ROWS = 1024
 
 
 class Neighbourhoods(NamedTuple):
-    """How two sets of features lie in each other's neighbourhoods.
+    """Precision, recall, density and coverage of two sets of features.
 
     A neighbourhood is a ball around a feature; its radius is the distance to the k-th
     neighbour in the same set.

@@ -14,7 +14,7 @@ ResizeName = Literal["tensorflow_1", "clean", "none"]
 
 
 class Protocol(NamedTuple):
-    """How images become scores. Images are 8-bit levels before anything else."""
+    """All choices between 8-bit images and their scores."""
 
     name: ProtocolName
     """Name of the protocol."""
@@ -22,7 +22,7 @@ class Protocol(NamedTuple):
     """Network of the features: FID's Inception, or a classifier trained on the data
     set's own labels."""
     resize: ResizeName
-    """How images are resized for the network."""
+    """Resizing of images for the network."""
     num_images: int
     """Number of samples of published scores."""
     score_splits: int

@@ -1,4 +1,4 @@
-"""What `ldm evaluate` may be asked; imports no JAX."""
+"""The request of `ldm evaluate`, and its checks. Imports no JAX."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,24 +10,24 @@ from ldm_jax.types import InputError
 
 
 class EvaluationRequest(NamedTuple):
-    """What was asked."""
+    """An evaluation of a run."""
 
     protocol: Protocol
-    """How images are measured."""
+    """Protocol of the scores."""
     settings: tuple[SamplingConfig, ...]
-    """How samples are made; each way is measured by itself."""
+    """Settings of the samples; each is measured separately."""
     num_images: int
-    """How many; seeds 0 to one less."""
+    """Number of samples of each setting: seeds 0 to `num_images - 1`."""
     inception: Path | None
     """File of Inception's weights, or None for the classifier."""
     reference: Path | None
     """File of statistics to compare with; None for the run's own data."""
     out: Path
-    """Folder for everything that is written."""
+    """Folder for the results."""
     workdir: Path
     """Folder of the run."""
     reconstructions: bool
-    """Whether the first stage is measured, not samples."""
+    """Whether to measure the first stage instead of samples."""
     lpips: tuple[str, ...]
     """Files of LPIPS' weights."""
 

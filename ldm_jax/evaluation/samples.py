@@ -23,13 +23,13 @@ from ldm_jax.types import InputError
 SHARD = 256
 """Samples whose features are one file, once it is complete."""
 PART = 128
-"""Samples after which the file is written: an interruption loses no more."""
+"""Samples between two writes of the file; an interruption loses at most as many."""
 GRID_SIDE = 10
 MAX_CAPTIONS = 10_000
 
 
 class SamplingTime(NamedTuple):
-    """What a process sampled."""
+    """Number and time of the samples of a process."""
 
     num_images: int
     """Number of new samples."""
@@ -134,7 +134,7 @@ def conditions_by_seed(
 
 
 def read_features(folder: Path, *, num_images: int) -> FeatureSet:
-    """Read what `extract_samples` wrote.
+    """Read the features that `extract_samples` wrote.
 
     Raises:
       InputError: If a file is missing or damaged.

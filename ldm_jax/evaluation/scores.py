@@ -39,7 +39,7 @@ def score(protocol: Protocol, made: FeatureSet, reference: Reference) -> Scores:
 
     Returns:
       Scores by name. `fid` is the Fréchet distance of the features of the protocol's
-      network, whichever that is.
+      network.
 
     Raises:
       InputError: If there are too few images.

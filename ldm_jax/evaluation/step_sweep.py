@@ -53,10 +53,10 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Sweep(NamedTuple):
-    """All that was measured."""
+    """Measurements of all settings."""
 
     rows: list[SweepRow]
-    """One row a setting."""
+    """A row for each setting."""
     held_out_distance: float | None
     """Fréchet distance of the held-out split to the training split; None where it has
     too few images."""
@@ -123,7 +123,7 @@ def sweep_steps(request: StepsRequest) -> Sweep:
     except ValueError as error:
         raise InputError(f"--{error}") from None
     space = _feature_space(request, dataset_of(run.config))
-    request.out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after
+    request.out.mkdir(parents=True, exist_ok=True)  # to fail before sampling, not after
     starts = list(range(0, request.num_images, run.model.chunk))
     total = sum(setting.calls for setting in [limit, *settings]) * len(starts)
     rows: list[SweepRow] = []

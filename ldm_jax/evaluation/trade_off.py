@@ -25,7 +25,7 @@ class StepsRequest:
     steps: tuple[int, ...]
     """Numbers of denoising steps, each in [1, T]."""
     spacing: SpacingName | None
-    """How they are spaced; None for the schedule's default."""
+    """Spacing of the steps; None for the schedule's default."""
     num_images: int
     """Images of each setting, at least 2."""
     guidance_scale: float
