@@ -47,8 +47,8 @@ def image_specs(
       guided: Whether a negative prompt has any effect.
 
     Raises:
-      InputError: If the model needs what the request does not give, or the request
-        gives what the model does not read.
+      InputError: If the request lacks a condition of the model, or has one that it does
+        not read.
     """
     rows = condition_rows(model, request, guided=guided)
     if not request.interpolate:
@@ -191,19 +191,19 @@ def check_image_spec(model: LatentDiffusion, spec: ImageSpec) -> None:
 
 @functools.cache
 def _tokenizer(condition: ConditionConfig) -> Tokenizer:
-    """Open a tokenizer once, not once for every call."""
+    """Open a tokenizer; later calls reuse it."""
     return open_tokenizer(condition)
 
 
 def warn_of_prompts(model: LatentDiffusion, prompts: tuple[str, ...]) -> None:
-    """Log what a model cannot read of its prompts: unknown words, and what is cut."""
+    """Log the parts of prompts that a model does not read: unknown words, long ends."""
     for prompt in prompts if model.condition.uses_tokens else ():
         for warning in prompt_warnings(model, prompt):
             logging.getLogger(__name__).warning("--prompt: %r %s", prompt, warning)
 
 
 def prompt_warnings(model: LatentDiffusion, prompt: str) -> list[str]:
-    """List what a model cannot read of a prompt, each as a predicate."""
+    """List the parts of a prompt that a model does not read, each as a predicate."""
     tokenizer = _tokenizer(model.condition)
     found = []
     if strange := unknown_parts(prompt, tokenizer):
@@ -218,7 +218,7 @@ def prompt_warnings(model: LatentDiffusion, prompt: str) -> list[str]:
 def condition_inputs(
     model: LatentDiffusion, rows: list[ConditionTexts]
 ) -> tuple[ConditionInputs, ConditionInputs | None]:
-    """Turn the conditions of images into what the conditioner reads.
+    """Convert the conditions of images to inputs of the conditioner.
 
     Args:
       rows: As `condition_rows` returns them, one per image.

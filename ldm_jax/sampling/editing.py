@@ -1,4 +1,4 @@
-"""What a sample starts from instead of noise alone: pictures, masks, other samples."""
+"""Starts of samples other than noise: images, masks, other samples."""
 
 import functools
 from collections.abc import Callable
@@ -43,15 +43,15 @@ def make_invert_fn(
     spacing: SpacingName | None = None,
     iterations: int = 1,
 ) -> InvertFn:
-    """Make a jitted `invert_fn(params, images, cond)`: the noise DDIM makes them from.
+    """Make a jitted `invert_fn(params, images, cond)`, from images to DDIM's noise.
 
     Sampling with `ddim`, the same steps and spacing, no guidance, the same condition
-    and `Edit(latents=...)` gives the images back, as far as the autoencoder can; with
-    another condition it changes what differs.
+    and `Edit(latents=...)` reproduces the images up to the error of the autoencoder;
+    another condition changes them accordingly.
 
     Args:
       num_steps: Steps of the sampler.
-      spacing: Of the sampler.
+      spacing: Spacing of the steps.
       iterations: Network calls a step; more make the inverse exact.
 
     Returns:
@@ -80,7 +80,7 @@ def make_invert_fn(
         inputs: tuple[Float[Array, "b h w c"], ConditionInputs],
     ) -> Float[Array, "b h2 w2 d"]:
         images, cond = inputs
-        unused = image_keys([0] * images.shape[0])  # the climb draws nothing
+        unused = image_keys([0] * images.shape[0])  # inversion draws no noise
         end = sample(
             unguided(denoiser_of(model, params)),
             encode_images(model, params, images),
@@ -106,41 +106,42 @@ PARALLEL_SINE = 1e-4
 
 
 class Edit(NamedTuple):
-    """What a sample starts from; what is None has no say."""
+    """Start of a sample; fields that are None have no effect."""
 
     image: Float[Array, "b h w c"] | None = None
-    """Picture in [-1, 1] to change, as far as the sample function's `strength` goes, or
-    to keep where the mask says so."""
+    """Image in [-1, 1], which is changed by the share `strength` of the steps, or kept
+    where the mask is 0."""
     mask: Float[Array, "b h w 1"] | None = None
-    """1 where the picture is made anew, 0 where it stays as it is, to the pixel."""
+    """1 where the image is sampled, 0 where its pixels are kept exactly."""
     latents: Float[Array, "b h w c"] | None = None
-    """Latents at the first level, such as an inversion gives."""
+    """Latents at the first level, such as those of an inversion."""
     other_keys: Key[Array, " b"] | None = None
     """A second key per image; the start lies between the two noises."""
     other_cond: ConditionInputs | None = None
     """A second condition; the condition lies between the two."""
     weight: Float[Array, " b"] | None = None
-    """Where between: 0 is the first, 1 the second."""
+    """Position between the two: 0 is the first, 1 the second."""
 
 
 class FirstLevel(NamedTuple):
     """The noise level at which a sampler starts."""
 
     level: Level
-    """It."""
+    """The level."""
     spread: Float[Any, ""]
     """Standard deviation of the latents there."""
     is_whole: Bool[Any, ""]
-    """Whether the sampler takes all its steps; False where an edit begins later."""
+    """Whether the sampler makes all its steps; False if an edit skips the first
+    ones."""
 
 
 class Start(NamedTuple):
-    """Where a sampler begins."""
+    """Start of a sampler."""
 
     x_start: Float[Array, "b h w c"]
     """Latents at the first level."""
     known: Known | None
-    """What is not to change, or None."""
+    """Known part of the images, or None."""
 
 
 def start_of(
@@ -153,12 +154,12 @@ def start_of(
 ) -> Start:
     """Make the latents at the first level.
 
-    A hole is filled from noise alone where the sampler takes all its steps, else from
-    the noised picture.
+    A hole is filled from noise alone if the sampler makes all its steps, otherwise from
+    the noised image.
 
     Args:
       keys: One per image.
-      edit: What to start from.
+      edit: The start.
       first: The level.
 
     Source:
@@ -185,7 +186,7 @@ def start_of(
 
 
 def first_level(levels: Levels, *, sigma_data: float, is_whole: bool) -> FirstLevel:
-    """Collect what `start_of` needs to know of the first level.
+    """Collect the values of the first level that `start_of` reads.
 
     The spread is that of `alpha x_0 + sigma eps`; it is below 1 in flows only.
     """
@@ -199,14 +200,14 @@ def first_level(levels: Levels, *, sigma_data: float, is_whole: bool) -> FirstLe
 def free_latents(
     mask: Float[Array, "b h w 1"], shape: tuple[int, int, int]
 ) -> Float[Array, "b h2 w2 1"]:
-    """Free every latent that lies over a pixel to be made anew."""
+    """Mark every latent that covers a pixel to be sampled."""
     factor = mask.shape[1] // shape[0]
     blocks = mask.reshape(-1, shape[0], factor, shape[1], factor, 1)
     return (blocks.max(axis=(2, 4)) > 0.5).astype(jnp.float32)
 
 
 def paste(images: Float[Array, "b h w c"], edit: Edit) -> Float[Array, "b h w c"]:
-    """Put the pixels that were to stay back, exactly as they were given."""
+    """Restore the pixels that the mask keeps, exactly as they were given."""
     if edit.image is None or edit.mask is None:
         return images
     return jnp.where(edit.mask > 0.5, images, edit.image)
@@ -218,11 +219,11 @@ def masked_inputs(
     images: Float[Array, "b h w c"],
     mask: Float[Array, "b h w 1"],
 ) -> Float[Array, "b h2 w2 d"]:
-    """Make what a model of inpainting is conditioned on, as in its training.
+    """Make the condition of an inpainting model, as in its training.
 
     Args:
       images: In [-1, 1].
-      mask: 1 where they are to be made anew.
+      mask: 1 where they are sampled.
 
     Returns:
       The latents of the images with holes, and the mask in {-1, 1}.
@@ -233,15 +234,15 @@ def masked_inputs(
 def slerp(
     a: Float[Array, "b h w c"], b: Float[Array, "b h w c"], weight: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """Go from one noise to another along the sphere, where noise lives.
+    """Interpolate between two noises along the sphere.
 
     Args:
       a: Noise at weight 0.
       b: Noise at weight 1.
-      weight: For each image.
+      weight: Weight of each image.
 
     Returns:
-      The noise between; on the straight line where the two are parallel.
+      The interpolated noise; linear where the two are parallel.
 
     Source:
       Shoemake (1985); Song et al., DDIM, arXiv:2010.02502, eq. 67.
@@ -261,16 +262,16 @@ def slerp(
 def mix_conditions(
     a: Condition, b: Condition, weight: Float[Array, " b"], *, num_classes: int
 ) -> Condition:
-    """Go from one prepared condition to another along a straight line.
+    """Interpolate linearly between two prepared conditions.
 
     Args:
       a: Condition at weight 0.
       b: Condition at weight 1.
-      weight: For each image.
+      weight: Weight of each image.
       num_classes: Real classes; the null class has this index.
 
     Returns:
-      The condition between; a label becomes a weight for each class.
+      The interpolated condition; a label becomes a weight for each class.
     """
 
     def mix(first: Array, second: Array) -> Array:
@@ -282,7 +283,7 @@ def mix_conditions(
 
 
 def soften(cond: Condition, *, num_classes: int) -> Condition:
-    """Write a label as a weight for each class, the null class last."""
+    """Convert a label to a weight for each class, the null class last."""
     if cond.label is None:
         return cond
     label = jax.nn.one_hot(cond.label, num_classes + 1, dtype=jnp.float32)

@@ -1,9 +1,9 @@
 """Sample programs as bytes, which run without the networks of this package.
 
-A file is one line that names the format, one of JSON that says how the program is
-called, and a module of `jax.export`. Parameters, keys, conditions and the sampler's
+A file is a line with the name of the format, a line of JSON with the inputs of the
+program, and a module of `jax.export`. Parameters, keys, conditions and the sampler's
 table are inputs, each under its own name, so that no container of this package is
-written; a key is written as its words.
+written; a key is stored as its words.
 """
 
 import contextlib
@@ -55,12 +55,12 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 class Header(NamedTuple):
-    """What is known of a program without reading its module."""
+    """Description of a program in its file, beside the module."""
 
     batch: int
-    """Images a call; any number is made, the last call filled up."""
+    """Images a call; the last call of any number is padded."""
     solver: dict[str, Any]
-    """What its tables depend on: the fields of a `SolverSpec`."""
+    """Fields of the `SolverSpec` that its tables depend on."""
     num_classes: int
     """Real classes; the null class has this index."""
     null_tokens: list[int]
@@ -68,11 +68,11 @@ class Header(NamedTuple):
     key_impl: str
     """JAX's name for the kind of key."""
     platforms: list[str]
-    """Where it runs, in JAX's words: cpu, cuda, rocm, tpu."""
+    """JAX's names of its platforms: cpu, cuda, rocm, tpu."""
     jax_version: str
     """The version of JAX that wrote it."""
     sha256: str
-    """Of the module."""
+    """Digest of the module."""
 
 
 def export_sample_program(
@@ -90,14 +90,14 @@ def export_sample_program(
     Its images equal, bit for bit, those of `make_sample_fn` on the same machine.
 
     Args:
-      model: What to sample with.
-      params: Only their shapes are taken; the values stay inputs.
-      max_steps: The most steps there may be; None for as many as the schedule has.
+      model: The model.
+      params: Parameters; only their shapes are used, the values stay inputs.
+      max_steps: Largest number of steps; None for that of the schedule.
       guided: Whether calls are guided; None leaves it to the settings of each call.
-      batch: Images the network sees at once; None for `model.chunk`, and for one
-        where a CPU is among the platforms.
-      cond: Conditions of one image or more, whose shapes by image are taken. None
-        where the model reads labels, tokens or nothing.
+      batch: Images of a network call; None for `model.chunk`, or for 1 if a CPU is
+        among the platforms.
+      cond: Conditions of one image or more, whose shapes are used. None where
+        the model reads labels, tokens or nothing.
       platforms: Some of `PLATFORMS`; None for this machine's.
 
     Returns:
@@ -138,7 +138,7 @@ def export_sample_program(
 
 
 def load_sample_program(data: bytes) -> Callable[..., Samples]:
-    """Make a sample function of what `export_sample_program` wrote.
+    """Make a sample function of the bytes of `export_sample_program`.
 
     It is compiled for this machine at the first call.
 
@@ -210,15 +210,15 @@ class Call(NamedTuple):
     """The inputs of a program; the names of its arrays are paths in here."""
 
     params: SampleParams
-    """Of the model."""
+    """Parameters of the model."""
     solver: SolverInputs
-    """What holds for all images."""
+    """Sampler and guidance of all images."""
     keys: PyTree
     """Words of the key of each image; typed keys cannot be written."""
     cond: ConditionInputs
     """Condition of each image."""
     uncond: ConditionInputs
-    """What each is guided away from."""
+    """Condition that each image is guided away from."""
 
 
 def by_name(call: Call) -> dict[str, Any]:
@@ -246,14 +246,14 @@ def flat_program(
 
 
 def solver_to_json(spec: SolverSpec) -> dict[str, Any]:
-    """Write what tables depend on as JSON; float64 numbers come back as they were."""
+    """Convert a `SolverSpec` to JSON; float64 numbers read back exactly."""
     schedule = {k: np.asarray(v).tolist() for k, v in spec.schedule._asdict().items()}
     kind = type(spec.schedule).__name__
     return {**spec._asdict(), "schedule": {"kind": kind, **schedule}}
 
 
 def solver_from_json(fields: dict[str, Any]) -> SolverSpec:
-    """Read what `solver_to_json` wrote."""
+    """Invert `solver_to_json`."""
     schedule: dict[str, Any] = dict(fields["schedule"])
     kind = SCHEDULE_BY_NAME[schedule.pop("kind")]
     if kind is DiscreteSchedule:
@@ -268,11 +268,11 @@ def blank_call(
     *,
     batch: int,
 ) -> Call:
-    """Make inputs of the right shapes, none of whose values matters.
+    """Make inputs of the right shapes, with arbitrary values.
 
     Raises:
-      ValueError: If no condition is given and the model reads vectors or a picture,
-        whose size is the data's.
+      ValueError: If no condition is given and the model reads embeddings or an image,
+        whose shape the data determines.
     """
     model = program.model
     conditioner = model.conditioner
@@ -304,9 +304,9 @@ def blank_call(
 
 @contextlib.contextmanager
 def no_locations() -> Iterator[None]:
-    """Leave the paths of our files out of what is lowered within.
+    """Lower programs in the block without the paths of our files.
 
-    They name this machine's folders, and make two programs of one model differ.
+    The paths name folders of this machine: two programs of one model would differ.
     """
     name = "jax_traceback_in_locations_limit"
     limit = getattr(jax.config, name)
@@ -318,7 +318,7 @@ def no_locations() -> Iterator[None]:
 
 
 def split_program(data: bytes) -> tuple[Header, bytes]:
-    """Take a program apart.
+    """Split a program into its header and its module.
 
     Raises:
       InputError: If the bytes are no program, or were changed or cut.

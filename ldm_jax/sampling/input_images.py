@@ -1,4 +1,4 @@
-"""Images and masks that a user gives: read and checked."""
+"""Images and masks of a user, read and checked."""
 
 import hashlib
 import warnings
@@ -21,7 +21,7 @@ WHITE = 255
 
 
 class InputImages(NamedTuple):
-    """What an edit starts from, and the size of the images to make."""
+    """Image and mask of an edit, and the size of the images to make."""
 
     height: int
     """Height of the images to make, in pixels."""
@@ -30,7 +30,7 @@ class InputImages(NamedTuple):
     image: UInt8[np.ndarray, "h w c"] | None
     """The image, or None."""
     mask: UInt8[np.ndarray, "h w 1"] | None
-    """255 where the image is made anew, 0 elsewhere; or None."""
+    """255 where the image is sampled, 0 elsewhere; or None."""
     digests: dict[str, str]
     """sha256 of each file that was read, for the metadata."""
 

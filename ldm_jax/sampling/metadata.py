@@ -1,4 +1,4 @@
-"""How an image was made, as text in its PNG, and back."""
+"""Metadata of a sampled image, as text in its PNG."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from ldm_jax.types import TAKES_ETA, InputError
 VERSIONED_PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "numpy")
 CONDITION_KEYWORDS = ("label", "prompt", "negative_prompt")
 REQUIRED_KEYWORDS = frozenset({"settings", "seed"})
-"""Metadata has at least these."""
+"""Keywords that all metadata has."""
 OTHER = "other_"
 PLACES = frozenset({"workdir", "weights", "config_file", "image", "mask"})
 """Settings that are paths of files whose digest is in the metadata."""
@@ -34,7 +34,7 @@ LISTED_APART = frozenset({"sampler", "steps", "eta", "guidance_scale"})
 def make_metadata(
     spec: ImageSpec, settings: SamplingConfig, made_with: dict[str, str]
 ) -> dict[str, str]:
-    """Describe how an image was made.
+    """Make the metadata of an image.
 
     Args:
       spec: The image.
@@ -42,7 +42,7 @@ def make_metadata(
       made_with: As in `Pipeline`.
 
     Returns:
-      Text by keyword: for people, and enough to make the image again.
+      Text by keyword: readable, and sufficient to reproduce the image.
     """
     guided = spec.condition_texts or settings.autoguidance is not None
     scale = settings.guidance_scale if guided else (1.0,)
@@ -71,7 +71,7 @@ def make_metadata(
 
 @functools.cache
 def versions() -> str:
-    """Return the versions of the packages that compute, as JSON; looked up once."""
+    """Return the versions of the packages that compute, as JSON; cached."""
     found = {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
     return json.dumps(found)
 
@@ -102,7 +102,7 @@ def has_metadata(path: Path) -> bool:
 
 
 def read_metadata(path: Path) -> tuple[ImageSpec, SamplingConfig, dict[str, str]]:
-    """Read how an image was made.
+    """Read the metadata of an image.
 
     Args:
       path: A PNG.
@@ -163,12 +163,13 @@ def _refuse_constant(name: str) -> NoReturn:
 def differences(
     mine: dict[str, str], theirs: dict[str, str]
 ) -> dict[str, tuple[str, str]]:
-    """Compare the metadata of two images, but for the paths of files with a digest.
+    """Compare the metadata of two images, except paths of files with a digest.
 
     Returns:
-      Both values of what differs, by keyword, setting, or package; "none" is missing.
+      Both values of every difference, by keyword, setting or package; "none" if one is
+      missing.
     """
-    if mine == theirs:  # most often, where thousands of images are compared
+    if mine == theirs:  # the usual case of thousands of images
         return {}
     left, right = _flat(mine), _flat(theirs)
     words = sorted(left.keys() | right.keys())
@@ -195,10 +196,10 @@ MODELS = ("--workdir", "--weights")
 
 
 class Replay(NamedTuple):
-    """An image compared with the one that its metadata makes here."""
+    """An image compared with its reproduction from the metadata."""
 
     warnings: list[str]
-    """What differs from when it was made: versions, platform, checkpoint."""
+    """Differences of versions, platform and checkpoint."""
     num_pixels: int
     """Pixels of the image."""
     num_different: int
@@ -208,7 +209,7 @@ class Replay(NamedTuple):
 
 
 def replay(request: ReplayRequest) -> Replay:
-    """Make an image again from its metadata, and compare.
+    """Reproduce an image from its metadata, and compare.
 
     Raises:
       InputError: If the image has no metadata, or a file that it was made with is
@@ -241,7 +242,7 @@ def replay(request: ReplayRequest) -> Replay:
 
 
 def _reopen(settings: SamplingConfig) -> Pipeline:
-    """Load what an image was made with."""
+    """Load the model and the settings that made an image."""
     try:
         return open_pipeline(settings)
     except InputError as error:

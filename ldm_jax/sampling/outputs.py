@@ -1,4 +1,4 @@
-"""Images on disk: each made once, with its metadata, however often interrupted."""
+"""Images on disk with their metadata, each made once, also after interruptions."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ NUM_FRAMES = 10
 
 
 class GridLayout(NamedTuple):
-    """Which images a grid holds."""
+    """The images of a grid."""
 
     indices: list[int]
     """Indices of the images, row by row."""
@@ -58,18 +58,17 @@ class Work(NamedTuple):
 def write_images(settings: SamplingConfig, request: SampleRequest) -> list[Path]:
     """Make every label or text with every seed, row by row, and write them.
 
-    An image that exists with the same metadata is kept, so that an interrupted command,
-    given again, makes the rest. Several processes share the work, and the first one
-    writes the grid: of all images, if the processes have joined, or of those it finds.
+    An image that exists with the same metadata is kept, so that the same command
+    resumes after an interruption. Several processes share the work; the first one
+    writes the grid: of all images if the processes have joined, otherwise of those that
+    exist.
 
     Returns:
-      The files to look at first: the first image, the grid, and the trajectory if it
-      was asked for.
+      The first image, the grid, and the trajectory if it was requested.
 
     Raises:
       InputError: If the run has no finished checkpoint, the weights cannot be read, the
-        model needs what the request does not give, or another image is in the place of
-        one.
+        request lacks a condition, or another image has the path of one.
       RunError: If no checkpoint is intact.
       OSError: If an image cannot be written; those before it stay.
     """
@@ -101,13 +100,13 @@ def make_missing(work: Work, paths: list[Path]) -> int:
     """Make this process' share of the missing images; wait for the other processes.
 
     Args:
-      paths: Where each image goes; folders are made.
+      paths: Path of each image; folders are created.
 
     Returns:
-      How many were made.
+      The number of images made.
 
     Raises:
-      InputError: If another image is in the place of one.
+      InputError: If another image has the path of one.
       OSError: If an image cannot be written; those before it stay.
     """
     request, pipeline, specs = work
@@ -145,13 +144,13 @@ def is_made(
 
     Args:
       path: The file.
-      metadata: Of the image that is wanted.
+      metadata: Metadata of the wanted image.
       overwrite: Whether any other file may be replaced.
       flag: The flag that named the folder, for messages.
 
     Returns:
-      True for the image; False for what is to be replaced: an empty file, a damaged
-      image with that metadata, or, with `overwrite`, any file.
+      True for the image; False for a file to replace: an empty file, a damaged image
+      with that metadata, or, with `overwrite`, any file.
 
     Raises:
       InputError: If another file is there, and may not be replaced.
@@ -211,13 +210,13 @@ def grid_layout(request: SampleRequest, num: int) -> GridLayout:
 
 
 def grid_paths(request: SampleRequest) -> list[Path]:
-    """Return the path of the grid, and of the trajectory if it was asked for."""
+    """Return the path of the grid, and of the trajectory if it was requested."""
     names = ["grid.png", *(["trajectory.png"] if request.trajectory else [])]
     return [request.folder / name for name in names]
 
 
 def write_grids(work: Work, paths: list[Path]) -> list[Path]:
-    """Write the grid, and the trajectory if it was asked for; return their paths."""
+    """Write the grid, and the trajectory if it was requested; return their paths."""
     request, pipeline, specs = work
     layout = grid_layout(request, len(specs))
     written = grid_paths(request)
@@ -235,7 +234,7 @@ def write_grids(work: Work, paths: list[Path]) -> list[Path]:
 def trajectory_grid(
     pipeline: Pipeline, specs: list[ImageSpec]
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Make images again, and show their denoising, a row each."""
+    """Sample images again, and return their denoising, a row each."""
     settings = pipeline.settings
     steps = round(settings.steps * (settings.strength or 1.0))
     num_frames = min(NUM_FRAMES, max(steps, 1) + 1)

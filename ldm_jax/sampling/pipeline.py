@@ -42,7 +42,7 @@ INVERSION_ITERATIONS = 3
 
 
 class Pipeline(NamedTuple):
-    """All that makes images, but their seeds and conditions."""
+    """A model with the settings of its images, without seeds and conditions."""
 
     run: Run
     """The model and its parameters."""
@@ -53,22 +53,22 @@ class Pipeline(NamedTuple):
     inputs: InputImages
     """The image and mask of an edit, and the size."""
     settings: SamplingConfig
-    """How images are made, with defaults resolved."""
+    """Settings of the images, with defaults resolved."""
     layout: PmapLayout
     """The devices."""
     made_with: dict[str, str]
-    """Digests of what was read, and the platform, for the metadata."""
+    """Digests of the files read, and the platform, for the metadata."""
     sample_fn: SampleFn | None = None
-    """Kept from call to call; None makes one each time."""
+    """Sample function of all calls; None makes one for each call."""
 
 
 class SampledImage(NamedTuple):
-    """One image made."""
+    """A sampled image."""
 
     image: UInt8[np.ndarray, "h w c"]
     """Its pixels."""
     frames: UInt8[np.ndarray, "f h w c"]
-    """Its decoded latents during sampling; empty when none were asked for."""
+    """Its decoded latents during sampling; empty if none were requested."""
 
 
 def open_pipeline(settings: SamplingConfig) -> Pipeline:
@@ -190,7 +190,7 @@ def open_weak(run: Run, settings: SamplingConfig) -> Run | None:
 
 
 def _comparable_facts(model: LatentDiffusion) -> dict[str, object]:
-    """List what two models must have in common for autoguidance, by name."""
+    """List the facts that must be equal in two models for autoguidance, by name."""
     condition = model.condition
     return {
         "classes": model.num_classes if condition.uses_classes else 0,
@@ -343,7 +343,7 @@ def _with_kept_pixels(
 
 
 def _invert_fn(pipeline: Pipeline) -> InvertFn | None:
-    """Make the function that inverts an image, if that is asked for."""
+    """Make the function that inverts an image, if that is requested."""
     settings = pipeline.settings
     if not settings.invert:
         return None
@@ -358,7 +358,7 @@ def _invert_fn(pipeline: Pipeline) -> InvertFn | None:
 def _edit(
     pipeline: Pipeline, specs: list[ImageSpec], invert_fn: InvertFn | None
 ) -> Edit:
-    """Collect what the images of one call start from."""
+    """Collect the starts of the images of one call."""
     first, num = specs[0], len(specs)
     edit = Edit()
     if first.other is not None or first.other_seed is not None:
@@ -396,5 +396,5 @@ def _invert(
 
 
 def _repeated(x: Array, num: int) -> Array:
-    """Give every image of a call the same array."""
+    """Repeat an array for every image of a call."""
     return jnp.broadcast_to(x, (num, *x.shape[1:]))

@@ -36,9 +36,9 @@ def make_preview(
     Args:
       frozen: What the diffusion stage does not train.
       workdir: Folder of the run; grids go to `diffusion/samples_<step>.png`.
-      load_test: Returns that many held-out examples, whose conditions are sampled where
-        the model reads more than classes.
-      seed: Of the run.
+      load_test: Loads a number of held-out examples, whose conditions are used if the
+        model reads more than classes.
+      seed: Seed of the run.
 
     Returns:
       A function of the averaged parameters and the step.

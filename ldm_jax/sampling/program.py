@@ -1,4 +1,4 @@
-"""The sample program: what is compiled, once for all settings."""
+"""The sample program, which is compiled once for all settings."""
 
 import functools
 from typing import Any, NamedTuple, cast
@@ -36,41 +36,41 @@ from ldm_jax.sampling.editing import (
 
 
 class SolverSpec(NamedTuple):
-    """What tables of samplers depend on beside the settings."""
+    """The properties that tables of samplers depend on, besides the settings."""
 
     schedule: Schedule
     """The noise levels that the network was trained on."""
     prediction: PredictionName
-    """What the network predicts."""
+    """Prediction of the network."""
     sigma_data: float
     """Standard deviation of the scaled latents, where it predicts EDM's F."""
     max_steps: int
-    """The most steps there may be."""
+    """Largest number of steps."""
     num_frames: int
-    """Latents to keep on the way."""
+    """Intermediate latents to keep."""
     asks_if_guided: bool
-    """Whether the settings of each call say if it is guided."""
+    """Whether the settings of each call decide if it is guided."""
 
 
 class SampleProgram(NamedTuple):
     """The static part of a sample function."""
 
     model: LatentDiffusion
-    """What samples."""
+    """The model."""
     weak: LatentDiffusion | None
     """The worse model of autoguidance, or None."""
     guided: bool | None
-    """Whether calls are guided; None where the settings of each call say."""
+    """Whether calls are guided; None if the settings of each call decide."""
     max_steps: int
-    """The most steps there may be."""
+    """Largest number of steps."""
     num_frames: int
-    """Latents to keep on the way."""
+    """Intermediate latents to keep."""
     tile: int
     """Side of the decoder's tiles, in latents; 0 decodes at once."""
 
     @property
     def solver(self) -> SolverSpec:
-        """What its tables depend on."""
+        """The properties that its tables depend on."""
         return SolverSpec(
             schedule=self.model.schedule,
             prediction=self.model.prediction,
@@ -85,20 +85,21 @@ class Models(NamedTuple):
     """The arrays of the models that a sample function calls."""
 
     params: SampleParams
-    """Of the model."""
+    """Parameters of the model."""
     weak: SampleParams | None
-    """Of the worse model of autoguidance, or None."""
+    """Parameters of the worse model of autoguidance, or None."""
 
 
 class SolverInputs(NamedTuple):
-    """A sampler, its levels and its guidance, for all images alike."""
+    """Sampler, levels and guidance of all images."""
 
     table: Padded
     """The sampler."""
     first: FirstLevel
     """The level it starts at."""
     is_guided: Bool[Any, ""] | None
-    """Whether any guidance scale is other than 1; None where that is not asked."""
+    """Whether any guidance scale is other than 1; None if the program does not read
+    it."""
     scales: Float[Any, " n"]
     """Guidance scale of each network call."""
     rescale: Float[Any, ""]
@@ -106,16 +107,16 @@ class SolverInputs(NamedTuple):
 
 
 class ImageInputs(NamedTuple):
-    """What makes an image, for each image."""
+    """Inputs of each image."""
 
     keys: Key[Array, " b"]
-    """All of its randomness."""
+    """Key of all its random draws."""
     cond: ConditionInputs
     """Its condition."""
     uncond: ConditionInputs
-    """What it is guided away from."""
+    """Condition that it is guided away from."""
     edit: Edit
-    """What it starts from."""
+    """Its start."""
 
 
 def sample_chunk(
@@ -143,7 +144,7 @@ def sample_chunk(
     elif solver.is_guided is None:
         end = follow(_guided(program, models, solver, inputs))
     else:
-        # A scan without guidance asks the network for half as much.
+        # A scan without guidance calls the network on half as many latents.
         end = jax.lax.cond(
             solver.is_guided,
             lambda: follow(_guided(program, models, solver, inputs)),
@@ -182,7 +183,7 @@ def _guided(
 def _prepare_mixed(
     model: LatentDiffusion, params: SampleParams, inputs: ImageInputs
 ) -> Condition:
-    """Prepare the condition, or one between two."""
+    """Prepare the condition, or an interpolation of two."""
     edit = inputs.edit
     prepared = prepare(model, params, inputs.cond)
     if edit.other_cond is None or edit.weight is None:

@@ -1,4 +1,4 @@
-"""Which images to make of a model, and where they go; imports no JAX."""
+"""The images to sample from a model, and their files. Imports no JAX."""
 
 import dataclasses
 import itertools
@@ -21,16 +21,16 @@ INTERVAL = ("guidance_low", "guidance_high")
 
 @checked_dataclass
 class SampleRequest:
-    """Which images to make, and where they go."""
+    """The images to sample, and where they are written."""
 
     out: Path = Path("samples")
-    """Folder for 000000.png ... and grid.png. Images that are there already, made the
-    same way, are kept; made differently, they stop the command."""
+    """Folder for 000000.png ... and grid.png. Existing images with the same metadata
+    are kept; others stop the command."""
     as_dataset: Path | None = None
     """Instead of --out: folder for a labelled data set, as a folder of images in
     images/ and as tfds:synthetic in tfds/ (docs/how_to/images.md)."""
     overwrite: bool = False
-    """Replace images that were made differently."""
+    """Replace existing images with other metadata."""
     labels: tuple[int, ...] | None = None
     """Classes to sample, as a list; all of them by default."""
     prompts: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class SampleRequest:
 
     @property
     def folder(self) -> Path:
-        """Where everything is written."""
+        """Folder of all files that are written."""
         return self.out if self.as_dataset is None else self.as_dataset
 
     @property
@@ -80,8 +80,8 @@ class ReplayRequest:
     image: Path
     """The PNG."""
     moved: dict[str, str | None]
-    """Where the files that it was made with are now, by the names of `SamplingConfig`;
-    others are where the metadata says."""
+    """New paths of moved files, by the names of `SamplingConfig`; other files have the
+    paths of the metadata."""
 
 
 def check_request(settings: SamplingConfig, request: SampleRequest) -> None:
@@ -106,7 +106,7 @@ def command_line(settings: SamplingConfig, request: SampleRequest) -> str:
     """Write the command that makes the images of a request."""
     words = ["ldm sample"]
     for name, values in _flags(settings, request):
-        # Joined by = where the value would be taken for another flag.
+        # Joined by = where the value would be read as another flag.
         joint = "=" if values and values[0].startswith("-") else " "
         words.append(joint.join([f"--{name}", *map(shlex.quote, values)]))
     return " ".join(words)

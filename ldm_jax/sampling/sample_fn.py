@@ -41,12 +41,12 @@ NUM_CACHED = 64
 
 
 class Samples(NamedTuple):
-    """What a sample function returns."""
+    """The result of a sample function."""
 
     images: Float[Array, "b h w c"]
-    """In [-1, 1], clipped."""
+    """Images in [-1, 1], clipped."""
     frames: Float[Array, "f b h w c"]
-    """Decoded latents on the way, the start first; empty when none were asked for."""
+    """Decoded intermediate latents, the start first; empty if none were requested."""
 
 
 @runtime_checkable
@@ -83,10 +83,10 @@ def make_sample_fn(
     Image i is a function of the parameters, key i, condition i and the settings alone,
     bit for bit: alone, in any batch, in any order, on any number of devices. (Programs
     of different batch sizes differ in their last bits. So one program of `chunk` images
-    makes them all, the last chunk filled up; on a CPU, of one image.)
+    makes all images, the last chunk padded; on a CPU, of one image.)
 
     It is compiled once for each kind of edit. Sampler, steps, spacing, eta, guidance,
-    strength, keys, conditions and pictures are inputs.
+    strength, keys, conditions and images are inputs.
 
     Args:
       model: With another `latent_shape` it makes images of other sizes than it was
@@ -94,16 +94,16 @@ def make_sample_fn(
       guided: Whether calls are guided; None leaves it to the settings of each call, and
         compiles the network twice: a call without guidance takes half the time.
       weak: A worse model to be guided away from, instead of "no condition".
-      max_steps: The most steps there may be; None for as many as the schedule has.
-      num_frames: Latents to keep on the way, 0 or 2 to the number of steps + 1.
+      max_steps: Largest number of steps; None for that of the schedule.
+      num_frames: Intermediate latents to keep, 0 or 2 to the number of steps + 1.
       tile: Decode in tiles of this many latents; 0 decodes at once.
       layout: Split the images over its devices by `pmap`; `params` and `weak_params`
         are then given as `layout.place` makes them, once.
 
     Returns:
-      The function. Its `cond` holds what the model reads, by image; `uncond` what it is
-      guided away from, by default the null condition; `edit` what it starts from. It
-      raises `InputError` where the settings or the inputs have no meaning.
+      The function. Its `cond` is the condition of each image; `uncond` the condition
+      that it is guided away from, by default the null condition; `edit` its start. It
+      raises `InputError` if the settings or the inputs have no meaning.
 
     Raises:
       ValueError: If a number is out of range, or the worse model was trained otherwise.
@@ -143,7 +143,7 @@ def make_sample_fn(
         check_edit(inputs.edit, settings)
         if (weak is None) != (weak_params is None):
             raise InputError("weak_params: wanted with `weak`, and only with it")
-        with jax.ensure_compile_time_eval():  # it is kept, and must hold no tracer
+        with jax.ensure_compile_time_eval():  # it is cached, and must hold no tracer
             solver = solver_of(settings)
         call = functools.partial(run, Models(params, weak_params), solver)
         images, frames = in_chunks(call, inputs, size=size, at_once=at_once)
@@ -225,7 +225,7 @@ def make_sampler_table(
     )
     if not settings.eta:
         return tabulate()
-    # In float32 by the compiler: images drawn with eta keep the bits they always had.
+    # In float32 by the compiler: images with eta keep the bits of earlier versions.
     table = jax.jit(lambda eta: tabulate(eta=eta))(jnp.float32(settings.eta))
     return jax.tree.map(np.asarray, table)
 
@@ -236,7 +236,7 @@ def _single_precision(leaf: np.ndarray) -> Array:
 
 
 def steps_of_strength(strength: float | None, num_steps: int) -> int:
-    """Return how many of the last steps an edited picture goes through; None is all."""
+    """Return how many of the last steps change an edited image; None for all."""
     share = 1.0 if strength is None else strength
     if not 0.0 < share <= 1.0:
         raise ValueError(f"strength: got {share}, wanted above 0, at most 1")

@@ -1,4 +1,4 @@
-"""How images are made: the settings that a PNG's metadata holds."""
+"""Settings of sampled images, which the metadata of a PNG holds."""
 
 import math
 
@@ -20,7 +20,7 @@ EXCLUSIVE = (
 
 @checked_dataclass
 class SamplingConfig:
-    """How images are made, but for their seeds and conditions.
+    """Settings of sampled images, without their seeds and conditions.
 
     The names of the fields are keys of the metadata in a PNG and never change. Every
     number is finite, so that the metadata is strict JSON.
@@ -35,11 +35,11 @@ class SamplingConfig:
     config_file: str | None = None
     """Config of weights whose file does not hold it."""
     tokenizer: str | None = None
-    """Folder of the tokenizer's files, where the weights do not hold them."""
+    """Folder of the tokenizer's files, if the weights have none."""
     sampler: SamplerName = "ddim"
-    """How the denoising equation is solved."""
+    """Sampler, the solver of the denoising equation."""
     spacing: SpacingName | None = None
-    """How the steps are spaced: trailing (the default but for EDM), leading, linspace,
+    """Spacing of the steps: trailing (the default but for EDM), leading, linspace,
     karras (EDM's default) or ldm (the original's)."""
     steps: int = 50
     """Denoising steps, 1 to the model's number of timesteps."""
@@ -59,9 +59,9 @@ class SamplingConfig:
     autoguidance_step: int | None = None
     """Checkpoint of that run; the newest by default."""
     image: str | None = None
-    """Image to change; to upscale, or to fill, where the model does that."""
+    """Image to change; or to upscale or fill, if the model does that."""
     mask: str | None = None
-    """White where the image is made anew, black where it stays as it is."""
+    """White where the image is sampled, black where it is kept."""
     strength: float | None = None
     """Share of the steps an image goes through, above 0 to 1: how much of it changes
     (default 0.75; 1 with a mask)."""

@@ -1,12 +1,12 @@
-"""The images of a request as a labelled data set: a folder of them, and TFDS' form.
+"""The images of a request as a labelled data set: a folder, and TFDS' format.
 
     OUT/images/train/CLASS/000000.png    the images, each with its metadata
     OUT/images/train/captions.jsonl      their captions, for a model that reads text
     OUT/grid.png                         the first of them
     OUT/tfds/synthetic/1.0.0/            the same images again, record by record
 
-The images are numbered through, and record i is image i. The records are written last,
-once every image is there, so that TFDS reads no unfinished data set.
+Images are numbered consecutively, and record i is image i. The records are written
+last, after every image, so that TFDS reads no unfinished data set.
 """
 
 import json
@@ -56,7 +56,7 @@ MAX_FOLDER_NAME = 80
 
 
 class Outcome(NamedTuple):
-    """What was written for a request."""
+    """Files written for a request."""
 
     written: list[Path]
     """Images, grid and data set."""
@@ -65,10 +65,10 @@ class Outcome(NamedTuple):
 
 
 def write_dataset(settings: SamplingConfig, request: SampleRequest) -> Outcome:
-    """Make the images of a request, and a data set of them once all are there.
+    """Make the images of a request, then a data set of them.
 
-    An interrupted command, given again, makes the rest; a finished one changes nothing.
-    Where several processes share the images, the first one writes the data set.
+    The same command resumes after an interruption; it changes nothing once finished. If
+    several processes share the images, the first one writes the data set.
 
     Args:
       request: With `as_dataset`.
@@ -108,16 +108,16 @@ def write_dataset(settings: SamplingConfig, request: SampleRequest) -> Outcome:
 def finish(
     work: Work, contents: Contents, captions: str, *, was_there: bool
 ) -> Outcome:
-    """Write captions, grid and records, unless they are there already.
+    """Write captions, grid and records, unless they exist.
 
     Args:
-      work: The request; its images are there.
+      work: The request; its images exist.
       contents: The images, and their labels and captions.
       captions: The text of `captions.jsonl`, or "".
-      was_there: Whether every image was there before.
+      was_there: Whether every image existed before.
 
     Raises:
-      InputError: If a data set of other images is there, and may not be replaced.
+      InputError: If a data set of other images exists, and may not be replaced.
     """
     request = work.request
     captions_path = request.folder / IMAGES / SPLIT / CAPTIONS_FILE
@@ -147,7 +147,7 @@ def class_names_of(
     """Return the names of a model's classes, the same on every process.
 
     Returns:
-      The names that its data set has, if that is here and has as many; else the
+      The names of its data set, if that is available and has as many; otherwise the
       classes' numbers. () if the model has no classes.
     """
     if not model.condition.uses_classes:
@@ -166,9 +166,9 @@ def class_names_of(
 def class_folders(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return a folder for each class; the folders sort in the order of the classes.
 
-    Readers of a folder of images count its classes in the order of their names. Where
-    that is another order, or where two names are one to some file system, each folder
-    begins with its number: `0_zebra`, `1_ant`; a number alone is padded: `07`.
+    Readers of a folder of images number its classes in the order of their names. If
+    that is another order, or some file system does not distinguish two names, each
+    folder begins with its number: `0_zebra`, `1_ant`; a number alone is padded: `07`.
     """
     plain = tuple(_plain(name) for name in names)
     listed_apart = len({name.casefold() for name in plain}) == len(plain)
@@ -257,7 +257,7 @@ def _files(top: Path) -> Iterator[Path]:
 
 
 def check_captions(request: SampleRequest, path: Path, captions: str) -> None:
-    """Raise `InputError` if other captions are there, and may not be replaced."""
+    """Raise `InputError` if other captions exist, and may not be replaced."""
     if not path.exists() or request.overwrite:
         return
     if path.read_text(encoding="utf-8", errors="replace") != captions:
