@@ -1,4 +1,4 @@
-"""Pictures: between arrays, grids and PNG files."""
+"""Images as arrays, grids and PNG files."""
 
 import io
 import os
@@ -36,7 +36,7 @@ def grid(
       columns: Images a row; the last row may be short.
 
     Returns:
-      One picture with a thin gap around every image.
+      One image with a thin gap around every cell.
     """
     num, height, width, channels = images.shape
     scale = max(1, -(-MIN_TILE // max(height, width)))
@@ -56,10 +56,10 @@ def write_png(
     image: UInt8[np.ndarray, "h w c"],
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a PNG whole or not at all, with text chunks.
+    """Write a PNG with text chunks atomically.
 
     Args:
-      path: Where; replaced if it is there.
+      path: The file; replaced if it exists.
       image: Grey or RGB.
       texts: Text chunks by keyword.
 
@@ -74,7 +74,7 @@ def write_png(
 def encode_png(
     image: UInt8[np.ndarray, "h w c"], texts: Mapping[str, str] | None = None
 ) -> bytes:
-    """Encode an image as a PNG with text chunks: what `write_png` writes."""
+    """Encode an image as a PNG with text chunks, as `write_png` writes it."""
     info = PngImagePlugin.PngInfo()
     for keyword, text in (texts or {}).items():
         info.add_text(keyword, text)

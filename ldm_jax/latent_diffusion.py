@@ -1,4 +1,4 @@
-"""A latent diffusion model as one static value, and what its networks compute."""
+"""A latent diffusion model as one static value, and the functions of its networks."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ from ldm_jax.types import PyTree
 MAPS_A_CALL = 8
 """Maps of an image's size, as wide as the autoencoder, that a call holds at once."""
 MOST_MAP_BYTES = 2**30
-"""Of all calls side by side."""
+"""Bytes of the maps of all calls side by side."""
 
 
 class LatentDiffusion(NamedTuple):
@@ -50,7 +50,7 @@ class LatentDiffusion(NamedTuple):
     schedule: Schedule
     """The noise levels that the UNet was trained on."""
     prediction: PredictionName
-    """What the UNet predicts."""
+    """Prediction of the UNet."""
     sigma_data: float
     """Standard deviation of the scaled latents, where the UNet predicts EDM's F."""
     image_shape: tuple[int, int, int]
@@ -101,7 +101,7 @@ class SampleParams(NamedTuple):
     conditioner: PyTree
     """Parameters of the conditioner; averaged if it was trained."""
     latent_scale: Float[Array, ""]
-    """What latents were multiplied by in training."""
+    """Factor of the latents in training."""
 
 
 def init_autoencoder(model: LatentDiffusion, key: Key[Array, ""]) -> PyTree:
@@ -131,7 +131,7 @@ def init_conditioner(model: LatentDiffusion, key: Key[Array, ""]) -> PyTree:
 def param_shapes(
     init: Callable[[LatentDiffusion, Key[Array, ""]], PyTree], model: LatentDiffusion
 ) -> PyTree:
-    """Return the shapes of what one of the `init_` functions draws."""
+    """Return the shapes of the parameters that an `init_` function draws."""
     return jax.eval_shape(lambda: init(model, root_key(0)))
 
 
@@ -178,7 +178,7 @@ def reading_embeddings(model: LatentDiffusion) -> LatentDiffusion:
 
 
 def null_condition(model: LatentDiffusion, cond: ConditionInputs) -> ConditionInputs:
-    """Return what means "no condition" to a model."""
+    """Return the null condition of a model."""
     return null_inputs(
         cond, num_classes=model.num_classes, null_tokens=model.null_tokens
     )
@@ -187,7 +187,7 @@ def null_condition(model: LatentDiffusion, cond: ConditionInputs) -> ConditionIn
 def prepare(
     model: LatentDiffusion, params: SampleParams, inputs: ConditionInputs
 ) -> Condition:
-    """Turn what the user gives into what the UNet reads, once for all steps."""
+    """Convert inputs to the condition that the UNet reads, once for all steps."""
     variables = {"params": params.conditioner}
     return cast(Condition, model.conditioner.apply(variables, inputs))
 
@@ -235,13 +235,12 @@ def decode(
 def images_per_call(model: LatentDiffusion, platform: str) -> int:
     """Return how many images one device makes at once.
 
-    On a CPU it is one. XLA cuts a convolution of many images into pieces for its
-    threads there, and rounds the last rows of a piece otherwise than the rest, so that
-    an image would depend on its place (measured on 0.10.2). What it costs stands in
-    `docs/reference/benchmarks.md`.
+    On a CPU it is one: XLA splits a convolution of many images over its threads, and
+    rounds the last rows of each part differently, so that an image would depend on its
+    place (measured on 0.10.2). The cost is in `docs/reference/benchmarks.md`.
 
     Args:
-      platform: Where it runs, in JAX's words.
+      platform: JAX's name of the platform.
 
     Returns:
       `chunk`, or 1.
@@ -252,12 +251,11 @@ def images_per_call(model: LatentDiffusion, platform: str) -> int:
 def calls_at_once(model: LatentDiffusion, platform: str) -> int:
     """Return how many calls of `images_per_call` to make side by side.
 
-    On a CPU as many as there are cores, so that small networks, whose single operations
-    are not worth cutting up, use them all; fewer where images are so large that their
-    maps would take much memory. Elsewhere one: a chip makes one call after the other.
+    On a CPU one for each core, because a small network's operations do not use several
+    cores; fewer if the maps of large images would take much memory. Elsewhere one.
 
     Args:
-      platform: Where it runs, in JAX's words.
+      platform: JAX's name of the platform.
     """
     if platform != "cpu":
         return 1
@@ -270,11 +268,11 @@ def calls_at_once(model: LatentDiffusion, platform: str) -> int:
 def in_chunks(
     fn: Callable[[PyTree], PyTree], inputs: PyTree, *, size: int, at_once: int = 1
 ) -> PyTree:
-    """Map a function of `size` images over any number, the last call filled up.
+    """Map a function of `size` images over any number; the last call is padded.
 
-    One program makes every image, so that it has the same bits whatever the number of
-    others. (A program for several chunks would be compiled otherwise, and differ in the
-    last bits.) Inside another jitted function the calls become a `lax.map`.
+    One program makes every image, so that its bits do not depend on the number of
+    images. (A program for several chunks would differ in the last bits.) Inside another
+    jitted function the calls become a `lax.map`.
 
     Args:
       fn: From arrays by image to arrays by image.
@@ -283,7 +281,7 @@ def in_chunks(
       at_once: Calls side by side, each in a thread; only where all inputs are arrays.
 
     Returns:
-      What the function returns, for all images.
+      The results of the function for all images.
     """
     num = jax.tree.leaves(inputs)[0].shape[0]
     # The indices are padded, not the arrays: keys have a dtype of their own.
@@ -304,10 +302,10 @@ def in_chunks(
 def _call_all(
     fn: Callable[[PyTree], PyTree], inputs: list[PyTree], at_once: int
 ) -> list[PyTree]:
-    """Call a function for every input; side by side only if it is compiled already.
+    """Call a function for every input; in threads only if it is compiled already.
 
-    A thread does not know of settings that hold in the calling one alone, as a
-    precision within a `with`, and what it compiled would differ in the last bits.
+    A thread does not inherit settings of its caller, such as a precision in a `with`
+    block, and a program compiled in it would differ in the last bits.
     """
     first, *others = inputs
     done = [fn(first)]  # compiled if need be, and not waited for
@@ -328,14 +326,14 @@ def _call_all(
 
 @jax.jit
 def _take(inputs: PyTree, row: Int[Array, " c"]) -> PyTree:
-    """Take some images of all, in one dispatch."""
+    """Return some of the images, in one dispatch."""
     return jax.tree.map(lambda x: jnp.take(x, row, axis=0), inputs)
 
 
 def encode(
     autoencoder: Autoencoder, params: PyTree, images: Float[Array, "b h w c"]
 ) -> DiagonalGaussian | Unquantized:
-    """Encode images in [-1, 1] to what unscaled latents are drawn of."""
+    """Encode images in [-1, 1] to the posterior of unscaled latents."""
     variables = {"params": params}
     encoded = autoencoder.apply(variables, images, method=Autoencoder.encode)
     return cast(Any, encoded)

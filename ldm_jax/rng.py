@@ -1,8 +1,8 @@
 """Randomness: derived from (root key, purpose, step, example), never carried.
 
-A draw that is a function of these four is the same on 1 or 8 devices, on 1 or 2
-hosts, before and after a restart. A key that is split and carried in a loop is none
-of that. The numbers of `Stream` are part of every result: append, never renumber.
+A draw that is a function of these four is the same on 1 or 8 devices, on 1 or 2 hosts,
+before and after a restart. A key that is split and carried in a loop is not. The
+numbers of `Stream` are part of every result: append, never renumber.
 """
 
 import enum
@@ -20,7 +20,7 @@ MAX_SEED = 2**32 - 1
 
 
 class Stream(enum.IntEnum):
-    """What a draw is for; two purposes never share a key."""
+    """Purpose of a draw; two purposes never share a key."""
 
     INIT_AUTOENCODER = 0
     INIT_UNET = 1
@@ -97,12 +97,12 @@ def example_keys(
 
     Args:
       root: The run's key.
-      stream: What the draw is for.
+      stream: Purpose of the draw.
       step: Training step, at least 0.
       index: Global example index of each example, from the batch.
 
     Returns:
-      A key per example, the same wherever the example is computed.
+      A key per example, the same on every device.
     """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
         stream_key(root, stream, step), index
@@ -137,7 +137,7 @@ def host_uniform(seed: int, stream: Stream, index: int) -> float:
 
     Args:
       seed: Of the run, in [0, 2**32).
-      stream: What the draw is for.
+      stream: Purpose of the draw.
       index: Global example index, in [0, 2**32).
 
     Returns:

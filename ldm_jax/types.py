@@ -1,4 +1,4 @@
-"""Words every other file uses: dtypes, trees, names, and the two kinds of failure."""
+"""Names that all other files use: dtypes, trees, choices and errors."""
 
 import difflib
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 
 
 def choices(got: str, names: Iterable[str]) -> str:
-    """Say what was wanted instead of an unknown name, and which is nearest."""
+    """Describe the accepted names and the nearest one, for an error message."""
     wanted = list(names)
     near = difflib.get_close_matches(got, wanted, 1, 0.0)[0]
     return f"got {got!r}, wanted one of {', '.join(wanted)}; did you mean {near}?"
@@ -50,4 +50,4 @@ class RunError(RuntimeError):
 
 
 class Preempted(Exception):
-    """A run that was asked to stop and has saved its state: where."""
+    """A run stopped on request; the message names the saved state."""

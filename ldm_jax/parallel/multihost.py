@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def is_first() -> bool:
-    """Return whether this process writes logs and pictures."""
+    """Return whether this process writes logs and images."""
     return jax.process_index() == 0
 
 
@@ -104,7 +104,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
 
 
 class StopSignal:
-    """Whether this process, or any other, was asked to stop (SIGTERM)."""
+    """A request to stop this process or any other (SIGTERM)."""
 
     def __init__(self) -> None:
         """Start without a request to stop."""

@@ -23,7 +23,7 @@ QUICKLY_COMPILED = {
     "xla_backend_optimization_level": 1,
     "xla_disable_hlo_passes": "small-while-loop-hoisting",
 }
-"""For a program that runs once on a CPU; what it draws has the same bits."""
+"""Options of a program that runs once on a CPU; its random draws keep their bits."""
 
 MappedImages = Callable[[Any, Any, Any], Any]
 

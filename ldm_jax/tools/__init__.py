@@ -1,1 +1,1 @@
-"""Programs beside training and sampling; nothing stands on them."""
+"""Programs beside training and sampling; no other room imports them."""

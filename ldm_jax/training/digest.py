@@ -21,7 +21,7 @@ LANES = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
 MOST_BY_NUMPY = 2**20
 """Elements of a leaf up to which NumPy takes less time than compiling a program."""
 PIECE = 2**13
-"""Elements that it takes at once: they stay in the cache."""
+"""Elements of one NumPy operation, which stay in the CPU's cache."""
 
 
 class LeafDigest(NamedTuple):
@@ -69,7 +69,7 @@ def examine(leaf: Array) -> tuple[UInt32[Array, " 4"], Bool[Array, ""]]:
 def examine_here(
     leaf: Shaped[np.ndarray, "*shape"],
 ) -> tuple[UInt32[np.ndarray, " 4"], bool]:
-    """Return what `examine` does of an array on the host, without compiling it."""
+    """Return the result of `examine` for an array on the host, without compiling."""
     leaf = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
     flat = np.ascontiguousarray(leaf).reshape(-1)
     if flat.dtype == np.bool_:
@@ -94,7 +94,7 @@ def examine_here(
 
 
 def _mix_here(x: UInt32[np.ndarray, " n"]) -> None:
-    """Do what `mix` does, in place."""
+    """Apply `mix` in place."""
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> np.uint32(13)
@@ -103,7 +103,7 @@ def _mix_here(x: UInt32[np.ndarray, " n"]) -> None:
 
 
 def _is_here(leaf: Any) -> bool:
-    """Say whether a leaf is small, and whole in this process' memory."""
+    """Return whether a leaf is small, and whole in this process' memory."""
     if np.size(leaf) > MOST_BY_NUMPY:
         return False
     if isinstance(leaf, Array):

@@ -1,4 +1,4 @@
-"""The training loop, the same for every stage: steps, logs, pictures, checkpoints."""
+"""The training loop, the same for every stage: steps, logs, images, checkpoints."""
 
 import contextlib
 import hashlib
@@ -55,7 +55,7 @@ class Stage(NamedTuple):
     learning_rate: Callable[[int], Any]
     """From a step to the learning rate, for the log."""
     draw: Callable[[Any, int], None] | None = None
-    """Writes pictures of averaged parameters at a step."""
+    """Writes images of averaged parameters at a step."""
     measure: Measure | None = None
     """Scores averaged parameters at a step."""
     write_averages: Callable[[Any, int], None] | None = None
@@ -72,7 +72,7 @@ class LoopConfig(NamedTuple):
     checkpoint: CheckpointConfig
     """When the state is saved."""
     log: LogConfig
-    """When metrics and pictures are written."""
+    """When metrics and images are written."""
     parallel: ParallelConfig = ParallelConfig()
     """Steps a dispatch, parts of a batch, and the longest time of a dispatch."""
     max_skipped: int = 0
@@ -321,7 +321,7 @@ class Trainer:
         return self._done % every == 0 or self._done == self._stage.num_steps
 
     def _write(self, *, stopping: bool) -> None:
-        """Write pictures, averages and the state, as far as they are due.
+        """Write images, averages and the state, as far as they are due.
 
         The state comes last: a run that is killed in between writes the others again.
         """

@@ -1,4 +1,4 @@
-"""Errors that Orbax logs: kept out of a run's output, and known before it raises."""
+"""Errors that Orbax logs: kept out of a run's output, and read before it raises."""
 
 import logging
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""What takes the place of plain operations on a platform."""
+"""Replacements of plain operations on some platforms."""

@@ -1,1 +1,1 @@
-"""What a step would take on chips that are not here; for `ldm plan`."""
+"""Memory and time of a step on absent chips, for `ldm plan`."""
