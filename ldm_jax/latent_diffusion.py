@@ -275,7 +275,7 @@ def in_chunks(
     jitted function the calls become a `lax.map`.
 
     Args:
-      fn: From arrays by image to arrays by image.
+      fn: Function from arrays by image to arrays by image.
       inputs: Any tree of arrays by image.
       size: Images a call.
       at_once: Calls side by side, each in a thread; only where all inputs are arrays.

@@ -41,7 +41,7 @@ class Flags:
     states: bool = True
     """Store the text embeddings of a frozen text encoder."""
     launch: Annotated[Launch, Inline] = Launch()
-    """How the program starts."""
+    """Processes and compilation cache of the program."""
     config: Annotated[Config, Inline] = Config()
     """With --config: the data, and the first stage."""
 

@@ -70,7 +70,7 @@ class Flags:
     out: Path | None = None
     """Folder for the results; WORKDIR/evaluation by default."""
     launch: Annotated[Launch, Inline] = Launch()
-    """How the program starts."""
+    """Processes and compilation cache of the program."""
 
     def _check(self) -> None:
         for flag in ("steps", "guidance_scale"):

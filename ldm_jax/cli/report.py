@@ -26,7 +26,7 @@ class Flags:
     samples: bool = True
     """Draw samples; --no-samples computes nothing."""
     launch: Annotated[Launch, Inline] = Launch()
-    """How the program starts."""
+    """Processes and compilation cache of the program."""
 
 
 def main(args: list[str]) -> None:

@@ -35,7 +35,7 @@ class SampleCommand(NamedTuple):
     request: SampleRequest
     """The images, and where they are written."""
     launch: Launch
-    """How the program starts."""
+    """Processes and compilation cache of the program."""
 
 
 def read_scales(text: str) -> tuple[float, ...]:
@@ -117,7 +117,7 @@ class SampleArguments(SampleRequest, SamplingConfig):
     replay: Path | None = None
     """Make an image again from the metadata in its PNG, and compare every pixel."""
     launch: Annotated[Launch, Inline] = Launch()
-    """How the program starts; the processes of a pod share the images."""
+    """Processes and compilation cache; the processes of a pod share the images."""
 
     def __post_init__(self) -> None:
         """Skip the checks: the parts made from the flags check themselves."""

@@ -38,7 +38,7 @@ class Flags:
     """START:STOP, steps of each stage between which to write a trace for TensorBoard
     and Perfetto."""
     launch: Annotated[Launch, Inline] = Launch()
-    """How the program starts."""
+    """Processes and compilation cache of the program."""
     config: Annotated[Config, Inline] = Config()
     """Config to train."""
 

@@ -21,7 +21,7 @@ Parts = list[np.ndarray]
 
 @runtime_checkable
 class Layout(Protocol):
-    """How one of our leaves is stored as one or more tensors."""
+    """Conversion between one of our leaves and its stored tensors."""
 
     def write(self, ours: np.ndarray) -> Parts:
         """Return the stored tensors, as views where possible."""
@@ -33,7 +33,7 @@ class Layout(Protocol):
 
 
 class Stored(NamedTuple):
-    """Where and how one of our leaves is stored."""
+    """Keys and layout of one of our leaves in a file."""
 
     keys: tuple[str, ...]
     """Keys of the tensors, one for each part of the layout."""

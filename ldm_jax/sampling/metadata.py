@@ -38,7 +38,7 @@ def make_metadata(
 
     Args:
       spec: The image.
-      settings: Of its pipeline.
+      settings: Settings of its pipeline.
       made_with: As in `Pipeline`.
 
     Returns:

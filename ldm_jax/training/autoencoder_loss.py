@@ -26,7 +26,7 @@ class AutoencoderObjective(NamedTuple):
     codebook_weight: float
     """Weight of the codebook's term."""
     commitment: Literal["corrected", "legacy"]
-    """Which part of the codebook's term `commitment_beta` weights."""
+    """Part of the codebook's term that `commitment_beta` weights."""
     commitment_beta: float
     """Weight of that part."""
     adversary: Adversary | None = None

@@ -56,7 +56,7 @@ class AutoencoderMetrics(NamedTuple):
     dead_codes: Float[Array, ""] | None = None
     """Codes to which no latent was assigned."""
     adaptive_weight: Float[Array, ""] | None = None
-    """As in `GanMetrics`, and so the rest."""
+    """As in `GanMetrics`, like the fields below."""
     adversary_factor: Float[Array, ""] | None = None
     critic_loss: Float[Array, ""] | None = None
     logits_real: Float[Array, ""] | None = None

@@ -107,7 +107,7 @@ def make_cache(
     Process `i` makes every shard whose index is `i` modulo the number of processes.
 
     Args:
-      config: Of the run with the data and the first stage.
+      config: Config of the run with the data and the first stage.
       workdir: Folder of that run; None to read the first stage that the config names.
       out: Folder of the cache; created if it does not exist.
       num_shards: Files of records; None keeps the number of an existing cache, or
@@ -151,7 +151,7 @@ def keep_latents(
     """Make the cache in a run's own folder, unless it is finished.
 
     Args:
-      config: Of a run whose first stage is finished.
+      config: Config of a run whose first stage is finished.
 
     Returns:
       The config that reads the cache, and the note of the cache.

@@ -68,9 +68,9 @@ def gan_gradients(
     the update of the autoencoder.)
 
     Args:
-      params: Of the discriminator.
+      params: Parameters of the discriminator.
       images: In [-1, 1].
-      reconstructions: Of these images.
+      reconstructions: Reconstructions of these images.
       axis_name: Device axis, for batch statistics over all devices.
 
     Returns:
@@ -153,9 +153,9 @@ def gan_update(
       critic: The discriminator before its update.
       step: Updates made before.
       images: In [-1, 1].
-      reconstructions: Of these images.
+      reconstructions: Reconstructions of these images.
       reconstruction_slope: Gradient of the reconstruction term in each of them.
-      to_kernel: From such a gradient to that in the decoder's last kernel.
+      to_kernel: Function from such a gradient to that in the decoder's last kernel.
       axis_name: Device axis to average over; None for a single device.
 
     Source:
@@ -231,8 +231,9 @@ def adaptive_weight(
     """Return the weight that gives both terms gradients of equal norm.
 
     Args:
-      reconstruction_gradient: Of the reconstruction term in the decoder's last kernel.
-      generator_gradient: Of the generator loss in the same.
+      reconstruction_gradient: Gradient of the reconstruction term in the decoder's last
+        kernel.
+      generator_gradient: Gradient of the generator loss in the same kernel.
 
     Returns:
       The ratio of the norms, in [0, 1e4]; its own gradient is 0.

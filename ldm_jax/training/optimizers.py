@@ -39,10 +39,10 @@ def muon(
     `optax.contrib.muon`.
 
     Args:
-      rate: Learning rate of both.
-      b1: Of AdamW.
-      b2: Of AdamW.
-      weight_decay: Of both.
+      rate: Learning rate of Muon and AdamW.
+      b1: First decay of AdamW.
+      b2: Second decay of AdamW.
+      weight_decay: Weight decay of Muon and AdamW.
       moves_tables: Whether Muon updates embedding tables too.
 
     Source:
