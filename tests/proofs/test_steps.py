@@ -142,7 +142,7 @@ def test_bad_flags_of_steps_are_refused(tiny_run, args, words):
         ("none", {}, ["--guidance-scale", "2"], "no condition"),
     ],
 )
-def test_runs_without_prompts_or_labels_to_sample_are_refused(
+def test_unsupported_runs_and_unusable_guidance_are_refused(
     kind, changes, args, words, tmp_path
 ):
     import dataclasses
