@@ -9,7 +9,6 @@ finite, or the discriminator cost more than 1.5 dB.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 
 from ldm_jax.build import build_model, load_split, open_iterator
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import Config
 from ldm_jax.config.load_config import load_config
 from ldm_jax.data.pipeline import to_batch
@@ -25,7 +25,9 @@ from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.pretrained.metric_networks import load_perceptual
 from ldm_jax.rng import root_key
 from ldm_jax.training.autoencoder_stage import autoencoder_stage, make_reconstruct
+from ldm_jax.types import RunError
 
+PROG = "benchmarks/adversarial_switch.py"
 MAX_LOSS = 1.5
 """Decibels that the discriminator may cost."""
 CHECK_EVERY = 25
@@ -85,13 +87,15 @@ def make_psnr(config: Config) -> Callable[[Any], float]:
     return psnr
 
 
-def main() -> int:
+def main(args: list[str]) -> None:
     """Measure, print, and check if asked to."""
-    parser = argparse.ArgumentParser(description="Measure what an adversary costs.")
+    parser = argparse.ArgumentParser(
+        prog=PROG, description="Measure what an adversary costs."
+    )
     parser.add_argument("--config", default="configs/digits_adversarial.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
     config = load_config(arguments.config)
     failed = []
     print("| seed | PSNR before | lowest after | at the end | logits real, made |")
@@ -107,14 +111,11 @@ def main() -> int:
         if not found.finite or found.after < found.before - MAX_LOSS:
             failed.append(seed)
     if arguments.check and failed:
-        print(
+        raise RunError(
             f"falls short: seeds {failed}, wanted finite numbers and at most "
-            f"{MAX_LOSS} dB lost",
-            file=sys.stderr,
+            f"{MAX_LOSS} dB lost"
         )
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, PROG)

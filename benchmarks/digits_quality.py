@@ -8,7 +8,6 @@ short of the documented figures.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
 from ldm_jax.build import load_split
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.data.pipeline import Batch
 from ldm_jax.evaluation.fid import frechet_distance, moments
 from ldm_jax.images import to_uint8
@@ -27,7 +27,9 @@ from ldm_jax.run import Run, load_run
 from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.autoencoder_stage import make_reconstruct
+from ldm_jax.types import RunError
 
+PROG = "benchmarks/digits_quality.py"
 NUM_COMPONENTS = 32
 SVM_C, SVM_GAMMA = 1.0, 0.002
 MIN_READ_RIGHT = 0.98
@@ -121,16 +123,16 @@ def measure(run: Run, per_class: int, steps: int, scale: float) -> list[Row]:
     ]
 
 
-def main() -> int:
+def main(args: list[str]) -> None:
     """Measure, print, and check if asked to."""
-    parser = argparse.ArgumentParser(description="Measure a digits run.")
+    parser = argparse.ArgumentParser(prog=PROG, description="Measure a digits run.")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--per-class", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
     run = load_run(arguments.workdir)
     rows = measure(run, arguments.per_class, arguments.steps, arguments.guidance_scale)
     print("| measure | value |\n|---|---:|")
@@ -143,15 +145,12 @@ def main() -> int:
     read, psnr, ratio = rows[1][1], rows[3][1], rows[7][1]
     kept = read >= MIN_READ_RIGHT and psnr >= MIN_PSNR and ratio <= MAX_FRECHET_RATIO
     if arguments.check and not kept:
-        print(
+        raise RunError(
             f"falls short: {read:.3f} read right (wanted {MIN_READ_RIGHT}), "
             f"{psnr:.1f} dB (wanted {MIN_PSNR}), {ratio:.2f} times the floor (wanted "
-            f"at most {MAX_FRECHET_RATIO})",
-            file=sys.stderr,
+            f"at most {MAX_FRECHET_RATIO})"
         )
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, PROG)

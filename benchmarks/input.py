@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.build import build_model, open_iterator
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import Config
 from ldm_jax.config.load_config import load_config
 from ldm_jax.data.pipeline import BatchIterator, make_iterator, prepare_example
@@ -35,7 +35,9 @@ from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.loop import LoopConfig, run_stage
 from ldm_jax.training.train_tokenizer import keep_tokenizer, with_own_tokenizer
+from ldm_jax.types import RunError
 
+PROG = "benchmarks/input.py"
 BATCH = 32
 WARM_UP = 10
 MAX_WAITING = 0.05
@@ -165,15 +167,15 @@ def waiting_share(config: Config, workdir: Path, *, steps: int) -> float:
     return iterator.waiting
 
 
-def main() -> int:
+def main(args: list[str]) -> None:
     """Measure, print, and check if asked to."""
-    parser = argparse.ArgumentParser(description="Measure the input.")
+    parser = argparse.ArgumentParser(prog=PROG, description="Measure the input.")
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "photos"
@@ -205,10 +207,8 @@ def main() -> int:
         if "waiting" in name and value > MAX_WAITING
     ]
     if arguments.check and slow:
-        print(f"falls short: {', '.join(slow)} above {MAX_WAITING}", file=sys.stderr)
-        return 1
-    return 0
+        raise RunError(f"falls short: {', '.join(slow)} above {MAX_WAITING}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, PROG)

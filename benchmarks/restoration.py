@@ -11,7 +11,6 @@ many answers, so the mean of several comes nearer to the truth; both are printed
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm_jax.build import load_split
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.images import to_float, to_uint8, write_png
 from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.rng import Stream, example_keys, image_keys, root_key
@@ -29,7 +29,9 @@ from ldm_jax.sampling.editing import Edit, masked_inputs
 from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.conditions import HOLE_VALUE, low_resolution, random_holes
+from ldm_jax.types import RunError
 
+PROG = "benchmarks/restoration.py"
 MIN_GAIN = {"low_resolution": 1.5, "masked_image": 5.0}
 """Decibels of one sample over the plain way."""
 HOLE_SEED = 1
@@ -142,9 +144,11 @@ def sheet(rows: dict[str, Images]) -> UInt8[np.ndarray, "h w c"]:
     return np.asarray(page)
 
 
-def main() -> int:
+def main(args: list[str]) -> None:
     """Measure, print, draw, and check if asked to."""
-    parser = argparse.ArgumentParser(description="Measure a run that restores images.")
+    parser = argparse.ArgumentParser(
+        prog=PROG, description="Measure a run that restores images."
+    )
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--num", type=int, help="images, of the split; unset: all")
     parser.add_argument("--steps", type=int, default=20)
@@ -152,7 +156,7 @@ def main() -> int:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
     run = load_run(arguments.workdir)
     concat = run.config.diffusion.condition.concat
     if concat not in MIN_GAIN:
@@ -187,13 +191,8 @@ def main() -> int:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     gain = ours - found[PLAIN[concat]]
     if arguments.check and gain < MIN_GAIN[concat]:
-        print(
-            f"falls short: {gain:.2f} dB better, wanted {MIN_GAIN[concat]}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+        raise RunError(f"falls short: {gain:.2f} dB better, wanted {MIN_GAIN[concat]}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, PROG)

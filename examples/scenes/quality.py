@@ -11,7 +11,6 @@ in docs/reference/benchmarks.md.
 import argparse
 import itertools
 import json
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from examples.scenes.captions import parse_caption
 from examples.scenes.checker.scenes import Reading, Verdict, check, read_scenes
 from ldm_jax.build import open_tokenizer
+from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import Config
 from ldm_jax.data.sources import open_source
 from ldm_jax.images import to_uint8, write_png
@@ -34,8 +34,9 @@ from ldm_jax.run import Run, load_run
 from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.autoencoder_stage import make_reconstruct
-from ldm_jax.types import SAMPLER_NAMES, SamplerName
+from ldm_jax.types import SAMPLER_NAMES, RunError, SamplerName
 
+PROG = "examples/scenes/quality.py"
 SPLITS = {"test": "training pairs", "held_out": "held-out pairs"}
 MIN_REAL, MIN_RECONSTRUCTED = 0.99, 0.98
 MIN_DRAWN = {1: {"test": 0.97, "held_out": 0.95}, 2: {"test": 0.85}}
@@ -219,9 +220,9 @@ def shortfalls(found: dict[str, float], *, things: int) -> list[str]:
     ]
 
 
-def main() -> int:
+def main(args: list[str]) -> None:
     """Measure, print, and check if asked to."""
-    parser = argparse.ArgumentParser(description="Measure a run of scenes.")
+    parser = argparse.ArgumentParser(prog=PROG, description="Measure a run of scenes.")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--things", type=int, choices=sorted(MIN_DRAWN), default=1)
     parser.add_argument(
@@ -243,7 +244,7 @@ def main() -> int:
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
     how = How(
         sampler=arguments.sampler,
         steps=arguments.steps,
@@ -267,10 +268,8 @@ def main() -> int:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     short = shortfalls(found, things=arguments.things)
     if arguments.check and short:
-        print(f"falls short: {'; '.join(short)}", file=sys.stderr)
-        return 1
-    return 0
+        raise RunError(f"falls short: {'; '.join(short)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, PROG)

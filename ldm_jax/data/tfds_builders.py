@@ -198,7 +198,7 @@ def _load_file(path: Path) -> Any:
     if not module.__file__ or not path.samefile(module.__file__):
         raise InputError(
             f"data.source: {path} is imported as {name}, which is another file: "
-            f"{module.__file__}; try another name for the file or its folder"
+            f"{module.__file__}; try another name, or the installed folder"
         )
     found = [
         value

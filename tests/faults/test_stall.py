@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+from ldm_jax import build
 from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import ParallelConfig
-from ldm_jax.data import pipeline
 from tests.support.commands import ROOT, environment, error_line, train
 from tests.support.pods import digest_of, ended
 from tests.support.toys import BATCH, run_toy, toy_stage
@@ -23,7 +23,7 @@ HANGS_AT = 6 * BATCH
 HANGS_FOR_AT_MOST = 60.0
 STALL_TIMEOUT = 2
 
-prepare_example = pipeline.prepare_example
+prepare_example = build.prepare_example
 
 
 def read_from_a_disk_that_hangs(example, **sizes):
@@ -43,7 +43,7 @@ def stacks_in(err):
 
 
 def main(args):
-    pipeline.prepare_example = read_from_a_disk_that_hangs
+    build.prepare_example = read_from_a_disk_that_hangs
     parallel = ParallelConfig(stall_timeout=STALL_TIMEOUT)
     found = run_toy(Path(args[0]), toy_stage(), parallel=parallel)
     sys.stdout.write(f"digest {found.digest}\n")

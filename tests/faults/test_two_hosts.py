@@ -97,7 +97,7 @@ def test_two_hosts_have_the_losses_and_scores_of_one(
     scale = np.abs(there.pooled.covariance).max()
     apart = np.abs(here.pooled.covariance - there.pooled.covariance).max()
     assert apart < 1e-6 * scale
-    np.testing.assert_allclose(here.kept, there.kept, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(here.features, there.features, rtol=1e-4, atol=1e-5)
     assert not list((tmp_path / "run" / "evaluation").glob("share_*"))
     # Both processes drew: 300 images are two feature files, one of each process.
     ours, theirs = scores(tmp_path / "run"), scores(run_of_one)
