@@ -1,6 +1,7 @@
 """Tensors of a weights file of any format, by name, each read on access."""
 
 import functools
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +19,14 @@ from ldm_jax.types import InputError
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 
+LFS_MAGIC = b"version h"
+"""Start of the text that stands for a large file in a clone without git-lfs."""
+
 NUM_NAMED = 10
 """Keys of each fault that an error names."""
 
-_INDEX_NAME = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
+INDEX_NAME = re.compile(r"\.(safetensors|bin)(\.[\w-]+)?\.index(\.[\w-]+)?\.json$")
+"""End of the name of the index of a sharded file: a variant may stand in two places."""
 
 
 if TYPE_CHECKING:
@@ -125,8 +130,8 @@ def open_tensors(path: Path) -> Tensors:
     """Open a weights file; its format is detected from its content.
 
     Args:
-      path: A safetensors file, the `*.safetensors.index.json` of a sharded one, or a
-        torch checkpoint, zip or legacy.
+      path: A safetensors file, a torch checkpoint, zip or legacy, or the `*.index.json`
+        of a sharded one.
 
     Returns:
       Its tensors, unread; of a checkpoint, those of the state dict.
@@ -142,10 +147,15 @@ def open_tensors(path: Path) -> Tensors:
             )
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: wanted an ordinary file; try copying it to one")
-        if _INDEX_NAME.search(path.name):
+        if INDEX_NAME.search(path.name):
             return _open_shards(path)
         with path.open("rb") as file:
             head = file.read(9)
+        if head == LFS_MAGIC:
+            raise InputError(
+                f"{path}: got a pointer of git-lfs, wanted the file itself; "
+                "try git lfs pull"
+            )
         if head and (path.suffix == ".safetensors" or head[8:] == b"{"):
             return _open_safetensors(path)
         if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
@@ -200,6 +210,16 @@ def match_keys(
         )
 
 
+def warn_of_unused(keys: list[str], *, what: str) -> None:
+    """Name tensors that are passed over in a warning of one line, if there are any."""
+    if keys:
+        logging.getLogger(__name__).warning(
+            "%s: not read: %s",
+            what,
+            _count([printable(key) for key in keys], "tensors of no network"),
+        )
+
+
 def _count(names: list[str], fault: str) -> str:
     more = ", ..." if len(names) > NUM_NAMED else ""
     return f"{len(names)} {fault} ({', '.join(names[:NUM_NAMED])}{more})"
@@ -245,12 +265,15 @@ def _open_shards(path: Path) -> Tensors:
             f"{path}: got no weight_map, wanted one from keys to files; try "
             "downloading it again"
         )
+    keys_by_name: dict[str, set[str]] = {}
+    for key, name in places.items():
+        keys_by_name.setdefault(str(name), set()).add(key)
     entries: dict[str, Entry] = {}
-    for name in sorted(set(map(str, places.values()))):
-        if not name.endswith(".safetensors"):
+    for name, listed in sorted(keys_by_name.items()):
+        if not name.endswith((".safetensors", ".bin")):
             raise InputError(
-                f"{path}: got the shard {printable(name)}, wanted a .safetensors file; "
-                "try the safetensors form of the weights"
+                f"{path}: got the shard {printable(name)}, wanted a .safetensors or "
+                ".bin file; try the safetensors form of the weights"
             )
         place = contained(path.parent, name)
         if not place.is_file():
@@ -258,8 +281,7 @@ def _open_shards(path: Path) -> Tensors:
                 f"{path}: got no shard {name} next to it, wanted every shard that it "
                 "lists; try downloading it again"
             )
-        shard = _open_safetensors(place)
-        listed = {key for key, file in places.items() if file == name}
+        shard = open_tensors(place)
         if astray := sorted(listed ^ set(shard)):
             raise InputError(
                 f"{path}: {_count([printable(key) for key in astray], 'keys')} are in "

@@ -23,6 +23,10 @@ ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
+MAX_NESTED = 4
+"""Limit of state dicts inside each other."""
+MAX_DIRECTORY_BYTES = 16 * 2**20
+"""Limit of a zip archive's list of members: some 200,000 of them."""
 
 _MALFORMED = (
     UnpicklingError,
@@ -87,9 +91,12 @@ def read_checkpoint(path: Path) -> dict[str, Entry]:
 
 def _state_dict(content: Any) -> dict[str, StridedTensor]:
     """Return the tensors under `state_dict`, under `model`, or at the top level."""
-    places = [content]
+    chain = [content]
+    while isinstance(chain[-1], dict) and len(chain) <= MAX_NESTED:
+        chain.append(chain[-1].get("state_dict"))
+    places = [*chain[:0:-1], content]
     if isinstance(content, dict):
-        places = [content.get("state_dict"), content.get("model"), content]
+        places.insert(-1, content.get("model"))
     for place in places:
         if isinstance(place, dict):
             tensors = {
@@ -152,14 +159,15 @@ def _verify(data: mmap.mmap, blob: _Blob, what: str) -> None:
 def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, _Blob]]:
     """Read the form of torch >= 1.6: a pickle and one zip member for each storage."""
     members = _zip_members(path, data)
-    for name in {"data.pkl", "byteorder"} & set(members):
-        _verify(data, members[name], name)
     order = members.get("byteorder")
-    if order and data[order.start : order.start + order.size] != b"little":
+    if order and data[order.start : order.start + min(order.size, 8)] != b"little":
         raise _big_endian()
     program = members["data.pkl"]
-    text = io.BytesIO(data[program.start : program.start + program.size])
-    content, storages = pickles.load(text)
+    if program.size > pickles.MAX_PICKLE_BYTES:
+        raise damaged(f"its pickle is longer than {pickles.MAX_PICKLE_BYTES} bytes")
+    _verify(data, program, "data.pkl")
+    text = data[program.start : program.start + program.size]
+    content, storages, _ = pickles.load(text)
     blobs = {}
     for key, storage in storages.items():
         blob = members.get(f"data/{key}")
@@ -177,9 +185,19 @@ def _big_endian() -> RefusedError:
     )
 
 
+class _ShortReads(io.FileIO):
+    """A file of which `zipfile` reads no more than the longest list of members."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read bytes; refuse to read too many at once."""
+        if size is not None and size > MAX_DIRECTORY_BYTES:
+            raise damaged(f"its list of members is beyond {MAX_DIRECTORY_BYTES} bytes")
+        return super().read(size) or b""
+
+
 def _zip_members(path: Path, data: mmap.mmap) -> dict[str, _Blob]:
     """Locate the members that torch reads, by name inside the archive's folder."""
-    with zipfile.ZipFile(path) as archive:
+    with _ShortReads(path) as file, zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
     folders = [
         info.filename.removesuffix("data.pkl")
@@ -223,22 +241,23 @@ def _read_legacy(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, _Blob]]:
     The pickles are a magic number, the protocol, the system, the object, and the
     storages' keys in the order of the file.
     """
-    if pickles.load(data).content != LEGACY_MAGIC:
+    magic = pickles.load(data)
+    if magic.content != LEGACY_MAGIC:
         raise RefusedError(
             "got a pickle that is not a torch checkpoint, wanted what torch.save "
             "writes; try saving model.state_dict() with torch"
         )
-    protocol, system = pickles.load(data).content, pickles.load(data).content
-    if protocol != LEGACY_PROTOCOL or not isinstance(system, dict):
+    protocol = pickles.load(data, magic.end)
+    system = pickles.load(data, protocol.end)
+    if protocol.content != LEGACY_PROTOCOL or not isinstance(system.content, dict):
         raise damaged("an unknown torch protocol")
-    if system.get("little_endian") is not True:
+    if system.content.get("little_endian") is not True:
         raise _big_endian()
-    content, storages = pickles.load(data)
-    keys = pickles.load(data).content
+    content, storages, end = pickles.load(data, system.end)
+    keys, _, start = pickles.load(data, end)
     if not isinstance(keys, list) or set(keys) != set(storages):
         raise damaged("its list of storages is not that of its tensors")
     blobs = {}
-    start = data.tell()
     for key in keys:
         storage = storages[key]
         (numel,) = struct.unpack("<q", data[start : start + 8])

@@ -14,6 +14,8 @@ from safetensors import safe_open
 
 from ldm_jax.files import write_safetensors
 from ldm_jax.pretrained import tensors as weights
+from ldm_jax.pretrained import torch_checkpoint
+from ldm_jax.pretrained import torch_pickle as pickles
 from ldm_jax.pretrained.tensors import Entry, Tensors, open_tensors
 from ldm_jax.types import InputError
 
@@ -513,15 +515,115 @@ def test_lazily_negated_tensors_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "body",
     [
-        b"}" + EMPTY + b"\x85" * 300_000 + b"Ns",  # CPython alone would crash on it
-        b"}" + EMPTY + b"q\x00\x85q\x00h\x00\x85q\x00" * 100_000 + b"h\x00Ns",
-        b"]" * 100_000 + b"a" * 99_999,
-        b"(" * 100_000 + b"t" * 100_000,
+        b"}" + EMPTY + b"\x85" * 99_999 + b"Ns",  # CPython alone would crash on it
+        b"}" + EMPTY + b"q\x00\x85q\x00h\x00\x85q\x00" * 33_333 + b"h\x00Ns",
+        b"]" * 50_000 + b"a" * 49_999,
+        b"(" * 50_000 + b"t" * 50_000,
     ],
     ids=["tuples", "memo", "lists", "marks"],
 )
 def test_deep_nesting_is_refused_and_does_not_crash(body, tmp_path):
     refusal(write_zip(tmp_path / "a.pt", body))
+
+
+P61 = 2**61 - 1
+COLLIDING = {
+    "whole numbers": lambda i: number(P61 * i),
+    "negative whole numbers": lambda i: number(-P61 * i),
+    "tuples": lambda i: row(number(P61 * i)),
+    "floats": lambda i: b"G" + struct.pack(">d", 2.0 ** (61 * i)),
+    "sizes": lambda i: call(name("torch", "Size"), row(number(i))),
+    "storages": lambda i: storage(key=f"{i}"),
+    "tensors": lambda i: tensor(storage()),
+    "lists": lambda i: b"]",
+    "other objects": lambda i: call(name("torch", "device"), text("cpu")),
+}
+
+
+@pytest.mark.parametrize("form", ["dict", "items", "ordered", "set"])
+@pytest.mark.parametrize("key", COLLIDING)
+def test_a_key_whose_hash_can_be_chosen_is_refused(key, form, tmp_path):
+    keys = [COLLIDING[key](i) for i in (1, 2)]
+    items = [part for key in keys for part in (key, NONE)]
+    body = {
+        "dict": b"}" + b"".join(key + NONE + b"s" for key in keys),
+        "items": b"}(" + b"".join(items) + b"u",
+        "ordered": call(ORDERED, b"](" + b"".join(row(k, NONE) for k in keys) + b"e"),
+        "set": b"\x8f(" + b"".join(keys) + b"\x90",
+    }[form]
+    both = table(w=tensor(storage()), x=body)
+    path = write_zip(tmp_path / "a.pt", both, {"0": MATRIX.tobytes()})
+    assert "key" in refusal(path)
+
+
+def test_keys_of_trainers_are_read(tmp_path):
+    """Places of parameters, their addresses in old files, classes of callbacks."""
+    callback = name("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+    keys = [number(0), number(2**47), number(-1), callback, NONE, TRUE, text("a")]
+    state = b"}" + b"".join(key + NONE + b"s" for key in keys)
+    pairs = call(ORDERED, b"](" + row(text("v"), tensor(storage())) + b"e")
+    body = table(state=state, state_dict=pairs)
+    path = write_zip(tmp_path / "a.pt", body, {"0": MATRIX.tobytes()})
+    assert np.array_equal(open_tensors(path)["v"], MATRIX)
+
+
+FEW = 2**12
+LONG = {
+    "one byte": NONE * FEW,
+    "marks": b"(" * FEW,
+    "lists": b"]" * FEW,
+    "memo": NONE + b"\x94" * FEW,
+    # Lists that are made once and copied often: n steps of n items.
+    "copies": b"]("
+    + row(text("k"), NONE) * 200
+    + b"eq\x00"
+    + ORDERED
+    + b"q\x01"
+    + b"h\x01h\x00\x85R" * 200,
+    "arguments": b"("
+    + NONE * 200
+    + b"tq\x00"
+    + name("torch", "device")
+    + b"q\x01"
+    + b"h\x01h\x00R" * 200,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("body", LONG)
+def test_a_pickle_of_too_many_steps_is_refused(form, body, tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "MAX_STEPS", FEW)
+    path = write_checkpoint(form, tmp_path, LONG[body], {})
+    assert f"more than {FEW} " in refusal(path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pickle_of_too_many_bytes_is_refused(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "MAX_PICKLE_BYTES", FEW)
+    string = b"X" + struct.pack("<I", FEW) + bytes(FEW)
+    for body in (string, b"c" + b"a" * FEW):
+        path = write_checkpoint(form, tmp_path, body, {})
+        assert f"longer than {FEW} bytes" in refusal(path)
+
+
+def test_a_pickle_has_room_for_large_models_and_costs_seconds():
+    """Some 40 steps a tensor, of which Stable Diffusion has 2,000 with its average."""
+    assert 2**19 <= pickles.MAX_STEPS <= 2**21
+    assert 2**22 <= pickles.MAX_PICKLE_BYTES <= 2**26
+
+
+def test_a_zip_of_too_many_members_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_checkpoint, "MAX_DIRECTORY_BYTES", 2**17)
+    data = {f"{i}": b"" for i in range(3000)}
+    assert "members" in refusal(write_zip(tmp_path / "a.pt", b"}", data))
+
+
+def test_the_state_dict_may_lie_in_another(tmp_path):
+    body = table(state_dict=table(state_dict=table(w=tensor(storage()))))
+    path = write_zip(tmp_path / "a.pt", body, {"0": MATRIX.tobytes()})
+    assert list(open_tensors(path)) == ["w"]
+    endless = b"}q\x00" + text("state_dict") + b"h\x00s"
+    assert "without tensors" in refusal(write_zip(tmp_path / "b.pt", endless))
 
 
 def test_a_huge_memo_slot_is_refused(tmp_path):
@@ -617,6 +719,13 @@ def test_a_file_of_another_format_is_refused(content, suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     refusal(path)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".safetensors"])
+def test_a_pointer_of_git_lfs_is_told(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "git lfs pull" in refusal(path)
 
 
 def test_folders_pipes_and_missing_files_are_refused(tmp_path):
@@ -817,6 +926,14 @@ def test_a_loop_of_links_is_refused(tmp_path):
 def test_a_shard_may_not_be_a_pickle(tmp_path):
     good("legacy", tmp_path)
     assert "legacy.ckpt" in refusal(write_index(tmp_path, {"w": "legacy.ckpt"}))
+
+
+def test_shards_may_be_pickles_of_torch(tmp_path):
+    for form in FORMS:
+        good(form, tmp_path).rename(tmp_path / "pytorch_model-1.bin")
+        path = tmp_path / "pytorch_model.bin.index.json"
+        path.write_text(json.dumps({"weight_map": {"w": "pytorch_model-1.bin"}}))
+        assert np.array_equal(open_tensors(path)["w"], MATRIX)
 
 
 @pytest.mark.parametrize(
