@@ -17,11 +17,27 @@ from ldm_jax.pretrained.layouts import (
     Stored,
     module_leaf,
 )
+from ldm_jax.pretrained.tensors import Tensors
 
 UNET_PREFIX = "model.diffusion_model."
 AUTOENCODER_PREFIX = "first_stage_model."
 CONDITIONER_PREFIX = "cond_stage_model."
 EMA_PREFIX = "model_ema."
+UNET_AVERAGE_PREFIX = f"{EMA_PREFIX}diffusion_model"
+OTHER_CONDITIONER_PREFIX = "conditioner.embedders.0."
+"""Prefix of the conditioner in files of Stability AI's later code, as of SD Turbo."""
+FIRST_STAGE_KEY = "encoder.conv_in.weight"
+"""A tensor of every first stage, without prefix in a file of one alone."""
+AUTOENCODER_PARTS = (
+    "encoder.",
+    "decoder.",
+    "quant_conv.",
+    "post_quant_conv.",
+    "quantize.",
+)
+UNUSED_AUTOENCODER_PREFIXES = ("loss.", EMA_PREFIX)
+"""Losses and averages of a first stage, which no image depends on: the original and
+diffusers decode by the parameters themselves."""
 
 UNET_NAMES = {
     "time_0": "time_embed.0",
@@ -209,6 +225,26 @@ def _open_clip_leaf(path: Path) -> Stored:
     usual = "bias" if path[-1] == "bias" else "weight"
     return module_leaf(
         path, f"{prefix}.attn.{part}_in_proj", leaf_names={path[-1]: usual}
+    )
+
+
+def with_usual_prefixes(tensors: Tensors) -> Tensors:
+    """Give a conditioner under `OTHER_CONDITIONER_PREFIX` its usual prefix."""
+    if any(key.startswith(CONDITIONER_PREFIX) for key in tensors):
+        return tensors
+    entries = {
+        re.sub(f"^{re.escape(OTHER_CONDITIONER_PREFIX)}", CONDITIONER_PREFIX, key): e
+        for key, e in tensors.entries.items()
+    }
+    return Tensors(entries, tensors.metadata)
+
+
+def present_text_key(key: str) -> str:
+    """Add `text_model.` to a key of OpenAI's CLIP of merges without it."""
+    return re.sub(
+        r"^transformer\.(embeddings|encoder|final_layer_norm)\.",
+        r"transformer.text_model.\1.",
+        key,
     )
 
 

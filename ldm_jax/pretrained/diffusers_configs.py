@@ -1,10 +1,14 @@
 """JSON configs of diffusers and transformers models, read as fields of our config."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ldm_jax.config.presets import SD_LATENT_SCALE
 from ldm_jax.pretrained.strict_json import Fields, is_count
+
+FieldValues = dict[str, Any]
+"""Fields of one of our config classes."""
 
 SCHEDULES = {
     "scaled_linear": "ldm_linear",
@@ -12,7 +16,104 @@ SCHEDULES = {
     "squaredcos_cap_v2": "cosine",
 }
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCHEDULER_DEFAULTS: Mapping[str, tuple[float, float, str]] = {
+    **dict.fromkeys(
+        (
+            "DDIMScheduler",
+            "DDIMInverseScheduler",
+            "DDIMParallelScheduler",
+            "DDPMScheduler",
+            "DDPMParallelScheduler",
+            "DEISMultistepScheduler",
+            "DPMSolverMultistepScheduler",
+            "DPMSolverMultistepInverseScheduler",
+            "DPMSolverSinglestepScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "EulerDiscreteScheduler",
+            "LMSDiscreteScheduler",
+            "PNDMScheduler",
+            "RePaintScheduler",
+            "SASolverScheduler",
+            "UniPCMultistepScheduler",
+        ),
+        (1e-4, 0.02, "linear"),
+    ),
+    **dict.fromkeys(
+        (
+            "DPMSolverSDEScheduler",
+            "HeunDiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler",
+            "KDPM2DiscreteScheduler",
+        ),
+        (0.00085, 0.012, "linear"),
+    ),
+    **dict.fromkeys(
+        ("LCMScheduler", "TCDScheduler"), (0.00085, 0.012, "scaled_linear")
+    ),
+}
+"""First and last noise variance and their schedule where a config omits them."""
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+FLOW_SCHEDULERS = (
+    FLOW_SCHEDULER,
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+)
+LAST_KNOWN_VERSION = (0, 42)
+"""Version of diffusers of which every field is known here."""
+UNSUPPORTED_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "UNet2DModel": ("time_embedding_dim", "class_embed_type"),
+    "UNet2DConditionModel": (
+        "reverse_transformer_layers_per_block",
+        "encoder_hid_dim",
+        "encoder_hid_dim_type",
+        "class_embed_type",
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "resnet_skip_time_act",
+        "time_embedding_dim",
+        "time_embedding_act_fn",
+        "timestep_post_act",
+        "time_cond_proj_dim",
+        "projection_class_embeddings_input_dim",
+        "class_embeddings_concat",
+        "mid_block_only_cross_attention",
+        "cross_attention_norm",
+    ),
+    "AutoencoderKL": ("shift_factor", "latents_mean", "latents_std"),
+    "VQModel": (),
+}
+"""Fields of a class that must be null or false. Others that are not read mean nothing
+to `LAST_KNOWN_VERSION`, such as those of a trainer's average."""
+NEVER_NULL = (
+    "add_attention",
+    "flip_sin_to_cos",
+    "mid_block_add_attention",
+    "mid_block_type",
+    "norm_num_groups",
+    "use_post_quant_conv",
+    "use_quant_conv",
+)
+"""Fields of which null builds another network than the default."""
+AUTOENCODER_WIDTHS: FieldValues = {
+    "block_out_channels": [64],
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+}
+DEFAULT_WIDTHS: Mapping[str, FieldValues] = {
+    "UNet2DModel": {
+        "block_out_channels": [224, 448, 672, 896],
+        "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
+        "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    },
+    "UNet2DConditionModel": {
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    },
+    "AutoencoderKL": AUTOENCODER_WIDTHS,
+    "VQModel": AUTOENCODER_WIDTHS,
+}
+"""Widths and blocks where a config omits them."""
 DOWN_ATTENTION = {
     "CrossAttnDownBlock2D": True,
     "AttnDownBlock2D": True,
@@ -27,9 +128,6 @@ UP_ATTENTION = {
 }
 ENCODER_ATTENTION = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 DECODER_ATTENTION = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
-
-FieldValues = dict[str, Any]
-"""Fields of one of our config classes."""
 
 
 def read_unet(class_name: str, values: Mapping[str, Any]) -> FieldValues:
@@ -46,7 +144,7 @@ def read_unet(class_name: str, values: Mapping[str, Any]) -> FieldValues:
     Raises:
       InputError: If a field has a value that is not supported.
     """
-    fields = Fields(values, what=class_name)
+    fields = _fields(class_name, values)
     crossed = class_name == "UNet2DConditionModel"
     found = _widths(fields)
     multipliers = found["channel_multipliers"]
@@ -63,7 +161,7 @@ def read_unet(class_name: str, values: Mapping[str, Any]) -> FieldValues:
         ),
         "in_channels": fields.count("in_channels", 4 if crossed else 3),
         "out_channels": fields.count("out_channels", 4 if crossed else 3),
-        "latent_side": fields.count("sample_size"),
+        "latent_side": _side(fields),
         # The last row of a class table is the null class.
         "num_classes": _num_rows(fields) - 1,
     }
@@ -78,8 +176,40 @@ def read_unet(class_name: str, values: Mapping[str, Any]) -> FieldValues:
         center_input_sample=False,
         dropout=0.0,
     )
-    fields.done()
+    _done(fields, class_name, values)
     return found
+
+
+def diffusers_version(values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the version of diffusers that wrote a config, if it says so."""
+    match = re.match(r"(\d{1,4})\.(\d{1,4})", str(values.get("_diffusers_version")))
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def _fields(class_name: str, values: Mapping[str, Any]) -> Fields:
+    """Wrap a model's config, with the defaults of its class."""
+    fields = Fields({**DEFAULT_WIDTHS[class_name], **values}, what=class_name)
+    for name in NEVER_NULL:
+        if name in values and values[name] is None:
+            raise fields.wrong(name, None, "a value: nothing else is supported")
+    return fields
+
+
+def _done(fields: Fields, class_name: str, values: Mapping[str, Any]) -> None:
+    """Check that no unread field means anything to diffusers."""
+    version = diffusers_version(values)
+    if version is not None and version <= LAST_KNOWN_VERSION:
+        known = UNSUPPORTED_FIELDS[class_name]
+        fields.ignore(*(name for name in values if name not in known))
+    fields.done()
+
+
+def _side(fields: Fields) -> int:
+    """Return the side of the latents; some configs state height and width."""
+    value = fields.value("sample_size")
+    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+        return Fields({"sample_size": value[0]}, what="UNet").count("sample_size")
+    return fields.count("sample_size")
 
 
 def _widths(fields: Fields) -> FieldValues:
@@ -186,7 +316,7 @@ def read_autoencoder(class_name: str, values: Mapping[str, Any]) -> FieldValues:
     Raises:
       InputError: If a field has a value that is not supported.
     """
-    fields = Fields(values, what=class_name)
+    fields = _fields(class_name, values)
     found = _widths(fields)
     num_levels = len(found["channel_multipliers"])
     quantised = class_name == "VQModel"
@@ -213,7 +343,7 @@ def read_autoencoder(class_name: str, values: Mapping[str, Any]) -> FieldValues:
         fields.expect(use_quant_conv=True, use_post_quant_conv=True)
     fields.expect(act_fn="silu", out_channels=image_channels)
     fields.ignore("sample_size", "force_upcast")
-    fields.done()
+    _done(fields, class_name, values)
     return found
 
 
@@ -221,8 +351,8 @@ def read_clip(class_name: str, values: Mapping[str, Any]) -> FieldValues:
     """Read the config of CLIP's text encoder.
 
     Args:
-      class_name: `CLIPTextModel` or `CLIPTextModelWithProjection`.
-      values: Its JSON.
+      class_name: `CLIPTextModel`, `CLIPTextModelWithProjection` or `CLIPModel`.
+      values: Its JSON, or that of the whole CLIP it is a part of.
 
     Returns:
       Fields of `ClipConfig`.
@@ -230,7 +360,8 @@ def read_clip(class_name: str, values: Mapping[str, Any]) -> FieldValues:
     Raises:
       InputError: If a field has a value that is not supported.
     """
-    fields = Fields(values, what=class_name)
+    whole = values.get("model_type") == "clip" and values.get("text_config")
+    fields = Fields(whole if isinstance(whole, dict) else values, what=class_name)
     activations = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
     found = {
         "vocab_size": fields.count("vocab_size", 49_408),
@@ -263,7 +394,7 @@ def read_scheduler(class_name: str, values: Mapping[str, Any]) -> FieldValues:
       InputError: If the noise levels are not supported.
     """
     fields = Fields(values, what=class_name)
-    if class_name == FLOW_SCHEDULER:
+    if class_name in FLOW_SCHEDULERS:
         fields.expect(
             shift=1.0,
             use_dynamic_shifting=False,
@@ -275,15 +406,37 @@ def read_scheduler(class_name: str, values: Mapping[str, Any]) -> FieldValues:
             "schedule": "flow",
             "prediction": "flow",
         }
-    fields.expect(trained_betas=None, use_flow_sigmas=False, timestep_type="discrete")
+    fields.expect(
+        trained_betas=None,
+        use_flow_sigmas=False,
+        timestep_type="discrete",
+        snr_shift_scale=1.0,
+    )
     zero_terminal_snr = fields.value("rescale_betas_zero_snr", False)
     if not isinstance(zero_terminal_snr, bool):
         raise fields.wrong("rescale_betas_zero_snr", zero_terminal_snr, "true or false")
+    # Before diffusers 0.10 a model that predicts the image said so here.
+    predicts_eps = fields.value("predict_epsilon", True)
     return {
         "num_timesteps": fields.count("num_train_timesteps", 1000),
-        "beta_start": fields.number("beta_start", 1e-4),
-        "beta_end": fields.number("beta_end", 0.02),
-        "schedule": fields.choice("beta_schedule", SCHEDULES, "linear"),
+        **_betas(fields, class_name),
         "zero_terminal_snr": zero_terminal_snr,
-        "prediction": fields.choice("prediction_type", PREDICTIONS, "epsilon"),
+        "prediction": fields.choice(
+            "prediction_type", PREDICTIONS, "epsilon" if predicts_eps else "sample"
+        ),
+    }
+
+
+def _betas(fields: Fields, class_name: str) -> FieldValues:
+    """Read the noise variances of any class of scheduler whose config has them."""
+    start, end, schedule = SCHEDULER_DEFAULTS.get(class_name, (None, None, None))
+    stated = fields.value("beta_schedule", schedule)
+    if not isinstance(stated, str) or stated not in SCHEDULES:
+        raise fields.wrong("beta_schedule", stated, f"one of {', '.join(SCHEDULES)}")
+    if SCHEDULES[stated] == "cosine" and start is None:
+        start, end = 1e-4, 0.02  # not used
+    return {
+        "beta_start": fields.number("beta_start", start),
+        "beta_end": fields.number("beta_end", end),
+        "schedule": SCHEDULES[stated],
     }

@@ -14,9 +14,10 @@ from ldm_jax.config import (
 from ldm_jax.config import from_json as config_from_json
 from ldm_jax.config.condition import ContextName
 from ldm_jax.pretrained import diffusers_names
-from ldm_jax.pretrained.clip_import import read_clip_tensors
+from ldm_jax.pretrained.clip_import import read_clip_component
 from ldm_jax.pretrained.diffusers_configs import (
     FieldValues,
+    diffusers_version,
     read_autoencoder,
     read_clip,
     read_scheduler,
@@ -26,18 +27,19 @@ from ldm_jax.pretrained.diffusers_folder import (
     AUTOENCODERS,
     CLIP_TOKENIZERS,
     OWN_CONFIG,
-    SCHEDULERS,
     TEXT_ENCODERS,
     UNETS,
     Component,
     Folder,
     component_tensors,
 )
-from ldm_jax.pretrained.layouts import own_format, read_tree
+from ldm_jax.pretrained.layouts import Format, own_format, read_tree, used_tensors
 from ldm_jax.pretrained.model_weights import ModelWeights, NetworkShapes
 from ldm_jax.pretrained.strict_json import read_json
-from ldm_jax.pretrained.tensors import Tensors, open_tensors
+from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.types import InputError, PyTree
+
+SD_LATENT_SIDE = 64
 
 OWN_CONDITIONER = "conditioner"
 """Folder of a conditioner that no class of diffusers holds."""
@@ -60,11 +62,11 @@ def folder_config(folder: Folder) -> Config:
         )
     autoencoder = folder.get(AUTOENCODERS)
     unet = folder.find(UNETS)
-    unet_fields = read_unet(unet.class_name, unet.config) if unet else None
+    unet_fields = _read_unet(folder, unet) if unet else None
     reads_text = unet_fields is not None and unet_fields["context_width"] > 0
     clip = folder.find(TEXT_ENCODERS) if reads_text else None
     tokenizer = folder.find(CLIP_TOKENIZERS) if clip else None
-    scheduler = folder.find(SCHEDULERS) if unet else None
+    scheduler = folder.scheduler if unet else None
     used = (autoencoder, unet, clip, tokenizer, scheduler)
     for component in folder.components.values():
         if component not in used:
@@ -84,6 +86,19 @@ def folder_config(folder: Folder) -> Config:
         ),
         tokenizer=str(tokenizer.directory) if tokenizer else None,
     )
+
+
+def _read_unet(folder: Folder, unet: Component) -> FieldValues:
+    """Read a UNet's config, with the latents of old folders of Stable Diffusion.
+
+    Those of before diffusers 0.9 state the side 32; diffusers takes them for 64.
+    """
+    fields = read_unet(unet.class_name, unet.config)
+    version = diffusers_version(unet.config)
+    is_old = version is not None and version < (0, 9)
+    if is_old and str(folder.pipeline).startswith("StableDiffusion"):
+        fields["latent_side"] = max(fields["latent_side"], SD_LATENT_SIDE)
+    return fields
 
 
 def assemble_config(
@@ -185,15 +200,14 @@ def read_folder(folder: Folder, config: Config, shapes: NetworkShapes) -> ModelW
       config: Result of `folder_config`.
 
     Raises:
-      InputError: If a tensor is missing, unexpected, or of another shape.
+      InputError: If a tensor is missing or of another shape.
     """
     autoencoder = folder.get(AUTOENCODERS)
     fields = read_autoencoder(autoencoder.class_name, autoencoder.config)
     unet, unet_tree = folder.find(UNETS), None
     if unet is not None:
         format_ = diffusers_names.unet_format(config.diffusion)
-        tensors = component_tensors(unet)
-        unet_tree = read_tree(shapes.unet, format_, tensors, what=str(unet.directory))
+        unet_tree = _read_component(unet, format_, shapes.unet)
     return ModelWeights(
         config,
         read_autoencoder_component(autoencoder, config.autoencoder, shapes.autoencoder),
@@ -206,16 +220,20 @@ def read_folder(folder: Folder, config: Config, shapes: NetworkShapes) -> ModelW
 def read_autoencoder_component(
     component: Component, autoencoder: AutoencoderConfig, shapes: PyTree
 ) -> PyTree:
-    """Read the parameters of an autoencoder that any version of diffusers wrote.
+    """Read the parameters of an autoencoder.
 
     Raises:
-      InputError: If a tensor is missing, unexpected, or of another shape.
+      InputError: If a tensor is missing or of another shape.
     """
-    entries = component_tensors(component).entries
-    rename = diffusers_names.rename_old_attention
-    tensors = Tensors({rename(key): entry for key, entry in entries.items()})
     format_ = diffusers_names.autoencoder_format(autoencoder)
-    return read_tree(shapes, format_, tensors, what=str(component.directory))
+    return _read_component(component, format_, shapes)
+
+
+def _read_component(component: Component, format_: Format, shapes: PyTree) -> PyTree:
+    what = str(component.directory)
+    tensors = component_tensors(component)
+    used = used_tensors(shapes, format_, tensors, what=what)
+    return read_tree(shapes, format_, used, what=what)
 
 
 def _conditioner(folder: Folder, clip: ClipConfig, shapes: PyTree) -> PyTree:
@@ -225,6 +243,4 @@ def _conditioner(folder: Folder, clip: ClipConfig, shapes: PyTree) -> PyTree:
     if own.is_file():
         return read_tree(shapes, own_format, open_tensors(own), what=str(own))
     component = folder.get(TEXT_ENCODERS)
-    what = str(component.directory)
-    tensors = component_tensors(component)
-    return {"encoder": read_clip_tensors(tensors, clip, shapes["encoder"], what=what)}
+    return {"encoder": read_clip_component(component, clip, shapes["encoder"])}

@@ -2,7 +2,7 @@
 
 import re
 
-from ldm_jax.config import AutoencoderConfig, DiffusionConfig
+from ldm_jax.config import AutoencoderConfig, ClipConfig, DiffusionConfig
 from ldm_jax.pretrained.layouts import (
     Format,
     Kernel,
@@ -12,6 +12,7 @@ from ldm_jax.pretrained.layouts import (
     Stored,
     module_leaf,
 )
+from ldm_jax.pretrained.tensors import Tensors
 
 RES_NAMES = {
     "norm1": "norm1",
@@ -53,12 +54,16 @@ OLD_ATTENTION_NAMES = {
     "value": "to_v",
     "proj_attn": "to_out.0",
 }
-"""Attention of the autoencoder in files written before diffusers 0.15."""
+"""Self-attention in files written before diffusers 0.15."""
+OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.")
 UNUSED_TEXT_TENSORS = re.compile(
-    r"(.*\.position_ids|(model\.)?logit_scale|model\.attn_mask|"
-    r"transformer\.to_logits\.(weight|bias))"
+    r"(.*\.)?(position_ids|logit_scale|logit_bias|attn_mask)|"
+    r"((transformer|model)\.)?(vision_model|visual_projection|visual)\..*|"
+    r"transformer\.to_logits\.(weight|bias)"
 )
-"""Tensors of a text encoder's file that its output does not depend on."""
+"""Tensors of a text encoder's or a whole CLIP's file that no text depends on."""
+TEXT_PROJECTION = re.compile(r"((transformer|model)\.)?text_projection(\.weight)?")
+"""Projection of a text's one vector, which only a pooled output uses."""
 
 
 def unet_format(diffusion: DiffusionConfig) -> Format:
@@ -163,13 +168,29 @@ def _autoencoder_block_leaf(path: Path, prefix: str) -> Stored:
     return module_leaf(path, f"{prefix}.resnets.{index}.{RES_NAMES[path[3]]}")
 
 
-def rename_old_attention(key: str) -> str:
-    """Return the present name of a key of an old autoencoder file."""
-    return re.sub(
-        r"(attentions\.0\.)(query|key|value|proj_attn)\.",
-        lambda found: f"{found[1]}{OLD_ATTENTION_NAMES[found[2]]}.",
-        key,
-    )
+def rename_old_attention(tensors: Tensors) -> Tensors:
+    """Give the attention of an old file of any network its present names."""
+    renamed = {
+        OLD_ATTENTION.sub(lambda m: f"{m[1]}{OLD_ATTENTION_NAMES[m[2]]}.", key): entry
+        for key, entry in tensors.entries.items()
+    }
+    return Tensors(renamed, tensors.metadata)
+
+
+def text_tensors(tensors: Tensors, clip: ClipConfig | None) -> Tensors:
+    """Return the tensors of a text encoder's file that its output may depend on.
+
+    Args:
+      clip: Config of CLIP; None for another text encoder.
+    """
+    is_projected = clip is not None and clip.output == "pooled"
+    entries = {
+        key: entry
+        for key, entry in tensors.entries.items()
+        if not UNUSED_TEXT_TENSORS.fullmatch(key)
+        and (is_projected or not TEXT_PROJECTION.fullmatch(key))
+    }
+    return Tensors(entries, tensors.metadata)
 
 
 def clip_format(prefix: str = "text_model.") -> Format:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from ldm_jax.pretrained.tensors import Tensors, match_keys
+from ldm_jax.pretrained.tensors import Tensors, match_keys, warn_of_unused
 from ldm_jax.types import PyTree
 
 Path = tuple[str, ...]
@@ -194,6 +194,25 @@ def read_tree(
         leaf = stored.layout.read([tensors[key] for key in stored.keys])
         flat[name] = np.asarray(leaf, np.float32, order="C")
     return unflatten(flat)
+
+
+def used_tensors(
+    shapes: PyTree, format_: Format, tensors: Tensors, *, what: str
+) -> Tensors:
+    """Return the tensors of a network whose own config stands beside the file.
+
+    Others are named in a warning, as by the program that wrote both. If one is missing,
+    all are returned: the network is another one, which `read_tree` tells.
+
+    Args:
+      shapes: Our tree, of arrays or of their shapes.
+      what: Name of the tensors in a warning.
+    """
+    wanted = key_shapes(shapes, format_)
+    if any(key not in tensors for key in wanted):
+        return tensors
+    warn_of_unused([key for key in tensors if key not in wanted], what=what)
+    return Tensors({key: tensors.entries[key] for key in wanted})
 
 
 def write_tree(tree: PyTree, format_: Format) -> dict[str, np.ndarray]:

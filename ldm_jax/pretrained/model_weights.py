@@ -107,7 +107,8 @@ def file_scale(tensors: Tensors) -> float | None:
     if got is None:
         if SCALE_TENSOR not in tensors:
             return None
-        where, got = SCALE_TENSOR, tensors[SCALE_TENSOR].tolist()
+        where, array = SCALE_TENSOR, tensors[SCALE_TENSOR]
+        got = array.item() if array.size == 1 else array.shape
     try:
         scale = float(got)
     except (TypeError, ValueError):

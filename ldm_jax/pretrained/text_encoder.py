@@ -7,12 +7,11 @@ import jax
 
 from ldm_jax.config import ClipConfig, Config
 from ldm_jax.latent_diffusion import LatentDiffusion, init_conditioner, param_shapes
-from ldm_jax.pretrained.clip_import import read_clip_tensors
+from ldm_jax.pretrained.clip_import import read_clip_component, read_clip_tensors
 from ldm_jax.pretrained.diffusers_configs import read_clip
 from ldm_jax.pretrained.diffusers_folder import (
     TEXT_ENCODERS,
     Component,
-    component_tensors,
     open_folder,
 )
 from ldm_jax.pretrained.tensors import open_tensors
@@ -73,9 +72,8 @@ def import_clip(path: Path, clip: ClipConfig, shapes: PyTree) -> PyTree:
                 f"diffusion.condition.weights: the text encoder of {path} is another "
                 f"network: {', '.join(different)}; try a config with the same values"
             )
-        tensors = component_tensors(component)
-    else:
-        tensors = open_tensors(path)
+        return {"encoder": read_clip_component(component, clip, shapes["encoder"])}
+    tensors = open_tensors(path)
     return {
         "encoder": read_clip_tensors(tensors, clip, shapes["encoder"], what=str(path))
     }

@@ -1,8 +1,11 @@
 """JSON configs of diffusers and transformers models."""
 
+import json
+
 import pytest
 
 from ldm_jax.pretrained.diffusers_configs import (
+    UNSUPPORTED_FIELDS,
     read_autoencoder,
     read_clip,
     read_scheduler,
@@ -10,8 +13,9 @@ from ldm_jax.pretrained.diffusers_configs import (
 )
 from ldm_jax.pretrained.diffusers_import import assemble_config
 from ldm_jax.pretrained.open_weights import open_weights
+from tests.data.test_tokenizer import write_clip
 from tests.support.models import config_of
-from tests.support.pretrained import refusal, written
+from tests.support.pretrained import edit, refusal, without_own_config, written
 
 # Network configs of the published Stable Diffusion folders.
 SD_UNET = {
@@ -264,3 +268,83 @@ def test_null_attention_head_dim_is_one_head():
     assert (settings.num_heads, settings.head_channels) == (1, 0)
     # This is the only field where null and absent differ.
     assert assembled("UNet2DModel").diffusion.head_channels == 8
+
+
+AVERAGE = {"decay": 0.9999, "optimization_step": 15000, "use_ema_warmup": False}
+
+
+@pytest.mark.parametrize("version", ["0.2.4", "0.6.0", "0.10.0.dev0", "0.42.1"])
+def test_a_field_that_means_nothing_to_diffusers_is_passed_over(version):
+    written_by = {"_diffusers_version": version}
+    for kind in ("UNet2DModel", "UNet2DConditionModel", "VQModel"):
+        assert assembled(kind, **AVERAGE, **written_by) == assembled(kind)
+
+
+@pytest.mark.parametrize("version", ["0.43.0", "1.0.0", "x", "", None, 3])
+def test_an_unknown_field_of_an_unknown_version_is_refused(version):
+    values = {"_diffusers_version": version, "decay": 0.9999}
+    assert "decay" in refusal(assembled, "UNet2DModel", **values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (kind, field, 2)
+        for kind in ("UNet2DModel", "UNet2DConditionModel")
+        for field in UNSUPPORTED_FIELDS[kind]
+    ],
+)
+def test_a_field_that_builds_another_network_is_refused(kind, field, value):
+    values = {"_diffusers_version": "0.6.0", field: value}
+    assert field in refusal(assembled, kind, **values)
+
+
+@pytest.mark.parametrize(
+    "field", ["mid_block_type", "norm_num_groups", "flip_sin_to_cos"]
+)
+def test_null_is_refused_where_it_is_not_the_default(field):
+    assert field in refusal(assembled, "UNet2DModel", **{field: None})
+
+
+def test_widths_and_blocks_that_a_config_omits_are_those_of_its_class():
+    fewer = {k: v for k, v in SD_UNET.items() if not k.endswith(("types", "channels"))}
+    kind = "UNet2DConditionModel"
+    assert read_unet(kind, fewer) == read_unet(kind, SD_UNET)
+
+
+def test_latents_may_be_given_by_height_and_width():
+    square = assembled("UNet2DModel", sample_size=[8, 8])
+    assert square == assembled("UNet2DModel", sample_size=8)
+    for value in ([8, 16], [8, 8, 8], [], [None, None], [[8], [8]]):
+        assert "sample_size" in refusal(assembled, "UNet2DModel", sample_size=value)
+
+
+def test_the_text_part_of_a_whole_clip_is_read():
+    whole = {"model_type": "clip", "text_config": SD2_CLIP, "vision_config": {}}
+    assert read_clip("CLIPModel", whole) == read_clip("CLIPTextModel", SD2_CLIP)
+
+
+@pytest.mark.parametrize(
+    ("version", "side", "found"),
+    [("0.6.0", 8, 64), ("0.8.1", 32, 64), ("0.8.1", 96, 96), ("0.9.0", 8, 8)],
+)
+def test_old_folders_of_stable_diffusion_state_half_of_their_side(
+    version, side, found, tmp_path
+):
+    path = without_own_config(written("clip", tmp_path))
+    for part in ("scheduler", "tokenizer"):
+        (path / part).mkdir(exist_ok=True)
+    write_clip(path / "tokenizer")
+    (path / "scheduler" / "scheduler_config.json").write_text("{}")
+    edit(path / "unet" / "config.json", sample_size=side, _diffusers_version=version)
+    index = {"_class_name": "StableDiffusionPipeline"}
+    for name, class_name in {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "scheduler": "DDIMScheduler",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+    }.items():
+        index[name] = ["library", class_name]
+    (path / "model_index.json").write_text(json.dumps(index))
+    assert open_weights(path).config.latent_shape[0] == found

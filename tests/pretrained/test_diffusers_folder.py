@@ -81,6 +81,51 @@ def test_the_ldm_text_to_image_pipeline_is_known(tmp_path):
     assert set(open_folder(tmp_path).components) == {"bert", "tokenizer", "vqvae"}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["StableDiffusionImg2ImgPipeline", "StableDiffusionPAGPipeline"]
+    + ["LatentConsistencyModelPipeline", "StableDiffusionInpaintPipelineLegacy"],
+)
+def test_what_a_pipeline_is_made_of_decides_and_not_its_name(name, tmp_path):
+    folder = open_folder(write_folder(tmp_path, _class_name=name))
+    assert folder.pipeline == name and set(folder.components) == set(PARTS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DEISMultistepScheduler", "LCMScheduler", "EDMEulerScheduler", "XScheduler"],
+)
+def test_a_scheduler_of_any_class_is_opened(name, tmp_path):
+    folder = open_folder(write_folder(tmp_path, scheduler=["diffusers", name]))
+    assert folder.scheduler == Component(
+        "scheduler", name, {"of": "scheduler"}, tmp_path / "scheduler"
+    )
+
+
+@pytest.mark.parametrize(
+    ("role", "words", "others"),
+    [
+        ("unet", ["UNet2DModel"], ["Scheduler", "Tokenizer", "Autoencoder"]),
+        ("vae", ["AutoencoderKL", "VQModel"], ["UNet2DModel", "Tokenizer"]),
+        ("scheduler", ["DDIMScheduler"], ["UNet2D", "CLIP"]),
+        ("tokenizer", ["CLIPTokenizer"], ["Scheduler", "CLIPTextModel"]),
+        ("text_encoder", ["CLIPTextModel"], ["Tokenizer", "UNet2D"]),
+    ],
+)
+def test_an_error_lists_what_a_component_may_be_and_no_more(
+    role, words, others, tmp_path
+):
+    message = refusal(write_folder(tmp_path, **{role: ["diffusers", "Other"]}))
+    assert all(word in message for word in words)
+    assert not any(other in message for other in others)
+
+
+def test_a_tokenizer_needs_no_config(tmp_path):
+    root = write_folder(tmp_path)
+    (root / "tokenizer" / "tokenizer_config.json").unlink()
+    assert open_folder(root).components["tokenizer"].config == {}
+
+
 def test_an_absent_component_is_skipped(tmp_path):
     folder = open_folder(write_folder(tmp_path, text_encoder=[None, None]))
     assert "text_encoder" not in folder.components
@@ -91,6 +136,9 @@ def test_an_absent_component_is_skipped(tmp_path):
     [
         ({"_class_name": "AutoencoderKL"}, "AutoencoderKL"),
         ({"architectures": ["CLIPTextModel"]}, "CLIPTextModel"),
+        ({"model_type": "clip_text_model"}, "CLIPTextModel"),
+        ({"architectures": None, "model_type": "clip_text_model"}, "CLIPTextModel"),
+        ({"architectures": ["CLIPModel"], "model_type": "clip"}, "CLIPModel"),
     ],
 )
 def test_a_folder_may_be_one_component(config, class_name, tmp_path):
@@ -107,6 +155,11 @@ def test_a_folder_may_be_one_component(config, class_name, tmp_path):
     [
         {"_class_name": "StableDiffusionXLPipeline"},
         {"_class_name": None},
+        {"scheduler": ["diffusers", "AutoencoderKL"]},
+        {"scheduler": ["diffusers", "os.Scheduler"]},
+        {"unet": ["diffusers", "DDIMScheduler"]},
+        {"vae": ["diffusers", "UNet2DConditionModel"]},
+        {"text_encoder": None, "image_encoder": ["transformers", "CLIPVisionModel"]},
         {"_class_name": ["StableDiffusionPipeline"]},
         {"unet": ["diffusers", "UNet3DConditionModel"]},
         {"unet": ["diffusers", None]},
@@ -122,8 +175,9 @@ def test_an_unknown_class_is_refused(changes, tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"_class_name": "DDIMScheduler"}, {"architectures": ["CLIPModel"]}]
-    + [{"architectures": []}, {"_class_name": 3}],
+    [{}, {"_class_name": "DDIMScheduler"}, {"architectures": ["BertModel"]}]
+    + [{"architectures": []}, {"_class_name": 3}]
+    + [{"model_type": "clip_vision_model"}, {"model_type": ["clip"]}],
 )
 def test_an_unknown_single_component_is_refused(config, tmp_path):
     write_json(tmp_path / "config.json", config)
@@ -275,6 +329,58 @@ def test_the_first_file_in_the_fixed_order_is_read(place, tmp_path):
     for i in range(place, len(WEIGHT_NAMES)):
         write_weights(component.directory, WEIGHT_NAMES[i], f"k{i}")
     assert list(component_tensors(component)) == [f"k{place}"]
+
+
+OTHER_NAMES = [
+    "diffusion_pytorch_model.bin.index.json",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.non_ema.safetensors",
+    "diffusion_pytorch_model.bf16.safetensors",
+    "model.ema-only.safetensors",
+    "diffusion_pytorch_model.non_ema.bin",
+    "diffusion_pytorch_model.safetensors.index.non_ema.json",
+    "diffusion_pytorch_model.safetensors.non_ema.index.json",
+    "diffusion_pytorch_model.bin.index.fp16.json",
+    "pytorch_model.bin.fp16.index.json",
+]
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_the_only_variant_is_read_under_any_of_its_names(name, tmp_path):
+    component = unet(tmp_path / "unet")
+    write_weights(component.directory, name, "k")
+    write_safetensors(
+        component.directory / "model.fp16-00001-of-00002.safetensors", {"x": MATRIX}
+    )
+    write_safetensors(component.directory / "pytorch_lora.safetensors", {"x": MATRIX})
+    assert list(component_tensors(component)) == ["k"]
+    write_weights(component.directory, WEIGHT_NAMES[0], "whole")
+    assert list(component_tensors(component)) == ["whole"]
+
+
+def test_one_of_several_variants_is_not_guessed(tmp_path):
+    component = unet(tmp_path / "unet")
+    for variant in ("ema", "non_ema"):
+        name = f"diffusion_pytorch_model.{variant}.safetensors"
+        write_weights(component.directory, name, variant)
+    message = refusal_of(component)
+    assert "ema, non_ema" in message and "try " in message
+    write_weights(component.directory, "diffusion_pytorch_model.bin.index.json", "k")
+    assert list(component_tensors(component)) == ["k"]
+
+
+def refusal_of(component: Component) -> str:
+    with pytest.raises(InputError) as caught:
+        component_tensors(component)
+    return str(caught.value)
+
+
+def test_weights_of_a_variant_behind_a_link_that_leaves_are_refused(tmp_path):
+    component = unet(tmp_path / "unet")
+    write_safetensors(tmp_path / "x", {"w": MATRIX})
+    name = "diffusion_pytorch_model.non_ema.safetensors"
+    (component.directory / name).symlink_to(tmp_path / "x")
+    assert "leaves the folder" in refusal_of(component)
 
 
 def test_weight_names_order_safetensors_first_and_full_precision_first():

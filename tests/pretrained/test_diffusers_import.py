@@ -1,7 +1,9 @@
 """Import of diffusers folders."""
 
 import dataclasses
+import re
 
+import numpy as np
 import pytest
 
 from ldm_jax.files import write_safetensors
@@ -72,21 +74,55 @@ def test_diffusers_import_refuses_unsupported_fields(part, values, words, tmp_pa
     assert all(word in message for word in words), message
 
 
-def test_diffusers_import_reads_old_attention_names(tmp_path):
-    path = written("clip", tmp_path)
-    file = path / "vae" / "diffusion_pytorch_model.safetensors"
+@pytest.mark.parametrize(("kind", "part"), [("clip", "vae"), ("none", "unet")])
+def test_diffusers_import_reads_old_attention_names_everywhere(kind, part, tmp_path):
+    path = written(kind, tmp_path)
+    (file,) = (path / part).glob("*.safetensors")
     tensors = open_tensors(file)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
     for key in tensors:
         name = key
         for new, before in old.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+            name = re.sub(
+                rf"(attentions\.\d+)\.{re.escape(new)}\.", rf"\1.{before}.", name
+            )
         renamed[name] = tensors[key]
-    assert set(renamed) != set(tensors)
+    assert sum("proj_attn" in key for key in renamed) >= 4
     write_safetensors(file, renamed)
     found = open_weights(path).read()
-    assert same(found.autoencoder, model_of(config_of("clip")).autoencoder)
+    assert same(found.unet, model_of(config_of(kind)).unet)
+    assert same(found.autoencoder, model_of(config_of(kind)).autoencoder)
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("unet", "loss.weight"),
+        ("vae", "encoder.mid_block.resnets.7.conv1.bias"),
+        ("text_encoder", "text_model.encoder.layers.7.layer_norm1.bias"),
+    ],
+)
+def test_tensors_that_the_config_of_a_folder_does_not_know_are_named(
+    part, key, tmp_path, caplog
+):
+    path = written("clip", tmp_path)
+    (file,) = (path / part).glob("*.safetensors")
+    stored = open_tensors(file)
+    tensors = {name: stored[name] for name in stored}
+    write_safetensors(file, {**tensors, key: np.ones(2, np.float32)})
+    found = open_weights(path).read()
+    weights = model_of(config_of("clip"))
+    assert same(
+        (found.autoencoder, found.unet, found.conditioner),
+        (weights.autoencoder, weights.unet, weights.conditioner),
+    )
+    (record,) = caplog.records
+    assert key in record.getMessage() and part in record.getMessage()
+    few = dict(list(tensors.items())[1:])
+    write_safetensors(file, {**few, key: np.ones(2, np.float32)})
+    message = refusal(open_weights(path).read)
+    assert "1 missing" in message and "1 extra" in message
 
 
 PARTS_BESIDE = [

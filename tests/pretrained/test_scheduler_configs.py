@@ -11,6 +11,7 @@ from ldm_jax.pretrained.diffusers_export import scheduler_json, write_folder
 from ldm_jax.pretrained.open_weights import open_weights
 from ldm_jax.types import InputError
 from tests.support.models import config_of, model_of
+from tests.support.pretrained import refusal
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
 
@@ -72,6 +73,45 @@ def test_a_scheduler_of_other_noise_levels_is_refused_in_one_line(name, values, 
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in (name, *words)), message
+
+
+LDM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "OtherScheduler"])
+def test_a_scheduler_of_any_class_that_states_its_noise_levels_is_read(name):
+    found = read_scheduler(name, {**LDM, "prediction_type": "v_prediction"})
+    assert found["schedule"] == "ldm_linear" and found["prediction"] == "v"
+    assert (found["beta_start"], found["beta_end"]) == (0.00085, 0.012)
+
+
+@pytest.mark.parametrize("field", LDM)
+def test_a_scheduler_of_an_unknown_class_must_state_its_noise_levels(field):
+    values = {key: value for key, value in LDM.items() if key != field}
+    assert field in refusal(read_scheduler, "OtherScheduler", values)
+    read_scheduler("DDIMScheduler", values)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "word"),
+    [
+        ("EDMEulerScheduler", {"sigma_data": 0.5}, "beta_schedule"),
+        ("IPNDMScheduler", {"num_train_timesteps": 1000}, "beta_schedule"),
+        ("CogVideoXDDIMScheduler", {**LDM, "snr_shift_scale": 3.0}, "snr_shift_scale"),
+        ("SCMScheduler", {**LDM, "prediction_type": "trigflow"}, "prediction_type"),
+    ],
+)
+def test_a_scheduler_without_our_noise_levels_is_refused(name, values, word):
+    message = refusal(read_scheduler, name, values)
+    assert name in message and word in message
+
+
+def test_an_old_scheduler_says_otherwise_that_the_image_is_predicted():
+    assert read_scheduler("DDPMScheduler", {})["prediction"] == "eps"
+    old = read_scheduler("DDPMScheduler", {"predict_epsilon": False})
+    assert old["prediction"] == "x0"
+    new = {"predict_epsilon": False, "prediction_type": "v_prediction"}
+    assert read_scheduler("DDPMScheduler", new)["prediction"] == "v"
 
 
 def test_eps_prediction_with_zero_terminal_snr_is_refused():
