@@ -1,34 +1,46 @@
-"""Files written atomically: a reader sees the whole file or none."""
+"""Files: written whole or not at all, read with bounds, and compared with a record.
+
+A run records the SHA-256 of every file that enters its result (`digests.json`); a file
+that differs is not read. NumPy is imported where arrays are written, since `--help`
+reads configs without it.
+"""
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import ml_dtypes
-import numpy as np
+from typing import Any, BinaryIO
 
 from ldm_jax.types import InputError
 
-DTYPE_BY_CODE: Mapping[str, np.dtype] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
+DTYPE_BY_CODE: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-"""NumPy dtypes by safetensors' names of element types."""
+"""Names of NumPy's dtypes by safetensors' names of element types; see `dtype_of`."""
+
+DIGESTS_FILE = "digests.json"
+"""The record of a run's files, in its folder."""
+ANEW = "delete it and give the same ldm train command again: it is made anew"
+"""What mends a damaged file of a run."""
+LARGEST_JSON = 2**28
+"""Bytes of a JSON file; a vocabulary has 2**24."""
+CHUNK = 2**20
 
 
 @contextlib.contextmanager
@@ -42,34 +54,214 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, run: Path | None = None) -> None:
     """Write text atomically.
 
+    Args:
+      run: Folder of the run whose record is to name the file; None for no record.
+
     Raises:
       OSError: If it cannot be written.
+    """
+    _write(path, lambda file: file.write(text.encode()), run=run)
+
+
+def write_json(path: Path, value: Any, *, run: Path | None = None) -> None:
+    """Write JSON atomically; `run` as in `write_text`.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", run=run)
+
+
+def _write(
+    path: Path, write: Callable[[BinaryIO], object], *, run: Path | None
+) -> None:
+    """Write a file that a loss of power leaves whole: the new one or the old one.
+
+    It is recorded before it gets its name, so a file of a run always has its digest.
     """
     part = path.with_name(path.name + ".part")
-    with naming(part):
-        part.write_text(text, encoding="utf-8")
+    with naming(part), part.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    if run is not None:
+        record_file(run, path, file_sha256(part))
     os.replace(part, path)
+    sync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically.
+def sync_folder(folder: Path) -> None:
+    """Write the names of a folder's files to the disk, where the file system can."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(number)
+
+
+def read_json(
+    path: Path, *, remedy: str = "try downloading it again"
+) -> dict[str, Any]:
+    """Read a file of one JSON object.
+
+    Args:
+      remedy: What to try if the file is damaged.
+
+    Raises:
+      InputError: If the file cannot be read or holds anything else.
+    """
+    text = read_text(path, remedy=remedy)
+    content = parse_json(text, what=str(path), remedy=remedy)
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path}: got a JSON {type(content).__name__}, wanted an object; {remedy}"
+        )
+    return content
+
+
+def read_text(path: Path, *, remedy: str) -> str:
+    """Read a file of text in UTF-8.
+
+    Raises:
+      InputError: If it is missing, not a regular file, too large, or not UTF-8.
+    """
+    wanted = "wanted a file of text"
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: got no regular file, {wanted}; {remedy}")
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise InputError(
+                f"{path}: got {size} bytes, wanted at most {LARGEST_JSON}; {remedy}"
+            )
+        return path.read_bytes().decode()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"{path}: cannot be read ({reason}), {wanted}; {remedy}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: got a file that is not UTF-8 ({error.reason} at byte "
+            f"{error.start}); {remedy}"
+        ) from error
+
+
+def parse_json(text: str, *, what: str, remedy: str) -> Any:
+    """Parse JSON of any origin: the parser of all files.
+
+    Args:
+      what: Names the text in errors.
+      remedy: What to try if it is damaged.
+
+    Raises:
+      InputError: If it is not JSON, nested too deeply, or holds an integer of thousands
+        of digits.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{what}: not JSON ({printable(str(error))}); {remedy}"
+        ) from error
+
+
+def json_digest(value: Mapping[str, Any]) -> str:
+    """Return the sha256 of a JSON object in a canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+def read_record(run: Path) -> dict[str, Any] | None:
+    """Read the record of a run: who it is, and the digests of its files and stages.
+
+    Returns:
+      `configs`, `data`, `files` and `stages`; None for weights and for the runs of
+      versions that kept no record.
+
+    Raises:
+      InputError: If it is damaged.
+    """
+    path = run / DIGESTS_FILE
+    if not path.exists():
+        return None
+    remedy = (
+        "delete it and give the same ldm train command again: the checkpoints hold "
+        "a copy"
+    )
+    record = read_json(path, remedy=remedy)
+    kinds = {"configs": list, "files": dict, "stages": dict}
+    wrong = any(not isinstance(record.get(k), kind) for k, kind in kinds.items())
+    if record.pop("sha256", None) != json_digest(record) or wrong:
+        raise InputError(f"{path}: got another content than was written; {remedy}")
+    return record
+
+
+def write_record(run: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a run.
 
     Raises:
       OSError: If it cannot be written.
     """
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_json(run / DIGESTS_FILE, {**record, "sha256": json_digest(record)})
 
 
-_CODE_BY_DTYPE = {dtype.name: code for code, dtype in DTYPE_BY_CODE.items()}
+def record_file(run: Path, path: Path, digest: str) -> None:
+    """Write the digest of a file into the record of its run, if the run keeps one."""
+    record = read_record(run)
+    name = path.relative_to(run).as_posix()
+    if record is not None and record["files"].get(name) != digest:
+        write_record(run, {**record, "files": {**record["files"], name: digest}})
+
+
+def check_file(run: Path, path: Path, *, remedy: str = ANEW) -> None:
+    """Compare a file with the record of its run, if it is there and the run keeps one.
+
+    Raises:
+      InputError: If it is not what the run wrote.
+    """
+    record = read_record(run)
+    if record is None or not path.exists():
+        return
+    wanted = record["files"].get(path.relative_to(run).as_posix())
+    got = file_sha256(path)
+    if got != wanted:
+        wanted = "none" if wanted is None else wanted[:12]
+        raise InputError(
+            f"{path}: got a file of the digest {got[:12]}, wanted {wanted}, of the one "
+            f"that the run wrote; {remedy}"
+        )
+
+
+def dtype_of(code: str) -> Any:
+    """Return the little-endian NumPy dtype of safetensors' name of an element type."""
+    import ml_dtypes
+    import numpy as np
+
+    if code == "BF16":
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(DTYPE_BY_CODE[code]).newbyteorder("<")
 
 
 def write_safetensors(
     path: Path,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
+    *,
+    run: Path | None = None,
 ) -> None:
     """Write a safetensors file atomically; equal input gives equal bytes.
 
@@ -80,6 +272,7 @@ def write_safetensors(
       path: File; replaced if it exists.
       tensors: Arrays by key.
       metadata: Metadata of the file.
+      run: As in `write_text`.
 
     Raises:
       InputError: If an array has an unknown dtype or the key `__metadata__`, or the
@@ -88,6 +281,8 @@ def write_safetensors(
     Source:
       The format, https://huggingface.co/docs/safetensors.
     """
+    import numpy as np
+
     arrays = {key: np.asarray(tensors[key]) for key in sorted(tensors)}
     codes = {key: dtype_code(key, array) for key, array in arrays.items()}
     # Wide elements first, so that every tensor is aligned to its element size.
@@ -104,14 +299,15 @@ def write_safetensors(
         header["__metadata__"] = dict(metadata)
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    part = path.with_name(path.name + ".part")
+
+    def write(file: BinaryIO) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in order:
+            array = np.ascontiguousarray(arrays[key], dtype_of(codes[key]))
+            file.write(array.reshape(-1).view(np.uint8).data)
+
     try:
-        with part.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for key in order:
-                array = np.ascontiguousarray(arrays[key], DTYPE_BY_CODE[codes[key]])
-                file.write(array.reshape(-1).view(np.uint8).data)
-        os.replace(part, path)
+        _write(path, write, run=run)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); try a folder that "
@@ -119,20 +315,21 @@ def write_safetensors(
         ) from error
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            path.with_name(path.name + ".part").unlink(missing_ok=True)
 
 
-def dtype_code(key: str, array: np.ndarray) -> str:
+def dtype_code(key: str, array: Any) -> str:
     """Return safetensors' name of an array's dtype.
 
     Raises:
       InputError: If it has none, or the key is `__metadata__`.
     """
-    code = _CODE_BY_DTYPE.get(array.dtype.name)
+    codes = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
+    code = codes.get(array.dtype.name)
     if code is None or key == "__metadata__":
         raise InputError(
             f"{printable(key)}: got an array of {array.dtype}, wanted one of "
-            f"{', '.join(_CODE_BY_DTYPE)} under a key other than __metadata__; try "
+            f"{', '.join(codes)} under a key other than __metadata__; try "
             "converting it to float32"
         )
     return code

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ from ldm_jax import config as config_lib
 from ldm_jax.build import build_model, load_split, open_iterator, open_split
 from ldm_jax.config import OWN_LATENTS, Config
 from ldm_jax.evaluation.online import check_scores, make_measure
-from ldm_jax.files import write_json
+from ldm_jax.files import ANEW, write_json
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout, PmapLayout, make_layout
 from ldm_jax.parallel.multihost import (
@@ -20,8 +22,10 @@ from ldm_jax.parallel.multihost import (
     stop_signal,
     together,
 )
+from ldm_jax.pretrained.first_stage import load_first_stage
 from ldm_jax.pretrained.frozen import (
     PretrainedWeights,
+    load_frozen,
     open_encoders,
     read_frozen,
     save_frozen,
@@ -30,16 +34,16 @@ from ldm_jax.pretrained.load_run import (
     Run,
     load_run,
     load_weights,
-    run_digest,
     run_weights,
 )
+from ldm_jax.pretrained.load_stage import load_second_stage
 from ldm_jax.rng import root_key
 from ldm_jax.sampling.pipeline import platform_text
 from ldm_jax.sampling.preview import make_preview
 from ldm_jax.training.autoencoder_stage import autoencoder_stage, latent_scale
 from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import FrozenParams
-from ldm_jax.training.digest import tree_digest
+from ldm_jax.training.digest import run_digest, tree_digest
 from ldm_jax.training.dry_run import check_batches
 from ldm_jax.training.encode_latents import keep_latents
 from ldm_jax.training.latent_cache import Cache, check_cache, open_cache, open_latents
@@ -49,7 +53,17 @@ from ldm_jax.training.train_tokenizer import (
     tokenizer_notes,
     with_own_tokenizer,
 )
-from ldm_jax.training.workdir import check_workdir, facts_of, open_workdir
+from ldm_jax.training.workdir import (
+    FINAL_FILE,
+    check_files,
+    check_workdir,
+    facts_of,
+    open_workdir,
+    read_final,
+    record_stage,
+    restore_record,
+)
+from ldm_jax.types import RunError
 
 __all__ = [
     "Outcome",
@@ -60,8 +74,6 @@ __all__ = [
     "run_weights",
     "train",
 ]
-
-FINAL_FILE = "final.json"
 
 
 class Outcome(NamedTuple):
@@ -116,6 +128,7 @@ def train(
     layout = make_layout(config.parallel)
     check_same(facts_of(config, layout))
     # Before the folder is created: a run that cannot start leaves nothing behind.
+    first_alone(lambda: restore_record(workdir))
     with together():
         check_batches(config, layout)
         check_scores(config.scores, num_classes=config.data.num_classes)
@@ -123,7 +136,17 @@ def train(
         model = build_model(config)
     final_path = workdir / FINAL_FILE
     if gather_texts(str(final_path.exists()))[0] == str(True):
-        return Outcome(json.loads(final_path.read_text()), trained=False)
+        with together():
+            final = read_final(workdir)
+        reading = {"autoencoder": lambda: load_first_stage(config, workdir).digest}
+        if config.first_stage is not None:
+            copied = functools.partial(load_frozen, config, model, workdir)
+            reading["autoencoder"] = lambda: tree_digest(copied()[1:])
+        if "diffusion" in config.stages:
+            second = functools.partial(load_second_stage, config, model, workdir)
+            reading["diffusion"] = lambda: second().digest
+        if final is not None and _is_intact(workdir, final, reading=reading):
+            return Outcome(final, trained=False)
     with together():
         weights = read_frozen(config, model, workdir)
         for split in ("test", "train"):
@@ -161,6 +184,7 @@ def train(
                 cache = open_cache(opened, frozen.autoencoder, note)
             stage = _diffusion_stage(opened, model, workdir, frozen, cache=cache)
             finished = run(stage, cache=cache)
+            first_alone(lambda: record_stage(workdir, stage.name, finished.digest))
             outcomes["diffusion"] = StageOutcome(finished.digest, finished.seconds)
         digests = {name: outcome.digest for name, outcome in outcomes.items()}
         final = {
@@ -171,8 +195,36 @@ def train(
             "config_digest": config_lib.digest(config),
             "trained_on": f"{layout.num_devices} x {platform_text(PmapLayout())}",
         }
-        first_alone(lambda: write_json(final_path, final))
+        first_alone(lambda: write_json(final_path, final, run=workdir))
         return Outcome(final, trained=True)
+
+
+def _is_intact(
+    workdir: Path, final: dict[str, Any], *, reading: dict[str, Callable[[], str]]
+) -> bool:
+    """Return whether a finished run is still what `final.json` says; reads it all.
+
+    Args:
+      reading: Reads a stage and returns its digest, by the stage's name.
+
+    Raises:
+      InputError: If a file of the run is damaged.
+      RunError: If `final.json` is of another run.
+    """
+    with together():
+        if not check_files(workdir):
+            return False
+    try:
+        digests = {name: read() for name, read in reading.items()}
+    except RunError as error:
+        logging.getLogger(__name__).warning("trained again from there: %s", error)
+        return False
+    if digests != final.get("digest_by_stage", digests):
+        raise RunError(
+            f"{workdir / FINAL_FILE}: got digests that are not those of the run's "
+            f"checkpoints; {ANEW}"
+        )
+    return True
 
 
 def _first_stage(
@@ -190,6 +242,7 @@ def _first_stage(
         return FirstStage(*weights.first_stage, outcome)
     stage = autoencoder_stage(config, model, workdir, perceptual=weights.perceptual)
     finished = run(stage)
+    first_alone(lambda: record_stage(workdir, stage.name, finished.digest))
     scale = latent_scale(config, model, finished.ema, layout, workdir)
     outcome = StageOutcome(finished.digest, finished.seconds)
     return FirstStage(finished.ema, scale, outcome)

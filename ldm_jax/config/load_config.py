@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm_jax.config.run import Config
 from ldm_jax.config.serialization import from_json
+from ldm_jax.files import read_text
 from ldm_jax.types import InputError
 
 PACKAGE = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ def load_config(named: str) -> Config:
         )
     try:
         if path.suffix == ".json":
-            return from_json(path.read_text(encoding="utf-8", errors="replace"))
+            return from_json(read_text(path, remedy="try another copy"))
         config = _run(path)
     except InputError as error:
         raise InputError(f"--config: {path}: {error}") from None

@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm_jax.config.run import Config
+from ldm_jax.files import (
+    ANEW,
+    DIGESTS_FILE,
+    parse_json,
+    printable,
+    read_json,
+    read_record,
+)
 from ldm_jax.types import InputError
 
 T = TypeVar("T")
@@ -16,6 +24,9 @@ CONFIG_FILE = "config.json"
 
 HOW_FIELDS = frozenset({"parallel", "scores", "data.latents", "data.max_broken_files"})
 """Fields that may change when a run resumes: they do not change its result."""
+
+MAY_CHANGE = "max_skipped_steps"
+"""Field that may change when a run resumes: it changes no finite step."""
 
 LATER_FIELDS = frozenset(
     {
@@ -68,10 +79,7 @@ def from_json(text: str) -> Config:
       InputError: If the text is not JSON, a field is missing or unknown, or a value
         has the wrong type or is out of range.
     """
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"config: not JSON ({error})") from None
+    tree = parse_json(text, what="config", remedy="try another copy")
     return _from_tree(Config, tree, "")
 
 
@@ -79,12 +87,13 @@ def _from_tree(cls: type[T], tree: Any, path: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     where = path.rstrip(".") or "config"
     if not isinstance(tree, dict):
-        raise InputError(f"{where}: got {tree!r}, wanted an object")
+        raise InputError(f"{where}: got {printable(repr(tree))}, wanted an object")
     later = {name for name in fields if path + name in LATER_FIELDS}
     if wrong := sorted((tree.keys() ^ fields.keys()) - (later - tree.keys())):
+        names = printable(", ".join(wrong))
         raise InputError(
-            f"{where}: fields missing or unknown: {', '.join(wrong)}; it was written "
-            "by another version of ldm_jax"
+            f"{where}: fields missing or unknown: {names}; it was written by another "
+            "version of ldm_jax"
         )
     values = {
         name: _from_tree(field.type, tree[name], f"{path}{name}.")
@@ -96,15 +105,20 @@ def _from_tree(cls: type[T], tree: Any, path: str) -> T:
     return cls(**values)
 
 
-def digest(config: Config) -> str:
-    """Return the sha256 of a config, the same in every version of the package."""
+def digest(config: Config, *, of_state: bool = False) -> str:
+    """Return the sha256 of a config, the same in every version of the package.
+
+    Args:
+      of_state: Leave out `MAY_CHANGE` too: the state of a run depends on the rest.
+    """
     tree, default = dataclasses.asdict(config), flatten(Config())
     for path in LATER_FIELDS:
         *parents, name = path.split(".")
         if not HOW_FIELDS.isdisjoint(parents):
             continue  # deleted with its parent
         leaf = functools.reduce(dict.__getitem__, parents, tree)
-        if path in HOW_FIELDS or leaf[name] == default[path]:
+        left_out = path in HOW_FIELDS or (of_state and path == MAY_CHANGE)
+        if left_out or leaf[name] == default[path]:
             del leaf[name]
     text = json.dumps(tree, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -152,4 +166,15 @@ def read_config(workdir: Path) -> Config:
             f"--workdir: {workdir} is not a run (no {CONFIG_FILE}); try the folder "
             "that was given to ldm train"
         )
-    return from_json(path.read_text())
+    tree = read_json(path, remedy=ANEW)
+    try:
+        config = _from_tree(Config, tree, "")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    record = read_record(workdir)
+    if record is not None and digest(config, of_state=True) not in record["configs"]:
+        raise InputError(
+            f"{path}: got another config than {DIGESTS_FILE} names, wanted that of the "
+            f"run; {ANEW}"
+        )
+    return config

@@ -60,14 +60,17 @@ def empty_prompt(length: int) -> tuple[int, ...]:
     return (1, 2, *(0,) * (length - 2))  # the special tokens are the first three
 
 
-def write_byte_pairs(text: str, folder: Path) -> None:
+def write_byte_pairs(text: str, folder: Path, *, run: Path | None = None) -> None:
     """Write the file of a tokenizer atomically.
+
+    Args:
+      run: Folder of the run that it belongs to, if any.
 
     Raises:
       OSError: If it cannot be written.
     """
     folder.mkdir(exist_ok=True)
-    write_text(folder / TOKENIZER_FILE, text)
+    write_text(folder / TOKENIZER_FILE, text, run=run)
 
 
 def load_byte_pairs(folder: Path, *, length: int) -> Tokenizer:

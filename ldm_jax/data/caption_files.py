@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ldm_jax.data.folder_listing import Listing
 from ldm_jax.data.image_files import Stamp
+from ldm_jax.files import parse_json
 from ldm_jax.types import InputError
 
 TEXT_SUFFIX = ".txt"
@@ -106,10 +107,7 @@ def _read_lines(path: Path, stamp: Stamp) -> tuple[Line, ...]:
         text = _decoded(line, where)
         if not text.strip():
             continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON ({error})") from None
+        row = parse_json(text, what=where, remedy="try one JSON object on each line")
         has_caption = isinstance(row, dict) and any(key in row for key in CAPTION_KEYS)
         if has_caption or path.name == OWN_FILE:
             found.append(_checked(row, number, where))

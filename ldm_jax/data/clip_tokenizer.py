@@ -1,6 +1,5 @@
 """CLIP's tokenizer: byte-level BPE, read from the files beside the weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ldm_jax.data.tokenizer import (
     read_file,
     split_lines,
 )
+from ldm_jax.files import parse_json
 from ldm_jax.types import InputError
 
 CLIP_PIECES = (
@@ -215,10 +215,7 @@ def _checked_merges(
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(read_file(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error}); {ONE_MODEL}") from error
+    tree = parse_json(read_file(path), what=str(path), remedy=ONE_MODEL)
     if not isinstance(tree, dict):
         raise InputError(f"{path}: got a {type(tree).__name__}, wanted a JSON object")
     return tree

@@ -9,7 +9,6 @@ every block, so that a damaged one is found when it is read.
 import dataclasses
 import hashlib
 import io
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +19,13 @@ import numpy as np
 from jaxtyping import Float
 
 from ldm_jax.data.pipeline import INDEX_MODULUS
+from ldm_jax.files import json_digest, read_json, write_json
 from ldm_jax.types import InputError
 
 NOTE_FILE = "cache.json"
 NULL_FILE = "null_state.npy"
-FORMAT = 1
+FORMATS = (1, 2)
+"""Of `cache.json`, the newest last; the first one carries no digest of itself."""
 MAKER = "ldm cache-latents"
 AGAIN = f"give the same command of {MAKER} again"
 
@@ -104,11 +105,21 @@ def shard_range(shard: int, note: CacheNote) -> range:
 def to_json(note: CacheNote) -> dict[str, Any]:
     """Convert a note to JSON-compatible values."""
     return {
-        "format": FORMAT,
+        "format": FORMATS[-1],
         **dataclasses.asdict(note),
         "fields": [field._asdict() for field in note.fields],
         "shards": [shard._asdict() for shard in note.shards],
     }
+
+
+def write_note(folder: Path, note: CacheNote) -> None:
+    """Write `cache.json`, with the digest of its content.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
+    tree = to_json(note)
+    write_json(folder / NOTE_FILE, {**tree, "sha256": json_digest(tree)})
 
 
 def read_note(folder: Path) -> CacheNote:
@@ -124,8 +135,12 @@ def read_note(folder: Path) -> CacheNote:
             f"with {MAKER}"
         )
     try:
-        tree = json.loads(path.read_text())
-        version = tree.pop("format")
+        tree = read_json(path)
+        saved = tree.pop("sha256", None)
+        version = tree["format"]
+        if version in FORMATS and saved != (json_digest(tree) if version > 1 else None):
+            raise ValueError("its digest is another one")
+        del tree["format"]
         fields = [(x["name"], x["dtype"], tuple(x["shape"])) for x in tree["fields"]]
         tree["fields"] = tuple(Field(*field) for field in fields)
         tree["shards"] = tuple(Shard(**shard) for shard in tree["shards"])
@@ -135,10 +150,10 @@ def read_note(folder: Path) -> CacheNote:
             f"data.latents: {path} is damaged or of another version of ldm_jax "
             f"({type(error).__name__}: {error}); make the cache anew in another folder"
         ) from None
-    if version != FORMAT:
+    if version not in FORMATS:
         raise InputError(
-            f"data.latents: {path} has the format {version}, wanted {FORMAT}; make the "
-            "cache anew in another folder"
+            f"data.latents: {path} has the format {version}, wanted one of {FORMATS}; "
+            "make the cache anew in another folder"
         )
     return note
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm_jax.types import RunError
+from ldm_jax.files import read_json
+from ldm_jax.types import InputError, RunError
 
 VERSION = "1.0.0"
 SPLIT = "train"
@@ -71,9 +72,8 @@ def written_digest(folder: Path) -> str | None:
     if not folder.exists():
         return None
     try:
-        found = json.loads((folder / METADATA_FILE).read_text())
-        return str(found[DIGEST])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(folder / METADATA_FILE)[DIGEST])
+    except (InputError, KeyError):
         return ""
 
 

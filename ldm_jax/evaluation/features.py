@@ -1,5 +1,6 @@
 """Features of images, and the statistics of real images on disk."""
 
+import hashlib
 import json
 import os
 import zipfile
@@ -10,8 +11,11 @@ import numpy as np
 from jaxtyping import Float
 
 from ldm_jax.evaluation.fid import Moments, Sums, moments_of
+from ldm_jax.files import parse_json
 from ldm_jax.types import InputError
 
+DIGEST = "sha256"
+"""Name of the digest of all other arrays of a file."""
 MAX_FEATURES = 50_000
 """Single features of real images that are kept, for scores that need them."""
 
@@ -111,7 +115,8 @@ def read_reference(path: Path) -> Reference:
     """
     arrays = read_arrays(path)
     try:
-        provenance = Provenance(**json.loads(str(arrays["provenance"])))
+        text = str(arrays["provenance"])
+        provenance = Provenance(**parse_json(text, what=f"{path}", remedy=""))
         spatial = None
         if "spatial_mean" in arrays:
             spatial = Moments(arrays["spatial_mean"], arrays["spatial_covariance"])
@@ -144,9 +149,20 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
       OSError: If they cannot be written.
     """
     part = path.with_name(path.name + ".part")
+    arrays = {**arrays, DIGEST: np.asarray(arrays_digest(arrays))}
     with part.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     os.replace(part, path)
+
+
+def arrays_digest(arrays: dict[str, np.ndarray]) -> str:
+    """Return the sha256 over name, dtype, shape and bytes of arrays."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
@@ -157,7 +173,11 @@ def read_arrays(path: Path) -> dict[str, Any]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+        saved = arrays.pop(DIGEST, None)  # none in other programs' files
+        if saved is not None and str(saved) != arrays_digest(arrays):
+            raise ValueError("its arrays are not what was written")
+        return arrays
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:

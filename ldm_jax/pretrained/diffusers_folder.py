@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm_jax.files import printable
+from ldm_jax.files import printable, read_json
 from ldm_jax.pretrained.contained_path import contained
 from ldm_jax.pretrained.diffusers_configs import FLOW_SCHEDULERS, SCHEDULER_DEFAULTS
 from ldm_jax.pretrained.diffusers_names import rename_old_attention
-from ldm_jax.pretrained.strict_json import read_json
 from ldm_jax.pretrained.tensors import Tensors, open_tensors
 from ldm_jax.types import InputError
 

@@ -13,6 +13,7 @@ from ldm_jax.config import (
 )
 from ldm_jax.config import from_json as config_from_json
 from ldm_jax.config.condition import ContextName
+from ldm_jax.files import read_json
 from ldm_jax.pretrained import diffusers_names
 from ldm_jax.pretrained.clip_import import read_clip_component
 from ldm_jax.pretrained.diffusers_configs import (
@@ -35,7 +36,6 @@ from ldm_jax.pretrained.diffusers_folder import (
 )
 from ldm_jax.pretrained.layouts import Format, own_format, read_tree, used_tensors
 from ldm_jax.pretrained.model_weights import ModelWeights, NetworkShapes
-from ldm_jax.pretrained.strict_json import read_json
 from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.types import InputError, PyTree
 

@@ -1,6 +1,5 @@
 """The first stage of a run, or of weights, for a run that does not train its own."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,8 @@ from ldm_jax.pretrained.model_weights import (
 )
 from ldm_jax.pretrained.open_weights import is_run, open_weights
 from ldm_jax.pretrained.tensors import open_tensors
-from ldm_jax.training.autoencoder_stage import SCALE_FILE, autoencoder_stage
+from ldm_jax.training.autoencoder_stage import autoencoder_stage
+from ldm_jax.training.workdir import read_scale
 from ldm_jax.types import InputError, PyTree
 
 AUTOENCODER_FIELDS = (
@@ -59,15 +59,14 @@ def load_first_stage(config: Config, workdir: Path) -> TrainedFirstStage:
     """Load the averaged autoencoder of a run.
 
     Raises:
-      InputError: If it has no finished checkpoint.
+      InputError: If it has no finished checkpoint, or its latent scale is damaged.
       RunError: If no checkpoint is intact.
     """
     stage = autoencoder_stage(config, build_model(config), workdir)
     found = load_stage(stage, workdir)
-    path = workdir / "autoencoder" / SCALE_FILE
-    scale = None
-    if path.exists():
-        scale = jnp.asarray(json.loads(path.read_text())["latent_scale"], jnp.float32)
+    scale = read_scale(workdir)
+    if scale is not None:
+        scale = jnp.asarray(scale, jnp.float32)
     return TrainedFirstStage(found.tree["state"].ema, scale, found.digest)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ldm_jax.config import Config
-from ldm_jax.files import write_safetensors
+from ldm_jax.files import check_file, write_safetensors
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     init_autoencoder,
@@ -80,7 +80,7 @@ def save_frozen(frozen_weights: PretrainedWeights, workdir: Path) -> None:
     if frozen_weights.first_stage is not None:
         tree["autoencoder"], tree[LATENT_SCALE] = frozen_weights.first_stage
     if arrays := write_tree(tree, own_format):
-        write_safetensors(path, arrays)
+        write_safetensors(path, arrays, run=workdir)
 
 
 def load_frozen(
@@ -103,6 +103,7 @@ def _read_copy(
     config: Config, model: LatentDiffusion, workdir: Path
 ) -> PretrainedWeights:
     path, shapes = workdir / FROZEN_FILE, {}
+    check_file(workdir, path)
     if config.first_stage is not None:
         shapes["autoencoder"] = param_shapes(init_autoencoder, model)
         shapes[LATENT_SCALE] = np.empty(())

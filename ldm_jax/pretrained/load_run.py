@@ -1,34 +1,29 @@
 """Models ready to sample, loaded from a run's folder or from weights."""
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from ldm_jax.build import build_model, shape_of
+from ldm_jax.build import build_model
 from ldm_jax.config import Config, read_config
 from ldm_jax.config.run import with_tokenizer
 from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams, param_shapes
 from ldm_jax.pretrained.first_stage import load_first_stage
 from ldm_jax.pretrained.frozen import load_frozen
-from ldm_jax.pretrained.load_stage import load_stage
+from ldm_jax.pretrained.load_stage import load_second_stage
 from ldm_jax.pretrained.model_weights import WEIGHTS_FILE, ModelWeights
 from ldm_jax.pretrained.open_weights import open_weights, to_sample_params
 from ldm_jax.pretrained.posthoc_ema import make_average
 from ldm_jax.training.diffusion_stage import (
     averages_folder,
-    diffusion_stage,
     init_diffusion_params,
     sample_params,
 )
 from ldm_jax.training.diffusion_step import FrozenParams
-from ldm_jax.training.digest import tree_digest
+from ldm_jax.training.digest import run_digest, tree_digest
 from ldm_jax.training.train_tokenizer import with_own_tokenizer
 from ldm_jax.types import InputError
-
-STAGE_NAMES = ("autoencoder", "diffusion")
 
 
 class Run(NamedTuple):
@@ -89,11 +84,9 @@ def load_run(
     else:
         params, scale = frozen_weights.first_stage
         first_digest = tree_digest(frozen_weights[1:])
-    shapes = FrozenParams(jax.eval_shape(lambda: params), shape_of((), jnp.float32), {})
-    stage = diffusion_stage(config, model, shapes, workdir)
     # Averages are kept longer than the checkpoint of their step.
     checkpoint_step = step if ema_length is None else None
-    second = load_stage(stage, workdir, step=checkpoint_step)
+    second = load_second_stage(config, model, workdir, step=checkpoint_step)
     scale = second.tree["extra"]["latent_scale"]
     frozen = FrozenParams(params, scale, frozen_weights.conditioner)
     trained, digest, found_step = second.tree["state"].ema, second.digest, second.step
@@ -105,6 +98,7 @@ def load_run(
             length=ema_length,
             step=step,
             newest=second.step,
+            run=workdir,
         )
         trained, found_step = average.tree, average.step
         digest = tree_digest(average.tree)
@@ -157,13 +151,3 @@ def run_weights(workdir: Path) -> ModelWeights:
     run = load_run(workdir)
     autoencoder, unet, conditioner, scale = run.params
     return ModelWeights(run.config, autoencoder, unet, conditioner, float(scale))
-
-
-def run_digest(digest_by_stage: dict[str, str]) -> str:
-    """Join the digests of the stages into one sha256."""
-    text = "".join(
-        f"{name} {digest_by_stage[name]}\n"
-        for name in STAGE_NAMES
-        if name in digest_by_stage
-    )
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -12,6 +12,7 @@ from ldm_jax.build import build_model
 from ldm_jax.config import CONFIG_FILE, Config, read_config
 from ldm_jax.config.load_config import load_config
 from ldm_jax.config.run import with_tokenizer
+from ldm_jax.files import read_json
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     SampleParams,
@@ -31,7 +32,6 @@ from ldm_jax.pretrained.model_weights import (
     known_scale,
     read_native,
 )
-from ldm_jax.pretrained.strict_json import read_json
 from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.types import InputError
 

@@ -4,13 +4,13 @@ Source: Karras et al., arXiv:2312.02696, section 3.2.
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from ldm_jax.files import check_file, parse_json
 from ldm_jax.pretrained.tensors import Tensors, match_keys, open_tensors
 from ldm_jax.training.ema import (
     DIGESTS,
@@ -25,6 +25,9 @@ from ldm_jax.types import InputError, PyTree
 
 MAX_ERROR = 0.25
 """Largest relative error of the profile of an average."""
+
+
+AWAY = "try moving the file away: the average is then made of the others"
 
 
 class PosthocAverage(NamedTuple):
@@ -46,6 +49,7 @@ def make_average(
     length: float,
     step: int | None,
     newest: int,
+    run: Path | None = None,
 ) -> PosthocAverage:
     """Make an average of any relative length from the averages that a run kept.
 
@@ -56,6 +60,7 @@ def make_average(
       length: Length to make.
       step: Last step of the average, at which there is a snapshot; None for the newest.
       newest: Last step of the run; later snapshots are of a run that was killed.
+      run: Folder of the run, whose record the snapshots are compared with.
 
     Raises:
       InputError: If there is no snapshot, one is damaged or of another model, or the
@@ -80,6 +85,9 @@ def make_average(
             "try a length nearer to those that were kept"
         )
     files = {at: folder / f"{at:06d}.safetensors" for at in steps}
+    if run is not None:
+        for path in files.values():
+            check_file(run, path, remedy=AWAY)
     opened = {at: open_tensors(path) for at, path in files.items()}
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     for at, path in files.items():
@@ -87,7 +95,12 @@ def make_average(
             snapshot_key(one, p): leaf.shape for one in lengths for p, leaf in leaves
         }
         match_keys(wanted, opened[at], what=str(path))
-    digests = {at: json.loads(one.metadata[DIGESTS]) for at, one in opened.items()}
+    digests = {
+        at: parse_json(
+            one.metadata.get(DIGESTS, ""), what=f"{files[at]}: {DIGESTS}", remedy=AWAY
+        )
+        for at, one in opened.items()
+    }
     read = functools.partial(_read, files=files, opened=opened, digests=digests)
 
     def make(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -110,8 +123,5 @@ def _read(
 ) -> np.ndarray:
     array = opened[step][key]
     if array_digest(array) != digests[step].get(key):
-        raise InputError(
-            f"{files[step]}: {key} is damaged; try moving the file away: the average "
-            "is then made of the others"
-        )
+        raise InputError(f"{files[step]}: {key} is damaged; {AWAY}")
     return array

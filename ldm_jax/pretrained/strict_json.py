@@ -1,11 +1,8 @@
 """JSON objects of other programs, of which every field must be understood."""
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from ldm_jax.files import printable
 from ldm_jax.types import InputError
 
 IGNORED = ("architectures", "torch_dtype", "dtype", "transformers_version")
@@ -105,29 +102,3 @@ def is_count(value: object, *, low: int = 1) -> bool:
     if isinstance(value, bool) or not isinstance(value, int):
         return False
     return low <= value <= LARGEST_COUNT
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-      InputError: If the file cannot be read or holds anything else.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}), wanted a JSON file; "
-            "try downloading it again"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: got a file that is not JSON ({printable(str(error))}); try "
-            "downloading it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path}: got a JSON {type(content).__name__}, wanted an object; try "
-            "downloading it again"
-        )
-    return content

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ldm_jax.files import DTYPE_BY_CODE, dtype_code, printable
+from ldm_jax.files import DTYPE_BY_CODE, dtype_code, printable, read_json
 from ldm_jax.pretrained.contained_path import contained
-from ldm_jax.pretrained.strict_json import read_json
 from ldm_jax.pretrained.tensor_entry import Entry
 from ldm_jax.pretrained.torch_checkpoint import PICKLE_MAGIC, ZIP_MAGIC, read_checkpoint
 from ldm_jax.types import InputError

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm_jax.files import DTYPE_BY_CODE, printable
+from ldm_jax.files import dtype_of, printable
 from ldm_jax.pretrained import torch_pickle as pickles
 from ldm_jax.pretrained.tensor_entry import Entry
 from ldm_jax.pretrained.torch_pickle import RefusedError, StridedTensor, damaged
@@ -127,7 +127,7 @@ class _Archive:
 
     def _read(self, name: str, tensor: StridedTensor) -> np.ndarray:
         storage = tensor.storage
-        blob, dtype = self._blobs[storage.key], DTYPE_BY_CODE[storage.dtype]
+        blob, dtype = self._blobs[storage.key], dtype_of(storage.dtype)
         if storage.key not in self._verified:
             try:
                 _verify(self._data, blob, name)
@@ -171,7 +171,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, _Blob]]:
     blobs = {}
     for key, storage in storages.items():
         blob = members.get(f"data/{key}")
-        itemsize = DTYPE_BY_CODE[storage.dtype].itemsize
+        itemsize = dtype_of(storage.dtype).itemsize
         if blob is None or blob.size // itemsize != storage.total:
             raise damaged(f"storage {printable(key)} is not there or of another size")
         blobs[key] = blob
@@ -261,7 +261,7 @@ def _read_legacy(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, _Blob]]:
     for key in keys:
         storage = storages[key]
         (numel,) = struct.unpack("<q", data[start : start + 8])
-        size = numel * DTYPE_BY_CODE[storage.dtype].itemsize
+        size = numel * dtype_of(storage.dtype).itemsize
         if numel != storage.total or start + 8 + size > len(data):
             raise damaged(f"storage {printable(key)} is cut off or of another size")
         blobs[key] = _Blob(start + 8, size, None)

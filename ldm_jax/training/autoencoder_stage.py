@@ -1,7 +1,6 @@
 """The autoencoder stage of a run, and the scale of its latents."""
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion, init_autoencoder
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.discriminator_lpips import VGG_MIN_SIDE, Lpips, PatchDiscriminator
 from ldm_jax.parallel.make_layout import Layout
-from ldm_jax.parallel.multihost import first_alone, gather_texts
+from ldm_jax.parallel.multihost import first_alone, gather_texts, together
 from ldm_jax.rng import Stream, root_key, stream_key
 from ldm_jax.training.autoencoder_loss import AutoencoderObjective
 from ldm_jax.training.autoencoder_step import autoencoder_step, latent_moments
@@ -35,11 +34,11 @@ from ldm_jax.training.state import (
     make_optimizer,
     make_transformation,
 )
+from ldm_jax.training.workdir import SCALE_FILE, read_scale, state_check
 from ldm_jax.types import InputError, PyTree, RunError
 
 NUM_RECONSTRUCTIONS = 16
 GRID_COLUMNS = 8
-SCALE_FILE = "latent_scale.json"
 MIN_CRITIC_SIDE = 3
 """Smallest map from which the last two layers of the discriminator make a logit."""
 
@@ -94,6 +93,7 @@ def autoencoder_stage(
         extra={},
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         draw=draw,
+        check=state_check(config, workdir),
     )
 
 
@@ -196,13 +196,15 @@ def latent_scale(
       The scale, float32; it is in the folder afterwards.
 
     Raises:
+      InputError: If the file in the folder is damaged.
       RunError: If it is not a positive number.
       OSError: If it cannot be written.
     """
-    path = workdir / "autoencoder" / SCALE_FILE
-    known = gather_texts(path.read_text() if path.exists() else "")[0]
+    with together():
+        known = read_scale(workdir)
+    known = gather_texts("" if known is None else repr(known))[0]
     if known:
-        return jnp.asarray(json.loads(known)["latent_scale"], jnp.float32)
+        return jnp.asarray(float(known), jnp.float32)
     settings = config.autoencoder
     if settings.latent_scale is not None:
         scale = jnp.asarray(settings.latent_scale, jnp.float32)
@@ -221,7 +223,9 @@ def latent_scale(
             f"autoencoder: the scale of its latents is {float(scale)}, wanted a "
             "positive number; try a lower --autoencoder.optim.lr in a new --workdir"
         )
-    first_alone(lambda: write_json(path, {"latent_scale": float(scale)}))
+    path = workdir / "autoencoder" / SCALE_FILE
+    content = {"latent_scale": float(scale)}
+    first_alone(lambda: write_json(path, content, run=workdir))
     return scale
 
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import gc
-import hashlib
-import json
 import logging
 import os
 import time
@@ -15,7 +13,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ldm_jax.parallel.multihost import first_alone, gather_texts, together
+from ldm_jax.files import json_digest, read_json, sync_folder
+from ldm_jax.parallel.multihost import first_alone, gather_texts, is_first, together
 from ldm_jax.training.digest import join_digests, leaf_digests, tree_digest
 from ldm_jax.training.orbax_errors import OrbaxErrors, reason_of
 from ldm_jax.training.state import TrainState
@@ -23,6 +22,8 @@ from ldm_jax.types import InputError, PyTree, RunError
 
 T = TypeVar("T")
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a stage's checkpoints, in its own folder."""
 SECONDS_BETWEEN_CHECKS = 0.005
 
 
@@ -37,6 +38,10 @@ class Checkpoint(NamedTuple):
     """The JSON that was saved with them."""
     digest: str
     """sha256 over every leaf."""
+
+
+Check = Callable[[Checkpoint], str]
+"""Returns why a checkpoint is not one of a run, or ""."""
 
 
 class CheckpointStore:
@@ -117,13 +122,14 @@ class CheckpointStore:
         digest = join_digests(tree, leaves)
         notes = {
             **notes,
+            "step": step,
             "digest": digest,
             "leaves": {
                 path: [str(leaf.dtype), list(leaf.shape), leaves[path].digest]
                 for path, leaf in _leaves(tree)
             },
         }
-        notes["sha256"] = notes_digest(notes)
+        notes["sha256"] = json_digest(notes)
         self._saving, self._errors.error = step, None
         with self._reported():
             first_alone(lambda: self._probe(step))
@@ -171,10 +177,19 @@ class CheckpointStore:
 
     def is_empty(self) -> bool:
         """Return whether there is nothing to restore."""
-        return self._saving is None and not self._manager.all_steps()
+        return self._saving is None and not self.steps()
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints that are there, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
     def restore(
-        self, target: PyTree, *, step: int | None = None, shardings: PyTree = None
+        self,
+        target: PyTree,
+        *,
+        step: int | None = None,
+        shardings: PyTree = None,
+        check: Check | None = None,
     ) -> Checkpoint | None:
         """Restore the newest intact checkpoint, or that of one step.
 
@@ -185,6 +200,8 @@ class CheckpointStore:
           target: Shapes and dtypes, as `jax.eval_shape` gives them.
           step: None for the newest.
           shardings: Of the restored arrays; None restores to the host.
+          check: Says why a checkpoint is not one of this run; such a one counts as
+            damaged. What it raises is raised on all processes.
 
         Returns:
           The checkpoint, or None if none was ever completed.
@@ -194,7 +211,7 @@ class CheckpointStore:
           RunError: If there are checkpoints and none is intact.
         """
         self.wait()
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps()
         if step is not None and step not in steps:
             raise InputError(
                 f"{self.directory}: no checkpoint of step {step}, wanted one of "
@@ -203,7 +220,7 @@ class CheckpointStore:
         steps = steps if step is None else [step]
         reasons: list[str] = []
         for at in steps:
-            found, reason = self._intact(at, target, shardings)
+            found, reason = self._intact(at, target, shardings, check)
             if found is None:
                 reasons.append(f"step {at}: {reason}")
                 continue
@@ -211,10 +228,12 @@ class CheckpointStore:
                 logging.getLogger(__name__).warning("damaged checkpoint: %s", reason)
             self._set_aside([bad for bad in steps if bad > at])
             return found
+        if step is not None and reasons:
+            raise RunError(f"{self.directory}: damaged checkpoint: {reasons[0]}")
         if reasons:
             raise RunError(
                 f"{self.directory}: no checkpoint is intact ({'; '.join(reasons)}); "
-                "start again in another --workdir"
+                "try a copy, or start again in another --workdir"
             )
         return None
 
@@ -247,6 +266,9 @@ class CheckpointStore:
         with self._reported():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+            if is_first():
+                sync_tree(self._folder(self._saving))
+                sync_folder(self.directory)
         self._saving = None
 
     def _probe(self, step: int) -> None:
@@ -275,7 +297,7 @@ class CheckpointStore:
             ) from error
 
     def _intact(
-        self, step: int, target: PyTree, shardings: PyTree
+        self, step: int, target: PyTree, shardings: PyTree, check: Check | None
     ) -> tuple[Checkpoint | None, str]:
         """Read a step; if that fails on any process, all return the reason.
 
@@ -291,7 +313,11 @@ class CheckpointStore:
         digest, reason = _agreed(lambda: verified_digest(tree, notes))
         if digest is None:
             return None, reason
-        return Checkpoint(step, tree, notes, digest), ""
+        found = Checkpoint(step, tree, notes, digest)
+        with together():
+            foreign = check(found) if check else ""
+        reasons = [text for text in gather_texts(foreign) if text]
+        return (None, reasons[0]) if reasons else (found, "")
 
     def _check_model(self, step: int, target: PyTree, notes: dict[str, Any]) -> None:
         """Raise `InputError` if a checkpoint has other leaves than the target."""
@@ -311,8 +337,10 @@ class CheckpointStore:
         items = ocp.args.Composite(notes=ocp.args.JsonRestore())
         notes = dict(self._reader.restore(self._folder(step), args=items)["notes"])
         saved = notes.pop("sha256", None)  # None in early versions
-        if saved is not None and saved != notes_digest(notes):
+        if saved is not None and saved != json_digest(notes):
             raise ValueError("its notes are not what was saved")
+        if notes.get("step", step) != step:  # none in early versions
+            raise ValueError(f"it was saved as step {notes['step']}")
         return notes
 
     def _read(self, step: int, target: PyTree, shardings: PyTree) -> PyTree:
@@ -344,6 +372,25 @@ class CheckpointStore:
         for step in steps:
             target = damaged / f"{step}-{time.time_ns()}"
             os.rename(self._folder(step), target)
+
+
+def newest_notes(directory: Path) -> Iterator[dict[str, Any]]:
+    """Read the intact notes of a folder of checkpoints, the newest first."""
+    steps = [path for path in directory.glob("*") if path.name.isdecimal()]
+    for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        with contextlib.suppress(InputError):
+            notes = read_json(step / "notes" / "metadata")
+            if notes.pop("sha256", None) == json_digest(notes):
+                yield notes
+
+
+def sync_tree(folder: Path) -> None:
+    """Write a folder to the disk, with all in it: Orbax leaves that to the system."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(place))
 
 
 def verified_digest(tree: PyTree, notes: dict[str, Any]) -> str:
@@ -384,11 +431,6 @@ def _agreed(do: Callable[[], T]) -> tuple[T | None, str]:
         gc.collect()  # now asyncio logs reads that failed too, while that is filtered
     details = [text for text in gather_texts(reason) if text]
     return (None, details[0]) if details else (found, "")
-
-
-def notes_digest(notes: dict[str, Any]) -> str:
-    """Return the sha256 of notes in a canonical JSON form."""
-    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
 
 
 def _sharded(leaf: Any, sharding: Any) -> ocp.ArrayRestoreArgs:

@@ -29,6 +29,7 @@ from ldm_jax.training.state import (
     learning_rate_schedule,
     make_optimizer,
 )
+from ldm_jax.training.workdir import state_check
 
 
 def diffusion_stage(
@@ -72,7 +73,8 @@ def diffusion_stage(
 
     def write_averages(averages: tuple[DiffusionParams, ...], step_number: int) -> None:
         folder = averages_folder(workdir)
-        write_snapshot(folder, settings.average_lengths, averages, step_number)
+        lengths = settings.average_lengths
+        write_snapshot(folder, lengths, averages, step_number, run=workdir)
 
     steps = snapshot_steps(settings.steps, snapshots=settings.average_snapshots)
     return Stage(
@@ -86,6 +88,7 @@ def diffusion_stage(
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         write_averages=write_averages,
         average_steps=tuple(steps) if settings.average_lengths else (),
+        check=state_check(config, workdir),
     )
 
 

@@ -168,6 +168,19 @@ def tree_digest(tree: PyTree) -> str:
     return total.hexdigest()
 
 
+STAGE_NAMES = ("autoencoder", "diffusion")
+
+
+def run_digest(digest_by_stage: dict[str, str]) -> str:
+    """Join the digests of the stages into one sha256."""
+    text = "".join(
+        f"{name} {digest_by_stage[name]}\n"
+        for name in STAGE_NAMES
+        if name in digest_by_stage
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _first(tree: Any) -> Any:
     """Return this process' copy of replicated arrays."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)

@@ -129,7 +129,12 @@ DIGESTS = "digests"
 
 
 def write_snapshot(
-    folder: Path, lengths: tuple[float, ...], averages: tuple[PyTree, ...], step: int
+    folder: Path,
+    lengths: tuple[float, ...],
+    averages: tuple[PyTree, ...],
+    step: int,
+    *,
+    run: Path | None = None,
 ) -> None:
     """Write a snapshot of averages atomically; equal averages give equal bytes.
 
@@ -138,6 +143,7 @@ def write_snapshot(
       lengths: Relative lengths.
       averages: Their parameters, whole on this process.
       step: Updates made.
+      run: Folder of the run that it belongs to, if any.
 
     Raises:
       InputError: If the file cannot be written.
@@ -151,7 +157,7 @@ def write_snapshot(
         }
     digests = {key: array_digest(array) for key, array in arrays.items()}
     texts = {DIGESTS: json.dumps(digests, sort_keys=True)}
-    write_safetensors(folder / f"{step:06d}.safetensors", arrays, texts)
+    write_safetensors(folder / f"{step:06d}.safetensors", arrays, texts, run=run)
 
 
 def list_snapshots(folder: Path) -> list[int]:

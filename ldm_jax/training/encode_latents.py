@@ -26,10 +26,9 @@ from ldm_jax.data.latent_cache import (
     check_files,
     read_note,
     shard_range,
-    to_json,
+    write_note,
 )
 from ldm_jax.data.sources import Source
-from ldm_jax.files import write_json
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.parallel.multihost import (
@@ -289,7 +288,7 @@ def _begin(
             (out / NULL_FILE).write_bytes(file.getvalue())
             digest = hashlib.sha256(file.getvalue()).hexdigest()
             note = dataclasses.replace(note, null_state=digest)
-        write_json(out / NOTE_FILE, to_json(note))
+        write_note(out, note)
         return
     theirs, ours = read_note(out), note
     if num_shards is None:
@@ -329,7 +328,7 @@ def _fill(
     num_made = sum(map(int, gather_texts(str(len(own) - len(shards)))))
     if num_made and note.shards:  # a damaged shard: no longer finished
         note = dataclasses.replace(note, shards=())
-        first_alone(lambda: write_json(out / NOTE_FILE, to_json(note)))
+        first_alone(lambda: write_note(out, note))
     with together():
         shards = make_shards(out, note, own, shards, records)
     details = gather_texts(json.dumps({k: v._asdict() for k, v in shards.items()}))
@@ -337,7 +336,7 @@ def _fill(
     whole = tuple(Shard(**everyone[shard]) for shard in range(note.num_shards))
     finished = dataclasses.replace(note, shards=whole)
     if finished != note:
-        first_alone(lambda: write_json(out / NOTE_FILE, to_json(finished)))
+        first_alone(lambda: write_note(out, finished))
     return CacheOutcome(finished, num_made)
 
 

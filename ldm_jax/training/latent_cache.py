@@ -16,6 +16,7 @@ from ldm_jax.build import check_example, open_tokenizer
 from ldm_jax.config import OWN_LATENTS, ConditionConfig, Config
 from ldm_jax.data.caption_tokens import TokenizedExamples
 from ldm_jax.data.latent_cache import (
+    AGAIN,
     MAKER,
     CacheNote,
     LatentExamples,
@@ -23,13 +24,15 @@ from ldm_jax.data.latent_cache import (
     prepare_latents,
     read_note,
     read_null_state,
+    shard_name,
 )
 from ldm_jax.data.pipeline import BatchIterator, make_iterator
 from ldm_jax.data.sources import Examples, folder_digest
+from ldm_jax.files import file_sha256
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout
-from ldm_jax.training.autoencoder_stage import SCALE_FILE
 from ldm_jax.training.digest import tree_digest
+from ldm_jax.training.workdir import SCALE_FILE
 from ldm_jax.types import InputError, PyTree
 
 NUMBERS_DEPEND_ON = (
@@ -232,12 +235,23 @@ def open_cache(config: Config, params: PyTree, note: CacheNote | None) -> Cache 
         examples = TokenizedExamples(examples, open_tokenizer(condition))
     if note.num_examples * note.record_size < MAX_BYTES_IN_MEMORY:
         num_threads = 1
+        _check_shards(folder, note)
         with ThreadPoolExecutor(READING_THREADS) as pool:
             examples = list(pool.map(examples.__getitem__, range(len(examples))))
     read = condition.as_vectors() if embeddings else condition
     check_example(read, examples[0], source=config.data.source)
     null_embedding = read_null_state(folder, note) if embeddings else None
     return Cache(examples, null_embedding, num_threads)
+
+
+def _check_shards(folder: Path, note: CacheNote) -> None:
+    """Raise `InputError` if a shard is not what was written."""
+    for number, shard in enumerate(note.shards):
+        path = folder / shard_name(number, note.num_shards)
+        if file_sha256(path) != shard.sha256:
+            raise InputError(
+                f"data.latents: {path} is damaged; {AGAIN} to make it anew"
+            )
 
 
 def open_latents(

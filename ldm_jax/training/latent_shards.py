@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,10 +9,8 @@ from pathlib import Path
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from ldm_jax.data.latent_cache import CacheNote, Shard, shard_name, to_json
-from ldm_jax.files import write_json
-from ldm_jax.types import RunError
-
-HASH_CHUNK = 2**20
+from ldm_jax.files import file_sha256, json_digest, read_json, sync_folder, write_json
+from ldm_jax.types import InputError, RunError
 
 
 def find_shards(out: Path, note: CacheNote, wanted: Iterable[int]) -> dict[int, Shard]:
@@ -23,9 +19,9 @@ def find_shards(out: Path, note: CacheNote, wanted: Iterable[int]) -> dict[int, 
     for shard in wanted:
         path = out / shard_name(shard, note.num_shards)
         try:
-            details = json.loads(_proof(path).read_text())
+            details = read_json(_proof(path))
             here = file_digest(path)
-        except (OSError, ValueError):
+        except (OSError, InputError):
             continue
         if details == {**here._asdict(), "of": _key(note)}:
             found[shard] = here
@@ -53,8 +49,7 @@ def _proof(path: Path) -> Path:
 
 def _key(note: CacheNote) -> str:
     """Return a digest of a note that does not depend on which shards exist."""
-    text = json.dumps(to_json(dataclasses.replace(note, shards=())), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return json_digest({**to_json(dataclasses.replace(note, shards=())), "format": 1})
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> None:
@@ -73,7 +68,10 @@ def write_records(path: Path, records: Iterable[bytes]) -> None:
         if writer.is_open():
             with contextlib.suppress(RuntimeError):
                 writer.close()
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(part, path)
+    sync_folder(path.parent)
 
 
 def _writing(path: Path, write: Callable[[], None]) -> None:
@@ -89,9 +87,4 @@ def _writing(path: Path, write: Callable[[], None]) -> None:
 
 def file_digest(path: Path) -> Shard:
     """Return the size and the sha256 of a file."""
-    total, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            total.update(chunk)
-            size += len(chunk)
-    return Shard(size, total.hexdigest())
+    return Shard(path.stat().st_size, file_sha256(path))

@@ -13,10 +13,10 @@ from jaxtyping import Array, Key
 
 from ldm_jax.config import CheckpointConfig, LogConfig, ParallelConfig
 from ldm_jax.data.pipeline import BatchIterator
-from ldm_jax.files import naming
+from ldm_jax.files import naming, read_record
 from ldm_jax.parallel.layout import Layout
 from ldm_jax.parallel.multihost import StopSignal, check_same, first_alone, is_first
-from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
+from ldm_jax.training.checkpoint import CHECKPOINTS, Check, Checkpoint, CheckpointStore
 from ldm_jax.training.dispatch import Step, several_steps, skip_nonfinite
 from ldm_jax.training.metrics import (
     PLOT_FILE,
@@ -31,8 +31,6 @@ from ldm_jax.training.prefetch import Prefetch
 from ldm_jax.training.profiling import Profile, StallClock
 from ldm_jax.training.state import TrainState
 from ldm_jax.types import Preempted, PyTree
-
-CHECKPOINTS = "checkpoints"
 
 
 class Stage(NamedTuple):
@@ -62,6 +60,8 @@ class Stage(NamedTuple):
     """Writes the power-function averages at a step."""
     average_steps: tuple[int, ...] = ()
     """Steps at which those are written, rising."""
+    check: Check | None = None
+    """Says why a checkpoint is not one of this run; None where nothing is known."""
 
 
 class LoopConfig(NamedTuple):
@@ -201,7 +201,7 @@ class Trainer:
         if not self._store.is_empty():
             target = stage_target(stage, self._root_key)
             shardings = self._layout.restore_shardings(target)
-            found = self._store.restore(target, shardings=shardings)
+            found = self._store.restore(target, shardings=shardings, check=stage.check)
         if found is not None and found.step == stage.num_steps:
             return self._restored(found, whole=shardings is None)
         self._begin(found, iterator)
@@ -371,6 +371,8 @@ class Trainer:
             "seconds": self._seconds(),
             "skipped": self._buffer.skipped,
         }
+        if (record := read_record(self._config.workdir)) is not None:
+            notes["record"] = record
         self._digest = self._store.save(self._done, {**tree, **beside}, notes)
 
     def _seconds(self) -> float:

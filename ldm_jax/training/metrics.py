@@ -1,6 +1,7 @@
 """The log of a run: JSON lines, TensorBoard, a plot, and the progress bar."""
 
 import json
+import logging
 import math
 import os
 import sys
@@ -10,13 +11,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm_jax.files import naming, write_text
+from ldm_jax.files import naming, parse_json, write_text
 from ldm_jax.parallel.multihost import first_alone, gather_texts, is_first
+from ldm_jax.types import InputError
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
 MIN_PLOTTED = 1e-12
 BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}"
+
+
+HOW = "how"
+NOT_NUMBERS = {"stage": str, HOW: str, "metrics": dict, "example_index": list}
+"""Types of the values of a record that are not numbers."""
+LARGEST_INTEGER = 2**63
 
 
 class MetricsLog:
@@ -84,16 +92,46 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a log, except incomplete lines."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and {"stage", "step"} <= record.keys():
-            records.append(record)
-    return records
+    """Read the records of a log, and warn of lines that are none.
+
+    Of the last line nothing is said: it is cut where a run was killed.
+
+    Raises:
+      InputError: If it is not a regular file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: got no regular file, wanted a log; try removing it")
+    lines = path.read_bytes().split(b"\n")
+    found = [_record(line) for line in lines]
+    bad = sum(map(bool, lines[:-1])) - sum(one is not None for one in found[:-1])
+    if bad:
+        logging.getLogger(__name__).warning(
+            "%s: %d lines are no records of a log, and are left out", *(path, bad)
+        )
+    return [record for record in found if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Read a line of a log; None if it is no record."""
+    try:
+        record = parse_json(line.decode(errors="replace"), what="", remedy="")
+    except InputError:
+        return None
+    if not isinstance(record, dict) or not {"stage", "step"} <= record.keys():
+        return None
+    step = record["step"]
+    whole = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+    good = (_fits(name, value) for name, value in record.items())
+    return record if whole and all(good) else None
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Return whether a value of a record has the type of its name."""
+    if name in NOT_NUMBERS:
+        return isinstance(value, NOT_NUMBERS[name])
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < LARGEST_INTEGER
 
 
 def plot_losses(log: Path, path: Path) -> None:
@@ -180,7 +218,6 @@ ScoreRecord = dict[str, float | str]
 Measure = Callable[[Any, int], ScoreRecord]
 """From averaged parameters and their step to scores. Every process calls it; the scores
 of process 0 are logged."""
-HOW = "how"
 SCORE = "fid"
 """Key of score records that other records do not have."""
 

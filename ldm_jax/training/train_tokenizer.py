@@ -1,7 +1,5 @@
 """The tokenizer that a run trains on its captions and keeps in its folder."""
 
-import contextlib
-import json
 import logging
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from ldm_jax.data.byte_pair_tokenizer import (
 from ldm_jax.data.caption_tokens import count_truncated
 from ldm_jax.data.sources import has_captions, read_captions
 from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from ldm_jax.training.checkpoint import notes_digest
-from ldm_jax.training.loop import CHECKPOINTS
+from ldm_jax.files import check_file
+from ldm_jax.training.checkpoint import CHECKPOINTS, newest_notes
 from ldm_jax.training.metrics import METRICS_FILE
 
 FOLDER = "tokenizer"
@@ -34,8 +32,15 @@ def own_tokenizer(config: Config, workdir: Path) -> Path | None:
 
 
 def with_own_tokenizer(config: Config, workdir: Path) -> Config:
-    """Return a config with the tokenizer that the run trained, if it trains one."""
-    return with_tokenizer(config, own_tokenizer(config, workdir))
+    """Return a config with the tokenizer that the run trained, if it trains one.
+
+    Raises:
+      InputError: If its file is not what the run wrote.
+    """
+    folder = own_tokenizer(config, workdir)
+    if folder is not None:
+        check_file(workdir, folder / TOKENIZER_FILE)
+    return with_tokenizer(config, folder)
 
 
 def keep_tokenizer(config: Config, workdir: Path) -> None:
@@ -48,7 +53,8 @@ def keep_tokenizer(config: Config, workdir: Path) -> None:
     whatever the tokenizer.
 
     Raises:
-      InputError: If there are no captions, or the vocabulary is too small.
+      InputError: If there are no captions, the vocabulary is too small, or the
+        tokenizer is not what the run wrote.
       OSError: If it cannot be written.
     """
     folder = own_tokenizer(config, workdir)
@@ -57,13 +63,15 @@ def keep_tokenizer(config: Config, workdir: Path) -> None:
             _warn_of_pretrained(config)
         return
     if (folder / TOKENIZER_FILE).exists():
+        check_file(workdir, folder / TOKENIZER_FILE)
         return
     if (kept := _in_checkpoints(workdir / "diffusion" / CHECKPOINTS)) is not None:
-        write_byte_pairs(kept, folder)
+        write_byte_pairs(kept, folder, run=workdir)
         return
     data, text = config.data, config.diffusion.condition.text
     captions = read_captions(data.source, data.train_split, directory=data.directory)
-    write_byte_pairs(train_byte_pairs(captions, vocab_size=text.vocab_size), folder)
+    learned = train_byte_pairs(captions, vocab_size=text.vocab_size)
+    write_byte_pairs(learned, folder, run=workdir)
     tokenizer = load_byte_pairs(folder, length=text.length)
     _warn_of_cut(captions, tokenizer, "try a larger --diffusion.condition.text.length")
 
@@ -78,13 +86,7 @@ def tokenizer_notes(config: Config, workdir: Path) -> dict[str, str]:
 
 def _in_checkpoints(directory: Path) -> str | None:
     """Return the tokenizer in the newest checkpoint with intact notes."""
-    steps = [path for path in directory.glob("*") if path.name.isdigit()]
-    for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            notes = json.loads((step / "notes" / "metadata").read_text())
-            if notes.pop("sha256", None) == notes_digest(notes) and NOTE in notes:
-                return notes[NOTE]
-    return None
+    return next((n[NOTE] for n in newest_notes(directory) if NOTE in n), None)
 
 
 def _warn_of_pretrained(config: Config) -> None:

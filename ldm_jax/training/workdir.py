@@ -3,21 +3,52 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import json
+import logging
+import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from ldm_jax import config as config_lib
-from ldm_jax.config import CONFIG_FILE, Config
-from ldm_jax.files import write_text
+from ldm_jax.config import CONFIG_FILE, Config, digest, read_config
+from ldm_jax.config.serialization import MAY_CHANGE
+from ldm_jax.data.sources import folder_digest
+from ldm_jax.data.tokenizer import TOKENIZER_FILE
+from ldm_jax.files import (
+    ANEW,
+    DIGESTS_FILE,
+    check_file,
+    printable,
+    read_json,
+    read_record,
+    read_text,
+    write_record,
+    write_text,
+)
 from ldm_jax.parallel.layout import Layout
 from ldm_jax.parallel.multihost import first_alone
-from ldm_jax.types import InputError
+from ldm_jax.rng import root_key
+from ldm_jax.training.checkpoint import (
+    CHECKPOINTS,
+    Check,
+    Checkpoint,
+    newest_notes,
+)
+from ldm_jax.training.digest import run_digest
+from ldm_jax.training.train_tokenizer import NOTE, own_tokenizer
+from ldm_jax.types import InputError, RunError
 
 LOCK_FILE = ".lock"
-MAY_CHANGE = "max_skipped_steps"
-"""Config field that may change when a run resumes: it changes no finite step."""
+FINAL_FILE = "final.json"
+"""Result of a finished run."""
+SCALE_FILE = "latent_scale.json"
+"""Latent scale of a finished first stage, in its folder."""
 
 
 def facts_of(config: Config, layout: Layout) -> dict[str, Any]:
@@ -39,9 +70,8 @@ def check_workdir(config: Config, workdir: Path) -> None:
     Raises:
       InputError: If it was made with another config, or is a file.
     """
-    path = workdir / CONFIG_FILE
-    if path.exists():
-        theirs = config_lib.from_json(path.read_text())
+    if (workdir / CONFIG_FILE).exists():
+        theirs = read_config(workdir)
         theirs = dataclasses.replace(
             theirs, **{MAY_CHANGE: getattr(config, MAY_CHANGE)}
         )
@@ -52,6 +82,14 @@ def check_workdir(config: Config, workdir: Path) -> None:
             )
     elif workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir: {workdir} is a file, wanted a folder")
+    record = read_record(workdir)
+    named = digest(config, of_state=True)
+    if record is not None and named not in record["configs"]:
+        raise InputError(
+            f"--workdir: {workdir} was made with a different config, of which "
+            f"{DIGESTS_FILE} has the digest alone; try another --workdir or the same "
+            "values"
+        )
 
 
 @contextlib.contextmanager
@@ -64,14 +102,18 @@ def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
       OSError: If it cannot be written.
     """
     with contextlib.ExitStack() as held:
-        first_alone(lambda: held.enter_context(_locked(config, workdir)))
+        first_alone(lambda: check_workdir(config, workdir))
+        first_alone(lambda: held.enter_context(_locked(workdir)))
+        named = digest(config, of_state=True)
+        first_alone(lambda: begin_record(workdir, named, source=config.data.source))
+        path = workdir / CONFIG_FILE
+        text = config_lib.to_json(config)
+        first_alone(lambda: path.exists() or write_text(path, text))
         yield
 
 
 @contextlib.contextmanager
-def _locked(config: Config, workdir: Path) -> Iterator[None]:
-    check_workdir(config, workdir)
-    path = workdir / CONFIG_FILE
+def _locked(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK_FILE).open("a") as lock:
         try:
@@ -81,6 +123,228 @@ def _locked(config: Config, workdir: Path) -> Iterator[None]:
                 f"--workdir: another process is training in {workdir}; wait for it, "
                 "try another --workdir, or --pod if they are to train together"
             ) from None
-        if not path.exists():
-            write_text(path, config_lib.to_json(config))
         yield
+
+
+def begin_record(workdir: Path, config_digest: str, *, source: str) -> None:
+    """Write the record of a new run; an older run without one goes on without.
+
+    Raises:
+      InputError: If the data of a run changed since it began.
+      OSError: If it cannot be written.
+    """
+    record = read_record(workdir)
+    if record is not None:
+        if record["data"] != folder_digest(source):
+            raise InputError(
+                f"data.source: {source} holds other files than when the run in "
+                f"{workdir} began; try another --workdir, or putting them back"
+            )
+        return
+    has_state = any(workdir.glob(f"*/{CHECKPOINTS}/*"))
+    if has_state or (workdir / CONFIG_FILE).exists():
+        return
+    names = {"configs": [config_digest], "data": folder_digest(source)}
+    write_record(workdir, {**names, "files": {}, "stages": {}})
+
+
+def restore_record(workdir: Path) -> None:
+    """Write a lost record anew, from the copy in the newest checkpoint.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
+    if read_record(workdir) is not None:
+        return
+    for stage in ("diffusion", "autoencoder"):
+        for notes in newest_notes(workdir / stage / CHECKPOINTS):
+            if "record" in notes:
+                write_record(workdir, notes["record"])
+                return
+
+
+def check_stage(workdir: Path, name: str, got: str) -> None:
+    """Compare the last checkpoint of a stage with what its run ended with.
+
+    Raises:
+      InputError: If `digests.json` or `final.json` is damaged.
+      RunError: If it has another digest.
+    """
+    record = read_record(workdir)
+    if record is not None:
+        wanted = record["stages"].get(name, got)
+    else:
+        final = read_final(workdir)
+        wanted = (final or {}).get("digest_by_stage", {}).get(name, got)
+    if wanted != got:
+        raise RunError(
+            f"{workdir / name}: got the digest {got[:12]} of the last step, wanted "
+            f"{wanted[:12]}, with which the stage ended first; try the processor and "
+            "the versions of then, or another --workdir"
+        )
+
+
+def record_stage(workdir: Path, name: str, got: str) -> None:
+    """Write the digest of a finished stage into the record of its run.
+
+    Raises:
+      RunError: If the stage ended before, with another digest.
+    """
+    check_stage(workdir, name, got)
+    record = read_record(workdir)
+    if record is not None and name not in record["stages"]:
+        stages = {**record["stages"], name: got}
+        write_record(workdir, {**record, "stages": stages})
+
+
+def read_final(workdir: Path) -> dict[str, Any] | None:
+    """Read `final.json`; None if the run is not finished.
+
+    Raises:
+      InputError: If it is damaged, lost, or not what the run wrote.
+    """
+    path, record = workdir / FINAL_FILE, read_record(workdir)
+    if not path.exists():
+        if record is not None and FINAL_FILE in record["files"]:
+            raise InputError(
+                f"{path}: missing, and the run is finished; give the same ldm train "
+                "command again: it is made anew"
+            )
+        return None
+    check_file(workdir, path)
+    final = read_json(path, remedy=ANEW)
+    digests = final.get("digest_by_stage", {})
+    seconds = final.get("seconds_by_stage", {})
+    good = all(isinstance(one, dict) for one in (digests, seconds))
+    good = good and isinstance(final.get("digest"), str)
+    good = good and all(isinstance(one, str) for one in digests.values())
+    good = good and all(type(one) in (int, float) for one in seconds.values())
+    if not good or (digests and run_digest(digests) != final["digest"]):
+        raise InputError(
+            f"{path}: got a digest that is not that of its stages, or none; {ANEW}"
+        )
+    return final
+
+
+def read_scale(workdir: Path) -> float | None:
+    """Read the latent scale of a run; None if it is not measured yet.
+
+    Raises:
+      InputError: If the file is damaged, or not what the run wrote.
+    """
+    path = workdir / "autoencoder" / SCALE_FILE
+    if not path.exists():
+        return None
+    check_file(workdir, path)
+    scale = read_json(path, remedy=ANEW).get("latent_scale")
+    if not isinstance(scale, float) or not 0.0 < scale < math.inf:
+        raise InputError(
+            f"{path}: latent_scale: got {printable(repr(scale))}, wanted a number "
+            f"above 0; {ANEW}"
+        )
+    return scale
+
+
+def check_files(workdir: Path) -> bool:
+    """Compare all files of a run with its record.
+
+    Returns:
+      Whether all are there; averages may be moved away.
+
+    Raises:
+      InputError: If one is not what the run wrote.
+    """
+    record, whole = read_record(workdir), True
+    for name in [] if record is None else record["files"]:
+        check_file(workdir, workdir / name)
+        whole = whole and ("averages" in name or (workdir / name).exists())
+    return whole
+
+
+def is_finished(workdir: Path, name: str, *, num_steps: int) -> bool:
+    """Return whether a stage was trained to its end, whatever is left of it."""
+    record, folder = read_record(workdir), workdir / name
+    signs = [workdir / FINAL_FILE, folder / CHECKPOINTS / str(num_steps)]
+    if name == "autoencoder":
+        signs += [folder / SCALE_FILE, *workdir.glob(f"diffusion/{CHECKPOINTS}/[0-9]*")]
+    return any(sign.exists() for sign in signs) or (
+        record is not None and name in record["stages"]
+    )
+
+
+def state_check(config: Config, workdir: Path) -> Check:
+    """Make the check that a checkpoint is of this run, of its step and of its files.
+
+    Runs of versions that kept no record are checked by step, seed and config.
+    """
+
+    def check(found: Checkpoint) -> str:
+        step, key = found.tree["state"].step, found.tree["root_key"]
+        if int(step) != found.step:
+            return f"its state is of step {int(step)}"
+        if not np.array_equal(key, jax.random.key_data(root_key(config.seed))):
+            return "it is of a run of another seed"
+        if reason := _other_inputs(found, workdir, own_tokenizer(config, workdir)):
+            return reason
+        record, ours = read_record(workdir), digest(config, of_state=True)
+        known = [ours] if record is None else [ours, *record["configs"]]
+        theirs = found.notes.get("config")
+        if theirs is not None and _digest_of(theirs) not in known:
+            return "it is of a run of another config"
+        try:
+            return _other_record(found.notes.get("record"), record, workdir)
+        except (KeyError, TypeError, AttributeError):
+            return "its notes are not those of a run"
+
+    return check
+
+
+def _other_inputs(found: Checkpoint, workdir: Path, tokenizer: Path | None) -> str:
+    """Say which file of a run differs from what is in its checkpoint itself."""
+    scale, theirs = read_scale(workdir), found.tree["extra"].get("latent_scale")
+    if scale is not None and theirs is not None and np.float32(scale) != theirs:
+        return f"it was trained with the latent scale {float(theirs)}, not {scale}"
+    if tokenizer is not None and (learned := found.notes.get(NOTE)) is not None:
+        path = tokenizer / TOKENIZER_FILE
+        if path.exists() and read_text(path, remedy=ANEW) != learned:
+            return f"it was trained with another tokenizer than {path}"
+    return ""
+
+
+def _digest_of(tree: dict[str, Any]) -> str:
+    try:
+        return digest(config_lib.from_json(json.dumps(tree)), of_state=True)
+    except InputError:
+        return ""
+
+
+def _other_record(
+    theirs: dict[str, Any] | None, ours: dict[str, Any] | None, workdir: Path
+) -> str:
+    """Say in what the record beside a checkpoint differs from that of its run."""
+    if theirs is None and ours is None:
+        _warn_of_no_record(workdir)
+        return ""
+    if theirs is None:
+        return f"it is of a run without {DIGESTS_FILE}"
+    if ours is None:
+        return (
+            f"{DIGESTS_FILE} of its run is missing; give the same ldm train command "
+            "again: the checkpoint holds a copy"
+        )
+    if theirs["data"] != ours["data"]:
+        return "it is of a run of other data"
+    for kind in ("stages", "files"):
+        for name, made_with in theirs[kind].items():
+            if name != FINAL_FILE and ours[kind].get(name) != made_with:
+                return f"it was made with another {name}"
+    return ""
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_of_no_record(workdir: Path) -> None:
+    logging.getLogger(__name__).warning(
+        "%s: a run of a version that kept no %s: its latent scale, tokenizer, averages "
+        "and copied weights are read without a check",
+        *(workdir, DIGESTS_FILE),
+    )

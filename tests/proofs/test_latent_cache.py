@@ -25,6 +25,7 @@ from ldm_jax.data.latent_cache import (
     shard_range,
     to_json,
     unpack,
+    write_note,
 )
 from ldm_jax.data.pipeline import LatentBatch, to_batch
 from ldm_jax.parallel.make_layout import PmapLayout
@@ -301,10 +302,10 @@ def test_missing_unfinished_and_damaged_caches_are_refused(cached, tmp_path):
     config = cached.reading(latents=str(tmp_path))
     assert "is no cache of latents (no cache.json)" in refused(cached, config)
     note = dataclasses.replace(read_note(cached.out), shards=())
-    (tmp_path / "cache.json").write_text(json.dumps(to_json(note)))
+    write_note(tmp_path, note)
     assert "is not finished; give the same command of" in refused(cached, config)
-    (tmp_path / "cache.json").write_text(json.dumps({**to_json(note), "format": 2}))
-    assert "has the format 2, wanted 1" in refused(cached, config)
+    (tmp_path / "cache.json").write_text(json.dumps({**to_json(note), "format": 3}))
+    assert "has the format 3, wanted one of" in refused(cached, config)
     (tmp_path / "cache.json").write_text("{")
     assert "is damaged or of another version" in refused(cached, config)
 

@@ -184,10 +184,46 @@ def test_report_is_written_without_memory_for_samples(tmp_path, monkeypatch):
 
 def test_run_summary_leaves_out_truncated_lines_and_files(tmp_path):
     workdir = make_run(tmp_path / "run", finished=False)
-    (workdir / "final.json").write_text('{"digest": ')
     summary = read_run_summary(workdir)
     assert not summary.is_finished
     assert [len(stage.records) for stage in summary.stages] == [6, 8]
+    assert not caplog.messages
+    log = workdir / "metrics.jsonl"
+    lines = log.read_bytes().split(b"\n")
+    bad = [b"[" * 10**5, b"1" * 5000, b"\xff\0", b'{"stage": 1, "step": 2}']
+    bad += [b'{"stage": "diffusion", "step": 3, "loss": "low"}']
+    log.write_bytes(b"\n".join([*lines[:2], *bad, *lines[2:]]))
+    summary = read_run_summary(workdir)
+    assert [len(stage.records) for stage in summary.stages] == [6, 8]
+    assert caplog.messages == [
+        f"{log}: 5 lines are no records of a log, and are left out"
+    ]
+
+
+def test_half_a_final_file_does_not_make_a_run_unfinished(tmp_path):
+    workdir = make_run(tmp_path / "run")
+    (workdir / "final.json").write_text('{"digest": ')
+    with pytest.raises(InputError, match=r"final\.json: not JSON .*; delete it and"):
+        read_run_summary(workdir)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"scores": {"fid": "low"}}, "scores.fid: got 'low'"),
+        ({"seeds": "few"}, "seeds: got 'few'"),
+        ({"settings": []}, "settings.sampler: got None"),
+    ],
+)
+def test_a_damaged_evaluation_is_one_line(tmp_path, values, words):
+    workdir = make_run(tmp_path / "run")
+    folder = workdir / "evaluation/x"
+    folder.mkdir(parents=True)
+    text = json.dumps({**measured(1.0, 2.0), **values})
+    (folder / "metrics.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_run_summary(workdir)
+    assert words in str(caught.value)
 
 
 def test_bad_report_arguments_are_refused(tmp_path):

@@ -1,13 +1,16 @@
 """Config, metrics, scores and images of a run, read from its folder. Imports no JAX."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax.config import Config, digest, read_config
+from ldm_jax.files import printable, read_json
 from ldm_jax.training.metrics import METRICS_FILE, read_metrics
+from ldm_jax.training.workdir import read_final
 from ldm_jax.types import InputError
+
+Number = int | float
 
 IMAGE_NAMES = {"autoencoder": "reconstructions", "diffusion": "samples"}
 """Names of each stage's images on disk."""
@@ -79,10 +82,10 @@ def read_run_summary(workdir: Path) -> RunSummary:
     """Read the summary of a run, finished or not.
 
     Raises:
-      InputError: If the folder is no run.
+      InputError: If the folder is no run, or a file in it is damaged.
     """
     config = read_config(workdir)
-    final = _json(workdir / "final.json")
+    final = read_final(workdir)
     seconds = {} if final is None else final.get("seconds_by_stage", {})
     log = workdir / METRICS_FILE
     records = read_metrics(log) if log.exists() else []
@@ -104,10 +107,10 @@ def read_run_summary(workdir: Path) -> RunSummary:
             )
         )
     found = sorted((workdir / EVALUATION).glob("*/metrics.json"))
-    metrics = [one for path in found if (one := _json(path)) is not None]
+    metrics = [_read(path, METRICS) for path in found]
     found = sorted((workdir / EVALUATION).glob("reconstructions_*.json"))
-    reconstructions = [one for path in found if (one := _json(path)) is not None]
-    plot = workdir / STEPS / "steps.png"
+    reconstructions = [_read(path, RECONSTRUCTIONS) for path in found]
+    plot, sweep = (workdir / STEPS / f"steps.{kind}" for kind in ("png", "json"))
     return RunSummary(
         workdir=workdir,
         config=config,
@@ -116,7 +119,7 @@ def read_run_summary(workdir: Path) -> RunSummary:
         final=final,
         metrics=metrics,
         reconstructions=reconstructions,
-        steps=_json(workdir / STEPS / "steps.json"),
+        steps=_read(sweep, STEP_SWEEP) if sweep.exists() else None,
         steps_plot=plot if plot.exists() else None,
     )
 
@@ -133,13 +136,49 @@ def _images(folder: Path, name: str) -> list[StageImage]:
     return [found[i] for i in sorted(chosen)]
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON file; None if it is missing or incomplete."""
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, OSError):
-        return None
-    return value if isinstance(value, dict) else None
+METRICS = {
+    "scores.fid": Number,
+    "scores.precision": Number | None,
+    "scores.recall": Number | None,
+    "protocol.name": str,
+    "protocol.network": str,
+    "settings.sampler": str,
+    "settings.steps": int,
+    "settings.guidance_scale": list,
+    "seeds": re.compile("[0-9]{1,9}-[0-9]{1,9}"),
+    "made_with": dict,
+    "network": str,
+    "real.source": str,
+    "real.data": str,
+}
+RECONSTRUCTIONS = {"protocol.name": str, "reconstructions.num_images": int}
+STEP_SWEEP = {"cheapest.sampler": str, "cheapest.steps": int, "num_images": int}
+"""Types of the values that a report reads in the files of other commands."""
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Read what another command wrote about the run.
+
+    Raises:
+      InputError: If a value is missing or has another type.
+    """
+    remedy = "try removing it, or the command that made it again"
+    content = read_json(path, remedy=remedy)
+    for name, kind in wanted.items():
+        value: Any = content
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not _is(value, kind):
+            raise InputError(f"{path}: {name}: got {printable(repr(value))}; {remedy}")
+    return content
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Return whether a value has a type, or a text a form; of a list, numbers alone."""
+    if isinstance(kind, re.Pattern):
+        return isinstance(value, str) and kind.fullmatch(value) is not None
+    numbers = not isinstance(value, list) or all(isinstance(x, Number) for x in value)
+    return isinstance(value, kind) and numbers
 
 
 def check_out(path: Path) -> None:
