@@ -7,8 +7,10 @@ reads configs without it.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +54,42 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
+"""Of a file system without locks: Lustre without -o flock, some NFS and FUSE."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, busy: str) -> Iterator[None]:
+    """Hold the lock of a file, which is created, against other processes.
+
+    Where the file system has no locks, a warning says so, and the body runs.
+
+    Args:
+      path: File of the lock.
+      busy: Message of the error.
+
+    Raises:
+      InputError: If another process holds it.
+      OSError: If the file cannot be opened or locked.
+    """
+    with path.open("a") as file:
+        try:
+            with naming(path):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(busy) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logging.getLogger(__name__).warning(
+                "%s: this file system has no locks (%s): see to it that no other "
+                "process writes here, or mount it with locks (Lustre: -o flock)",
+                path,
+                error.strerror,
+            )
+        yield
 
 
 def write_text(path: Path, text: str, *, run: Path | None = None) -> None:

@@ -3,10 +3,13 @@
 import errno
 import os
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from ldm_jax.cli.streams import give_up_stdout, open_streams
 from ldm_jax.types import InputError, Preempted, RunError
 
 BAD_INPUT = 2
@@ -15,6 +18,10 @@ INTERRUPTED = 130
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: not an error; the same command resumes."""
 SECONDS_TO_END = 5
+MAX_LINE = 2000
+"""Characters of the line that ends a program."""
+MAX_DETAILS = 200
+"""Characters quoted of another library's error."""
 REMEDIES = {
     errno.ENOSPC: "make room there and give the same command",
     errno.EDQUOT: "make room there and give the same command",
@@ -35,34 +42,91 @@ def run_main(
       prog: The program's name, for errors.
       args: The arguments; those of this process by default.
     """
-    code, message = 0, ""
+    open_streams()
+    code, message = _outcome(main, sys.argv[1:] if args is None else args)
+    if message:
+        if code != PREEMPTED:
+            _end_soon(code)
+        give_up_stdout()
+        sys.stderr.write(f"\n{prog}: {_one_line(message)}\n")
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[list[str]], None], args: list[str]) -> tuple[int, str]:
+    """Run a program; return its exit code, and what to say where it is not 0."""
     try:
-        main(sys.argv[1:] if args is None else args)
-    except Preempted as stop:
+        try:
+            main(args)
+        except SystemExit as stop:
+            _check_own(stop, args)
+            sys.stdout.flush()
+            return int(stop.code or 0), ""
         sys.stdout.flush()
-        sys.stderr.write(f"\n{prog}: preempted: {stop}; the same command goes on\n")
-        sys.exit(PREEMPTED)
+    except Preempted as stop:
+        return PREEMPTED, f"preempted: {stop}; the same command goes on"
     except InputError as error:
-        code, message = BAD_INPUT, str(error)
+        return BAD_INPUT, f"error: {error}"
     except RunError as error:
-        code, message = FAILED_RUN, str(error)
+        return FAILED_RUN, f"error: {error}"
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        code, message = BAD_INPUT, f"{where}{error.strerror or error}"
+        line = f"error: {where}{error.strerror or error}"
         if remedy := REMEDIES.get(error.errno or 0):
-            code, message = FAILED_RUN, f"{message}; {remedy}"
+            return FAILED_RUN, f"{line}; {remedy}"
+        return BAD_INPUT, line
     except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted; the same command resumes"
-    except SystemExit:
-        raise
+        return INTERRUPTED, "error: interrupted; the same command resumes"
+    except Exception as error:
+        return FAILED_RUN, f"error: {_unforeseen(error)}"
     except BaseException:
         _end_soon(FAILED_RUN)
         raise
-    if code:
-        _end_soon(code)
-        sys.stdout.flush()
-        sys.stderr.write(f"\n{prog}: error: {' '.join(message.split())}\n")
-    sys.exit(code)
+    return 0, ""
+
+
+def _check_own(stop: SystemExit, args: list[str]) -> None:
+    """Raise `RunError` for an exit that is not ours: something is left undone.
+
+    The help ends with 0, and a command whose answer is no with `FAILED_RUN`. A user's
+    Python file (a data set's builder) may call `sys.exit` too.
+    """
+    asks_help = not {"-h", "--help"}.isdisjoint(args)
+    if stop.code == FAILED_RUN or (not stop.code and asks_help):
+        return
+    last = traceback.extract_tb(stop.__traceback__)[-1]
+    raise RunError(
+        f"{last.filename} line {last.lineno} called sys.exit({stop.code!r}), wanted it "
+        "to return: nothing was finished"
+    ) from None
+
+
+def _unforeseen(error: Exception) -> str:
+    """Say what went wrong that no message was written for, and where to read more."""
+    details = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in details:
+        return (
+            f"out of memory ({details[:MAX_DETAILS]}); try a smaller batch, image or "
+            "network, or fewer images at a time"
+        )
+    lines = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="ldm_", suffix=".txt", delete=False, errors="backslashreplace"
+        ) as file:
+            file.write(lines)
+    except OSError:
+        return f"unforeseen {details}"
+    return (
+        f"unforeseen {details[: MAX_LINE // 2]}; {file.name} says where it was raised"
+    )
+
+
+def _one_line(message: str) -> str:
+    """Make one printable line of bounded length."""
+    line = " ".join(message.split())
+    if len(line) > MAX_LINE:
+        line = f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _end_soon(code: int) -> None:

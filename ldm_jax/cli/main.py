@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 
 from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.cli.huge_pages import use_huge_pages
+from ldm_jax.cli.streams import check_stdout
 from ldm_jax.types import InputError, choices
 
 
@@ -63,6 +64,8 @@ def run(args: list[str]) -> None:
     if not args:
         raise InputError("command: not given; see ldm --help")
     name, *rest = args
+    if not {"-h", "--help"}.isdisjoint(args):
+        check_stdout()
     if name in ("-h", "--help"):
         print(_help())
         return

@@ -6,6 +6,7 @@ from typing import Annotated, cast
 
 import tyro
 
+from ldm_jax.cli.streams import check_stdout
 from ldm_jax.config import Config, LayoutName
 from ldm_jax.config.flags import Inline, parse_flags_with_config
 from ldm_jax.config.validation import checked_dataclass, require_at_least
@@ -107,6 +108,7 @@ def _work(flags: Flags) -> WorkName:
 def main(args: list[str]) -> None:
     """Compile, and print the plan."""
     request, flags = parse(args)
+    check_stdout()
     if request.topology is not None:
         prepare_environment()
     # Only now: JAX reads its environment when it is imported.

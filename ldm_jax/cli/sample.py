@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -11,6 +12,7 @@ import tyro
 from ldm_jax.config import Config, read_config
 from ldm_jax.config.flags import Inline, as_flag, parse_flags, parse_list
 from ldm_jax.config.launch import Launch, check_local
+from ldm_jax.config.validation import Text, shown
 from ldm_jax.parallel.launch import PEER_TIMEOUT, start
 from ldm_jax.sampling.request import (
     MAX_SEED,
@@ -61,11 +63,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _process(text: str) -> tuple[int, int]:
-    index, slash, num = text.partition("/")
-    numbers = slash and index.isascii() and index.isdigit() and num.isdigit()
-    if not numbers or int(index) >= int(num):
-        raise InputError(f"got {text!r}, wanted one of several, as in 0/4")
-    return int(index), int(num)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise InputError(f"got {shown(text)}, wanted one of several, as in 0/4")
+    return int(found[1]), int(found[2])
 
 
 def _one_word(read: Any, write: Any, metavar: str) -> Any:
@@ -103,7 +104,7 @@ class SampleArguments(SampleRequest, SamplingConfig):
         tuple[int, ...] | None,
         _one_word(_labels, lambda given: "all" if given is None else "", LIST),
     ] = None
-    prompts: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt")] = ()
+    prompts: Annotated[tuple[Text, ...], tyro.conf.arg(name="prompt")] = ()
     seeds: Annotated[tuple[int, ...], _one_word(_numbers, list_text, LIST)] = tuple(
         range(10)
     )

@@ -2,13 +2,14 @@
 
 import importlib.util
 import logging
+import socket
 from pathlib import Path
 from typing import Annotated, cast
 
 import tyro
 
 from ldm_jax.config.flags import Positional, as_flag, parse_flags
-from ldm_jax.config.launch import Launch, check_local
+from ldm_jax.config.launch import MAX_PORT, Launch, check_local
 from ldm_jax.config.validation import checked_dataclass, require
 from ldm_jax.parallel.launch import PEER_TIMEOUT, start
 from ldm_jax.sampling.sampling_config import SamplingConfig
@@ -16,13 +17,12 @@ from ldm_jax.tools.demo.controls import (
     FIRST_STEPS,
     LOOPBACK,
     MAX_IMAGES,
-    MAX_PORT,
     MAX_STEPS,
     PORT,
     DemoRequest,
     read_run,
 )
-from ldm_jax.tools.demo.server import LOOPBACKS, address_of, open_socket, serve
+from ldm_jax.tools.demo.server import address_of, open_socket, own_names, serve
 from ldm_jax.types import InputError, SamplerName, SpacingName
 
 
@@ -104,7 +104,11 @@ def parse(args: list[str]) -> tuple[DemoRequest, Flags]:
 def main(args: list[str]) -> None:
     """Listen, load, compile, serve."""
     request, flags = parse(args)
-    port_in_use = open_socket(flags.host, flags.port)
+    with open_socket(flags.host, flags.port) as port_in_use:
+        _serve(request, flags, port_in_use)
+
+
+def _serve(request: DemoRequest, flags: Flags, port_in_use: socket.socket) -> None:
     launch = Launch(compilation_cache=flags.compilation_cache)
     start(launch, beside=flags.workdir, peer_timeout=PEER_TIMEOUT)
     print("loading the run and compiling one program ...", flush=True)
@@ -112,7 +116,7 @@ def main(args: list[str]) -> None:
     from ldm_jax.tools.demo.renderer import make_renderer
 
     app = make_page(make_renderer(request))
-    if port_in_use.getsockname()[0] not in LOOPBACKS:
+    if not own_names(port_in_use):
         logging.getLogger(__name__).warning(
             "--host: whoever reaches this address may use the page"
         )

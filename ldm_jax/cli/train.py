@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from ldm_jax.cli.streams import check_stdout
 from ldm_jax.config import Config
 from ldm_jax.config.flags import Inline, parse_flags_with_config
 from ldm_jax.config.launch import Launch, check_local
@@ -54,7 +55,7 @@ class Flags:
         check_local(self.workdir, "--workdir")
         if self.profile is None:
             return
-        span = re.fullmatch(r"([0-9]+):([0-9]+)", self.profile)
+        span = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", self.profile)
         if span is None or int(span[1]) >= int(span[2]):
             raise InputError(
                 f"--profile: got {self.profile!r}, wanted START:STOP, the smaller "
@@ -81,6 +82,8 @@ def main(args: list[str]) -> None:
     """Train, and print the path of the run."""
     flags = parse(args)
     config = flags.config
+    if flags.dry_run:
+        check_stdout()
     workdir = None if flags.dry_run else flags.workdir
     start(
         flags.launch,

@@ -13,12 +13,12 @@ import re
 import sys
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from ldm_jax.config.load_config import load_config
-from ldm_jax.config.validation import UNIONS, in_words
+from ldm_jax.config.validation import MAY_BE_EMPTY, UNIONS, Text, in_words, shown
 from ldm_jax.types import InputError, choices
 
 T = TypeVar("T")
@@ -48,6 +48,7 @@ def parse_flags(
     given = [arg.split("=", 1)[0] for arg in args if arg.startswith("--")]
     for flag in given:
         _check_known(flag, known)
+    _check_filled(args, known, cls)
     wants_help = not {"-h", "--help"}.isdisjoint(args)
     for flag in _required(cls) if default is None and not wants_help else ():
         if flag not in map(_dashed, given):
@@ -129,8 +130,8 @@ def parse_list(text: str, *, name: str, low: int, high: int) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         ends = part.strip().split("-")
-        if len(ends) > 2 or not all(end.isascii() and end.isdigit() for end in ends):
-            raise InputError(f"{name}: got {text!r}, wanted {form}")
+        if len(ends) > 2 or not all(re.fullmatch("[0-9]{1,18}", end) for end in ends):
+            raise InputError(f"{name}: got {shown(text)}, wanted {form}")
         first, last = int(ends[0]), int(ends[-1])
         if first > last:
             raise InputError(
@@ -140,9 +141,9 @@ def parse_list(text: str, *, name: str, low: int, high: int) -> list[int]:
         outside = [end for end in (first, last) if not low <= end <= high]
         if outside:
             raise InputError(f"{name}: got {outside[0]}, wanted {low} to {high}")
-        if last - first >= MAX_NUMBERS:
+        if len(numbers) + last - first >= MAX_NUMBERS:
             raise InputError(
-                f"{name}: got {part.strip()}, wanted at most {MAX_NUMBERS} numbers"
+                f"{name}: got {shown(text)}, wanted at most {MAX_NUMBERS} numbers"
             )
         numbers.extend(range(first, last + 1))
     return numbers
@@ -152,16 +153,16 @@ def _flags(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each flag of a dataclass, as tyro names it, with its annotation."""
     for field in dataclasses.fields(cls):
         name, annotation = field.name, field.type
-        for mark in getattr(annotation, "__metadata__", ()):
+        for mark in _marks(annotation):
             if (other := getattr(mark, "name", None)) is not None:
                 name = other
         plain = annotation
-        while typing.get_origin(plain) is typing.Annotated:
+        while typing.get_origin(plain) is Annotated and plain is not Text:
             plain = typing.get_args(plain)[0]
         path = f"{prefix}.{name}".strip(".")
         if dataclasses.is_dataclass(plain):
             yield from _flags(typing.cast(type[Any], plain), path)
-        elif IS_POSITIONAL not in getattr(annotation, "__metadata__", ()):
+        elif IS_POSITIONAL not in _marks(annotation):
             yield f"--{_dashed(path)}", plain
 
 
@@ -184,6 +185,50 @@ def _check_known(arg: str, known: dict[str, Any]) -> None:
     near = difflib.get_close_matches(flag, known, 1, 0.4)
     hint = f"did you mean {near[0]}?" if near else "see --help"
     raise InputError(f"{arg}: no such flag; {hint}")
+
+
+def _check_filled(args: list[str], known: dict[str, Any], cls: type[Any]) -> None:
+    """Refuse an empty value, such as a variable of the shell that is not set.
+
+    A path that is empty would be the present folder.
+    """
+    flag, num_values = "", 0
+    for arg in args:
+        value = arg
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
+            flag, num_values = _dashed(flag), 0
+            if not equals:
+                continue
+        kind = known.get(flag, bool)
+        num_values += 1
+        if kind is bool or (num_values > 1 and not _is_sequence(kind)):
+            kind, flag = str, _positional(cls)
+        if not value.strip() and not _may_be_empty(kind):
+            raise InputError(
+                f"{flag}: got {value!r}, which is empty, wanted {in_words(kind)}; is a "
+                "variable of the shell not set?"
+            )
+
+
+def _may_be_empty(kind: Any) -> bool:
+    parts = typing.get_args(kind)
+    return MAY_BE_EMPTY in parts or any(map(_may_be_empty, parts))
+
+
+def _is_sequence(kind: Any) -> bool:
+    parts = typing.get_args(kind)
+    return typing.get_origin(kind) is tuple or any(map(_is_sequence, parts))
+
+
+def _positional(cls: type[Any]) -> str:
+    fields = dataclasses.fields(cls)
+    marked = (f.name for f in fields if IS_POSITIONAL in _marks(f.type))
+    return next(marked, "value").upper()
+
+
+def _marks(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__metadata__", ())
 
 
 def _explain(
@@ -215,7 +260,7 @@ def _explain(
         names = tuple(map(str, typing.get_args(kind)))
         wrong = [value for value in values if value not in names]
         return f"{flag}: {choices(wrong[0], names)}" if wrong else text
-    return f"{flag}: got {' '.join(values)!r}, wanted {in_words(known[flag])}"
+    return f"{flag}: got {shown(' '.join(values))}, wanted {in_words(known[flag])}"
 
 
 def _named_as_typed(path: str, message: str, known: dict[str, Any]) -> str:

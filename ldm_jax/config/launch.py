@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from ldm_jax.config.validation import checked_dataclass, require
+from ldm_jax.config.validation import checked_dataclass, require, require_at_least
 from ldm_jax.types import InputError
 
 CACHE_FOLDER = ".compiled"
+MAX_PORT = 2**16 - 1
 
 
 @checked_dataclass
@@ -21,6 +22,8 @@ class Launch:
     """How many processes there are."""
     process_id: int | None = None
     """Which one this is, from 0."""
+    join_timeout: int = 300
+    """Seconds to wait for the other processes at the start."""
     compilation_cache: str | None = None
     """Folder of compiled programs, or none; beside --workdir by default."""
 
@@ -40,7 +43,14 @@ class Launch:
             return None if named == "none" else Path(named)
         return None if beside is None else beside.absolute().parent / CACHE_FOLDER
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the coordinator."""
+        host, _, port = (self.coordinator or ":0").rpartition(":")
+        return host.removeprefix("[").removesuffix("]"), int(port)
+
     def _check(self) -> None:
+        require_at_least(self, 1, "join_timeout")
         three = ("coordinator", "num_processes", "process_id")
         missing = [name for name in three if getattr(self, name) is None]
         if missing and len(missing) < len(three):
@@ -50,8 +60,10 @@ class Launch:
             )
         if self.coordinator is None or self.num_processes is None:
             return
-        address = re.fullmatch(r".+:[0-9]+", self.coordinator) is not None
-        require(self, "coordinator", address, "HOST:PORT", "localhost:12345")
+        wanted = f"HOST:PORT, with a port of 1 to {MAX_PORT}"
+        good = bool(re.fullmatch(r".+:[0-9]{1,5}", self.coordinator))
+        good = good and 1 <= self.address[1] <= MAX_PORT
+        require(self, "coordinator", good, wanted, "localhost:12345")
         count = self.num_processes
         require(self, "num_processes", count >= 1, "1 or more")
         known = self.process_id is not None and 0 <= self.process_id < count

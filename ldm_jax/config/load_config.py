@@ -47,18 +47,29 @@ def load_config(named: str) -> Config:
         config = _run(path)
     except InputError as error:
         raise InputError(f"--config: {path}: {error}") from None
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1].lineno
-        text = " ".join(str(error).split())
-        raise InputError(
-            f"--config: {path} line {where} raised {type(error).__name__}: {text}"
-        ) from error
-    if not isinstance(config, Config):
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's file may call sys.exit
+        raise InputError(f"--config: {path}{_raised(error, path)}") from error
+    if type(config) is not Config:
         raise InputError(
             f"--config: get_config() in {path} returned {type(config).__name__}, "
-            "wanted ldm_jax.config.Config"
+            "wanted ldm_jax.config.Config itself"
         )
     return config
+
+
+def _raised(error: BaseException, path: Path) -> str:
+    """Say what a config file raised, and on which of its own lines."""
+    details = f"raised {type(error).__name__}: {error}"
+    if isinstance(error, SystemExit):
+        details = f"called sys.exit({error.code!r}), wanted get_config() to return"
+    here = str(path.absolute())
+    if isinstance(error, SyntaxError) and error.filename in (here, str(path)):
+        return f" line {error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename in (here, str(path))]
+    return f" line {lines[-1]} {details}" if lines else f" {details}"
 
 
 def _run(path: Path) -> Any:

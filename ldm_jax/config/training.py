@@ -2,7 +2,13 @@
 
 from typing import Literal
 
-from ldm_jax.config.validation import checked_dataclass, require, require_at_least
+from ldm_jax.config.validation import (
+    MAX_SIZE,
+    checked_dataclass,
+    require,
+    require_at_least,
+    require_at_most,
+)
 from ldm_jax.types import ProtocolName, SamplerName
 
 LayoutName = Literal["pmap", "fsdp"]
@@ -54,6 +60,7 @@ class DataConfig:
         wanted = "tfds:NAME, folder:PATH or builder:FILE.py; try tfds:digits"
         require(self, "source", named, wanted)
         require_at_least(self, 1, "image_size")
+        require_at_most(self, MAX_SIZE, "image_size")
         require(self, "image_channels", self.image_channels in (1, 3), "1 or 3")
         require_at_least(
             self, 0, "num_classes", "num_train_examples", "max_broken_files"

@@ -8,9 +8,13 @@ others are added or removed. `all` is both.
 Inside a split, or of a folder without splits, sub-folders are classes, sorted by name.
 """
 
+import collections
+import errno
 import hashlib
+import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +29,11 @@ HELD_OUT_PART = 20
 """One image in this many is held out of a folder without splits."""
 NUM_NAMED = 3
 """Files that a message names."""
+MAX_PLACES = 16
+"""Places in which a folder is listed: links in a circle would give it any number."""
 
-SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d*%?):(?P<stop>-?\d*%?)\])?")
+BOUND = "-?[0-9]{0,18}%?"
+SPLIT = re.compile(rf"(?P<name>[^\[\]]+)(\[(?P<start>{BOUND}):(?P<stop>{BOUND})\])?")
 
 
 class Listing(NamedTuple):
@@ -66,7 +73,7 @@ def list_folder(root: Path) -> Listing:
     if not root.is_dir():
         what = "is a file" if root.exists() else "is not there"
         raise InputError(f"data.source: {root} {what}, wanted a folder of images")
-    stamps = dict(sorted(_walk(root, "", ())))
+    stamps = dict(sorted(_walk(root)))
     images = tuple(name for name in stamps if name.lower().endswith(SUFFIXES))
     if not images:
         others = f"{len(stamps)} other files ({some(list(stamps))})" if stamps else ""
@@ -137,24 +144,61 @@ def some(names: list[str] | tuple[str, ...]) -> str:
     return f"{first} and {more:,} more" if more > 0 else first
 
 
-def _walk(
-    root: Path, inside: str, above: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[str, Stamp]]:
-    """Yield every file below a folder; a link to a folder above it is not followed."""
-    here = os.stat(root)
-    identity = (here.st_dev, here.st_ino)
-    if identity in above:
-        return
-    with os.scandir(root) as entries:
-        for entry in entries:
+def _walk(root: Path) -> Iterator[tuple[str, Stamp]]:
+    """Yield every file below a folder.
+
+    A link to a folder above it is not followed, nor one to a folder that was found in
+    `MAX_PLACES` places that are nearer to the root, or as near and before it by name.
+    """
+    first = _identity(os.stat(root))
+    num_places = collections.Counter([first])
+    folders: collections.deque[tuple[Path, str, tuple[tuple[int, int], ...]]]
+    folders = collections.deque([(root, "", (first,))])
+    left_out: list[str] = []
+    while folders:
+        folder, inside, above = folders.popleft()
+        with os.scandir(folder) as entries:
+            ordered = sorted(entries, key=lambda entry: entry.name)
+        for entry in ordered:
             if entry.name.startswith((".", "__MACOSX")):
                 continue
-            name = f"{inside}{entry.name}"
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), f"{name}/", (*above, identity))
-            elif entry.is_file():  # not a link to nothing
-                stat = entry.stat()
-                yield name, Stamp(stat.st_size, stat.st_mtime_ns)
+            name, found = f"{inside}{entry.name}", _stat(entry)
+            if found is not None and stat.S_ISREG(found.st_mode):
+                yield name, Stamp(found.st_size, found.st_mtime_ns)
+            if found is None or not stat.S_ISDIR(found.st_mode):
+                continue
+            identity = _identity(found)
+            if identity in above:
+                continue
+            if num_places[identity] == MAX_PLACES:
+                left_out.append(name)
+                continue
+            num_places[identity] += 1
+            folders.append((Path(entry.path), f"{name}/", (*above, identity)))
+    if left_out:
+        logging.getLogger(__name__).warning(
+            "data.source: %s: a folder is listed in at most %d places; links to it "
+            "were not followed: %s",
+            root,
+            MAX_PLACES,
+            some(left_out),
+        )
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Describe what an entry is or links to; None for a link to nothing."""
+    try:
+        return entry.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise
+        return None
 
 
 def _by_folder(images: tuple[str, ...], tops: set[str]) -> dict[str, tuple[str, ...]]:

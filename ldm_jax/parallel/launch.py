@@ -5,18 +5,24 @@ Nothing here imports JAX before `start`, so that help and input errors are fast.
 
 import contextlib
 import gc
+import logging
 import os
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from ldm_jax.config.launch import Launch
+from ldm_jax.parallel.join import meet
 from ldm_jax.types import InputError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 MIN_COMPILE_SECONDS = 0.5
 PEER_TIMEOUT = 100
 """Seconds without a heartbeat after which a process is considered dead."""
-JOIN_TIMEOUT = 300
-"""Seconds to wait for the others when joining."""
+SECONDS_BETWEEN_NOTICES = 15
+SECONDS_OF_GRACE = 60
+"""After `join_timeout`, in which this program ends before JAX ends it by a signal."""
 OBJECTS_BETWEEN_COLLECTIONS = 20_000
 """Imports and tracing make many objects and few cycles of them: with Python's default
 of 700, an eighth of the start was spent on the search for cycles."""
@@ -72,14 +78,16 @@ def start(
             jax.config.update("jax_num_cpu_devices", devices)
     if not launch.joins or jax.distributed.is_initialized():
         return
+    meet(launch)
     try:
-        jax.distributed.initialize(
-            coordinator_address=launch.coordinator,
-            num_processes=launch.num_processes,
-            process_id=launch.process_id,
-            initialization_timeout=JOIN_TIMEOUT,
-            heartbeat_timeout_seconds=peer_timeout,
-        )
+        with _ending_after(launch.join_timeout):
+            jax.distributed.initialize(
+                coordinator_address=launch.coordinator,
+                num_processes=launch.num_processes,
+                process_id=launch.process_id,
+                initialization_timeout=launch.join_timeout + SECONDS_OF_GRACE,
+                heartbeat_timeout_seconds=peer_timeout,
+            )
     except (ValueError, RuntimeError) as error:
         where = launch.coordinator or "the place the cluster names"
         raise InputError(
@@ -87,3 +95,31 @@ def start(
             f"({' '.join(str(error).split())[:200]}); try --coordinator HOST:PORT "
             "--num-processes N --process-id I"
         ) from None
+
+
+@contextlib.contextmanager
+def _ending_after(timeout: int) -> Iterator[None]:
+    """End the program in one line if the body, which JAX blocks, takes too long."""
+    joined = threading.Event()
+
+    def watch() -> None:
+        for waited in range(0, timeout, SECONDS_BETWEEN_NOTICES):
+            if joined.wait(min(SECONDS_BETWEEN_NOTICES, timeout - waited)):
+                return
+            logging.getLogger(__name__).warning(
+                "--pod: the other processes are not all there (%d s of %d s)",
+                min(waited + SECONDS_BETWEEN_NOTICES, timeout),
+                timeout,
+            )
+        sys.stderr.write(
+            "\nldm: error: --pod: the other processes did not all come in "
+            f"{timeout} s; try to start every process, or a longer --join-timeout\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.config.validation import checked_dataclass, require
+from ldm_jax.config.validation import Text, checked_dataclass, require
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
@@ -33,9 +33,9 @@ class SampleRequest:
     """Replace existing images with other metadata."""
     labels: tuple[int, ...] | None = None
     """Classes to sample, as a list; all of them by default."""
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Text, ...] = ()
     """Texts to sample, each with every seed."""
-    negative_prompt: str = ""
+    negative_prompt: Text = ""
     """Text to be guided away from."""
     seeds: tuple[int, ...] = tuple(range(10))
     """Seeds to sample each class or text with, as a list."""

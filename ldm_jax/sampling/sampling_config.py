@@ -3,7 +3,7 @@
 import math
 
 from ldm_jax.config.diffusion import LONGEST_AVERAGE
-from ldm_jax.config.validation import checked_dataclass, require
+from ldm_jax.config.validation import Text, checked_dataclass, require
 from ldm_jax.types import TAKES_ETA, InputError, SamplerName, SpacingName
 
 INVERTIBLE: tuple[SamplerName, ...] = ("ddim", "euler")
@@ -67,7 +67,7 @@ class SamplingConfig:
     (default 0.75; 1 with a mask)."""
     invert: bool = False
     """Find the noise that the image comes from, and start from it."""
-    source: str | None = None
+    source: Text | None = None
     """Class or text of the inverted image; by default that of each image made."""
     outpaint: tuple[int, int, int, int] | None = None
     """Pixels to add to the image left, above, right and below."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import io
@@ -29,6 +28,7 @@ from ldm_jax.data.latent_cache import (
     write_note,
 )
 from ldm_jax.data.sources import Source
+from ldm_jax.files import locked
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.parallel.multihost import (
@@ -260,14 +260,11 @@ def _locked(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, wanted a folder")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK_FILE).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--out: another process is writing to {out}; wait for it, or --pod if "
-                "they are to write together"
-            ) from None
+    busy = (
+        f"--out: another process is writing to {out}; wait for it, or --pod if they "
+        "are to write together"
+    )
+    with locked(out / LOCK_FILE, busy=busy):
         yield
 
 

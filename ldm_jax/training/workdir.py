@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import logging
@@ -24,6 +23,7 @@ from ldm_jax.files import (
     ANEW,
     DIGESTS_FILE,
     check_file,
+    locked,
     printable,
     read_json,
     read_record,
@@ -115,14 +115,11 @@ def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK_FILE).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--workdir: another process is training in {workdir}; wait for it, "
-                "try another --workdir, or --pod if they are to train together"
-            ) from None
+    busy = (
+        f"--workdir: another process is training in {workdir}; wait for it, try "
+        "another --workdir, or --pod if they are to train together"
+    )
+    with locked(workdir / LOCK_FILE, busy=busy):
         yield
 
 

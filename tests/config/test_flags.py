@@ -6,6 +6,7 @@ from ldm_jax.config.flags import parse_list
 from ldm_jax.config.load_config import load_config
 from ldm_jax.types import InputError
 
+CONFIG = "from ldm_jax.config import Config, DataConfig, OptimConfig\n"
 DIGITS = ["--config", "configs/digits.py", "--workdir", "x"]
 
 
@@ -30,7 +31,9 @@ def test_parse_list_reads_numbers_and_ranges_in_order(text, numbers):
     assert parse_list(text, name="--seeds", low=0, high=9) == numbers
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1--3", "1-2-3", "1,,2", "²"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "1-", "-1", "1--3", "1-2-3", "1,,2", "²", "٣", "1" * 5000]
+)
 def test_parse_list_refuses_other_texts(text):
     assert "--seeds" in error(parse_list, text, name="--seeds", low=0, high=9)
 
@@ -42,6 +45,12 @@ def test_a_backward_range_is_refused_with_the_forward_one():
 def test_a_number_out_of_range_is_refused_with_the_range():
     message = error(parse_list, "0-10", name="--labels", low=0, high=9)
     assert "10" in message and "0 to 9" in message
+
+
+def test_many_ranges_are_bounded_together():
+    text = ",".join(["0-4999999"] * 1000)
+    message = error(parse_list, text, name="--seeds", low=0, high=2**32 - 1)
+    assert "at most 10000000 numbers" in message and len(message) < 400
 
 
 def test_a_huge_range_out_of_bounds_is_refused_before_it_is_built():
@@ -80,6 +89,11 @@ def test_every_field_is_a_flag():
         (["--diffusion.loss", "l3"], ["--diffusion.loss: got 'l3'", "did you mean l2"]),
         (["--autoencoder.steps", "1.5"], ["--autoencoder.steps", "1.5"]),
         (["stray"], ["stray"]),
+        (["--seed", "9" * 5000], ["--seed: got '999", "whole number"]),
+        (["--seed", "²"], ["--seed: got '²'", "whole number"]),
+        (["--diffusion.steps", "9" * 30], ["--diffusion.steps: got 999", "at most"]),
+        (["--profile", f"1:{'9' * 5000}"], ["--profile", "START:STOP"]),
+        (["--profile", "1:²"], ["--profile", "START:STOP"]),
     ],
 )
 def test_a_bad_flag_is_refused_by_name_in_one_line(flags, words):
@@ -104,7 +118,35 @@ def test_a_dry_run_needs_no_workdir():
         ("def get_config():\n    return 3\n", ["int", "Config"]),
         ("def get_config():\n    return 1 / 0\n", ["line 2", "ZeroDivisionError"]),
         ("import nothing_of_that_name\n", ["nothing_of_that_name"]),
-        ("def get_config(:\n", ["SyntaxError"]),
+        ("x = 1\ndef get_config(:\n", ["mine.py line 2: invalid syntax"]),
+        ("\0", ["mine.py"]),
+        ("import sys\nsys.exit(0)\n", ["line 2 called sys.exit(0)"]),
+        ("def get_config():\n    raise SystemExit\n", ["line 2 called sys.exit(None)"]),
+        ("raise GeneratorExit\n", ["line 1 raised GeneratorExit"]),
+        ("def get_config():\n    return get_config()\n", ["RecursionError"]),
+        (f"{CONFIG}class Mine(Config):\n    pass\nget_config = Mine\n", ["Mine"]),
+        (
+            f"{CONFIG}class Mine(DataConfig):\n    pass\n"
+            "get_config = lambda: Config(data=Mine())\n",
+            ["data: got Mine(", "wanted DataConfig"],
+        ),
+        (
+            f"{CONFIG}get_config = lambda: Config(seed=10**5000)\n",
+            ["seed: got int that cannot be written"],
+        ),
+        (
+            f"{CONFIG}get_config = lambda: Config(max_skipped_steps=2**63)\n",
+            ["max_skipped_steps: got 9223372036854775808", "at most 92233720368547"],
+        ),
+        (
+            f"{CONFIG}get_config = lambda: OptimConfig(lr=10**400)\n",
+            ["lr: got 1000", "wanted a finite number"],
+        ),
+        (
+            f"{CONFIG}get_config = lambda: Config(first_stage='')\n",
+            ["first_stage: got"],
+        ),
+        (f"{CONFIG}get_config = lambda: Config(first_stage='a\\0')\n", ["first_stage"]),
         (
             "from ldm_jax.config import Config\ndef get_config():\n"
             "    return Config(seed=-4)\n",
@@ -119,6 +161,20 @@ def test_a_bad_config_file_is_refused_in_one_line(tmp_path, content, words):
     message = error(load_config, str(path))
     assert "--config" in message
     assert all(word in message for word in words), message
+
+
+def test_values_of_derived_types_become_those_of_the_field(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        f"import enum\n{CONFIG}class Word(enum.StrEnum):\n    A = 'tfds:digits'\n"
+        "    B = 'random'\nclass Number(enum.IntEnum):\n    A = 3\n"
+        "get_config = lambda: Config(seed=Number.A, data=DataConfig("
+        "source=Word.A, crop=Word.B))\n"
+    )
+    config = load_config(str(path))
+    values = (config.seed, config.data.source, config.data.crop)
+    assert values == (3, "tfds:digits", "random")
+    assert [type(value) for value in values] == [int, str, str]
 
 
 def test_a_config_that_is_not_json_is_refused_with_its_file(tmp_path):

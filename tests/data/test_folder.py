@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax.data.folder import FolderExamples, open_folder
-from ldm_jax.data.folder_listing import list_folder, select
+from ldm_jax.data.folder_listing import MAX_PLACES, list_folder, select
 from ldm_jax.data.pipeline import load_all, make_iterator, prepare_example, to_batch
 from ldm_jax.data.sources import open_source, read_captions
 from ldm_jax.types import InputError, RunError
@@ -138,7 +138,28 @@ def test_listing_follows_links_without_cycles_and_skips_hidden_files(pool):
     (pool / "bird" / "link.png").symlink_to(pool / "bird" / "00.png")
     write(pool / ".cache" / "a.png")
     write(pool / "bird" / "._00.png")
+    (pool / "cat" / "self.png").symlink_to("self.png")
     assert len(list_folder(pool).images) == 41
+
+
+def link_all(root, count):
+    """Make folders of one image each that all hold links to the others."""
+    names = [f"{i:03d}" for i in range(count)]
+    for name in names:
+        write(root / name / "a.png")
+        for other in names:
+            if other != name:
+                (root / name / other).symlink_to(root / other)
+    return names
+
+
+def test_folders_that_all_link_to_each_other_are_listed_in_few_places(tmp_path, caplog):
+    names = link_all(tmp_path, 20)
+    found = list_folder(tmp_path)
+    assert len(found.images) == 20 * MAX_PLACES
+    assert {f"{name}/a.png" for name in names} <= set(found.images)
+    assert found.images == list_folder(tmp_path).images
+    assert f"in at most {MAX_PLACES} places; links to it" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -23,6 +25,7 @@ from ldm_jax.cli.sample import parse_sample
 from ldm_jax.cli.serve import parse
 from ldm_jax.config import to_json
 from ldm_jax.sampling.request import MAX_SEED, command_line
+from ldm_jax.tools.demo import server
 from ldm_jax.tools.demo.controls import (
     MAX_PROMPT_LENGTH,
     Limits,
@@ -31,7 +34,14 @@ from ldm_jax.tools.demo.controls import (
     sampling_of,
 )
 from ldm_jax.tools.demo.queue import RenderQueue
-from ldm_jax.tools.demo.server import Gate, address_of, open_socket
+from ldm_jax.tools.demo.server import (
+    MAX_HEADER,
+    Gate,
+    address_of,
+    make_server,
+    open_socket,
+    own_names,
+)
 from ldm_jax.types import InputError
 from tests.data.test_tokenizer import write_clip
 from tests.support import tiny
@@ -179,6 +189,127 @@ def test_server_listens_on_localhost_by_default(workdir):
         )
         with pytest.raises(InputError, match=f"--port: {port} is in use.* --port 0"):
             open_socket(flags.host, port)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.9.8.7", "::1"])
+def test_every_loopback_address_takes_its_own_names_alone(host):
+    try:
+        with open_socket(host, 0) as taken:
+            names = own_names(taken)
+    except InputError:
+        pytest.skip(f"this machine has no {host}")
+    assert {host, "localhost"} <= set(names) and "evil.example" not in names
+
+
+def test_an_address_of_all_takes_any_name():
+    with open_socket("0.0.0.0", 0) as taken:
+        assert own_names(taken) == ()
+
+
+def test_few_pages_are_open_at_once(monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 2)
+    headers = [(b"host", b"localhost")]
+    scope = {"type": "websocket", "method": "", "headers": headers}
+
+    async def count():
+        sent, leave = [], asyncio.Event()
+
+        async def app(scope, receive, send):
+            await leave.wait()
+
+        async def send(message):
+            sent.append(message)
+
+        gate = Gate(app, ("localhost",))
+        pages = [asyncio.create_task(gate(scope, None, send)) for _ in range(3)]
+        await asyncio.sleep(0)
+        leave.set()
+        await asyncio.gather(*pages)
+        return sent, gate.num_pages
+
+    assert asyncio.run(count()) == ([{"type": "websocket.close", "code": 1008}], 0)
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """Serve a page of one word, with short limits; yield its address."""
+    monkeypatch.setattr(server, "SECONDS_TO_ASK", 0.5)
+    monkeypatch.setattr(server, "SECONDS_TO_ANSWER", 1.0)
+
+    async def app(scope, receive, send):
+        size = 10**8 if scope["path"] == "/large" else 4
+        head = {"type": "http.response.start", "status": 200, "headers": []}
+        await send(head)
+        await send({"type": "http.response.body", "body": b"word" * (size // 4)})
+
+    with open_socket("127.0.0.1", 0) as taken:
+        running = make_server(app, taken)
+        monkeypatch.setattr(running.config, "lifespan", "off")
+        thread = threading.Thread(target=running.run, args=([taken],))
+        thread.start()
+        yield taken.getsockname()[:2]
+        running.should_exit = True
+        thread.join()
+
+
+def spoken(address, *words):
+    """Say words to a server; return what it says until it hangs up, and how much."""
+    heard, said = b"", 0
+    with socket.create_connection(address, timeout=60) as wire:
+        with contextlib.suppress(ConnectionError):
+            for word in words:
+                wire.sendall(word)
+                said += len(word)
+        with contextlib.suppress(ConnectionError):
+            while part := wire.recv(2**16):
+                heard += part
+    return heard, said
+
+
+def asks(path):
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n".encode()
+
+
+@needs_nicegui
+def test_an_endless_header_is_refused_after_few_bytes(answering):
+    heard, said = spoken(answering, asks("/"), b"X: ", *[b"x" * 1024] * 100_000)
+    assert said < 2**25  # what the system's own buffers take, and no more
+    assert not heard or heard.startswith(b"HTTP/1.1 400 ")
+    heard, _ = spoken(answering, asks("/"), b"X: ", b"x" * MAX_HEADER)
+    assert not heard or heard.startswith(b"HTTP/1.1 400 ")
+
+
+@needs_nicegui
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        [b"GET"],
+        [asks("/")],
+        [asks("/"), b"Content-Length: 9\r\n\r\n", b"x"],
+        [asks("/"), b"Transfer-Encoding: chunked\r\n\r\n", b"5\r\nhel"],
+        [asks("/"), b"\r\n", asks("/")],
+    ],
+)
+def test_a_request_that_never_comes_whole_loses_its_connection(answering, words):
+    half = threading.Thread(target=spoken, args=(answering, *words))
+    half.start()
+    heard, _ = spoken(answering, asks("/"), b"Connection: close\r\n\r\n")
+    assert b"word" in heard  # others are answered meanwhile
+    half.join(60)
+    assert not half.is_alive()
+
+
+@needs_nicegui
+def test_an_answer_that_nobody_reads_loses_its_connection(answering):
+    with socket.create_connection(answering, timeout=60) as wire:
+        wire.sendall(asks("/large") + b"\r\n")
+        time.sleep(2.0)
+        heard = 0
+        with contextlib.suppress(ConnectionError):
+            while part := wire.recv(2**16):
+                heard += len(part)
+    assert heard < 10**8
 
 
 def test_bad_serve_arguments_are_refused(workdir, tmp_path, monkeypatch):

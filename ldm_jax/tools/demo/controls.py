@@ -11,7 +11,6 @@ from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
 LOOPBACK, PORT = "127.0.0.1", 7860
-MAX_PORT = 2**16 - 1
 MAX_STEPS, MAX_IMAGES = 100, 64
 FIRST_STEPS = 20
 MAX_SCALE = 15

@@ -1,6 +1,8 @@
 """The server of the page, and the requests that it accepts."""
 
+import asyncio
 import errno
+import ipaddress
 import socket
 from typing import Any
 
@@ -8,6 +10,13 @@ from ldm_jax.tools.demo.controls import LOOPBACK
 from ldm_jax.types import InputError
 
 LOOPBACKS = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine that a page which listens to it alone may be asked by."""
+MAX_HEADER = 2**14
+"""Maximum bytes of a request's line and headers."""
+SECONDS_TO_ASK = 10
+"""Time in which a request must arrive, after the connection or the answer before."""
+SECONDS_TO_ANSWER = 60
+"""Time in which it must be answered, and the answer read."""
 MAX_MESSAGE = 2**16
 """Maximum bytes of a page's message: a text and some numbers."""
 MAX_CONNECTIONS = 64
@@ -64,6 +73,14 @@ def address_of(port_in_use: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
+def own_names(port_in_use: socket.socket) -> tuple[str, ...]:
+    """Return the names of a socket that listens to this machine alone; () of others."""
+    host = port_in_use.getsockname()[0]
+    address = ipaddress.ip_address(host)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return (*LOOPBACKS, host, str(address)) if address.is_loopback else ()
+
+
 class Gate:
     """Accepts the requests that a page needs, and no others.
 
@@ -74,17 +91,24 @@ class Gate:
     Attributes:
       app: The ASGI application behind it.
       hosts: Host names that are accepted; () for any.
+      num_pages: Web sockets that are open, one a page; at most `MAX_CONNECTIONS`.
     """
 
     def __init__(self, app: Any, hosts: tuple[str, ...]) -> None:
-        self.app, self.hosts = app, hosts
+        self.app, self.hosts, self.num_pages = app, hosts, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] in ("http", "websocket") and not self._may(scope):
+        is_page = scope["type"] == "websocket"
+        full = is_page and self.num_pages >= MAX_CONNECTIONS
+        if scope["type"] in ("http", "websocket") and (full or not self._may(scope)):
             await _refuse(scope, send)
             return
-        await self.app(scope, receive, send)
+        self.num_pages += is_page
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.num_pages -= is_page
 
     def _may(self, scope: Any) -> bool:
         headers = dict(scope["headers"])
@@ -107,8 +131,57 @@ async def _refuse(scope: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"not from here\n"})
 
 
-def serve(app: Any, port_in_use: socket.socket) -> None:
-    """Serve until the program is interrupted.
+def _bounded_protocol() -> type[asyncio.Protocol]:
+    """Return uvicorn's protocol with limits to connections and to their time.
+
+    Half a request, a body that nobody reads and an answer that nobody reads would each
+    hold a connection for ever.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class BoundedProtocol(H11Protocol):
+        limit: float | None = None
+        timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > 2 * MAX_CONNECTIONS:
+                transport.abort()
+            self.watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.set_limit(None)
+            super().connection_lost(exc)
+
+        def watch(self) -> None:
+            asked = self.cycle is not None and not self.cycle.response_complete
+            if self.transport.get_protocol() is not self:  # a web socket now
+                self.set_limit(None)
+            else:
+                self.set_limit(SECONDS_TO_ANSWER if asked else SECONDS_TO_ASK)
+
+        def set_limit(self, seconds: float | None) -> None:
+            if seconds == self.limit:
+                return
+            if self.timer is not None:
+                self.timer.cancel()
+            self.limit, self.timer = seconds, None
+            if seconds is not None:
+                self.timer = self.loop.call_later(seconds, self.transport.abort)
+
+    return BoundedProtocol
+
+
+def make_server(app: Any, port_in_use: socket.socket) -> Any:
+    """Make the server of a page, uvicorn's `Server`.
 
     Args:
       app: The page, an ASGI application.
@@ -116,13 +189,19 @@ def serve(app: Any, port_in_use: socket.socket) -> None:
     """
     import uvicorn
 
-    own = port_in_use.getsockname()[0] in LOOPBACKS
     config = uvicorn.Config(
-        Gate(app, LOOPBACKS if own else ()),
+        Gate(app, own_names(port_in_use)),
+        http=_bounded_protocol(),
+        h11_max_incomplete_event_size=MAX_HEADER,
         log_level="warning",
         limit_concurrency=MAX_CONNECTIONS,
         ws_max_size=MAX_MESSAGE,
         timeout_graceful_shutdown=SECONDS_TO_CLOSE,
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[port_in_use])
+    return uvicorn.Server(config)
+
+
+def serve(app: Any, port_in_use: socket.socket) -> None:
+    """Serve until the program is interrupted; arguments as of `make_server`."""
+    make_server(app, port_in_use).run(sockets=[port_in_use])

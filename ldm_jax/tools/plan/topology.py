@@ -66,7 +66,7 @@ def parse_topology(name: str) -> Topology | None:
     """
     if name == LOCAL:
         return None
-    found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+    found = re.fullmatch(r"([a-z0-9]+):([0-9]{1,9}(?:x[0-9]{1,9})*)", name)
     chip, sizes = found.groups() if found else ("", "")
     shape = tuple(int(size) for size in sizes.split("x") if size)
     known = f"{LOCAL}, {', '.join(EXAMPLES)}, or another size of one of these chips"

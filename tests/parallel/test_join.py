@@ -1,0 +1,128 @@
+"""How processes that are started by hand find each other."""
+
+import concurrent.futures
+import socket
+import time
+
+import pytest
+
+from ldm_jax.config.launch import Launch
+from ldm_jax.parallel import join, launch
+from ldm_jax.types import InputError
+from tests.support.commands import LDM, error_line, run
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def launched(port, this, *, num=3, timeout=60):
+    return Launch(
+        coordinator=f"localhost:{port}",
+        num_processes=num,
+        process_id=this,
+        join_timeout=timeout,
+    )
+
+
+def met(*launches):
+    """Let processes meet; return what became of each."""
+
+    def end(launch):
+        try:
+            return join.meet(launch)
+        except InputError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(len(launches)) as threads:
+        return list(threads.map(end, launches))
+
+
+def test_all_go_on_when_the_last_has_come_and_the_port_is_free_again(port):
+    assert met(*(launched(port, i) for i in (2, 0, 1))) == [None] * 3
+    with join._listen(port):
+        pass
+
+
+def test_every_process_says_who_is_missing_and_ends_in_one_line(
+    port, monkeypatch, caplog
+):
+    monkeypatch.setattr(join, "SECONDS_BETWEEN_NOTICES", 1)
+    found = met(*(launched(port, i, num=5, timeout=3) for i in (0, 2)))
+    missing = f"processes 1, 3, 4 did not come to localhost:{port}"
+    assert all(missing in line and "\n" not in line for line in found)
+    assert "in 3 s; try to start every process" in found[0]
+    assert f"{missing} (1 s of 3 s)" in caplog.text
+
+
+def test_without_process_0_the_others_end_in_one_line(port):
+    (line,) = met(launched(port, 1, timeout=1))
+    assert f"process 0 did not answer at localhost:{port} in 1 s" in line
+
+
+def test_a_number_that_is_taken_and_another_count_are_refused(port):
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        running = [
+            threads.submit(met, launched(port, 0)),
+            threads.submit(met, launched(port, 1)),
+        ]
+        time.sleep(0.5)
+        (taken,) = met(launched(port, 1))
+        (other,) = met(launched(port, 2, num=4))
+        assert met(launched(port, 2)) == [None]
+        first, second = (one.result() for one in running)
+    # Which of the two was first, depends on the machine.
+    assert first == [None]
+    assert sorted([second[0] or "", taken or ""])[1] == (
+        "--coordinator: --process-id 1 is taken, wanted one of [2]"
+    )
+    assert "--num-processes is 4 there and 3 on process 0" in other
+
+
+def test_strangers_at_the_port_are_sent_away(port):
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        host = threads.submit(met, launched(port, 0, num=2))
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"ldm 7/2\n", b"\xff" * 2**17):
+            time.sleep(0.2)
+            with socket.create_connection(("localhost", port)) as stranger:
+                try:
+                    stranger.sendall(words)
+                    while stranger.recv(1024):
+                        pass
+                except ConnectionError:
+                    pass
+        assert met(launched(port, 1, num=2)) == [None]
+        assert host.result() == [None]
+
+
+def test_a_port_in_use_ends_a_command_before_jax_is_asked():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        flags = ("--config", "digits", "--workdir", "nowhere")
+        two = ("--coordinator", f"localhost:{port}", "--num-processes", 2)
+        line = error_line(run(*LDM, "train", *flags, *two, "--process-id", 0))
+    assert f"--coordinator: port {port} is in use on this machine" in line
+
+
+@pytest.mark.parametrize(
+    "address", ["localhost:99999999", "localhost:0", "localhost:²", ":1", "localhost:"]
+)
+def test_a_port_out_of_range_is_refused(address):
+    with pytest.raises(InputError, match=r"coordinator: got .*wanted HOST:PORT"):
+        Launch(coordinator=address, num_processes=2, process_id=0)
+
+
+def test_a_pod_that_stays_incomplete_ends_in_one_line(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(launch.os, "_exit", codes.append)
+    with launch._ending_after(1):
+        while not codes:
+            time.sleep(0.01)
+    assert codes == [1]
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("ldm: error: --pod: the other processes did not all come")
