@@ -275,9 +275,9 @@ def check_file(run: Path, path: Path, *, remedy: str = ANEW) -> None:
     if record is None or not path.exists():
         return
     wanted = record["files"].get(path.relative_to(run).as_posix())
-    got = file_sha256(path)
+    got = file_sha256(path) if path.is_file() else "none"
     if got != wanted:
-        wanted = "none" if wanted is None else wanted[:12]
+        wanted = str(wanted)[:12].lower()
         raise InputError(
             f"{path}: got a file of the digest {got[:12]}, wanted {wanted}, of the one "
             f"that the run wrote; {remedy}"

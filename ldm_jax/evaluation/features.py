@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,11 @@ from ldm_jax.types import InputError
 
 DIGEST = "sha256"
 """Name of the digest of all other arrays of a file."""
+DAMAGED = (
+    *(OSError, ValueError, AttributeError, EOFError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What NumPy raises of a damaged file of arrays."""
 MAX_FEATURES = 50_000
 """Single features of real images that are kept, for scores that need them."""
 
@@ -180,7 +186,14 @@ def read_arrays(path: Path) -> dict[str, Any]:
         return arrays
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+    ) as error:
         raise InputError(
             f"{path}: not a file of arrays ({' '.join(str(error).split())[:80]})"
         ) from None

@@ -28,6 +28,11 @@ def load_stage(stage: Stage, workdir: Path, *, step: int | None = None) -> Check
     """
     directory, found = workdir / stage.name / CHECKPOINTS, None
     last = is_finished(workdir, stage.name, num_steps=stage.num_steps)
+    if last and not any(directory.glob("[0-9]*")):
+        raise InputError(
+            f"{directory}: got no checkpoints, and the {stage.name} stage is finished; "
+            "try a copy of the run, or another --workdir"
+        )
     if directory.is_dir():
         store = CheckpointStore(directory, keep=1, read_only=True)
         with contextlib.closing(store):
@@ -53,7 +58,7 @@ def _last(store: CheckpointStore, stage: Stage, workdir: Path) -> Checkpoint | N
     last = stage.num_steps
     try:
         if last not in (steps := store.steps()):
-            there = ", ".join(map(str, steps)) or "none"
+            there = ", ".join(map(str, steps))
             raise RunError(f"{store.directory}: got the checkpoints {there}")
         target = stage_target(stage, root_key(0))
         found = store.restore(target, step=last, check=stage.check)

@@ -20,6 +20,7 @@ from jax import export
 from jaxtyping import Array, Float, Key
 
 from ldm_jax.diffusion.schedules import DiscreteSchedule, EdmSchedule, FlowSchedule
+from ldm_jax.files import parse_json
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
     SampleParams,
@@ -330,8 +331,9 @@ def split_program(data: bytes) -> tuple[Header, bytes]:
         )
     line, _, module = data[len(MAGIC) :].partition(b"\n")
     try:
-        header = Header(**json.loads(line))
-    except (ValueError, TypeError):
+        text = line.decode(errors="replace")
+        header = Header(**parse_json(text, what="program", remedy="export it anew"))
+    except (InputError, TypeError):
         header = None
     if header is None or hashlib.sha256(module).hexdigest() != header.sha256:
         raise InputError("program: damaged or cut short; export it anew")

@@ -18,6 +18,7 @@ from ldm_jax.data.caption_tokens import TokenizedExamples
 from ldm_jax.data.latent_cache import (
     AGAIN,
     MAKER,
+    NOTE_FILE,
     CacheNote,
     LatentExamples,
     check_files,
@@ -250,7 +251,8 @@ def _check_shards(folder: Path, note: CacheNote) -> None:
         path = folder / shard_name(number, note.num_shards)
         if file_sha256(path) != shard.sha256:
             raise InputError(
-                f"data.latents: {path} is damaged; {AGAIN} to make it anew"
+                f"data.latents: {path} is damaged (not the file that {NOTE_FILE} lists)"
+                f"; {AGAIN} to make it anew"
             )
 
 

@@ -41,6 +41,7 @@ from ldm_jax.training.checkpoint import (
     newest_notes,
 )
 from ldm_jax.training.digest import run_digest
+from ldm_jax.training.ema import FOLDER as AVERAGES
 from ldm_jax.training.train_tokenizer import NOTE, own_tokenizer
 from ldm_jax.types import InputError, RunError
 
@@ -254,7 +255,7 @@ def check_files(workdir: Path) -> bool:
     record, whole = read_record(workdir), True
     for name in [] if record is None else record["files"]:
         check_file(workdir, workdir / name)
-        whole = whole and ("averages" in name or (workdir / name).exists())
+        whole = whole and (_is_output(name) or (workdir / name).exists())
     return whole
 
 
@@ -333,9 +334,14 @@ def _other_record(
         return "it is of a run of other data"
     for kind in ("stages", "files"):
         for name, made_with in theirs[kind].items():
-            if name != FINAL_FILE and ours[kind].get(name) != made_with:
+            if not _is_output(name) and ours[kind].get(name) != made_with:
                 return f"it was made with another {name}"
     return ""
+
+
+def _is_output(name: str) -> bool:
+    """Return whether no state of a run depends on a file."""
+    return name == FINAL_FILE or name.startswith(f"diffusion/{AVERAGES}/")
 
 
 @functools.lru_cache(maxsize=64)

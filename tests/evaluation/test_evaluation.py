@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
+from ldm_jax.evaluation.features import read_arrays, write_arrays
 from ldm_jax.evaluation.fid import Moments, frechet_distance, moments
+from ldm_jax.types import InputError
 
 
 def test_frechet_distance_of_diagonal_gaussians_has_its_closed_form():
@@ -40,3 +42,18 @@ def test_moments_are_unbiased_and_need_two_rows():
     assert found.covariance == pytest.approx(centred.T @ centred / 49)
     with pytest.raises(ValueError, match="2 or more"):
         moments(rows[:1])
+
+
+def test_kept_arrays_are_compared_with_their_digest(tmp_path):
+    path = tmp_path / "x.npz"
+    arrays = {"mean": np.arange(3.0), "covariance": np.eye(3)}
+    write_arrays(path, arrays)
+    found = read_arrays(path)
+    assert found.keys() == arrays.keys()
+    with np.load(path) as file:
+        stored = dict(file)
+    np.savez(path, **{**stored, "mean": np.ones(3)})  # intact for zip
+    with pytest.raises(InputError, match="its arrays are not what was written"):
+        read_arrays(path)
+    np.savez(path, **arrays)  # of another program, or an older version
+    assert read_arrays(path).keys() == arrays.keys()

@@ -12,6 +12,7 @@ import pytest
 
 from ldm_jax.cli.sample import parse_sample
 from ldm_jax.config import DiffusionConfig
+from ldm_jax.files import write_record
 from ldm_jax.pretrained.posthoc_ema import make_average
 from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.sampling.metadata import read_settings, settings_text
@@ -89,6 +90,20 @@ def kept(tmp_path_factory):
         trees = tuple({"w": one[step - 1].astype(np.float32)} for one in tracked)
         write_snapshot(folder, KEPT, trees, step)
     return folder
+
+
+def test_averages_are_compared_with_the_record_of_their_run(kept, tmp_path):
+    run, folder = tmp_path, tmp_path / "diffusion/averages"
+    write_record(run, {"configs": [], "data": None, "files": {}, "stages": {}})
+    folder.parent.mkdir()
+    for step in (300, 600):
+        trees = tuple({"w": np.full(4, step, np.float32)} for _ in KEPT)
+        write_snapshot(folder, KEPT, trees, step, run=run)
+    made(folder, 0.1, run=run)
+    older, newer = sorted(folder.iterdir())
+    newer.write_bytes(older.read_bytes())  # intact by itself, and of another step
+    with pytest.raises(InputError, match=r"000600\.safetensors: got .*moving the file"):
+        made(folder, 0.1, run=run)
 
 
 def post_hoc(folder, length, step=None, **fields):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ from ldm_jax.data.latent_cache import (
     write_note,
 )
 from ldm_jax.data.pipeline import LatentBatch, to_batch
+from ldm_jax.files import write_record
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.pretrained.frozen import (
@@ -339,6 +341,63 @@ def test_a_flipped_bit_of_a_shard_is_detected_on_reading(cached, tmp_path, monke
     with pytest.raises(InputError, match=r"example \d+ is damaged"):
         next(iterator)
     iterator.close()
+
+
+def test_two_shards_of_one_size_that_changed_places_are_noticed(cached, tmp_path):
+    out = shutil.copytree(cached.out, tmp_path / "latents")
+    note = read_note(out)
+    paths = [out / shard_name(i, note.num_shards) for i in range(2)]
+    contents = [path.read_bytes() for path in paths]
+    size = max(map(len, contents))
+    for path, content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(content.ljust(size, b"\0"))
+    shards = (note.shards[0]._replace(size=size), note.shards[1]._replace(size=size))
+    note = dataclasses.replace(note, shards=(*shards, *note.shards[2:]))
+    with pytest.raises(InputError, match=r"is damaged \(not the file"):
+        reading.open_cache(
+            cached.reading(latents=str(out)), cached.weights.autoencoder, note
+        )
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_classes": 3}, {"format": 1}, {"sha256": "0" * 64}]
+)
+def test_every_value_of_the_note_counts(cached, tmp_path, values):
+    tree = json.loads((cached.out / "cache.json").read_text())
+    (tmp_path / "cache.json").write_text(json.dumps({**tree, **values}))
+    with pytest.raises(InputError, match=r"cache\.json is damaged"):
+        read_note(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[" * 10**5, b'{"format": ' + b"1" * 5000 + b"}"]
+)
+def test_a_damaged_note_is_one_line(tmp_path, content):
+    (tmp_path / "cache.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"cache\.json is damaged"):
+        read_note(tmp_path)
+
+
+def test_a_cache_of_an_older_version_has_no_digest_of_its_note(cached, tmp_path):
+    tree = json.loads((cached.out / "cache.json").read_text())
+    del tree["sha256"]
+    (tmp_path / "cache.json").write_text(json.dumps({**tree, "format": 1}))
+    assert read_note(tmp_path) == read_note(cached.out)
+
+
+def test_a_copy_of_weights_is_compared_with_the_record_of_its_run(cached, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"configs": [], "data": None, "files": {}, "stages": {}}
+    write_record(run, record)
+    save_frozen(cached.frozen_weights(), run)
+    load_frozen(cached.config, cached.model, run)
+    path = run / "taken.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"taken\.safetensors: got a file of the dig"):
+        load_frozen(cached.config, cached.model, run)
 
 
 def test_text_embeddings_of_another_encoder_or_tokenizer_are_refused(tmp_path):

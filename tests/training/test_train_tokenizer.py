@@ -22,6 +22,7 @@ from ldm_jax.data.byte_pair_tokenizer import (
 )
 from ldm_jax.data.caption_tokens import count_truncated, unknown_parts
 from ldm_jax.data.sources import caption_of, open_source, read_captions
+from ldm_jax.files import write_record
 from ldm_jax.run import load_run, train
 from ldm_jax.sampling.conditions import warn_of_prompts
 from ldm_jax.training.checkpoint import CheckpointStore
@@ -239,6 +240,18 @@ def test_a_run_learns_its_tokenizer_from_the_captions_it_trains_on(
     (tmp_path / "tokenizer/tokenizer.json").write_text(kept + "\n")
     keep_tokenizer(config, tmp_path)
     assert (tmp_path / "tokenizer/tokenizer.json").read_text() == kept + "\n"
+
+
+def test_a_tokenizer_is_compared_with_the_record_of_its_run(config, tmp_path):
+    record = {"configs": [], "data": None, "files": {}, "stages": {}}
+    write_record(tmp_path, record)
+    keep_tokenizer(config, tmp_path)
+    with_own_tokenizer(config, tmp_path)
+    path = tmp_path / "tokenizer/tokenizer.json"
+    path.write_text(path.read_text().replace("red", "rad"))
+    for use in (keep_tokenizer, with_own_tokenizer):
+        with pytest.raises(InputError, match=r"tokenizer\.json: got a file of the dig"):
+            use(config, tmp_path)
 
 
 def test_a_lost_tokenizer_is_restored_from_a_checkpoint(config, tmp_path):

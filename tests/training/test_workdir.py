@@ -107,6 +107,13 @@ def test_of_a_finished_stage_only_the_last_step_counts(run, stage, last, caplog)
     assert not train(get_config(), run).trained
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_from_its_start(run):
+    shutil.rmtree(run / "autoencoder/checkpoints")
+    for use in (load_run, go_on):
+        with pytest.raises(InputError, match=r"got no checkpoints, and the auto"):
+            use(run)
+
+
 def test_an_older_first_stage_is_not_taken_by_another_run(run):
     shutil.rmtree(run / "autoencoder/checkpoints/6")
     config = from_json(
