@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
-from ldm_jax.config.validation import checked_dataclass, require, require_at_least
+from ldm_jax.config.validation import checked_dataclass, require
 from ldm_jax.types import InputError
 
 CACHE_FOLDER = ".compiled"
 MAX_PORT = 2**16 - 1
+MAX_JOIN_TIMEOUT = 10**6
 
 
 @checked_dataclass
@@ -50,7 +51,8 @@ class Launch:
         return host.removeprefix("[").removesuffix("]"), int(port)
 
     def _check(self) -> None:
-        require_at_least(self, 1, "join_timeout")
+        within = 1 <= self.join_timeout <= MAX_JOIN_TIMEOUT
+        require(self, "join_timeout", within, f"1 to {MAX_JOIN_TIMEOUT} seconds")
         three = ("coordinator", "num_processes", "process_id")
         missing = [name for name in three if getattr(self, name) is None]
         if missing and len(missing) < len(three):

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from ldm_jax.config.validation import (
+    MAX_COUNT,
     MAX_SIZE,
     checked_dataclass,
     require,
@@ -199,6 +200,7 @@ class ParallelConfig:
         require_at_least(self, 1, "accumulate", "steps_per_dispatch", "cpu_devices")
         require_at_least(self, 10, "peer_timeout")
         require_at_least(self, 0, "stall_timeout")
+        require_at_most(self, MAX_COUNT, "peer_timeout", "stall_timeout")
 
 
 StageName = Literal["autoencoder", "diffusion"]

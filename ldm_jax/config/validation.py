@@ -26,8 +26,8 @@ MAX_SIZE = 2**16
 """Largest width and side: the compiler ends a program by a signal where one array has
 more elements than it can count."""
 MAX_BATCH = 2**24
-MAX_STEPS = 2**31 - 1
-"""Largest number of steps: the state counts them in 32 bits."""
+MAX_COUNT = 2**31 - 1
+"""Largest number of steps and seconds, which are counted in 32 bits."""
 MAX_SHOWN = 200
 """Characters of a value in a message."""
 
@@ -62,7 +62,7 @@ def require_widths(config: Any) -> None:
     require_at_least(config, 1, "channels", "num_res_blocks", "batch_size", "steps")
     require_at_most(config, MAX_SIZE, "channels", "num_res_blocks")
     require_at_most(config, MAX_BATCH, "batch_size")
-    require_at_most(config, MAX_STEPS, "steps")
+    require_at_most(config, MAX_COUNT, "steps")
     wide = config.channels * max(multipliers, default=1) > MAX_SIZE
     wanted = f"at most {MAX_SIZE} channels at every level"
     require(config, "channel_multipliers", not wide, wanted)

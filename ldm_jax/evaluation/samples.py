@@ -170,7 +170,7 @@ def _find(folder: Path, shard: int, size: int) -> ShardFile:
     counts = [SHARD] if _path(folder, shard, SHARD).exists() else []
     name = _path(folder, shard, SHARD).stem
     for path in folder.glob(f"{name}_*.npz"):
-        if (tail := path.stem.removeprefix(f"{name}_")).isdigit():
+        if (tail := path.stem.removeprefix(f"{name}_")).isdecimal():
             counts.append(int(tail))
     if not counts:
         return ShardFile(None, 0)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -157,7 +158,8 @@ def _source(model: LatentDiffusion, source: str) -> ConditionTexts:
 
 
 def _is_class(model: LatentDiffusion, text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) < model.num_classes
+    whole = re.fullmatch("[0-9]{1,18}", text) is not None
+    return whole and int(text) < model.num_classes
 
 
 def source_conditions(

@@ -163,7 +163,7 @@ def write_snapshot(
 def list_snapshots(folder: Path) -> list[int]:
     """Return the steps of the snapshots in a folder, rising."""
     names = (path.stem for path in folder.glob("*.safetensors"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def snapshot_key(length: float, path: tuple) -> str:

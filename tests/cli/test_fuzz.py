@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,7 @@ def work(world, monkeypatch):
         raise Done
 
     monkeypatch.chdir(world)
+    shutil.rmtree("new", ignore_errors=True)
     for door, places in WORK.items():
         module = importlib.import_module(f"ldm_jax.cli.{main.COMMANDS[door].module}")
         if hasattr(module, "start"):

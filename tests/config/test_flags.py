@@ -94,6 +94,16 @@ def test_every_field_is_a_flag():
         (["--diffusion.steps", "9" * 30], ["--diffusion.steps: got 999", "at most"]),
         (["--profile", f"1:{'9' * 5000}"], ["--profile", "START:STOP"]),
         (["--profile", "1:²"], ["--profile", "START:STOP"]),
+        (["--diffusion.channels", "65568"], ["--diffusion.channels: got", "at most"]),
+        (
+            ["--diffusion.channel-multipliers", "99999"],
+            ["--diffusion.channel-multipliers: got", "at most 65536 channels"],
+        ),
+        (["--data.image-size", "65537"], ["--data.image-size: got", "at most 65536"]),
+        (["--autoencoder.batch-size", "99999999"], ["--autoencoder.batch-size: got"]),
+        (["--diffusion.steps", str(2**31)], ["--diffusion.steps: got", "at most"]),
+        (["--parallel.stall-timeout", str(2**31)], ["--parallel.stall-timeout: got"]),
+        (["--join-timeout", "0"], ["--join-timeout: got 0, wanted 1 to 1000000"]),
     ],
 )
 def test_a_bad_flag_is_refused_by_name_in_one_line(flags, words):
