@@ -1,6 +1,7 @@
 """`ldm check-images`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Flags:
         require_at_least(self, 1, "image_size")
         if self.out.suffix.lower() != ".png":
             raise InputError(f"out: got {self.out}, wanted a name that ends in .png")
-        if self.path.expanduser().resolve() in self.out.resolve().parents:
+        folder = os.path.realpath(os.path.expanduser(self.path))
+        if Path(folder) in Path(os.path.realpath(self.out)).parents:
             raise InputError(
                 f"out: {self.out} lies in {self.path}, where it would count as one of "
                 "its images; try --out with a file elsewhere"
@@ -57,7 +59,7 @@ def main(args: list[str]) -> None:
     from ldm_jax.tools.check_images.check import check_images, in_words
 
     found = check_images(
-        flags.path.expanduser(),
+        Path(os.path.expanduser(flags.path)),
         flags.out,
         image_size=flags.image_size,
         train_split=flags.train_split,

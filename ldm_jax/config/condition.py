@@ -3,11 +3,18 @@
 import dataclasses
 from typing import Literal
 
-from ldm_jax.config.validation import checked_dataclass, require, require_at_least
+from ldm_jax.config.validation import (
+    checked_dataclass,
+    require,
+    require_at_least,
+    require_at_most,
+)
 
 ContextName = Literal["none", "class", "text", "clip", "embedding"]
 ConcatName = Literal["none", "low_resolution", "masked_image", "segmentation"]
 
+MAX_STAGES = 16
+"""Of halvings: no image is larger."""
 CAPTIONS = "captions"
 """Value of `tokenizer` with which the run trains one on the captions."""
 
@@ -187,6 +194,7 @@ class ConditionConfig:
         counts = "class_width embedding_width embedding_length low_resolution_factor"
         require_at_least(self, 1, *counts.split(), "num_segments", "rescale_channels")
         require_at_least(self, 0, "rescale_stages")
+        require_at_most(self, MAX_STAGES, "rescale_stages")
         reads = self.context != "none" or not self.pooled
         require(self, "pooled", reads, "False where `context` is none")
         learns = not self.learns_tokenizer or self.context == "text"

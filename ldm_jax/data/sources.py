@@ -1,5 +1,6 @@
 """Data sets on disk as random access to single examples."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -224,7 +225,7 @@ def caption_of(example: Mapping[str, Any], where: str) -> str:
 
 
 def _folder_path(name: str) -> Path:
-    return Path(name.removeprefix(FOLDER)).expanduser()
+    return Path(os.path.expanduser(name.removeprefix(FOLDER)))
 
 
 def _class_names_of(features: Any) -> tuple[str, ...] | None:

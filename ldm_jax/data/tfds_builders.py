@@ -120,7 +120,7 @@ def tfds_directory(directory: str | None) -> str:
             from tensorflow_datasets.core import constants
 
         directory = str(constants.DATA_DIR)
-    return str(Path(directory).expanduser())
+    return os.path.expanduser(directory)
 
 
 @contextlib.contextmanager
@@ -149,7 +149,7 @@ def _split_path(name: str) -> tuple[Path, str]:
     """Split the name of a builder's file into its path and config ("" for none)."""
     before, suffix, config = name.removeprefix(BUILDER).rpartition(".py/")
     path = f"{before}.py" if suffix else config
-    return Path(path).expanduser(), config if suffix else ""
+    return Path(os.path.expanduser(path)), config if suffix else ""
 
 
 @contextlib.contextmanager

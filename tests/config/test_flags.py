@@ -103,6 +103,7 @@ def test_every_field_is_a_flag():
         (["--autoencoder.batch-size", "99999999"], ["--autoencoder.batch-size: got"]),
         (["--diffusion.steps", str(2**31)], ["--diffusion.steps: got", "at most"]),
         (["--parallel.stall-timeout", str(2**31)], ["--parallel.stall-timeout: got"]),
+        (["--diffusion.condition.rescale-stages", str(2**62)], ["rescale-stages: got"]),
         (["--join-timeout", "0"], ["--join-timeout: got 0, wanted 1 to 1000000"]),
     ],
 )
