@@ -278,7 +278,9 @@ def _captions(listing: Listing) -> dict[str, str]:
     without = [name for name in listing.images if name not in found.by_image]
     orphans = f"{len(found.orphans):,} captions have no image: {some(found.orphans)}"
     if without:
-        also = f"; {orphans}" if found.orphans and found.by_image else ""
+        also = f"; {orphans}" if found.orphans else ""
+        if found.unread:
+            also += f"; {len(found.unread):,} texts are not read: {some(found.unread)}"
         raise InputError(
             f"data.source: {len(without):,} of {len(listing.images):,} images in "
             f"{listing.root} have no caption: {some(without)}{also}; try a .txt file "

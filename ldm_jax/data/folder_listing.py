@@ -67,7 +67,8 @@ def list_folder(root: Path) -> Listing:
     """List a folder; hidden files are skipped, links are followed.
 
     Raises:
-      InputError: If it is no folder, or holds no images.
+      InputError: If it is no folder, holds no images, or links lead to one of its
+        folders again and again.
       OSError: If a sub-folder cannot be listed.
     """
     if not root.is_dir():

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8, UInt32
 from PIL import Image
 
+from ldm_jax.data.image_files import to_picture
 from ldm_jax.data.sources import Examples
 from ldm_jax.rng import Stream, host_uniform
 
@@ -202,10 +203,7 @@ def resize(
       channels: 1 or 3.
       place: Place of the square along the longer side, in [0, 1); None for the middle.
     """
-    mode = "L" if channels == 1 else "RGB"
-    grey = image.shape[-1] == 1
-    picture = Image.fromarray(image[..., 0] if grey else image).convert(mode)
-    picture = picture.resize(
+    picture = to_picture(image, channels).resize(
         (size, size),
         Image.Resampling.BICUBIC,
         box=_square(*image.shape[:2], place=place),

@@ -121,6 +121,8 @@ def read_file(path: Path) -> str:
     Raises:
       InputError: If it cannot be read.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: not a regular file; {ONE_MODEL}")
     try:
         return path.read_bytes().decode()
     except OSError as error:

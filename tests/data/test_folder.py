@@ -14,6 +14,8 @@ from ldm_jax.data.folder import FolderExamples, open_folder
 from ldm_jax.data.folder_listing import MAX_PLACES, list_folder, select
 from ldm_jax.data.pipeline import load_all, make_iterator, prepare_example, to_batch
 from ldm_jax.data.sources import open_source, read_captions
+from ldm_jax.tools.check_images.check import in_words
+from ldm_jax.tools.check_images.survey import survey, to_tree
 from ldm_jax.types import InputError, RunError
 
 SIDE = 8
@@ -372,3 +374,94 @@ def test_captions_that_are_not_utf8_or_given_twice_are_refused(captioned):
         "3.png has two captions, in captions.jsonl line 1 and in 3.txt"
         in error_message(captions_of, captioned)
     )
+
+
+def lines(file, key="text"):
+    """Lines of metadata.jsonl for four images."""
+    rows = ({"file_name": file.format(i), key: "a cat"} for i in range(4))
+    return {"metadata.jsonl": "\n".join(map(json.dumps, rows))}
+
+
+TABLE = "file_name,text\n" + "".join(f"{i}.png,a cat\n" for i in range(4))
+UNREAD = {  # files, and the words of what is wrong with them and what is nearest
+    "backslashes": (
+        lines(".\\{}.png"),
+        ["4 captions have no image", ".\\0.png, wanted slashes; the nearest is 0.png"],
+    ),
+    "another folder": (
+        lines("images/{}.png"),
+        ["(images/0.png; the nearest is 0.png)"],
+    ),
+    "a folder of Windows": (
+        lines("C:\\data\\{}.png"),
+        ["wanted slashes; the nearest is 0.png"],
+    ),
+    "another suffix": (lines("{}.jpg"), ["(0.jpg; the nearest is 0.png)"]),
+    "capitals": (lines("{}.PNG"), ["(0.PNG; the nearest is 0.png)"]),
+    "nothing near": (lines("cat {}.png"), ["metadata.jsonl line 1 (cat 0.png), "]),
+    "a column prompt": (
+        lines("{}.png", "prompt"),
+        ["4 texts are not read", "line 1 (has prompt, wanted caption or text)"],
+    ),
+    "metadata.csv": (
+        {"metadata.csv": TABLE},
+        ["metadata.csv (wanted captions.jsonl or metadata.jsonl)"],
+    ),
+    "captions.json": (
+        {"captions.json": "{}"},
+        ["captions.json (wanted captions.jsonl"],
+    ),
+    "a table in a folder": ({"sub/prompts.tsv": "x"}, ["sub/prompts.tsv (wanted"]),
+    "TXT": ({f"{i}.TXT": "x" for i in range(4)}, ["0.TXT (wanted 0.txt beside 0.png)"]),
+    "caption": (
+        {f"{i}.caption": "x" for i in range(4)},
+        ["0.caption (wanted 0.txt beside 0.png)"],
+    ),
+    "after the suffix": (
+        {f"{i}.png.txt": "x" for i in range(4)},
+        ["0.png.txt (wanted 0.txt beside 0.png)"],
+    ),
+    "another name": ({"1.text": "x"}, ["1.text (wanted 1.txt beside 1.png)"]),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_captions_that_match_nothing_are_told_with_the_nearest(tmp_path, kind):
+    files, words = UNREAD[kind]
+    for i in range(4):
+        write(tmp_path / f"{i}.png", i)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    message = error_message(captions_of, tmp_path)
+    assert all(word in message for word in ["4 of 4 images in", *words]), message
+    tree = to_tree(
+        survey(tmp_path, train_split="all", test_split=None), image_size=None
+    )
+    told = "\n".join(in_words({**tree, "contact_sheet": None}))
+    assert "no image is broken" not in told
+    assert words[-1].rstrip(", ") in told, told
+
+
+def test_other_files_of_images_that_have_captions_are_not_told_of(captioned, caplog):
+    (captioned / "0.json").write_text("{}")
+    (captioned / "metadata.csv").write_text(TABLE)
+    (captioned / "metadata.jsonl").write_text('{"file_name": "0.png", "box": 3}')
+    with caplog.at_level(logging.WARNING):
+        assert len(captions_of(captioned)) == 6
+    assert not caplog.messages
+    tree = to_tree(survey(captioned, train_split="all", test_split=None), image_size=0)
+    assert tree["texts_not_read"] == () and tree["captions_without_image"] == ()
+
+
+def test_a_line_of_captions_too_deep_to_read_is_told(tmp_path):
+    write(tmp_path / "0.png")
+    (tmp_path / "captions.jsonl").write_text("[" * 10**5)
+    assert "line 1: not JSON" in error_message(captions_of, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JPE", ".avif"])
+def test_a_file_of_every_name_of_its_format_is_an_image(tmp_path, suffix):
+    kind = "AVIF" if suffix == ".avif" else "JPEG"
+    Image.new("L", (SIDE, SIDE)).save(tmp_path / f"a{suffix}", format=kind)
+    assert len(examples_of(tmp_path).examples) == 1

@@ -1,6 +1,7 @@
 """One image file: its pixels, or one reason why it cannot be read."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -9,11 +10,16 @@ import pytest
 from PIL import Image
 
 from ldm_jax.data.image_files import (
+    FORMATS,
     MAX_PIXELS,
+    SUFFIXES,
     BrokenImageError,
     Stamp,
+    open_image,
     read_header,
     read_image,
+    read_mask,
+    to_channels,
 )
 
 SIDE = 16
@@ -96,10 +102,13 @@ def test_every_image_mode_is_read_as_a_viewer_shows_it(tmp_path, name):
         ("a.webp", {"quality": 95}),
         ("a.jpg", {"quality": 95}),
         ("a.jpeg", {"quality": 95, "progressive": True}),
+        ("a.jfif", {"quality": 95}),
+        ("a.avif", {"quality": 95}),
         ("named_wrongly.png", {"format": "JPEG", "quality": 95}),
     ],
 )
 def test_jpeg_and_webp_files_are_read_whatever_their_suffix(tmp_path, name, options):
+    assert name.endswith(SUFFIXES)
     image = Image.new("RGB", (SIDE, 2 * SIDE), (200, 100, 50))
     path = write(tmp_path / name, image, **options)
     found = read_image(path).astype(int)
@@ -149,7 +158,7 @@ BY_ORIENTATION = {  # the stored rows as a viewer shows them
 
 
 @pytest.mark.parametrize("orientation", BY_ORIENTATION)
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "a.jpg"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "a.jpg", "a.avif"])
 def test_images_are_oriented_by_their_exif_tag(tmp_path, name, orientation):
     stored = np.zeros((2 * SIDE, SIDE, 3), np.uint8)
     stored[:SIDE, : SIDE // 2], stored[SIDE:, SIDE // 2 :] = (255, 0, 0), (0, 0, 255)
@@ -157,9 +166,12 @@ def test_images_are_oriented_by_their_exif_tag(tmp_path, name, orientation):
     exif[0x0112] = orientation
     options = {"a.webp": {"lossless": True}, "a.jpg": {"quality": 100}}.get(name, {})
     options |= {"subsampling": 0} if name == "a.jpg" else {}
+    options |= {"quality": 100, "subsampling": "4:4:4"} if name == "a.avif" else {}
     path = write(tmp_path / name, Image.fromarray(stored), exif=exif, **options)
     wanted = BY_ORIENTATION[orientation](stored).astype(int)
-    assert np.abs(read_image(path) - wanted).max() <= (3 if name == "a.jpg" else 0)
+    assert np.abs(read_image(path) - wanted).max() <= (
+        3 if name in ("a.jpg", "a.avif") else 0
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -217,7 +229,7 @@ def test_file_that_is_not_an_image_is_refused(tmp_path, content, reason):
         header(path)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_truncated_file_is_refused_by_read_header(tmp_path, kind):
     random = np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)
     buffer = io.BytesIO()
@@ -259,3 +271,69 @@ def test_grey_values_beyond_sixteen_bits_are_refused(tmp_path):
 def test_missing_file_is_not_a_broken_image(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "a.png"
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case _:
+            path.symlink_to("/dev/zero")
+    for read in (read_image, read_mask):
+        with pytest.raises(BrokenImageError, match="not a regular file"):
+            read(path)
+
+
+def test_other_formats_of_pillow_are_not_opened(tmp_path):
+    path = tmp_path / "a.png"
+    for kind in ("EPS", "PPM", "TGA", "PCX", "ICO", "JPEG2000", "SGI"):
+        Image.fromarray(COLOURS).save(path, format=kind)
+        with pytest.raises(BrokenImageError, match="not an image"), open_image(path):
+            raise AssertionError(kind)
+
+
+SPOT = np.where(RAMP > 100, 255, 0).astype(np.uint8)
+
+
+def clear_around():
+    """White paint on nothing."""
+    return Image.merge("LA", [Image.new("L", SPOT.shape, 255), Image.fromarray(SPOT)])
+
+
+MASKS = {
+    "grey.png": Image.fromarray(SPOT),
+    "bits.png": Image.fromarray(SPOT > 0),
+    "rgb.png": Image.fromarray(SPOT).convert("RGB"),
+    "opaque.png": Image.fromarray(SPOT).convert("RGBA"),
+    "clear.png": clear_around().convert("RGBA"),
+    "clear_grey.png": clear_around(),
+    "palette.png": Image.fromarray(SPOT).convert("P"),
+    "few.gif": Image.fromarray(SPOT).quantize(2),
+    "wide.png": Image.fromarray(SPOT.astype(np.uint16) * 257),
+    "rgb.bmp": Image.fromarray(SPOT).convert("RGB"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_has_the_levels_that_a_paint_program_shows(tmp_path, name):
+    levels = read_mask(write(tmp_path / name, MASKS[name]))
+    assert np.array_equal(levels, SPOT[..., None])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_a_mask_of_0_and_1_keeps_its_levels(tmp_path, dtype):
+    image = Image.fromarray((SPOT > 0).astype(dtype))
+    path = write(tmp_path / "a.tif", image)
+    assert np.array_equal(read_mask(path), SPOT[..., None] // 255)
+
+
+def test_channels_are_converted_as_for_training():
+    grey = RAMP[..., None]
+    assert np.array_equal(to_channels(grey, 3), grey.repeat(3, axis=-1))
+    assert np.array_equal(to_channels(grey.repeat(3, axis=-1), 1), grey)
+    wanted = np.asarray(Image.fromarray(COLOURS).convert("L"))[..., None]
+    assert np.array_equal(to_channels(COLOURS, 1), wanted)

@@ -110,6 +110,7 @@ def _problems(tree: dict[str, Any]) -> Iterator[str]:
         "in no class": tree["without_class"],
         "without a caption": tree["without_caption"],
         "captions without an image": tree["captions_without_image"],
+        "texts that are not read as captions": tree["texts_not_read"],
         f"smaller than {small['than']} pixels": small["files"],
         "the same image more than once": equal,
         "of these, in both splits": leaks,
