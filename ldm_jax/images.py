@@ -85,7 +85,7 @@ def encode_png(
 
 
 def read_png(path: Path) -> UInt8[np.ndarray, "h w c"]:
-    """Read a PNG as it is stored, grey or RGB."""
-    with Image.open(path) as picture:
+    """Read a PNG that `write_png` wrote; others are read by `data.image_files`."""
+    with Image.open(path, formats=("PNG",)) as picture:
         pixels = np.asarray(picture, np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels

@@ -25,8 +25,11 @@ from ldm_jax.sampling.request import (
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError, RunError
 
-PLACES = ("workdir", "weights", "tokenizer", "autoguidance", "image", "mask")
-"""Settings that --replay accepts: new paths of moved files."""
+BY_HAND = (
+    *("workdir", "weights", "config_file", "tokenizer", "autoguidance"),
+    *("image", "mask", "size", "outpaint"),
+)
+"""Settings that --replay takes: what metadata alone may not choose."""
 
 
 class SampleCommand(NamedTuple):
@@ -188,7 +191,7 @@ def _values(cls: type[Any], given: SampleArguments) -> dict[str, Any]:
 
 
 def _replay(given: SampleArguments) -> ReplayRequest:
-    may = {"replay", *PLACES}
+    may = {"replay", *BY_HAND}
     for field in dataclasses.fields(given):
         if field.name not in may and getattr(given, field.name) != field.default:
             flag = field.name.replace("_", "-")
@@ -200,8 +203,8 @@ def _replay(given: SampleArguments) -> ReplayRequest:
     image = Path(str(given.replay))
     if not image.is_file():
         raise InputError(f"--replay: no file {image}; wanted a PNG of ldm sample")
-    moved = {name: getattr(given, name) for name in PLACES}
-    moved = {name: place for name, place in moved.items() if place is not None}
+    moved = {name: getattr(given, name) for name in BY_HAND}
+    moved = {name: value for name, value in moved.items() if value is not None}
     models: dict[str, str | None] = {"workdir": None, "weights": None}
     model_moved = not models.keys().isdisjoint(moved)
     return ReplayRequest(

@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from ldm_jax.rng import check_seed
 from ldm_jax.sampling.request import SampleRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
+
+MOST_SHOWN = 1000
+"""Characters of a text that a warning shows."""
 
 ConditionTexts = dict[str, str]
 """Conditions of an image by kind: `label`, `prompt` and perhaps `negative_prompt`."""
@@ -197,11 +201,35 @@ def _tokenizer(condition: ConditionConfig) -> Tokenizer:
     return open_tokenizer(condition)
 
 
-def warn_of_prompts(model: LatentDiffusion, prompts: tuple[str, ...]) -> None:
-    """Log the parts of prompts that a model does not read: unknown words, long ends."""
-    for prompt in prompts if model.condition.uses_tokens else ():
+def warn_of_prompts(
+    model: LatentDiffusion, prompts: Iterable[str], *, flag: str = "--prompt"
+) -> None:
+    """Log what a model cannot read of texts: unknown words, and what is cut.
+
+    Args:
+      prompts: The texts; an empty one means none.
+      flag: What named them, for the message.
+    """
+    for prompt in filter(None, prompts) if model.condition.uses_tokens else ():
+        shown = prompt if len(prompt) <= MOST_SHOWN else f"{prompt[:MOST_SHOWN]}..."
         for warning in prompt_warnings(model, prompt):
-            logging.getLogger(__name__).warning("--prompt: %r %s", prompt, warning)
+            logging.getLogger(__name__).warning("%s: %r %s", flag, shown, warning)
+
+
+def warn_of_texts(
+    model: LatentDiffusion, settings: SamplingConfig, rows: Iterable[ConditionTexts]
+) -> None:
+    """Log what a model cannot read of all texts that it is given.
+
+    Args:
+      settings: Of the images, with the text of an inverted one.
+      rows: Conditions of the images made.
+    """
+    rows = list(rows)
+    for kind in ("prompt", "negative_prompt"):
+        texts = dict.fromkeys(row.get(kind, "") for row in rows)
+        warn_of_prompts(model, texts, flag=f"--{kind.replace('_', '-')}")
+    warn_of_prompts(model, [settings.source or ""], flag="--source")
 
 
 def prompt_warnings(model: LatentDiffusion, prompt: str) -> list[str]:

@@ -9,15 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from ldm_jax.data import image_files
+from ldm_jax.data.image_files import (
+    BLACK,
+    MAX_ASPECT,
+    MAX_PIXELS,
+    MAX_SIDE,
+    WHITE,
+    BrokenImageError,
+    to_channels,
+)
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
-
-MODE_BY_CHANNELS = {1: "L", 3: "RGB"}
-MASK_MODES = ("1", "L")
-WHITE = 255
 
 
 class InputImages(NamedTuple):
@@ -45,8 +51,8 @@ def read_input_images(model: LatentDiffusion, settings: SamplingConfig) -> Input
         height, width = settings.size or model.image_shape[:2]
         check_size(model, height, width, flag="--size")
         return InputImages(height, width, None, None, {})
-    modes = modes_of(model)
-    image = read_image(Path(settings.image), modes, flag="--image")
+    image = read_image(Path(settings.image), flag="--image")
+    image = to_channels(image, model.image_shape[-1])
     digests = {"image_sha256": digest(image)}
     if model.condition.concat == "low_resolution":
         factor = model.condition.low_resolution_factor
@@ -55,71 +61,84 @@ def read_input_images(model: LatentDiffusion, settings: SamplingConfig) -> Input
         return InputImages(height, width, image, None, digests)
     mask = None
     if settings.mask is not None:
-        mask = read_image(Path(settings.mask), MASK_MODES, flag="--mask")
-        digests["mask_sha256"] = digest(mask)
-        if mask.shape[:2] != image.shape[:2]:
+        path = Path(settings.mask)
+        with reading(path, flag="--mask"):
+            levels = image_files.read_mask(path)
+        digests["mask_sha256"] = digest(levels)
+        if levels.shape[:2] != image.shape[:2]:
             raise InputError(
-                f"--mask: got {size_text(mask)} pixels, wanted {size_text(image)} as "
+                f"--mask: got {size_text(levels)} pixels, wanted {size_text(image)} as "
                 "the image"
             )
-        mask = np.where(mask > WHITE // 2, WHITE, 0).astype(np.uint8)
+        mask = binary_mask(levels, path)
+    left, above, right, below = settings.outpaint or (0, 0, 0, 0)
+    height, width = image.shape[0] + above + below, image.shape[1] + left + right
+    flag = "--image" if settings.outpaint is None else "--image, outpainted"
+    check_size(model, height, width, flag=flag)
     if settings.outpaint is not None:
-        left, above, right, below = settings.outpaint
         added = ((above, below), (left, right), (0, 0))
         mask = np.pad(np.zeros_like(image[..., :1]), added, constant_values=WHITE)
         image = np.pad(image, added, mode="edge")
-    flag = "--image" if settings.outpaint is None else "--image, outpainted"
-    height, width = image.shape[:2]
-    check_size(model, height, width, flag=flag)
     return InputImages(height, width, image, mask, digests)
 
 
-def modes_of(model: LatentDiffusion) -> tuple[str, ...]:
-    """Return Pillow's modes of the images that a model makes and reads."""
-    return (MODE_BY_CHANNELS[model.image_shape[-1]],)
+def binary_mask(
+    levels: UInt8[np.ndarray, "h w 1"], path: Path
+) -> UInt8[np.ndarray, "h w 1"]:
+    """Return 255 where a mask is white and 0 elsewhere.
+
+    White is what is brighter than half. Of a mask of black and one other level, such as
+    0 and 1, that level is white, however dark.
+
+    Args:
+      levels: Grey levels of the mask.
+      path: Its file, for the message.
+
+    Raises:
+      InputError: If nothing is white.
+    """
+    found = np.unique(levels)
+    two = found.tolist() == [1] or (found.size == 2 and found[0] == BLACK)
+    white = levels > (BLACK if two else WHITE // 2)
+    if not white.any():
+        raise InputError(
+            f"--mask: {path} has grey levels of {found[0]} to {found[-1]}, so that "
+            "nothing would be made anew, wanted white (255, or 1 beside 0) there"
+        )
+    return np.where(white, WHITE, BLACK).astype(np.uint8)
 
 
 def read_image(
-    path: Path, modes: tuple[str, ...], *, flag: str
+    path: Path, *, flag: str, most_aspect: float = MAX_ASPECT
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Read an image of one of several modes.
+    """Read an image as training reads it, grey or RGB.
+
+    Args:
+      flag: The flag that named it, for messages.
+      most_aspect: Largest ratio of its sides; infinite for images that a model made.
 
     Raises:
-      InputError: If it cannot be read, or has another mode.
+      InputError: If it cannot be read.
     """
-    with reading(path, flag=flag), Image.open(path) as image:
-        found = image.mode
-        if found in modes:
-            pixels = np.asarray(image.convert("L") if found == "1" else image)
-            return pixels[..., None] if pixels.ndim == 2 else pixels
-    raise InputError(
-        f"{flag}: {path} has mode {found}, wanted {' or '.join(modes)}; convert it "
-        "first"
-    )
+    with reading(path, flag=flag):
+        return image_files.read_image(path, most_aspect=most_aspect)
 
 
 @contextmanager
 def reading(path: Path, *, flag: str) -> Iterator[None]:
-    """Turn every exception of Pillow into an `InputError`.
-
-    Pillow raises nearly any exception for a damaged file, and only warns of an image
-    whose size may be meant to fill the memory.
-    """
+    """Turn the errors of `image_files` into an `InputError` that names the flag."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Its own size limit is stricter than the one that Pillow warns of.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except FileNotFoundError:
         raise InputError(f"{flag}: no file {path}") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{flag}: {path} is no image, or a damaged one") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(
-            f"{flag}: {path} is too large, wanted at most {Image.MAX_IMAGE_PIXELS} "
-            "pixels"
-        ) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except BrokenImageError as error:
         raise InputError(f"{flag}: {path} cannot be read: {error}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{flag}: {path} cannot be read: {reason}") from None
 
 
 def check_size(model: LatentDiffusion, height: int, width: int, *, flag: str) -> None:
@@ -130,6 +149,11 @@ def check_size(model: LatentDiffusion, height: int, width: int, *, flag: str) ->
         raise InputError(
             f"{flag}: got {height}x{width} pixels, wanted multiples of {unit}; try "
             f"{near[0]}x{near[1]}"
+        )
+    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
+        raise InputError(
+            f"{flag}: got {height}x{width} pixels, wanted at most {MAX_PIXELS:,} in "
+            f"all and {MAX_SIDE:,} a side: larger images are not read"
         )
 
 

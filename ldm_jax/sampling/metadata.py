@@ -1,19 +1,35 @@
-"""Metadata of a sampled image, as text in its PNG."""
+"""How an image was made, as text in its PNG, and back.
+
+Metadata may be anyone's. Nothing that it says is run, and it opens no file but those
+of the run's folder: others are shown, and must be given by hand.
+"""
 
 import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
 
-from ldm_jax.sampling.conditions import ImageSpec, check_image_spec
-from ldm_jax.sampling.input_images import modes_of, read_image, reading, size_text
-from ldm_jax.sampling.pipeline import Pipeline, open_pipeline, sample_images
-from ldm_jax.sampling.request import ReplayRequest
+from ldm_jax.config import CONFIG_FILE
+from ldm_jax.config.load_config import shipped_configs
+from ldm_jax.data.image_files import open_image
+from ldm_jax.files import printable
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.sampling.conditions import ImageSpec, check_image_spec, warn_of_texts
+from ldm_jax.sampling.input_images import read_image, reading, size_text
+from ldm_jax.sampling.pipeline import (
+    Pipeline,
+    make_pipeline,
+    open_run,
+    sample_images,
+)
+from ldm_jax.sampling.request import FLAG_NAMES, ReplayRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import TAKES_ETA, InputError
 
@@ -24,6 +40,12 @@ REQUIRED_KEYWORDS = frozenset({"settings", "seed"})
 OTHER = "other_"
 PLACES = frozenset({"workdir", "weights", "config_file", "image", "mask"})
 """Settings that are paths of files whose digest is in the metadata."""
+NAMED = ("weights", "config_file", "tokenizer", "autoguidance", "image", "mask")
+"""Settings that name files outside the run's folder, at times."""
+LONGEST_PATH = 4096
+"""Characters; more than file systems take."""
+MOST_TIMES = 16
+"""Largest replayed image, in images of the size that its model was trained on."""
 LATER = frozenset({"ema_length"})
 """Settings that older metadata lacks."""
 GUIDES = frozenset({"autoguidance", "autoguidance_step"})
@@ -87,15 +109,19 @@ def settings_text(settings: SamplingConfig) -> str:
 
 
 def texts_of(image: Image.Image) -> dict[str, str]:
-    """Return the texts before an open PNG's pixels, without decoding those."""
-    found = image.info.items()
+    """Return the texts before an open PNG's pixels, without decoding those.
+
+    Returns:
+      Texts by keyword; {} of another format, which cannot hold our metadata.
+    """
+    found = image.info.items() if image.format == "PNG" else ()
     return {str(word): str(text) for word, text in found if isinstance(text, str)}
 
 
 def has_metadata(path: Path) -> bool:
     """Return whether a file is an image with metadata, without decoding it."""
     try:
-        with reading(path, flag="--as-dataset"), Image.open(path) as image:
+        with reading(path, flag="--as-dataset"), open_image(path) as image:
             return texts_of(image).keys() >= REQUIRED_KEYWORDS
     except InputError:
         return False
@@ -113,7 +139,7 @@ def read_metadata(path: Path) -> tuple[ImageSpec, SamplingConfig, dict[str, str]
     Raises:
       InputError: If the file is no image, or has no metadata or a damaged one.
     """
-    with reading(path, flag="--replay"), Image.open(path) as image:
+    with reading(path, flag="--replay"), open_image(path) as image:
         texts = texts_of(image)
     if not texts.keys() >= REQUIRED_KEYWORDS:
         raise InputError(
@@ -122,8 +148,9 @@ def read_metadata(path: Path) -> tuple[ImageSpec, SamplingConfig, dict[str, str]
         )
     try:
         return _image_spec(texts), read_settings(texts["settings"]), texts
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"--replay: {path} has damaged metadata: {error}") from None
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = printable(str(error))
+        raise InputError(f"--replay: {path} has damaged metadata: {reason}") from None
 
 
 def _image_spec(texts: dict[str, str]) -> ImageSpec:
@@ -153,6 +180,11 @@ def read_settings(text: str) -> SamplingConfig:
     wanted = {field.name for field in dataclasses.fields(SamplingConfig)}
     if strange := (set(values) ^ wanted) - (LATER - set(values)):
         raise ValueError(f"settings: {sorted(strange)[0]} unknown or missing")
+    for name in ("workdir", *NAMED):
+        path = values[name]
+        shown = isinstance(path, str) and path.isprintable()
+        if path is not None and not (shown and len(path) <= LONGEST_PATH):
+            raise ValueError(f"{name}: got {path!r}, wanted a path that can be shown")
     return SamplingConfig(**values)
 
 
@@ -192,9 +224,6 @@ def _flat(texts: dict[str, str]) -> dict[str, str]:
     return flat
 
 
-MODELS = ("--workdir", "--weights")
-
-
 class Replay(NamedTuple):
     """An image compared with its reproduction from the metadata."""
 
@@ -212,28 +241,34 @@ def replay(request: ReplayRequest) -> Replay:
     """Reproduce an image from its metadata, and compare.
 
     Raises:
-      InputError: If the image has no metadata, or a file that it was made with is
-        missing.
+      InputError: If the image has no metadata, a file that it was made with is missing
+        or must be given by hand, or it is larger than its model makes.
       RunError: If no checkpoint is intact.
     """
     spec, settings, texts = read_metadata(request.image)
-    pipeline = _reopen(dataclasses.replace(settings, **request.moved))
+    settings = dataclasses.replace(settings, **request.moved)
+    check_names(settings, request)
+    pipeline = _reopen(settings, request)
     try:
         check_image_spec(pipeline.model, spec)
     except InputError as error:
         raise InputError(
-            f"--replay: the metadata of {request.image} does not fit its model: {error}"
+            f"--replay: the metadata of {request.image} does not fit its model: "
+            f"{printable(str(error))}"
         ) from None
-    modes, shape = modes_of(pipeline.model), pipeline.inputs[:2]
-    theirs = read_image(request.image, modes, flag="--replay")
-    if theirs.shape[:2] != shape:
+    rows = [spec.condition_texts, spec.other or {}]
+    warn_of_texts(pipeline.model, pipeline.settings, rows)
+    theirs = read_image(request.image, flag="--replay", most_aspect=math.inf)
+    shape = (*pipeline.inputs[:2], pipeline.model.image_shape[-1])
+    if theirs.shape != shape:
         raise InputError(
-            f"--replay: {request.image} has {size_text(theirs)} pixels, its metadata "
-            f"gives {shape[0]}x{shape[1]}: it was changed since"
+            f"--replay: {request.image} has {size_text(theirs)} pixels of "
+            f"{theirs.shape[-1]} channels, its metadata gives {shape[0]}x{shape[1]} of "
+            f"{shape[-1]}: it was changed since"
         )
     metadata = make_metadata(spec, pipeline.settings, pipeline.made_with)
     warnings = [
-        f"{word}: {then} when it was made, here {now}"
+        f"{printable(word)}: {printable(then)} when it was made, here {printable(now)}"
         for word, (now, then) in differences(metadata, texts).items()
     ]
     ours = next(sample_images(pipeline, [spec])).image
@@ -241,13 +276,76 @@ def replay(request: ReplayRequest) -> Replay:
     return Replay(warnings, apart.size, int((apart > 0).sum()), int(apart.max()))
 
 
-def _reopen(settings: SamplingConfig) -> Pipeline:
-    """Load the model and the settings that made an image."""
+def check_names(settings: SamplingConfig, request: ReplayRequest) -> None:
+    """Raise `InputError` if metadata names files that must be given by hand.
+
+    Those are all but what lies in the run's folder and the configs of this package: a
+    picture must not choose what is opened, and a config of Python is run.
+    """
+    named = {name: getattr(settings, name) for name in NAMED}
+    strange = {
+        FLAG_NAMES.get(name, name): path
+        for name, path in named.items()
+        if path is not None
+        and name not in request.moved
+        and not (name == "config_file" and path in shipped_configs())
+        and not _lies_in_run(path, settings.workdir)
+    }
+    if strange:
+        shown = ", ".join(f"{name} {path}" for name, path in strange.items())
+        flags = " ".join(f"--{name} {shlex.quote(x)}" for name, x in strange.items())
+        raise InputError(
+            f"--replay: the metadata of {request.image} names files that are not in "
+            f"its run's folder: {shown}; look at them, and give by hand those to use: "
+            f"{flags}"
+        )
+
+
+def _lies_in_run(path: str, workdir: str | None) -> bool:
+    """Return whether a path lies in a run's folder, with all links followed."""
+    if workdir is None or not Path(workdir, CONFIG_FILE).is_file():
+        return False
     try:
-        return open_pipeline(settings)
+        found = Path(path).resolve(strict=True)
+        return found.is_relative_to(Path(workdir).resolve(strict=True))
+    except (OSError, RuntimeError):  # missing, or links in a circle
+        return False
+
+
+def _reopen(settings: SamplingConfig, request: ReplayRequest) -> Pipeline:
+    """Load what an image was made with.
+
+    Its size is checked before anything is made of that size.
+    """
+    try:
+        run = open_run(settings)
+        _check_size(run.model, settings, request)
+        return make_pipeline(run, settings)
     except InputError as error:
+        if str(error).startswith("--replay: "):
+            raise
         hint = "; try --workdir or --weights with the place of its model"
         raise InputError(
             f"--replay: a file that the image was made with is missing ({error})"
-            f"{hint if str(error).startswith(MODELS) else ''}"
+            f"{hint if str(error).startswith(('--workdir', '--weights')) else ''}"
         ) from None
+
+
+def _check_size(
+    model: LatentDiffusion, settings: SamplingConfig, request: ReplayRequest
+) -> None:
+    """Raise `InputError` if metadata asks for an image far larger than its model's."""
+    height, width, _ = model.image_shape
+    most = MOST_TIMES * height * width
+    tall, wide = settings.size or (height, width)
+    flag = "size"
+    if settings.outpaint is not None:
+        left, above, right, below = settings.outpaint
+        flag, tall, wide = "outpaint", height + above + below, width + left + right
+    if flag not in request.moved and tall * wide > most:
+        values = " ".join(map(str, getattr(settings, flag)))
+        raise InputError(
+            f"--replay: the metadata of {request.image} asks for {tall}x{wide} pixels, "
+            f"wanted at most {MOST_TIMES} times the {height}x{width} of its model; if "
+            f"that is meant, give --{flag} {values} by hand"
+        )

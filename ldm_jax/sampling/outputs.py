@@ -1,6 +1,8 @@
 """Images on disk with their metadata, each made once, also after interruptions."""
 
 import dataclasses
+import functools
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -11,15 +13,17 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_jax.images import grid, read_png, write_png
+from ldm_jax.data.image_files import open_image
+from ldm_jax.files import printable
+from ldm_jax.images import grid, write_png
 from ldm_jax.parallel.multihost import wait_for_all
 from ldm_jax.sampling.conditions import (
     ImageSpec,
     condition_inputs,
     image_specs,
-    warn_of_prompts,
+    warn_of_texts,
 )
-from ldm_jax.sampling.input_images import reading
+from ldm_jax.sampling.input_images import read_image, reading
 from ldm_jax.sampling.metadata import differences, make_metadata, texts_of
 from ldm_jax.sampling.pipeline import (
     Pipeline,
@@ -92,7 +96,8 @@ def open_work(settings: SamplingConfig, request: SampleRequest) -> Work:
     pipeline = open_pipeline(settings)
     specs = image_specs(pipeline.model, request, guided=pipeline.settings.guided)
     condition_inputs(pipeline.model, [specs[0].condition_texts])  # needs a tokenizer
-    warn_of_prompts(pipeline.model, request.prompts)
+    rows = [row for spec in specs for row in (spec.condition_texts, spec.other or {})]
+    warn_of_texts(pipeline.model, pipeline.settings, rows)
     return Work(request, pipeline, specs)
 
 
@@ -116,11 +121,12 @@ def make_missing(work: Work, paths: list[Path]) -> int:
 
     flag, overwrite = request.folder_flag, request.overwrite
     # All are checked before the first is written.
+    size = (pipeline.inputs.width, pipeline.inputs.height)
     missing = {
         i
         for i, path in enumerate(paths)
         if not path.exists()
-        or not is_made(path, metadata(i), overwrite=overwrite, flag=flag)
+        or not is_made(path, metadata(i), overwrite=overwrite, flag=flag, size=size)
     }
     mine = [i for i in share(len(specs), pipeline, request.process) if i in missing]
     for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
@@ -138,7 +144,12 @@ def make_missing(work: Work, paths: list[Path]) -> int:
 
 
 def is_made(
-    path: Path, metadata: dict[str, str], *, overwrite: bool, flag: str = "--out"
+    path: Path,
+    metadata: dict[str, str],
+    *,
+    overwrite: bool,
+    flag: str = "--out",
+    size: tuple[int, int] | None = None,
 ) -> bool:
     """Return whether a file is the image of some metadata, undamaged.
 
@@ -147,6 +158,7 @@ def is_made(
       metadata: Metadata of the wanted image.
       overwrite: Whether any other file may be replaced.
       flag: The flag that named the folder, for messages.
+      size: Width and height of the image that is wanted; None compares none.
 
     Returns:
       True for the image; False for a file to replace: an empty file, a damaged image
@@ -155,13 +167,23 @@ def is_made(
     Raises:
       InputError: If another file is there, and may not be replaced.
     """
-    if overwrite and path.is_dir():
-        raise InputError(f"--overwrite: {path} is a folder, wanted an image to replace")
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        if overwrite:
+            raise InputError(
+                f"--overwrite: {path} is {what}, wanted an image to replace"
+            )
+        raise InputError(
+            f"{flag}: {path} is {what}, wanted an image; try another {flag}"
+        )
     if path.stat().st_size == 0:
         return False
     try:
-        with reading(path, flag=flag), Image.open(path) as image:
+        with reading(path, flag=flag), open_image(path) as image:
             changed = differences(metadata, texts_of(image))
+            if size is not None and image.size != size:
+                there, here = (f"{wide} x {tall}" for wide, tall in (image.size, size))
+                changed = {**changed, "pixels": (here, there)}
             whole = _is_whole(image)
     except InputError as error:
         if overwrite:
@@ -172,7 +194,8 @@ def is_made(
     if overwrite:
         return False
     details = ", ".join(
-        f"{word}: {there} there, {here} here" for word, (here, there) in changed.items()
+        f"{printable(word)}: {printable(there)} there, {printable(here)} here"
+        for word, (here, there) in changed.items()
     )
     raise InputError(
         f"{flag}: {path} was made differently ({details}); try another {flag}, or "
@@ -221,9 +244,11 @@ def write_grids(work: Work, paths: list[Path]) -> list[Path]:
     layout = grid_layout(request, len(specs))
     written = grid_paths(request)
     # Images that another process has not made yet are black.
-    blank = np.zeros_like(read_png(paths[0]))
+    flag = request.folder_flag
+    read = functools.partial(read_image, flag=flag, most_aspect=math.inf)
+    blank = np.zeros_like(read(paths[0]))
     there = [paths[i] for i in layout.indices]
-    images = [read_png(path) if path.exists() else blank for path in there]
+    images = [read(path) if path.exists() else blank for path in there]
     write_png(written[0], grid(np.stack(images), columns=layout.columns))
     if request.trajectory:
         chosen = [specs[i] for i in layout.indices]

@@ -79,9 +79,9 @@ class ReplayRequest:
 
     image: Path
     """The PNG."""
-    moved: dict[str, str | None]
-    """New paths of moved files, by the names of `SamplingConfig`; other files have the
-    paths of the metadata."""
+    moved: dict[str, Any]
+    """What is given by hand, by the names of `SamplingConfig`: where the files that it
+    was made with are, and a size beyond the usual. The rest is as the metadata says."""
 
 
 def check_request(settings: SamplingConfig, request: SampleRequest) -> None:

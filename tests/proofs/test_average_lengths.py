@@ -99,11 +99,11 @@ def test_averages_are_compared_with_the_record_of_their_run(kept, tmp_path):
     for step in (300, 600):
         trees = tuple({"w": np.full(4, step, np.float32)} for _ in KEPT)
         write_snapshot(folder, KEPT, trees, step, run=run)
-    made(folder, 0.1, run=run)
+    post_hoc(folder, 0.1, run=run)
     older, newer = sorted(folder.iterdir())
     newer.write_bytes(older.read_bytes())  # intact by itself, and of another step
     with pytest.raises(InputError, match=r"000600\.safetensors: got .*moving the file"):
-        made(folder, 0.1, run=run)
+        post_hoc(folder, 0.1, run=run)
 
 
 def post_hoc(folder, length, step=None, **fields):

@@ -1,15 +1,21 @@
 """Edits through `ldm sample`: kept pixels, new pixels and image sizes."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldm_jax.build import build_model
 from ldm_jax.cli.sample import SampleCommand, parse_sample
 from ldm_jax.config import ClipConfig, ConditionConfig
+from ldm_jax.data import image_files
+from ldm_jax.data.image_files import to_channels
 from ldm_jax.images import read_png, write_png
+from ldm_jax.sampling.input_images import read_input_images
 from ldm_jax.sampling.pipeline import with_strength
+from ldm_jax.sampling.sampling_config import SamplingConfig
 from tests.data.test_tokenizer import write_clip
 from tests.support.commands import sample_here, write_run
 from tests.support.stand_ins import SIDE, config_with, no_networks, picture
@@ -52,6 +58,64 @@ def test_mask_keeps_every_byte_outside_its_hole(run, image, mask, tmp_path):
     assert np.array_equal(first[~hole], read_png(image)[~hole])
     assert np.array_equal(second[~hole], read_png(image)[~hole])
     assert not np.array_equal(first[hole], second[hole])
+
+
+MASKS = {
+    "0 and 1": lambda x: Image.fromarray(x // 255),
+    "0 and 1 in 16 bits": lambda x: Image.fromarray((x // 255).astype(np.uint16)),
+    "0 and 40": lambda x: Image.fromarray(x // 255 * 40),
+    "bits": lambda x: Image.fromarray(x > 0),
+    "RGB": lambda x: Image.fromarray(x).convert("RGB"),
+    "RGBA": lambda x: Image.fromarray(x).convert("RGBA"),
+    "palette": lambda x: Image.fromarray(x).convert("P"),
+    "white on nothing": lambda x: Image.merge(
+        "LA", [Image.new("L", x.shape, 255), Image.fromarray(x)]
+    ),
+    "red on black": lambda x: Image.fromarray(
+        np.stack([x, 0 * x, 0 * x], axis=-1).astype(np.uint8)
+    ),
+    "smooth": lambda x: Image.fromarray(np.where(x > 0, x - 3, 20).astype(np.uint8)),
+    "sideways": lambda x: Image.fromarray(np.rot90(x)),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_kind_of_mask_makes_its_white_part_anew(run, image, mask, tmp_path, kind):
+    hole = read_png(mask)[..., 0]
+    exif = Image.Exif()
+    exif[0x0112] = 6 if kind == "sideways" else 1
+    MASKS[kind](hole).save(tmp_path / "other.png", exif=exif)
+    model = build_model(config_with())
+    asked = {"workdir": str(run), "image": str(image)}
+    wanted, found = (
+        read_input_images(model, SamplingConfig(**asked, mask=str(path))).mask
+        for path in (mask, tmp_path / "other.png")
+    )
+    assert np.array_equal(wanted, found)
+
+
+def test_an_image_is_read_as_training_reads_it(run, tmp_path):
+    pixels = np.random.RandomState(0).randint(0, 256, (4, SIDE, 4), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, picture_of in {
+        "phone.jpg": Image.fromarray(pixels[..., :3]),
+        "clear.png": Image.fromarray(pixels),
+        "palette.png": Image.fromarray(pixels[..., 0]).convert("P"),
+        "wide.png": Image.fromarray(pixels[..., 0].astype(np.uint16) * 257),
+    }.items():
+        picture_of.save(tmp_path / name, exif=exif)
+        for channels, config in ((1, config_with()), (3, coloured(config_with()))):
+            settings = SamplingConfig(workdir=str(run), image=str(tmp_path / name))
+            found = read_input_images(build_model(config), settings).image
+            wanted = to_channels(image_files.read_image(tmp_path / name), channels)
+            assert wanted.shape == (SIDE, 4, channels)
+            assert np.array_equal(found, wanted)
+
+
+def coloured(config):
+    data = dataclasses.replace(config.data, image_channels=3)
+    return dataclasses.replace(config, data=data)
 
 
 def test_outpainting_keeps_every_byte_of_the_middle(run, image, tmp_path):

@@ -1,15 +1,16 @@
 """Image files of `ldm sample`: resumed, checked and shared by processes."""
 
+import os
 import shutil
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from ldm_jax.build import build_model
-from ldm_jax.images import read_png
+from ldm_jax.images import read_png, write_png
 from ldm_jax.sampling import outputs
 from ldm_jax.sampling.pipeline import Pipeline, sample_images
 from tests.support.commands import refusal, sample_here, write_run
@@ -129,8 +130,33 @@ def test_foreign_file_in_the_output_folder_is_refused(run, out, capsys):
     assert NAMES[5] in line and "seed: none there, 2 here" in line
     (out / NAMES[5]).write_text("my notes")
     line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST)
-    assert f"{NAMES[5]} is no image" in line and "--overwrite" in line
+    assert f"{NAMES[5]} cannot be read: not an image" in line
+    assert "--overwrite" in line
     assert snapshot(out) == {**before, NAMES[5]: snapshot(out)[NAMES[5]]}
+
+
+@pytest.mark.parametrize("kind", ["eps", "pipe", "folder", "larger"])
+def test_nothing_else_in_the_place_of_an_image_is_opened_or_replaced(
+    run, out, capsys, kind
+):
+    path = out / NAMES[5]
+    texts, pixels = read_texts(path), read_png(path)
+    path.unlink()
+    match kind:
+        case "eps":
+            Image.fromarray(pixels[..., 0]).save(path, format="EPS")
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case _:
+            write_png(path, pixels.repeat(2, axis=0), texts)
+    line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST)
+    told = {"eps": "not an image", "larger": "pixels: 8 x 16 there, 8 x 8 here"}
+    assert NAMES[5] in line and told.get(kind, "wanted an image") in line
+    if kind in ("pipe", "folder"):
+        line = refusal(capsys, "--workdir", run, "--out", out, *REQUEST, "--overwrite")
+        assert line.startswith("ldm sample: error: --overwrite: ") and path.exists()
 
 
 def test_overwrite_replaces_only_images_that_differ(run, complete, out):

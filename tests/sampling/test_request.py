@@ -14,9 +14,10 @@ from PIL import Image
 from configs.digits import get_config
 from ldm_jax.build import build_model
 from ldm_jax.cli.sample import SampleArguments, SampleCommand, parse_sample
-from ldm_jax.config import ConditionConfig, Config, to_json
+from ldm_jax.config import ClipConfig, ConditionConfig, Config, to_json
 from ldm_jax.images import write_png
 from ldm_jax.sampling.conditions import ImageSpec, check_settings, image_specs
+from ldm_jax.sampling.outputs import open_work
 from ldm_jax.sampling.request import (
     FLAG_NAMES,
     INTERVAL,
@@ -26,6 +27,7 @@ from ldm_jax.sampling.request import (
 )
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
+from tests.data.test_tokenizer import write_clip
 from tests.support.commands import ROOT, refusal, write_run
 from tests.support.stand_ins import config_with
 
@@ -285,6 +287,35 @@ def test_settings_that_do_not_fit_the_condition_are_refused(
         check_settings(model, settings)
 
 
+def clip_run(folder):
+    """Write a run that reads texts of 77 tokens, and its tokenizer."""
+    clip = ClipConfig(
+        vocab_size=521, width=8, depth=1, num_heads=2, mlp_width=8, eos_token_id=520
+    )
+    condition = ConditionConfig(context="clip", clip=clip)
+    run = write_run(config_with(condition, transformer_depth=1), folder / "run")
+    (folder / "tokenizer").mkdir()
+    write_clip(folder / "tokenizer", "sd1")
+    return run
+
+
+def test_every_text_that_is_cut_is_told_by_its_flag(tmp_path, caplog):
+    run, long = clip_run(tmp_path), "x " * 100
+    args = ["--workdir", run, "--tokenizer", tmp_path / "tokenizer", "--seeds", 0]
+    args += ["--image", grey(tmp_path / "i.png"), "--invert", "--prompt", "a cat"]
+    args += ["--out", tmp_path / "out"]
+    for flags in (
+        ("--source", long),
+        ("--negative-prompt", long, "--guidance-scale", 2),
+        ("--prompt", "a cat", long),
+    ):
+        caplog.clear()
+        command = command_of(*map(str, [*args, *flags]))
+        open_work(command.settings, command.request)
+        (said,) = [x for x in caplog.messages if "and is cut" in x]
+        assert said.startswith(f"{flags[0]}: 'x x ") and "77 tokens" in said
+
+
 # Checks that need the model: the whole command, which writes nothing.
 
 
@@ -303,8 +334,13 @@ def runs(tmp_path_factory):
     grey(folder / "small.png", 4, 4)
     rgb = np.zeros((SIDE, SIDE, 3), np.uint8)
     write_png(folder / "rgb.png", rgb)
-    Image.fromarray(rgb[..., 0]).convert("P").save(folder / "palette.png")
-    Image.fromarray(rgb[..., 0].astype(np.uint16)).save(folder / "deep.png")
+    Image.fromarray(rgb[..., 0].astype(np.float32)).save(folder / "floats.tif")
+    Image.fromarray(rgb).save(folder / "page.eps")
+    Image.fromarray(rgb).save(folder / "comment.jpg", comment="seed settings")
+    Image.fromarray(rgb[..., 0] + np.arange(SIDE, dtype=np.uint8) % 3).save(
+        folder / "labels.png"
+    )
+    Image.new("1", (SIDE, 21 * SIDE)).save(folder / "strip.png")
     Image.new("1", (14000, 14000)).save(folder / "bomb.png")
     Image.new("1", (10000, 10000)).save(folder / "large.png")
     (folder / "text.png").write_text("no picture")
@@ -318,6 +354,8 @@ def runs(tmp_path_factory):
     ("run", "flags", "words"),
     [
         ("label", "--spacing ldm --steps 998", ["--steps: got 998", "try"]),
+        ("label", "--size 2 16386", ["--size: got 2x16386", "16,384 a side"]),
+        ("label", "--size 8194 8194", ["--size: got 8194x8194", "67,108,864 in all"]),
         ("label", "--size 8 7", ["--size: got 8x7", "multiples of 2", "try 8x8"]),
         ("label", "--image odd.png", ["--image: got 8x7", "multiples of 2"]),
         (
@@ -325,16 +363,23 @@ def runs(tmp_path_factory):
             "--image i.png --outpaint 1 0 0 0",
             ["--image, outpainted: got 8x9", "multiples of 2"],
         ),
-        ("label", "--image rgb.png", ["--image:", "mode RGB, wanted L"]),
-        ("label", "--image palette.png", ["--image:", "mode P, wanted L"]),
-        ("label", "--image deep.png", ["--image:", "mode I;16, wanted L"]),
-        ("label", "--image text.png", ["--image:", "no image"]),
+        (
+            "label",
+            "--image i.png --outpaint 0 0 0 1000000000",
+            ["--image, outpainted: got 1000000008x8", "16,384 a side"],
+        ),
+        ("label", "--image floats.tif", ["--image:", "floats"]),
+        ("label", "--image page.eps", ["--image:", "not an image"]),
+        ("label", "--image i.png --mask page.eps", ["--mask:", "not an image"]),
+        ("label", "--image text.png", ["--image:", "not an image"]),
         ("label", "--image cut.png", ["--image:", "cannot be read"]),
         ("label", "--image wrong.png", ["--image:", "wrong.png"]),
-        ("label", "--image bomb.png", ["--image:", "too large, wanted at most"]),
-        ("label", "--image large.png", ["--image:", "too large, wanted at most"]),
+        ("label", "--image bomb.png", ["--image:", "more than 67,108,864 pixels"]),
+        ("label", "--image large.png", ["--image:", "wanted at most 67,108,864"]),
+        ("label", "--image strip.png", ["--image:", "wanted at most 20 to 1"]),
         ("label", "--image i.png --mask small.png", ["--mask: got 4x4", "wanted 8x8"]),
-        ("label", "--image i.png --mask rgb.png", ["--mask:", "RGB, wanted 1 or L"]),
+        ("label", "--image i.png --mask rgb.png", ["--mask:", "levels of 0 to 0"]),
+        ("label", "--image i.png --mask labels.png", ["--mask:", "levels of 0 to 2"]),
         ("label", "--image i.png --invert --source 10", ["--source: got '10'", "0 to"]),
         ("label", "--image i.png --invert --source ²", ["--source: got '²'"]),
         ("label", "--prompt x", ["--prompt: this model reads no text"]),
@@ -358,9 +403,11 @@ def runs(tmp_path_factory):
             "--autoguidance label --autoguidance-step 3",
             ["--autoguidance-step: got 3", "without checkpoints"],
         ),
-        ("label", "--replay text.png", ["--replay:", "no image"]),
+        ("label", "--replay text.png", ["--replay:", "not an image"]),
         ("label", "--replay i.png", ["--replay:", "has no metadata"]),
-        ("label", "--replay bomb.png", ["--replay:", "too large"]),
+        ("label", "--replay comment.jpg", ["--replay:", "has no metadata"]),
+        ("label", "--replay page.eps", ["--replay:", "not an image"]),
+        ("label", "--replay bomb.png", ["--replay:", "more than 67,108,864 pixels"]),
     ],
 )
 def test_request_that_the_model_cannot_do_is_refused_in_one_line(

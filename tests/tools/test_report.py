@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldm_jax.cli.report import main
 from ldm_jax.config import to_json
@@ -182,7 +183,7 @@ def test_report_is_written_without_memory_for_samples(tmp_path, monkeypatch):
     assert "No samples were made for this report: RESOURCE_EXHAUSTED: 3 GiB." in text
 
 
-def test_run_summary_leaves_out_truncated_lines_and_files(tmp_path):
+def test_run_summary_leaves_out_truncated_lines_and_files(tmp_path, caplog):
     workdir = make_run(tmp_path / "run", finished=False)
     summary = read_run_summary(workdir)
     assert not summary.is_finished
@@ -198,6 +199,15 @@ def test_run_summary_leaves_out_truncated_lines_and_files(tmp_path):
     assert caplog.messages == [
         f"{log}: 5 lines are no records of a log, and are left out"
     ]
+
+
+def test_an_image_that_is_none_is_told_on_the_page(tmp_path):
+    workdir = make_run(tmp_path / "run")
+    shown = read_run_summary(workdir).stages[-1].images[-1].path
+    Image.new("RGB", (8, 8)).save(shown, format="EPS")
+    assert f"{shown.name} cannot be shown: not an image" in write(
+        workdir, "--no-samples"
+    )
 
 
 def test_half_a_final_file_does_not_make_a_run_unfinished(tmp_path):

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ldm_jax.config import to_json
+from ldm_jax.data.image_files import BrokenImageError, open_image
 from ldm_jax.tools.report.charts import Curve, chart
 from ldm_jax.tools.report.html import escaped, figure, section, table
 from ldm_jax.tools.report.run_summary import RunSummary, StageSummary
@@ -248,8 +249,12 @@ def _evaluation_command(summary: RunSummary, one: dict[str, Any]) -> str:
 
 
 def _file(path: Path) -> str:
-    with Image.open(path) as image:
-        return _img(image.convert("RGB"))
+    """Write the image of a file, or why there is none."""
+    try:
+        with open_image(path) as image:
+            return _img(image.convert("RGB"))
+    except (BrokenImageError, OSError) as error:
+        return f"<p>{escaped(f'{path.name} cannot be shown: {error}')}</p>"
 
 
 def _array(image: UInt8[np.ndarray, "h w c"]) -> str:
