@@ -9,6 +9,7 @@ from ldm_jax.config import IMAGES_AT_ONCE, Config, flatten, read_config
 from ldm_jax.config.flags import Inline, parse_flags_with_config
 from ldm_jax.config.launch import Launch, check_local
 from ldm_jax.config.validation import checked_dataclass, require_at_least
+from ldm_jax.data.tfds_builders import check_builder
 from ldm_jax.parallel.launch import start
 from ldm_jax.types import InputError
 
@@ -32,6 +33,9 @@ class Flags:
     """Folder of a run."""
     config_name: Annotated[str | None, tyro.conf.arg(name="config")] = None
     """Instead of a run: a shipped config, or a file with get_config()."""
+    builder: str | None = None
+    """The file and config of the run's data set, FILE.py or FILE.py/CONFIG, where its
+    config names one: reading the data runs it."""
     out: Path | None = None
     """Folder of the cache."""
     shards: int | None = None
@@ -77,7 +81,9 @@ def parse(args: list[str]) -> tuple[Flags, Path, Config]:
                     "config is the run's; try --config FILE.py --first-stage "
                     f"{flags.workdir}"
                 )
-        return flags, flags.out, read_config(flags.workdir)
+        config = read_config(flags.workdir)
+        check_builder(config.data.source, flags.builder)
+        return flags, flags.out, config
     if flags.config.first_stage is None:
         raise InputError(
             "--first-stage: not given, wanted the run or weights whose latents are "

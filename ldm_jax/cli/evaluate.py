@@ -8,6 +8,7 @@ from ldm_jax.config import read_config
 from ldm_jax.config.flags import Inline, as_flag, parse_flags
 from ldm_jax.config.launch import Launch, check_local
 from ldm_jax.config.validation import checked_dataclass
+from ldm_jax.data.tfds_builders import check_builder
 from ldm_jax.evaluation.protocols import protocol_of
 from ldm_jax.evaluation.request import (
     EvaluationRequest,
@@ -67,6 +68,9 @@ class Flags:
     """Measure the first stage on held-out images, not samples."""
     lpips: tuple[Path, ...] = ()
     """Weights of VGG16 and of LPIPS' heads, for --reconstructions."""
+    builder: str | None = None
+    """The file and config of the run's data set, FILE.py or FILE.py/CONFIG, where its
+    config names one: reading the data runs it."""
     out: Path | None = None
     """Folder for the results; WORKDIR/evaluation by default."""
     launch: Annotated[Launch, Inline] = Launch()
@@ -96,6 +100,7 @@ def parse(args: list[str]) -> tuple[EvaluationRequest, Launch]:
     protocol = protocol_of(name)
     check_network(protocol, flags.inception)
     config = read_config(flags.workdir)
+    check_builder(config.data.source, flags.builder)
     if not flags.reconstructions:
         check_run(config, flags.workdir, try_="--reconstructions")
     out = flags.out or flags.workdir / "evaluation"

@@ -6,6 +6,7 @@ from typing import Annotated
 from ldm_jax.config.flags import Inline, parse_flags
 from ldm_jax.config.launch import Launch
 from ldm_jax.config.validation import checked_dataclass
+from ldm_jax.data.tfds_builders import check_builder
 from ldm_jax.parallel.launch import PEER_TIMEOUT, start
 
 
@@ -25,6 +26,9 @@ class Flags:
     """File to write; WORKDIR/report.html by default."""
     samples: bool = True
     """Draw samples; --no-samples computes nothing."""
+    builder: str | None = None
+    """The file and config of the run's data set, FILE.py or FILE.py/CONFIG, where its
+    config names one: reading the data runs it."""
     launch: Annotated[Launch, Inline] = Launch()
     """Processes and compilation cache of the program."""
 
@@ -35,6 +39,8 @@ def main(args: list[str]) -> None:
     from ldm_jax.tools.report.run_summary import check_out, read_run_summary
 
     summary = read_run_summary(flags.workdir)
+    if flags.samples:
+        check_builder(summary.config.data.source, flags.builder)
     out = flags.out or flags.workdir / "report.html"
     check_out(out)
     start(flags.launch, beside=flags.workdir, peer_timeout=PEER_TIMEOUT)

@@ -6,6 +6,7 @@ from pathlib import Path
 from ldm_jax.config import Config, read_config
 from ldm_jax.config.flags import parse_flags
 from ldm_jax.config.validation import checked_dataclass, require, require_at_least
+from ldm_jax.data.tfds_builders import check_builder
 from ldm_jax.evaluation.protocols import protocol_of
 from ldm_jax.evaluation.request import check_network, check_run
 from ldm_jax.evaluation.trade_off import TOLERANCE, StepsRequest, in_words, to_table
@@ -43,6 +44,9 @@ class Flags:
     """Weights of FID's Inception network (.pth, safetensors)."""
     limit_steps: int = 200
     """Steps of dpmpp_2m for the images that count as converged."""
+    builder: str | None = None
+    """The file and config of the run's data set, FILE.py or FILE.py/CONFIG, where its
+    config names one: reading the data runs it."""
     out: Path | None = None
     """Folder of steps.json and steps.png; WORKDIR/steps by default."""
 
@@ -74,6 +78,7 @@ def parse(args: list[str]) -> StepsRequest:
         raise InputError(f"--out: {out} is a file, wanted a folder")
     config = read_config(flags.workdir)
     check_run(config, flags.workdir)
+    check_builder(config.data.source, flags.builder)
     check_settings(config, flags)
     return StepsRequest(
         workdir=flags.workdir,

@@ -1,5 +1,8 @@
 """TFDS builders: of this package, of a user's Python file, and of TFDS itself.
 
+Python is run of a file that a user names, and of nothing else: no community data set is
+downloaded with its code, and a prepared data set names no class but TFDS' own.
+
 A file `builder:PATH.py` is imported from the folder above its packages, as Python would
 import it, so that it can import its neighbours. Its data set is prepared under the name
 that its builder gives itself.
@@ -9,8 +12,10 @@ import contextlib
 import difflib
 import importlib
 import io
+import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -24,6 +29,13 @@ BUILDER = "builder:"
 
 OWN_BUILDERS = {"digits": "ldm_jax.data.builders.digits.digits_dataset_builder"}
 """Modules of the data sets of this package, by name."""
+
+NAMESPACE = re.compile(r"[^/:]+:(?![\d.*]+$)")
+"""Start of the name of a community data set, whose code TFDS downloads and runs; not
+the version of another."""
+FEATURES_FILE = "features.json"
+CLASS_KEYS = frozenset({"type", "pythonClassName", "python_class_name"})
+"""Keys of a features file whose value TFDS imports."""
 
 MAX_ERROR_LENGTH = 200
 """Characters quoted of an error in a builder's code: mostly its end."""
@@ -67,6 +79,7 @@ def open_builder(name: str, where: str, *, prepare: bool = True) -> Any:
                 builder.download_and_prepare()
         return builder
     plain = name.removeprefix("tfds:")
+    _check_own_code(name, plain, where)
     try:
         builder = tfds.builder(plain, data_dir=where, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
@@ -86,6 +99,27 @@ def open_builder(name: str, where: str, *, prepare: bool = True) -> Any:
             f"--data_dir {where} --file_format array_record"
         )
     return builder
+
+
+def check_builder(source: str, given: str | None) -> None:
+    """Raise `InputError` if a run's config names a Python file that no one gave.
+
+    Args:
+      source: Name of the run's data set; reading it runs the file.
+      given: The file and config that were given by hand, or None.
+    """
+    if source.startswith(BUILDER) and given != source.removeprefix(BUILDER):
+        path = repr(source.removeprefix(BUILDER))
+        raise InputError(
+            f"--builder: {'not given' if given is None else f'got {given}'}, but the "
+            f"run's config names {path}, a Python file that is run to read its data; "
+            f"look at it, and give --builder {path}"
+        )
+    if given is not None and not source.startswith(BUILDER):
+        raise InputError(
+            f"--builder: got {given}, but the data of the run is {source!r}, wanted "
+            "none"
+        )
 
 
 def find_own(name: str) -> OwnBuilder | None:
@@ -143,6 +177,44 @@ def nearest(name: str, known: list[str]) -> str:
     """Return "; try NAME" for the known name most like a wrong one; "" if none is."""
     found = difflib.get_close_matches(name, known, n=1)
     return f"; try {found[0]}" if found else ""
+
+
+def _check_own_code(name: str, plain: str, where: str) -> None:
+    """Raise `InputError` if TFDS would import code that is not its own."""
+    if NAMESPACE.match(plain):
+        raise InputError(
+            f"data.source: got {name}, a community data set, whose code TFDS would "
+            "download and run; try your own builder's file, as in builder:FILE.py"
+        )
+    folder = Path(where, plain.partition("/")[0].partition(":")[0])
+    for depth in ("*", "*/*"):
+        for path in folder.glob(f"{depth}/{FEATURES_FILE}"):
+            classes = _classes_in(path) if path.is_file() else [str(path)]
+            for found in classes:
+                if not found.startswith("tensorflow_datasets."):
+                    raise InputError(
+                        f"data.source: {path} names the class {found!r}, which TFDS "
+                        "would import; wanted a class of TFDS; try your own builder's "
+                        "file, as in builder:FILE.py"
+                    )
+
+
+def _classes_in(path: Path) -> list[str]:
+    """List the classes that a features file names."""
+    found, left = [], []
+    try:
+        left.append(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"data.source: {path} is damaged: {error}") from None
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            names = (value[key] for key in CLASS_KEYS & value.keys())
+            found += [name for name in names if isinstance(name, str)]
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return found
 
 
 def _split_path(name: str) -> tuple[Path, str]:

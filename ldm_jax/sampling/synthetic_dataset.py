@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ldm_jax.config import DataConfig
 from ldm_jax.data.sources import find_class_names
+from ldm_jax.data.tfds_builders import BUILDER
 from ldm_jax.data.tfds_writer import (
     Contents,
     Record,
@@ -27,7 +28,6 @@ from ldm_jax.data.tfds_writer import (
     written_digest,
 )
 from ldm_jax.files import write_text
-from ldm_jax.images import read_png
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.multihost import gather_texts
 from ldm_jax.sampling.conditions import ImageSpec
@@ -100,7 +100,8 @@ def write_dataset(settings: SamplingConfig, request: SampleRequest) -> Outcome:
                 "the same command finishes the data set",
             ),
         )
-    height, width, channels = read_png(paths[0]).shape
+    height, width = work.pipeline.inputs[:2]
+    channels = run.model.image_shape[-1]
     contents = Contents(records, names, (height, width, channels))
     return finish(work, contents, captions, was_there=not num_made)
 
@@ -148,12 +149,14 @@ def class_names_of(
 
     Returns:
       The names of its data set, if that is available and has as many; otherwise the
-      classes' numbers. () if the model has no classes.
+      classes' numbers. () if the model has no classes. A file that builds the data set
+      is not imported: the config may be from somebody else.
     """
     if not model.condition.uses_classes:
         return ()
     found: tuple[str, ...] = ()
-    if settings.workdir is not None:  # weights alone name no data set
+    built = data.source.startswith(BUILDER)
+    if settings.workdir is not None and not built:  # weights alone name no data set
         found = find_class_names(data.source, directory=data.directory)
     # TFDS keeps the names as lines of a file.
     names = [" ".join(name.split()) for name in found]

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -6,9 +7,11 @@ import pytest
 
 from ldm_jax.cli import main
 from ldm_jax.cli.exit_codes import run_main
+from ldm_jax.config import to_json
 from ldm_jax.config.load_config import shipped_configs
 from ldm_jax.types import InputError
 from tests.support.commands import LDM, ROOT, error_line, run, succeeded
+from tests.support.stand_ins import config_with
 
 HELP = """
 import resource, sys
@@ -114,3 +117,31 @@ def test_only_commands_that_compute_restart_with_huge_pages(
     monkeypatch.setattr(sys, "argv", ["ldm", *args])
     main.main()
     assert bool(requested) == starts_again and ran == [args]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["evaluate"],
+        ["steps"],
+        ["report"],
+        ["cache-latents", "--out", "latents"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_a_file_that_a_run_names_is_run_only_if_it_is_given(
+    args, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "squares.py").write_text("raise AssertionError('imported')")
+    config = config_with()
+    data = dataclasses.replace(config.data, source="builder:squares.py/few")
+    text = to_json(dataclasses.replace(config, data=data))
+    (tmp_path / "config.json").write_text(text)
+    for given in ([], ["--builder", "other.py"]):
+        with pytest.raises(InputError) as caught:
+            main.run([*args, "--workdir", ".", *given])
+        assert "give --builder 'squares.py/few'" in str(caught.value)
+    (tmp_path / "config.json").write_text(to_json(config))
+    with pytest.raises(InputError, match=r"got squares\.py, but the data"):
+        main.run([*args, "--workdir", ".", "--builder", "squares.py"])

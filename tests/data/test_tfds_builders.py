@@ -1,6 +1,7 @@
 """A user's TFDS builder, given by the path of its Python file."""
 
 import shutil
+import sys
 import textwrap
 
 import pytest
@@ -162,3 +163,30 @@ def test_file_with_two_builders_is_refused(tmp_path):
     assert "has the builders TwoOne, TwoOther" in error_line(
         f"builder:{path}", tmp_path
     )
+
+
+@pytest.mark.parametrize("name", ["someone:squares", "huggingface:squares/few:1.0.0"])
+def test_a_community_data_set_is_not_downloaded_with_its_code(tmp_path, name):
+    assert "a community data set" in error_line(f"tfds:{name}", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        '{"pythonClassName": "squares_evil.Feature"}',
+        '{"python\\u0043lassName": "squares_evil.Feature"}',
+        '{"type": "squares_evil.Feature", "content": {}}',
+        '{"pythonClassName": "tensorflow_datasets.core.features.features_dict.Features'
+        'Dict", "featuresDict": {"features": {"image": {"pythonClassName": '
+        '"squares_evil.Feature"}}}}',
+    ],
+)
+def test_a_prepared_data_set_imports_nothing(tmp_path, features, monkeypatch):
+    (tmp_path / "squares_evil.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "data" / "sly_squares" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text(features)
+    (folder / "dataset_info.json").write_text('{"name": "sly_squares"}')
+    assert "squares_evil.Feature" in error_line("tfds:sly_squares", tmp_path)
+    assert "squares_evil" not in sys.modules

@@ -1,5 +1,6 @@
 """Samples as a labelled data set: read as TFDS and as a folder, resumed, checked."""
 
+import dataclasses
 import json
 import shutil
 
@@ -331,6 +332,15 @@ def test_class_names_are_those_of_the_data_set_or_numbers(monkeypatch):
     for unfit in ((), ten[:9], ("",) * 10, ("x",) * 10):
         assert names(*unfit) == numbers
     assert names(*ten, settings=SamplingConfig(weights="w")) == numbers
+
+
+def test_the_names_of_classes_run_no_file_that_a_run_names(tmp_path):
+    path = tmp_path / "squares.py"
+    path.write_text("raise AssertionError('imported')")
+    data = dataclasses.replace(config_with().data, source=f"builder:{path}")
+    settings = SamplingConfig(workdir="run")
+    names = synthetic.class_names_of(build_model(config_with()), data, settings)
+    assert names == tuple("0123456789")
 
 
 # Flags that conflict with --as-dataset.
