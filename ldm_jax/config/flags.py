@@ -143,7 +143,7 @@ def parse_list(text: str, *, name: str, low: int, high: int) -> list[int]:
             raise InputError(f"{name}: got {outside[0]}, wanted {low} to {high}")
         if len(numbers) + last - first >= MAX_NUMBERS:
             raise InputError(
-                f"{name}: got {shown(text)}, wanted at most {MAX_NUMBERS} numbers"
+                f"{name}: got {part.strip()}, wanted at most {MAX_NUMBERS} numbers"
             )
         numbers.extend(range(first, last + 1))
     return numbers
