@@ -9,8 +9,7 @@ from jaxtyping import Array, Float
 from ldm_jax.build import build_model
 from ldm_jax.config import Config, read_config
 from ldm_jax.latent_diffusion import init_autoencoder, param_shapes
-from ldm_jax.pretrained.compvis_import import is_first_stage, read_compvis
-from ldm_jax.pretrained.compvis_names import AUTOENCODER_PREFIX
+from ldm_jax.pretrained.compvis_import import read_compvis
 from ldm_jax.pretrained.diffusers_configs import read_autoencoder
 from ldm_jax.pretrained.diffusers_folder import AUTOENCODERS, open_folder
 from ldm_jax.pretrained.diffusers_import import (
@@ -22,7 +21,6 @@ from ldm_jax.pretrained.model_weights import (
     WEIGHTS_FILE,
     NetworkShapes,
     file_config,
-    file_scale,
 )
 from ldm_jax.pretrained.open_weights import is_run, open_weights
 from ldm_jax.pretrained.tensors import open_tensors
@@ -134,14 +132,12 @@ def import_first_stage(path: Path, config: Config) -> tuple[PyTree, float | None
         scale = component.config.get("scaling_factor")
         return tree, None if scale is None else float(scale)
     tensors = open_tensors(path)
-    theirs, scale = file_config(tensors), file_scale(tensors)
+    theirs = file_config(tensors)
     if theirs is not None:
         _check_autoencoder(path, theirs, config)
-    if not is_first_stage(tensors):
-        tensors = tensors.under(AUTOENCODER_PREFIX)
     empty = NetworkShapes(shapes, {}, {})
     weights = read_compvis(tensors, config, empty, what=str(path))
-    return weights.autoencoder, scale
+    return weights.autoencoder, weights.latent_scale
 
 
 def different_autoencoder(theirs: Config, ours: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -71,3 +72,14 @@ def test_import_first_stage_reads_the_scale_of_a_whole_model(tmp_path):
     params, scale = import_first_stage(path, weights.config)
     assert scale == 0.25
     assert same(params, weights.autoencoder)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_import_first_stage_reads_a_rounded_scale_as_that_of_the_config(
+    tmp_path, dtype
+):
+    weights, tensors = compvis_arrays()
+    config = with_first(weights.config, latent_scale=0.18215)
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, tensors | {"scale_factor": np.asarray(0.18215, dtype)})
+    assert import_first_stage(path, config)[1] == 0.18215
