@@ -93,8 +93,8 @@ def parse(args: list[str]) -> tuple[DemoRequest, Flags]:
         raise as_flag(error) from None
     if importlib.util.find_spec("nicegui") is None:
         raise InputError(
-            "nicegui: not installed, and the page needs it; try pip install "
-            "'ldm_jax[browse]'"
+            "nicegui: not installed, and the page needs it; try pip install -e "
+            "'.[browse]' where ldm_jax was cloned"
         )
     return DemoRequest(
         settings=settings, max_steps=most, max_images=flags.max_images

@@ -450,7 +450,7 @@ def test_missing_libtpu_is_refused_with_its_extra(monkeypatch):
     from ldm_jax.tools.plan import topology
 
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'ldm_jax\[plan\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[plan\]'"):
         topology.prepare_environment()
 
 

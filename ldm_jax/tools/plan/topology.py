@@ -90,6 +90,6 @@ def prepare_environment() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "--topology: the TPU's compiler, libtpu, is not installed; try "
-            "pip install 'ldm_jax[plan]', or --topology local"
+            "pip install -e '.[plan]' where ldm_jax was cloned, or --topology local"
         )
     os.environ.update(ENVIRONMENT)
