@@ -301,7 +301,10 @@ def _other_inputs(found: Checkpoint, workdir: Path, tokenizer: Path | None) -> s
     """Say which file of a run differs from what is in its checkpoint itself."""
     scale, theirs = read_scale(workdir), found.tree["extra"].get("latent_scale")
     if scale is not None and theirs is not None and np.float32(scale) != theirs:
-        return f"it was trained with the latent scale {float(theirs)}, not {scale}"
+        return (
+            f"it was trained with the latent scale {float(theirs)}, not the {scale} of "
+            f"autoencoder/{SCALE_FILE}: delete that file"
+        )
     if tokenizer is not None and (learned := found.notes.get(NOTE)) is not None:
         path = tokenizer / TOKENIZER_FILE
         if path.exists() and read_text(path, remedy=ANEW) != learned:
