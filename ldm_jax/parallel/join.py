@@ -74,6 +74,7 @@ class _Host:
         self._where, (_, self._port) = launch.coordinator, launch.address
         self._num = launch.num_processes or 1
         self._guests: dict[int, asyncio.StreamWriter] = {}
+        self._open: set[asyncio.StreamWriter] = set()
         self._complete = asyncio.Event()
 
     def missing(self) -> str:
@@ -93,13 +94,17 @@ class _Host:
         except asyncio.CancelledError:
             self._say(f"no {self.missing()} in time")
             raise
+        else:
+            self._say("go")
         finally:
             server.close()
-        self._say("go")
-        # They close first, so that no half-closed connection keeps the port.
-        for _ in range(SECONDS_TO_GREET * 100):
-            if not self._guests:
-                break
+            # They close first, so that no half-closed connection keeps the port.
+            for _ in range(SECONDS_TO_GREET * 100):
+                if not self._open:
+                    break
+                await asyncio.sleep(0.01)
+            for writer in self._open:
+                writer.transport.abort()
             await asyncio.sleep(0.01)
 
     async def _greet(
@@ -107,6 +112,7 @@ class _Host:
     ) -> None:
         """Take a process in, and wait until it leaves; send a stranger away."""
         this = None
+        self._open.add(writer)
         with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError):
             line = await asyncio.wait_for(reader.readline(), SECONDS_TO_GREET)
             found = re.fullmatch(rb"ldm ([0-9]{1,9})/([0-9]{1,9})\n", line)
@@ -118,6 +124,9 @@ class _Host:
             del self._guests[this]
             self._tell()
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        self._open.discard(writer)
 
     def _take_in(self, this: int, num: int, writer: asyncio.StreamWriter) -> int | None:
         if num != self._num:
