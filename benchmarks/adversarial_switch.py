@@ -7,7 +7,6 @@ reconstructed with the averaged weights. With --check it exits 1 if a number was
 finite, or the discriminator cost more than 1.5 dB.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from command import make_parser
 
 from ldm_jax.build import build_model, load_split, open_iterator
 from ldm_jax.cli.exit_codes import run_main
@@ -89,9 +89,7 @@ def make_psnr(config: Config) -> Callable[[Any], float]:
 
 def main(args: list[str]) -> None:
     """Measure, print, and check if asked to."""
-    parser = argparse.ArgumentParser(
-        prog=PROG, description="Measure what an adversary costs."
-    )
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--config", default="configs/digits_adversarial.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--check", action="store_true")

@@ -21,17 +21,18 @@ Every finished pair of n and seed is kept in --out, so that the same command goe
 where it was stopped. The whole took two hours on one CPU core.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import make_parser
 from digit_reader import Arm, Examples, accuracy, labelled, shrink
 from jaxtyping import UInt8
 from scipy import stats
@@ -53,6 +54,7 @@ from ldm_jax.sampling.request import SampleRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.sampling.synthetic_dataset import DATA_SETS, NAME, write_dataset
 
+PROG = "benchmarks/augmentation.py"
 NUM_TRAIN, NUM_WINDOWS = 1500, 5
 SVM_C, SVM_GAMMA = 1.0, 0.002
 """Of `digits_quality.py`: it reads 99.3 % of the held-out digits right."""
@@ -84,7 +86,7 @@ def window(n: int, seed: int) -> tuple[int, int]:
     return first, first + n
 
 
-def config_of(given: argparse.Namespace, n: int, seed: int) -> Config:
+def config_of(given: Namespace, n: int, seed: int) -> Config:
     """Make the config of a run that sees n digits alone."""
     config = load_config(given.config)
     first, end = window(n, seed)
@@ -112,7 +114,7 @@ def config_of(given: argparse.Namespace, n: int, seed: int) -> Config:
     )
 
 
-def draw_samples(given: argparse.Namespace, config: Config, folder: Path) -> Batch:
+def draw_samples(given: Namespace, config: Config, folder: Path) -> Batch:
     """Draw samples of a run as a user does, and read them as one."""
     settings = SamplingConfig(
         workdir=str(folder / "run"),
@@ -146,12 +148,12 @@ def read_right(config: Config, samples: Batch) -> float:
     return float(svm.score(features(samples.image), samples.label))
 
 
-def folder_of(given: argparse.Namespace, n: int, seed: int) -> Path:
+def folder_of(given: Namespace, n: int, seed: int) -> Path:
     """Return where a pair is kept."""
     return given.out / f"n{n:04d}_seed{seed}"
 
 
-def measure(given: argparse.Namespace, n: int, seed: int) -> dict[str, Any]:
+def measure(given: Namespace, n: int, seed: int) -> dict[str, Any]:
     """Train, sample and classify for one pair; or read what was found before."""
     folder = folder_of(given, n, seed)
     config, asked = config_of(given, n, seed), settings_of(given)
@@ -185,13 +187,13 @@ def measure(given: argparse.Namespace, n: int, seed: int) -> dict[str, Any]:
     return found
 
 
-def settings_of(given: argparse.Namespace) -> dict[str, Any]:
+def settings_of(given: Namespace) -> dict[str, Any]:
     """Say what a result depends on."""
     others = ("out", "json", "sizes", "num_seeds")
     return {k: v for k, v in vars(given).items() if k not in others}
 
 
-def expected_seconds(given: argparse.Namespace) -> float:
+def expected_seconds(given: Namespace) -> float:
     """Guess how long one pair takes."""
     num_samples = 10 * given.per_class * given.sample_steps
     num_samples *= 1 if given.guidance_scale == 1.0 else 2
@@ -257,11 +259,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse(args: list[str]) -> argparse.Namespace:
+def parse(args: list[str]) -> Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="augmentation.py", description="Real digits with and without samples."
-    )
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="kept between calls")
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 100, 200, 500])
     parser.add_argument("--num-seeds", type=int, default=NUM_WINDOWS)
@@ -324,4 +324,4 @@ def main(args: list[str]) -> None:
 
 if __name__ == "__main__":
     use_huge_pages()
-    run_main(main, "augmentation.py")
+    run_main(main, PROG)

@@ -6,13 +6,13 @@ Prints a table, and JSON with --json FILE. With --check it exits 1 when the run 
 short of the documented figures.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
+from command import make_parser
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
@@ -22,8 +22,8 @@ from ldm_jax.data.pipeline import Batch
 from ldm_jax.evaluation.fid import frechet_distance, moments
 from ldm_jax.images import to_uint8
 from ldm_jax.models.conditioning import ConditionInputs
+from ldm_jax.pretrained.load_run import Run, load_run
 from ldm_jax.rng import image_keys
-from ldm_jax.run import Run, load_run
 from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.autoencoder_stage import make_reconstruct
@@ -125,7 +125,7 @@ def measure(run: Run, per_class: int, steps: int, scale: float) -> list[Row]:
 
 def main(args: list[str]) -> None:
     """Measure, print, and check if asked to."""
-    parser = argparse.ArgumentParser(prog=PROG, description="Measure a digits run.")
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--per-class", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50)

@@ -8,7 +8,6 @@ is trained for some steps, and the share of the time is printed that the loop sp
 asking for batches: an upper bound of waiting, as the devices compute meanwhile.
 """
 
-import argparse
 import functools
 import json
 import statistics
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from command import make_parser
 from PIL import Image
 
 from ldm_jax.build import build_model, open_iterator
@@ -169,7 +169,7 @@ def waiting_share(config: Config, workdir: Path, *, steps: int) -> float:
 
 def main(args: list[str]) -> None:
     """Measure, print, and check if asked to."""
-    parser = argparse.ArgumentParser(prog=PROG, description="Measure the input.")
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--repeats", type=int, default=3)

@@ -10,19 +10,19 @@ latents, forward and backward; it needs no data. JSON with --json FILE. With --c
 exits 1 if the first 20 losses differ by more than 1e-5 or the cache saves no time.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import statistics
-import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+from command import make_parser
 
 from ldm_jax.build import build_model, open_iterator
 from ldm_jax.cli.exit_codes import run_main
@@ -40,8 +40,9 @@ from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.encode_latents import make_cache
 from ldm_jax.training.latent_cache import check_cache, open_cache, open_latents
 from ldm_jax.training.prefetch import Prefetch
-from ldm_jax.types import InputError
+from ldm_jax.types import InputError, RunError
 
+PROG = "benchmarks/latent_cache.py"
 MAX_DIFFERENCE = 1e-5
 NUM_COMPARED = 20
 """First losses that are held to it: rounding grows from step to step of training."""
@@ -99,7 +100,7 @@ def open_side(
     return round_of
 
 
-def measure(workdir: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(workdir: Path, args: Namespace) -> dict[str, Any]:
     """Make a cache of a run, and train from it and from images, taking turns."""
     config = read_config(workdir)
     model = build_model(config)
@@ -214,7 +215,7 @@ def to_table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Measure or count, print, and check if asked to."""
-    parser = argparse.ArgumentParser(description="Time steps from a cache of latents.")
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--workdir", type=Path, help="a run with a finished stage 1")
     parser.add_argument("--recipes", nargs="*", default=None, help="of configs/ldm")
     parser.add_argument("--steps", type=int, default=20, help="of a turn")
@@ -238,10 +239,9 @@ def main(arguments: list[str]) -> None:
     if args.check and found is not None:
         apart = found["difference_of_first_losses"] > MAX_DIFFERENCE
         if apart or found["latents_over_images"] >= 1.0:
-            print("falls short: losses differ, or no time is saved", file=sys.stderr)
-            sys.exit(1)
+            raise RunError("falls short: losses differ, or no time is saved")
 
 
 if __name__ == "__main__":
     use_huge_pages()
-    run_main(main, "latent_cache.py")
+    run_main(main, PROG)

@@ -9,13 +9,13 @@ many answers, so the mean of several comes nearer to the truth; both are printed
 --check it exits 1 when the run falls short of what the documentation says.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from command import make_parser
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
@@ -23,8 +23,8 @@ from ldm_jax.build import load_split
 from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.images import to_float, to_uint8, write_png
 from ldm_jax.models.conditioning import ConditionInputs
+from ldm_jax.pretrained.load_run import Run, load_run
 from ldm_jax.rng import Stream, example_keys, image_keys, root_key
-from ldm_jax.run import Run, load_run
 from ldm_jax.sampling.editing import Edit, masked_inputs
 from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
@@ -146,9 +146,7 @@ def sheet(rows: dict[str, Images]) -> UInt8[np.ndarray, "h w c"]:
 
 def main(args: list[str]) -> None:
     """Measure, print, draw, and check if asked to."""
-    parser = argparse.ArgumentParser(
-        prog=PROG, description="Measure a run that restores images."
-    )
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--num", type=int, help="images, of the split; unset: all")
     parser.add_argument("--steps", type=int, default=20)

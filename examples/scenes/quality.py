@@ -8,7 +8,6 @@ shape it was trained on, and `held_out`, of the others. Prints a table, and JSON
 in docs/reference/benchmarks.md.
 """
 
-import argparse
 import itertools
 import json
 import textwrap
@@ -26,15 +25,17 @@ from examples.scenes.checker.scenes import Reading, Verdict, check, read_scenes
 from ldm_jax.build import open_tokenizer
 from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import Config
+from ldm_jax.config.flags import parse_flags
+from ldm_jax.config.validation import checked_dataclass, require, require_at_least
 from ldm_jax.data.sources import open_source
 from ldm_jax.images import to_uint8, write_png
 from ldm_jax.models.conditioning import ConditionInputs
+from ldm_jax.pretrained.load_run import Run, load_run
 from ldm_jax.rng import image_keys
-from ldm_jax.run import Run, load_run
 from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.training.autoencoder_stage import make_reconstruct
-from ldm_jax.types import SAMPLER_NAMES, RunError, SamplerName
+from ldm_jax.types import RunError, SamplerName
 
 PROG = "examples/scenes/quality.py"
 SPLITS = {"test": "training pairs", "held_out": "held-out pairs"}
@@ -47,6 +48,42 @@ TILE, GAP, LINE, LINES, WIDTH = 128, 16, 15, 3, 22
 FONT_SIZE = 12
 PAPER, INK, FRAME, RED = (255, 255, 255), (40, 40, 40), (225, 225, 225), (220, 30, 30)
 Images = UInt8[np.ndarray, "b h w 3"]
+
+
+@checked_dataclass
+class Flags:
+    """Measure what share of a run's samples shows what their captions say."""
+
+    workdir: Path
+    """Folder of the run."""
+    things: int = 1
+    """Things in each picture."""
+    num: int = 500
+    """Captions of each split."""
+    sampler: SamplerName = "ddim"
+    """Sampler."""
+    steps: int = 50
+    """Denoising steps."""
+    guidance_scale: float = 2.0
+    """Guidance scale, 1 for none."""
+    guidance_low: float = 0.0
+    """Guide only where the noise-to-signal ratio is above this."""
+    guidance_high: float | None = None
+    """Guide only where the noise-to-signal ratio is at most this; None for all."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise."""
+    first_seed: int = 0
+    """Seed of the first caption; the others follow."""
+    grid: Path | None = None
+    """File for the first samples of both splits."""
+    json: Path | None = None
+    """File for the figures."""
+    check: bool = False
+    """Exit with 1 if the run falls short of the documented figures."""
+
+    def _check(self) -> None:
+        require(self, "things", self.things in MIN_DRAWN, "1 or 2")
+        require_at_least(self, 8, "num")
 
 
 class Row(NamedTuple):
@@ -90,38 +127,14 @@ def read_split(config: Config, split: str, *, things: int, num: int) -> Asked:
     return Asked(np.stack(images), captions)
 
 
-class How(NamedTuple):
-    """How samples are drawn."""
-
-    sampler: SamplerName
-    """Its name."""
-    steps: int
-    """Of it."""
-    scale: float
-    """Of guidance."""
-    eta: float
-    """Of DDIM: 0 draws no noise on the way, 1 as much as DDPM."""
-    interval: tuple[float, float] = (0.0, float("inf"))
-    """Of sigma / alpha, in which there is guidance."""
-    first_seed: int = 0
-    """Of the first caption; the others follow."""
-
-
-def draw(run: Run, captions: list[str], how: How) -> Images:
+def draw(
+    run: Run, captions: list[str], settings: SamplingConfig, *, first_seed: int
+) -> Images:
     """Draw each caption once, every one with a seed of its own."""
     tokens = open_tokenizer(run.config.diffusion.condition).encode(captions)
-    low, high = how.interval
-    settings = SamplingConfig(
-        sampler=how.sampler,
-        steps=how.steps,
-        eta=how.eta,
-        guidance_scale=(how.scale,),
-        guidance_low=low,
-        guidance_high=None if high == float("inf") else high,
-    )
     sample_fn = make_sample_fn(run.model, guided=settings.guided)
     cond = ConditionInputs(tokens=jnp.asarray(tokens))
-    keys = image_keys([how.first_seed + i for i in range(len(captions))])
+    keys = image_keys([first_seed + i for i in range(len(captions))])
     samples = sample_fn(run.params, keys, cond, settings)
     return to_uint8(np.asarray(samples.images))
 
@@ -142,29 +155,27 @@ def pair_is_right(verdict: Verdict) -> bool:
     return verdict.number and verdict.pairs
 
 
-def measure(
-    run: Run, how: How, *, things: int, num: int, grid: Path | None
-) -> dict[str, float]:
-    """Measure a run; all figures but the PSNR are parts of 1.
-
-    Args:
-      run: Trained.
-      how: Samples are drawn.
-      things: In each picture.
-      num: Captions of each split.
-      grid: Where to write the first samples of both splits.
-    """
+def measure(run: Run, flags: Flags) -> dict[str, float]:
+    """Measure a run; all figures but the PSNR are parts of 1."""
+    settings = SamplingConfig(
+        sampler=flags.sampler,
+        steps=flags.steps,
+        eta=flags.eta,
+        guidance_scale=(flags.guidance_scale,),
+        guidance_low=flags.guidance_low,
+        guidance_high=flags.guidance_high,
+    )
     found: dict[str, float] = {}
     rows: list[Row] = []
     for split, name in SPLITS.items():
-        asked = read_split(run.config, split, things=things, num=num)
+        asked = read_split(run.config, split, things=flags.things, num=flags.num)
         output = make_reconstruct(run.model)(run.params.autoencoder, asked.images)
         error = np.square(output.astype(np.float64) - asked.images).mean()
         real, again = score(asked.captions, asked.images), score(asked.captions, output)
         found[f"{name}: real pictures read right"] = share(real, lambda v: v.all)
         found[f"{name}: reconstructions read right"] = share(again, lambda v: v.all)
         found[f"{name}: reconstructions, PSNR"] = float(10 * np.log10(255**2 / error))
-        drawn = draw(run, asked.captions, how)
+        drawn = draw(run, asked.captions, settings, first_seed=flags.first_seed)
         verdicts = score(asked.captions, drawn)
         found[f"{name}: samples with shape and colour right"] = share(
             verdicts, pair_is_right
@@ -177,11 +188,11 @@ def measure(
                 np.mean([getattr(verdict, field) for verdict in verdicts])
             )
         right = [verdict.all for verdict in verdicts]
-        for start in range(0, min(num, ROWS * NUM_COLUMNS), NUM_COLUMNS):
+        for start in range(0, min(flags.num, ROWS * NUM_COLUMNS), NUM_COLUMNS):
             part = slice(start, start + NUM_COLUMNS)
             rows.append(Row(drawn[part], asked.captions[part], right[part]))
-    if grid is not None:
-        write_png(grid, sheet(rows))
+    if flags.grid is not None:
+        write_png(flags.grid, sheet(rows))
     return found
 
 
@@ -222,52 +233,16 @@ def shortfalls(found: dict[str, float], *, things: int) -> list[str]:
 
 def main(args: list[str]) -> None:
     """Measure, print, and check if asked to."""
-    parser = argparse.ArgumentParser(prog=PROG, description="Measure a run of scenes.")
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--things", type=int, choices=sorted(MIN_DRAWN), default=1)
-    parser.add_argument(
-        "--num", type=int, default=500, help="captions of each split, at least 8"
-    )
-    parser.add_argument("--sampler", choices=SAMPLER_NAMES, default="ddim")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
-    parser.add_argument("--eta", type=float, default=0.0)
-    parser.add_argument(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        default=(0.0, float("inf")),
-        metavar=("LOW", "HIGH"),
-        help="of sigma / alpha, as of ldm sample",
-    )
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--grid", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args(args)
-    how = How(
-        sampler=arguments.sampler,
-        steps=arguments.steps,
-        scale=arguments.guidance_scale,
-        eta=arguments.eta,
-        interval=tuple(arguments.guidance_interval),
-        first_seed=arguments.first_seed,
-    )
-    found = measure(
-        load_run(arguments.workdir),
-        how,
-        things=arguments.things,
-        num=arguments.num,
-        grid=arguments.grid,
-    )
+    flags = parse_flags(Flags, args, prog=PROG)
+    found = measure(load_run(flags.workdir), flags)
     print("| measure | value |\n|---|---:|")
     for name, value in found.items():
         text = f"{value:.2f} dB" if "PSNR" in name else f"{100 * value:.1f} %"
         print(f"| {name} | {text} |")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
-    short = shortfalls(found, things=arguments.things)
-    if arguments.check and short:
+    if flags.json:
+        flags.json.write_text(json.dumps(found, indent=2) + "\n")
+    short = shortfalls(found, things=flags.things)
+    if flags.check and short:
         raise RunError(f"falls short: {'; '.join(short)}")
 
 

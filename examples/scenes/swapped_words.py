@@ -28,8 +28,8 @@ from ldm_jax.diffusion.losses import DiffusionObjective, denoising_loss
 from ldm_jax.diffusion.schedules import Level, level_at
 from ldm_jax.latent_diffusion import denoiser_of, encode_images, prepare
 from ldm_jax.models.conditioning import ConditionInputs
+from ldm_jax.pretrained.load_run import Run, load_run
 from ldm_jax.rng import root_key
-from ldm_jax.run import Run, load_run
 from ldm_jax.types import InputError
 
 PROG = "examples/scenes/swapped_words.py"
