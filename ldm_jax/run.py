@@ -1,6 +1,5 @@
 """A whole run: train the stages that are not finished, and record the result."""
 
-import functools
 import json
 import logging
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from ldm_jax import config as config_lib
 from ldm_jax.build import build_model, load_split, open_iterator, open_split
 from ldm_jax.config import OWN_LATENTS, Config
+from ldm_jax.data.latent_cache import CacheNote
 from ldm_jax.evaluation.online import check_scores, make_measure
 from ldm_jax.files import ANEW, write_json
 from ldm_jax.latent_diffusion import LatentDiffusion
@@ -18,7 +18,7 @@ from ldm_jax.parallel.multihost import (
     StopSignal,
     check_same,
     first_alone,
-    gather_texts,
+    from_first,
     stop_signal,
     together,
 )
@@ -30,12 +30,6 @@ from ldm_jax.pretrained.frozen import (
     read_frozen,
     save_frozen,
 )
-from ldm_jax.pretrained.load_run import (
-    Run,
-    load_run,
-    load_weights,
-    run_weights,
-)
 from ldm_jax.pretrained.load_stage import load_second_stage
 from ldm_jax.rng import root_key
 from ldm_jax.sampling.pipeline import platform_text
@@ -43,7 +37,7 @@ from ldm_jax.sampling.preview import make_preview
 from ldm_jax.training.autoencoder_stage import autoencoder_stage, latent_scale
 from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import FrozenParams
-from ldm_jax.training.digest import run_digest, tree_digest
+from ldm_jax.training.digest import run_digest
 from ldm_jax.training.dry_run import check_batches
 from ldm_jax.training.encode_latents import keep_latents
 from ldm_jax.training.latent_cache import Cache, check_cache, open_cache, open_latents
@@ -64,16 +58,6 @@ from ldm_jax.training.workdir import (
     restore_record,
 )
 from ldm_jax.types import RunError
-
-__all__ = [
-    "Outcome",
-    "Run",
-    "load_run",
-    "load_weights",
-    "run_digest",
-    "run_weights",
-    "train",
-]
 
 
 class Outcome(NamedTuple):
@@ -105,6 +89,23 @@ class FirstStage(NamedTuple):
     """For `final.json`."""
 
 
+class TrainingRun(NamedTuple):
+    """A run that trains."""
+
+    config: Config
+    """What it trains."""
+    model: LatentDiffusion
+    """The model that the config describes."""
+    workdir: Path
+    """Its folder."""
+    layout: Layout
+    """Its devices."""
+    profile: tuple[int, int] | None
+    """First and last step of a trace of each stage; None traces nothing."""
+    notes: dict[str, Any]
+    """Stored in every checkpoint."""
+
+
 def train(
     config: Config, workdir: Path, *, profile: tuple[int, int] | None = None
 ) -> Outcome:
@@ -134,19 +135,11 @@ def train(
         check_scores(config.scores, num_classes=config.data.num_classes)
         check_workdir(config, workdir)
         model = build_model(config)
-    final_path = workdir / FINAL_FILE
-    if gather_texts(str(final_path.exists()))[0] == str(True):
-        with together():
-            final = read_final(workdir)
-        reading = {"autoencoder": lambda: load_first_stage(config, workdir).digest}
-        if config.first_stage is not None:
-            copied = functools.partial(load_frozen, config, model, workdir)
-            reading["autoencoder"] = lambda: tree_digest(copied()[1:])
-        if "diffusion" in config.stages:
-            second = functools.partial(load_second_stage, config, model, workdir)
-            reading["diffusion"] = lambda: second().digest
-        if final is not None and _is_intact(workdir, final, reading=reading):
-            return Outcome(final, trained=False)
+    notes = {"config": json.loads(config_lib.to_json(config))}
+    run = TrainingRun(config, model, workdir, layout, profile, notes)
+    final = _finished_before(run)
+    if final is not None:
+        return Outcome(final, trained=False)
     with together():
         weights = read_frozen(config, model, workdir)
         for split in ("test", "train"):
@@ -162,41 +155,41 @@ def train(
     with open_workdir(config, workdir), stop_signal() as stop:
         first_alone(lambda: save_frozen(weights, workdir))
         first_alone(lambda: keep_tokenizer(config, workdir))
-        opened = with_own_tokenizer(config, workdir)
-        run = functools.partial(
-            _run_stage,
-            config=config,
-            workdir=workdir,
-            layout=layout,
-            profile=profile,
-            stop=stop,
-        )
-        first = _first_stage(opened, model, workdir, layout, weights=weights, run=run)
+        notes |= tokenizer_notes(config, workdir)
+        run = run._replace(config=with_own_tokenizer(config, workdir), notes=notes)
+        first = _first_stage(run, weights, stop)
         outcomes = {"autoencoder": first.outcome}
         if "diffusion" in config.stages:
             frozen = FrozenParams(first.params, first.latent_scale, weights.conditioner)
-            if config.data.latents == OWN_LATENTS:
-                with stop.at_once(f"{OWN_LATENTS} latents are not all made"):
-                    opened, note = keep_latents(
-                        opened, workdir, open_encoders=open_encoders
-                    )
-            with together():
-                cache = open_cache(opened, frozen.autoencoder, note)
-            stage = _diffusion_stage(opened, model, workdir, frozen, cache=cache)
-            finished = run(stage, cache=cache)
-            first_alone(lambda: record_stage(workdir, stage.name, finished.digest))
-            outcomes["diffusion"] = StageOutcome(finished.digest, finished.seconds)
-        digests = {name: outcome.digest for name, outcome in outcomes.items()}
-        final = {
-            "digest": run_digest(digests),
-            "digest_by_stage": digests,
-            "seconds_by_stage": {k: round(v.seconds, 1) for k, v in outcomes.items()},
-            "latent_scale": float(first.latent_scale),
-            "config_digest": config_lib.digest(config),
-            "trained_on": f"{layout.num_devices} x {platform_text(PmapLayout())}",
-        }
-        first_alone(lambda: write_json(final_path, final, run=workdir))
+            outcomes["diffusion"] = _second_stage(run, frozen, note, stop)
+        named = config_lib.digest(config)
+        final = _to_final(run, first, outcomes, config_digest=named)
+        first_alone(lambda: write_json(workdir / FINAL_FILE, final, run=workdir))
         return Outcome(final, trained=True)
+
+
+def _finished_before(run: TrainingRun) -> dict[str, Any] | None:
+    """Return `final.json` if the run is finished and all of it is still intact.
+
+    Raises:
+      InputError: If a file of the run is damaged.
+      RunError: If `final.json` is of another run.
+    """
+    config, model, workdir = run[:3]
+    if not from_first((workdir / FINAL_FILE).exists()):
+        return None
+    with together():
+        final = read_final(workdir)
+    reading: dict[str, Callable[[], str]] = {}
+    if config.first_stage is None:
+        reading["autoencoder"] = lambda: load_first_stage(config, workdir).digest
+    else:
+        reading["autoencoder"] = lambda: load_frozen(config, model, workdir).digest
+    if "diffusion" in config.stages:
+        reading["diffusion"] = lambda: load_second_stage(config, model, workdir).digest
+    if final is not None and _is_intact(workdir, final, reading=reading):
+        return final
+    return None
 
 
 def _is_intact(
@@ -228,35 +221,40 @@ def _is_intact(
 
 
 def _first_stage(
-    config: Config,
-    model: LatentDiffusion,
-    workdir: Path,
-    layout: Layout,
-    *,
-    weights: PretrainedWeights,
-    run: Any,
+    run: TrainingRun, weights: PretrainedWeights, stop: StopSignal
 ) -> FirstStage:
     """Train the first stage and measure its latent scale, unless both were read."""
     if weights.first_stage is not None:
-        outcome = StageOutcome(tree_digest(weights[1:]), 0.0)
-        return FirstStage(*weights.first_stage, outcome)
+        return FirstStage(*weights.first_stage, StageOutcome(weights.digest, 0.0))
+    config, model, workdir, layout = run[:4]
     stage = autoencoder_stage(config, model, workdir, perceptual=weights.perceptual)
-    finished = run(stage)
-    first_alone(lambda: record_stage(workdir, stage.name, finished.digest))
+    finished = _train_stage(run, stage, stop)
     scale = latent_scale(config, model, finished.ema, layout, workdir)
     outcome = StageOutcome(finished.digest, finished.seconds)
     return FirstStage(finished.ema, scale, outcome)
 
 
+def _second_stage(
+    run: TrainingRun, frozen: FrozenParams, note: CacheNote | None, stop: StopSignal
+) -> StageOutcome:
+    """Train the diffusion stage, on a cache of latents if the run has one."""
+    config, workdir = run.config, run.workdir
+    if config.data.latents == OWN_LATENTS:
+        with stop.at_once(f"{OWN_LATENTS} latents are not all made"):
+            config, note = keep_latents(config, workdir, open_encoders=open_encoders)
+    with together():
+        cache = open_cache(config, frozen.autoencoder, note)
+    run = run._replace(config=config)
+    stage = _diffusion_stage(run, frozen, cache)
+    finished = _train_stage(run, stage, stop, cache=cache)
+    return StageOutcome(finished.digest, finished.seconds)
+
+
 def _diffusion_stage(
-    config: Config,
-    model: LatentDiffusion,
-    workdir: Path,
-    frozen: FrozenParams,
-    *,
-    cache: Cache | None,
+    run: TrainingRun, frozen: FrozenParams, cache: Cache | None
 ) -> Stage:
     """Build the diffusion stage with its previews and scores."""
+    config, model, workdir = run[:3]
     stage = diffusion_stage(
         config,
         model,
@@ -279,41 +277,50 @@ def _diffusion_stage(
     return stage
 
 
-def _run_stage(
-    stage: Stage,
-    *,
-    config: Config,
-    workdir: Path,
-    layout: Layout,
-    profile: tuple[int, int] | None,
-    stop: StopSignal,
-    cache: Cache | None = None,
+def _train_stage(
+    run: TrainingRun, stage: Stage, stop: StopSignal, *, cache: Cache | None = None
 ) -> Finished:
-    batch_size = stage.batch_size
+    """Train a stage on images or on cached latents, and record its digest."""
+    config, layout, size = run.config, run.layout, stage.batch_size
     if cache is None:
-        opened = with_own_tokenizer(config, workdir)
-        iterator = open_iterator(opened, batch_size=batch_size, layout=layout)
+        iterator = open_iterator(config, batch_size=size, layout=layout)
     else:
-        iterator = open_latents(
-            cache, seed=config.seed, batch_size=batch_size, layout=layout
-        )
-    notes = {"config": json.loads(config_lib.to_json(config))}
-    if stage.name == "diffusion":
-        notes |= tokenizer_notes(config, workdir)
-    return run_stage(
+        iterator = open_latents(cache, seed=config.seed, batch_size=size, layout=layout)
+    finished = run_stage(
         stage,
         loop_config=LoopConfig(
-            workdir,
+            run.workdir,
             config.checkpoint,
             config.log,
             config.parallel,
             max_skipped=config.max_skipped_steps,
-            profile=profile,
+            profile=run.profile,
             scores_every=config.scores.every,
         ),
         layout=layout,
         iterator=iterator,
         root_key=root_key(config.seed),
-        notes=notes,
+        notes=run.notes,
         stop=stop,
     )
+    first_alone(lambda: record_stage(run.workdir, stage.name, finished.digest))
+    return finished
+
+
+def _to_final(
+    run: TrainingRun,
+    first: FirstStage,
+    outcomes: dict[str, StageOutcome],
+    *,
+    config_digest: str,
+) -> dict[str, Any]:
+    """Return the content of `final.json`."""
+    digests = {name: outcome.digest for name, outcome in outcomes.items()}
+    return {
+        "digest": run_digest(digests),
+        "digest_by_stage": digests,
+        "seconds_by_stage": {k: round(v.seconds, 1) for k, v in outcomes.items()},
+        "latent_scale": float(first.latent_scale),
+        "config_digest": config_digest,
+        "trained_on": f"{run.layout.num_devices} x {platform_text(PmapLayout())}",
+    }

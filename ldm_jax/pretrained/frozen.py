@@ -27,6 +27,7 @@ from ldm_jax.pretrained.model_weights import LATENT_SCALE, WEIGHTS_FILE
 from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.pretrained.text_encoder import read_conditioner
 from ldm_jax.training.diffusion_step import FrozenParams
+from ldm_jax.training.digest import tree_digest
 from ldm_jax.training.latent_encoders import Encoders
 from ldm_jax.types import InputError, PyTree
 
@@ -43,6 +44,11 @@ class PretrainedWeights(NamedTuple):
     """Parameters and latent scale of an autoencoder; None if it is trained."""
     conditioner: PyTree
     """Parameters of a frozen conditioner, or {}."""
+
+    @property
+    def digest(self) -> str:
+        """The digest that `final.json` records for a first stage that was read."""
+        return tree_digest((self.first_stage, self.conditioner))
 
 
 def read_frozen(

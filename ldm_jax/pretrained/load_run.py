@@ -83,7 +83,7 @@ def load_run(
         params, scale, first_digest = load_first_stage(config, workdir)
     else:
         params, scale = frozen_weights.first_stage
-        first_digest = tree_digest(frozen_weights[1:])
+        first_digest = frozen_weights.digest
     # Averages are kept longer than the checkpoint of their step.
     checkpoint_step = step if ema_length is None else None
     second = load_second_stage(config, model, workdir, step=checkpoint_step)

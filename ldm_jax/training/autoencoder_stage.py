@@ -20,7 +20,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion, init_autoencoder
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.discriminator_lpips import VGG_MIN_SIDE, Lpips, PatchDiscriminator
 from ldm_jax.parallel.make_layout import Layout
-from ldm_jax.parallel.multihost import first_alone, gather_texts, together
+from ldm_jax.parallel.multihost import first_alone, from_first, together
 from ldm_jax.rng import Stream, root_key, stream_key
 from ldm_jax.training.autoencoder_loss import AutoencoderObjective
 from ldm_jax.training.autoencoder_step import autoencoder_step, latent_moments
@@ -93,7 +93,7 @@ def autoencoder_stage(
         extra={},
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         draw=draw,
-        check=state_check(config, workdir),
+        check=state_check(workdir),
     )
 
 
@@ -202,9 +202,9 @@ def latent_scale(
     """
     with together():
         known = read_scale(workdir)
-    known = gather_texts("" if known is None else repr(known))[0]
-    if known:
-        return jnp.asarray(float(known), jnp.float32)
+    known = from_first(known)
+    if known is not None:
+        return jnp.asarray(known, jnp.float32)
     settings = config.autoencoder
     if settings.latent_scale is not None:
         scale = jnp.asarray(settings.latent_scale, jnp.float32)

@@ -270,13 +270,14 @@ def is_finished(workdir: Path, name: str, *, num_steps: int) -> bool:
     )
 
 
-def state_check(config: Config, workdir: Path) -> Check:
+def state_check(workdir: Path) -> Check:
     """Make the check that a checkpoint is of this run, of its step and of its files.
 
     Runs of versions that kept no record are checked by step, seed and config.
     """
 
     def check(found: Checkpoint) -> str:
+        config = read_config(workdir)
         step, key = found.tree["state"].step, found.tree["root_key"]
         if int(step) != found.step:
             return f"its state is of step {int(step)}"

@@ -17,8 +17,9 @@ from ldm_jax.evaluation import extractors, online, samples
 from ldm_jax.evaluation.classifier import train_classifier
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.pretrained.layouts import flatten
+from ldm_jax.pretrained.load_run import load_run
 from ldm_jax.pretrained.tensors import open_tensors
-from ldm_jax.run import load_run, train
+from ldm_jax.run import train
 from ldm_jax.sampling import pipeline as pipeline
 from ldm_jax.tools.report.run_summary import read_run_summary
 from ldm_jax.tools.report.scores import score_curves, scores_section

@@ -1,17 +1,19 @@
 """A tokenizer that is trained on captions: from the data set to the prompt."""
 
 import dataclasses
+import json
 import logging
 import os
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from examples.scenes.scenes_dataset_builder import Builder
 from ldm_jax.build import build_model, null_tokens, open_split, open_tokenizer
-from ldm_jax.config import ConditionConfig, DataConfig, TextConfig
+from ldm_jax.config import ConditionConfig, DataConfig, TextConfig, digest, to_json
 from ldm_jax.config.run import without_tokenizer
 from ldm_jax.data import sources
 from ldm_jax.data.byte_pair_tokenizer import (
@@ -22,17 +24,21 @@ from ldm_jax.data.byte_pair_tokenizer import (
 )
 from ldm_jax.data.caption_tokens import count_truncated, unknown_parts
 from ldm_jax.data.sources import caption_of, open_source, read_captions
-from ldm_jax.files import write_record
-from ldm_jax.run import load_run, train
+from ldm_jax.files import read_record, write_record
+from ldm_jax.pretrained.load_run import load_run
+from ldm_jax.rng import root_key
+from ldm_jax.run import train
 from ldm_jax.sampling.conditions import warn_of_prompts
-from ldm_jax.training.checkpoint import CheckpointStore
+from ldm_jax.training.checkpoint import Checkpoint, CheckpointStore
 from ldm_jax.training.loop import CHECKPOINTS
 from ldm_jax.training.train_tokenizer import (
+    NOTE,
     keep_tokenizer,
     own_tokenizer,
     tokenizer_notes,
     with_own_tokenizer,
 )
+from ldm_jax.training.workdir import state_check
 from ldm_jax.types import InputError
 from tests.support.commands import sample_here
 from tests.support.tiny import get_config
@@ -271,6 +277,45 @@ def test_a_lost_tokenizer_is_restored_from_a_checkpoint(config, tmp_path):
     path.unlink()
     keep_tokenizer(config, tmp_path)
     assert path.read_text() == learned
+
+
+def test_every_checkpoint_holds_the_tokenizer_that_the_run_learned(
+    config, tmp_path, monkeypatch
+):
+    def run_stage(stage, *, notes, **kwargs):
+        kept.append(notes)
+        raise KeyboardInterrupt  # before anything is trained
+
+    kept = []
+    monkeypatch.setattr("ldm_jax.run.run_stage", run_stage)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    text = (tmp_path / "run/tokenizer/tokenizer.json").read_text()
+    assert [notes[NOTE] for notes in kept] == [text]
+    assert kept[0]["config"]["diffusion"]["condition"]["tokenizer"] == "captions"
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_checkpoint_of_a_run_that_learned_its_tokenizer_is_compared_with_it(
+    has_record, config, tmp_path
+):
+    (tmp_path / "config.json").write_text(to_json(config))
+    names = {"configs": [digest(config, of_state=True)], "data": None}
+    record = {**names, "files": {}, "stages": {}}
+    if has_record:
+        write_record(tmp_path, record)
+    keep_tokenizer(config, tmp_path)
+    notes = {"config": json.loads(to_json(config)), **tokenizer_notes(config, tmp_path)}
+    if has_record:
+        notes["record"] = read_record(tmp_path)
+    state = SimpleNamespace(step=np.int32(4))
+    key = jax.random.key_data(root_key(config.seed))
+    tree = {"state": state, "root_key": key, "extra": {}}
+    check = state_check(tmp_path)
+    assert check(Checkpoint(4, tree, notes, "")) == ""
+    others = {NOTE: notes[NOTE] + " "}
+    reason = check(Checkpoint(4, tree, notes | others, ""))
+    assert reason.startswith("it was trained with another tokenizer than ")
 
 
 def test_the_first_stage_alone_reads_no_tokens(config, tmp_path):
