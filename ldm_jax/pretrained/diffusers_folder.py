@@ -134,9 +134,9 @@ def open_folder(path: Path) -> Folder:
     """
     if (path / "model_index.json").exists():
         return _open_pipeline(path)
-    if (path / OWN_CONFIG).exists():
+    if contained(path, OWN_CONFIG).exists():
         parts = [p for p in sorted(path.iterdir()) if (p / "config.json").exists()]
-        models = [_open_model(part) for part in parts]
+        models = [_open_model(contained(path, part.name)) for part in parts]
     else:
         models = [_open_model(path)]
     return Folder(path, None, {model.name: model for model in models})

@@ -16,6 +16,7 @@ from ldm_jax.config.condition import ContextName
 from ldm_jax.files import read_json
 from ldm_jax.pretrained import diffusers_names
 from ldm_jax.pretrained.clip_import import read_clip_component
+from ldm_jax.pretrained.contained_path import contained
 from ldm_jax.pretrained.diffusers_configs import (
     FieldValues,
     diffusers_version,
@@ -51,7 +52,7 @@ def folder_config(folder: Folder) -> Config:
     Raises:
       InputError: If it holds something that is not supported.
     """
-    own = folder.root / OWN_CONFIG
+    own = contained(folder.root, OWN_CONFIG)
     if own.is_file():
         return config_from_json(json.dumps(read_json(own)))
     if folder.pipeline == "LDMTextToImagePipeline":
@@ -239,7 +240,7 @@ def _read_component(component: Component, format_: Format, shapes: PyTree) -> Py
 def _conditioner(folder: Folder, clip: ClipConfig, shapes: PyTree) -> PyTree:
     if not shapes:
         return {}
-    own = folder.root / OWN_CONDITIONER / "model.safetensors"
+    own = contained(folder.root, f"{OWN_CONDITIONER}/model.safetensors")
     if own.is_file():
         return read_tree(shapes, own_format, open_tensors(own), what=str(own))
     component = folder.get(TEXT_ENCODERS)

@@ -22,6 +22,7 @@ from ldm_jax.latent_diffusion import (
     param_shapes,
 )
 from ldm_jax.pretrained.compvis_import import is_first_stage, read_compvis
+from ldm_jax.pretrained.contained_path import contained
 from ldm_jax.pretrained.diffusers_folder import open_folder
 from ldm_jax.pretrained.diffusers_import import folder_config, read_folder
 from ldm_jax.pretrained.model_weights import (
@@ -62,9 +63,10 @@ def open_weights(
     """
     if not path.exists():
         raise InputError(f"--weights: {path} is not there, wanted a folder or a file")
-    beside = path / "tokenizer"
-    if tokenizer is None and beside.is_dir():
-        tokenizer = beside
+    if tokenizer is None and (path / "tokenizer").is_dir():
+        tokenizer = contained(path, "tokenizer")
+        for file in tokenizer.iterdir():
+            contained(path, f"tokenizer/{file.name}")
     if path.is_dir() and (path / WEIGHTS_FILE).exists():
         config = read_config(path)
         read = functools.partial(read_native, path)

@@ -7,6 +7,7 @@ from ldm_jax.files import write_safetensors
 from ldm_jax.pretrained.compvis_names import (
     autoencoder_format,
 )
+from ldm_jax.pretrained.diffusers_export import write_folder
 from ldm_jax.pretrained.first_stage import import_first_stage
 from ldm_jax.pretrained.inspect_weights import inspect
 from ldm_jax.pretrained.layouts import write_tree
@@ -16,8 +17,15 @@ from ldm_jax.pretrained.model_weights import (
 )
 from ldm_jax.pretrained.open_weights import is_run, open_weights
 from ldm_jax.types import InputError
+from tests.data.test_tokenizer import write_clip
 from tests.support.models import config_of, model_of, same
-from tests.support.pretrained import compvis_arrays, native, refusal, written
+from tests.support.pretrained import (
+    compvis_arrays,
+    native,
+    refusal,
+    with_condition,
+    written,
+)
 
 
 def test_open_weights_asks_for_the_config_of_a_file_without_one(tmp_path):
@@ -54,6 +62,27 @@ def test_open_weights_of_a_first_stage_asks_for_its_config(tmp_path):
     params, scale = import_first_stage(path, config)
     assert same(params, weights.autoencoder)
     assert scale is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("clip", name) for name in ("ldm_jax.json", "unet", "tokenizer/vocab.json")),
+        ("clip", "tokenizer"),
+        *(("class", f"conditioner{name}") for name in ("", "/model.safetensors")),
+    ],
+)
+def test_nothing_behind_a_link_that_leaves_an_export_is_read(kind, name, tmp_path):
+    config = config_of(kind)
+    if kind == "clip":
+        config = with_condition(config, tokenizer=str(write_clip(tmp_path)))
+    (root := tmp_path / "export").mkdir()
+    write_folder(model_of(config), root)
+    assert same(open_weights(root).read().conditioner, model_of(config).conditioner)
+    (root / name).rename(tmp_path / "outside")
+    (root / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="leaves the folder"):
+        open_weights(root).read()
 
 
 def test_is_run_distinguishes_runs_from_weights(tmp_path):
