@@ -101,7 +101,7 @@ def write_text(path: Path, text: str, *, run: Path | None = None) -> None:
     Raises:
       OSError: If it cannot be written.
     """
-    _write(path, lambda file: file.write(text.encode()), run=run)
+    write_file(path, lambda file: file.write(text.encode()), run=run)
 
 
 def write_json(path: Path, value: Any, *, run: Path | None = None) -> None:
@@ -113,12 +113,19 @@ def write_json(path: Path, value: Any, *, run: Path | None = None) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", run=run)
 
 
-def _write(
-    path: Path, write: Callable[[BinaryIO], object], *, run: Path | None
+def write_file(
+    path: Path, write: Callable[[BinaryIO], object], *, run: Path | None = None
 ) -> None:
     """Write a file that a loss of power leaves whole: the new one or the old one.
 
     It is recorded before it gets its name, so a file of a run always has its digest.
+
+    Args:
+      write: Writes the content.
+      run: As in `write_text`.
+
+    Raises:
+      OSError: If it cannot be written.
     """
     part = path.with_name(path.name + ".part")
     with naming(part), part.open("wb") as file:
@@ -345,7 +352,7 @@ def write_safetensors(
             file.write(array.reshape(-1).view(np.uint8).data)
 
     try:
-        _write(path, write, run=run)
+        write_file(path, write, run=run)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); try a folder that "

@@ -1,7 +1,6 @@
 """Images as arrays, grids and PNG files."""
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, PngImagePlugin
+
+from ldm_jax.files import write_file
 
 GAP = 2
 BACKGROUND = 32
@@ -66,9 +67,8 @@ def write_png(
     Raises:
       OSError: If it cannot be written.
     """
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(encode_png(image, texts))
-    os.replace(part, path)
+    content = encode_png(image, texts)
+    write_file(path, lambda file: file.write(content))
 
 
 def encode_png(

@@ -7,12 +7,13 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from ldm_jax.data.tokenizer import (
+    ONE_MODEL,
     WORDPIECE_FILE,
     Tokenizer,
     finish,
-    read_file,
     split_lines,
 )
+from ldm_jax.files import read_text
 from ldm_jax.types import InputError
 
 BERT_SPECIAL = ("[UNK]", "[SEP]", "[PAD]", "[CLS]")
@@ -35,7 +36,7 @@ def load_bert_tokenizer(path: Path, *, length: int = 77) -> Tokenizer:
       Devlin et al., arXiv:1810.04805, sec. 3.
     """
     path = path / WORDPIECE_FILE if path.is_dir() else path
-    tokens = split_lines(read_file(path))
+    tokens = split_lines(read_text(path, remedy=ONE_MODEL))
     if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
         raise InputError(
             f"{path}: got {repeated[0]!r} more than once, wanted one token a line"

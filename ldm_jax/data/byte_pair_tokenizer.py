@@ -9,8 +9,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from ldm_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, finish, read_file
-from ldm_jax.files import write_text
+from ldm_jax.data.tokenizer import ONE_MODEL, TOKENIZER_FILE, Tokenizer, finish
+from ldm_jax.files import read_text, write_text
 from ldm_jax.types import InputError
 
 PAD, BEGIN, END = "[PAD]", "[BEGIN]", "[END]"
@@ -87,7 +87,7 @@ def load_byte_pairs(folder: Path, *, length: int) -> Tokenizer:
     """
     path = folder / TOKENIZER_FILE
     try:
-        backend = tokenizers.Tokenizer.from_str(read_file(path))
+        backend = tokenizers.Tokenizer.from_str(read_text(path, remedy=ONE_MODEL))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(
             f"{path}: not a tokenizer ({' '.join(str(error).split())[:120]}); try the "

@@ -17,10 +17,9 @@ from ldm_jax.data.tokenizer import (
     Tokenizer,
     finish,
     no_tokenizer,
-    read_file,
     split_lines,
 )
-from ldm_jax.files import parse_json
+from ldm_jax.files import read_json, read_text
 from ldm_jax.types import InputError
 
 CLIP_PIECES = (
@@ -107,7 +106,7 @@ def _read_bpe(
     """Read a vocabulary, its merges, and the added tokens of the same file."""
     path = merges_path = directory / TOKENIZER_FILE
     if path.is_file():
-        tree = _read_object(path)
+        tree = read_json(path, remedy=ONE_MODEL)
         model = tree.get("model")
         if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
             raise InputError(f"{path}: wanted a model of type BPE; {ONE_MODEL}")
@@ -119,8 +118,8 @@ def _read_bpe(
         path, merges_path = directory / VOCABULARY_FILE, directory / MERGES_FILE
         if not (path.exists() or merges_path.exists()):
             raise no_tokenizer(directory)
-        ids, stated = _read_object(path), []
-        lines = split_lines(read_file(merges_path))
+        ids, stated = read_json(path, remedy=ONE_MODEL), []
+        lines = split_lines(read_text(merges_path, remedy=ONE_MODEL))
         merges = [line for line in lines if not line.startswith("#version")]
     vocabulary = _checked_vocabulary(ids, path)
     return vocabulary, _checked_merges(merges, vocabulary, merges_path), stated
@@ -214,12 +213,5 @@ def _checked_merges(
     return pairs
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    tree = parse_json(read_file(path), what=str(path), remedy=ONE_MODEL)
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: got a {type(tree).__name__}, wanted a JSON object")
-    return tree
-
-
 def _read_optional(path: Path) -> dict[str, Any]:
-    return _read_object(path) if path.exists() else {}
+    return read_json(path, remedy=ONE_MODEL) if path.exists() else {}

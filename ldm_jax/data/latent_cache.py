@@ -134,8 +134,8 @@ def read_note(folder: Path) -> CacheNote:
             f"data.latents: {folder} is no cache of latents (no {NOTE_FILE}); make one "
             f"with {MAKER}"
         )
+    tree = read_json(path, remedy="make the cache anew in another folder")
     try:
-        tree = read_json(path)
         saved = tree.pop("sha256", None)
         version = tree["format"]
         if version in FORMATS and saved != (json_digest(tree) if version > 1 else None):
@@ -159,7 +159,7 @@ def read_note(folder: Path) -> CacheNote:
 
 
 def check_files(folder: Path, note: CacheNote) -> None:
-    """Check that a cache is finished and that each shard has its size.
+    """Check that a cache is finished: the size of each shard, and the null state.
 
     Raises:
       InputError: If not.
@@ -175,6 +175,7 @@ def check_files(folder: Path, note: CacheNote) -> None:
                 f"data.latents: {path} {got}, wanted {shard.size} bytes; {AGAIN} to "
                 "make it anew"
             )
+    read_null_state(folder, note)
 
 
 def read_null_state(folder: Path, note: CacheNote) -> Float[np.ndarray, "n d"] | None:
@@ -189,8 +190,7 @@ def read_null_state(folder: Path, note: CacheNote) -> Float[np.ndarray, "n d"] |
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != note.null_state:
         raise InputError(
-            f"data.latents: {path} is missing or damaged; make the cache anew in "
-            "another folder"
+            f"data.latents: {path} is missing or damaged; {AGAIN} to make it anew"
         )
     return np.load(io.BytesIO(data), allow_pickle=False)
 

@@ -12,7 +12,6 @@ import contextlib
 import difflib
 import importlib
 import io
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm_jax.files import read_json
 from ldm_jax.types import InputError
 
 BUILDER = "builder:"
@@ -201,11 +201,7 @@ def _check_own_code(name: str, plain: str, where: str) -> None:
 
 def _classes_in(path: Path) -> list[str]:
     """List the classes that a features file names."""
-    found, left = [], []
-    try:
-        left.append(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"data.source: {path} is damaged: {error}") from None
+    found, left = [], [read_json(path, remedy="try preparing the data set again")]
     while left:
         value = left.pop()
         if isinstance(value, dict):

@@ -115,24 +115,6 @@ def _checked_text(text: str) -> str:
     return text
 
 
-def read_file(path: Path) -> str:
-    """Read a tokenizer's file as UTF-8.
-
-    Raises:
-      InputError: If it cannot be read.
-    """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise InputError(f"{path}: not a regular file; {ONE_MODEL}")
-    try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); {ONE_MODEL}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error}); {ONE_MODEL}") from error
-
-
 def split_lines(text: str) -> list[str]:
     """Split at line feeds; `str.splitlines` also splits at characters of tokens."""
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]

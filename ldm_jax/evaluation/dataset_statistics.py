@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from ldm_jax.evaluation.features import (
 from ldm_jax.evaluation.fid import Sums, merge_all, sums_of
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.evaluation.scores import check_enough
-from ldm_jax.parallel.multihost import first_alone, gather_texts, is_first, together
+from ldm_jax.parallel.multihost import first_alone, from_first, is_first, together
 from ldm_jax.training.latent_shards import file_digest
 from ldm_jax.types import InputError
 
@@ -67,13 +66,13 @@ def real_statistics(
         path = first_alone(
             lambda: _path_of_given(given, protocol, extractor, folder=folder)
         )
-        path = Path(gather_texts(str(path))[0])
+        path = Path(from_first(str(path)))
         reference = read_reference(path)
         check_comparable(wanted, reference.provenance, path=path)
         return reference
     of = f"{extractor.digest[:12]}_{data_digest(data)[:12]}"
     path = folder / f"real_{protocol.name}_{of}.npz"
-    if not json.loads(gather_texts(json.dumps(path.exists()))[0]):
+    if not from_first(path.exists()):
         measured = measure_real(dataset, protocol, extractor, folder=folder)
         with together():
             if measured is not None:

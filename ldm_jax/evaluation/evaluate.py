@@ -7,7 +7,6 @@ OUT/real_PROTOCOL_....npz       statistics of the run's own data
 """
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +30,8 @@ from ldm_jax.evaluation.reconstruction import (
 from ldm_jax.evaluation.request import EvaluationRequest
 from ldm_jax.evaluation.samples import extract_samples, read_features
 from ldm_jax.evaluation.scores import Scores, check_enough, score
-from ldm_jax.files import write_json
-from ldm_jax.parallel.multihost import first_alone, gather_texts, is_first, together
+from ldm_jax.files import json_digest, write_json
+from ldm_jax.parallel.multihost import first_alone, from_first, is_first, together
 from ldm_jax.pretrained.layouts import flatten, unflatten
 from ldm_jax.pretrained.metric_networks import load_inception
 from ldm_jax.sampling.metadata import versions
@@ -237,7 +236,7 @@ def _evaluate(
     pipeline = open_pipeline(settings)
     facts = _facts(request, pipeline, scorer.extractor)
     # The first process' name: it depends on the processor, which may differ by host.
-    folder = request.out / gather_texts(_name(request, settings, facts))[0]
+    folder = request.out / from_first(_name(request, settings, facts))
     folder.mkdir(exist_ok=True)
     with together():  # a process that fails to write does not leave others waiting
         made = extract_samples(
@@ -287,7 +286,7 @@ def _name(
 ) -> str:
     """Name the folder of a setting's samples, whose number may grow."""
     kept = {k: v for k, v in facts.items() if k != "seeds"}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    digest = json_digest(kept)
     scale = ",".join(f"{value:g}" for value in settings.guidance_scale)
     parts = [request.protocol.name, f"{settings.sampler}{settings.steps}", f"g{scale}"]
     if settings.ema_length is not None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ldm_jax.evaluation.fid import Moments, Sums, moments_of
-from ldm_jax.files import parse_json
+from ldm_jax.files import parse_json, write_file
 from ldm_jax.types import InputError
 
 DIGEST = "sha256"
@@ -154,11 +153,8 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     Raises:
       OSError: If they cannot be written.
     """
-    part = path.with_name(path.name + ".part")
     arrays = {**arrays, DIGEST: np.asarray(arrays_digest(arrays))}
-    with part.open("wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    os.replace(part, path)
+    write_file(path, lambda file: np.savez(file, **arrays))  # pyright: ignore[reportArgumentType]
 
 
 def arrays_digest(arrays: dict[str, np.ndarray]) -> str:
@@ -186,14 +182,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
         return arrays
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-    ) as error:
+    except DAMAGED as error:
         raise InputError(
             f"{path}: not a file of arrays ({' '.join(str(error).split())[:80]})"
         ) from None

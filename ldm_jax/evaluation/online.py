@@ -17,7 +17,7 @@ from ldm_jax.evaluation.samples import extract_samples, read_features
 from ldm_jax.evaluation.scores import check_enough, score
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.inception import NUM_FEATURES
-from ldm_jax.parallel.multihost import first_alone, gather_texts, together
+from ldm_jax.parallel.multihost import first_alone, from_first, together
 from ldm_jax.pretrained.load_run import Run
 from ldm_jax.sampling.pipeline import make_fn, make_pipeline
 from ldm_jax.sampling.sampling_config import SamplingConfig
@@ -113,7 +113,7 @@ def make_measure(
         run = pipeline.run._replace(params=sample_params(frozen, trained), step=step)
         # The name has a digest of the weights: a killed run may resume elsewhere, with
         # other weights at the same step.
-        of = gather_texts(tree_digest(trained)[:12])[0]
+        of = from_first(tree_digest(trained)[:12])
         folder = features / f"{step:06d}_{of}"
         first_alone(lambda: folder.mkdir(parents=True, exist_ok=True))
         with together():

@@ -37,6 +37,11 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(row[:n]).decode() for row, n in zip(rows, sizes, strict=True)]
 
 
+def from_first(value: T) -> T:
+    """Return the value of process 0 on every process; JSON holds it unchanged."""
+    return json.loads(gather_texts(json.dumps(value))[0])
+
+
 def wait_for_all(name: str) -> None:
     """Wait until every process calls this."""
     if jax.process_count() > 1:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from ldm_jax.build import open_tokenizer
 from ldm_jax.config import ConditionConfig
+from ldm_jax.config.validation import shown
 from ldm_jax.data.caption_tokens import count_truncated, unknown_parts
 from ldm_jax.data.tokenizer import Tokenizer
 from ldm_jax.latent_diffusion import LatentDiffusion
@@ -20,9 +21,6 @@ from ldm_jax.rng import check_seed
 from ldm_jax.sampling.request import SampleRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
-
-MOST_SHOWN = 1000
-"""Characters of a text that a warning shows."""
 
 ConditionTexts = dict[str, str]
 """Conditions of an image by kind: `label`, `prompt` and perhaps `negative_prompt`."""
@@ -211,9 +209,10 @@ def warn_of_prompts(
       flag: What named them, for the message.
     """
     for prompt in filter(None, prompts) if model.condition.uses_tokens else ():
-        shown = prompt if len(prompt) <= MOST_SHOWN else f"{prompt[:MOST_SHOWN]}..."
         for warning in prompt_warnings(model, prompt):
-            logging.getLogger(__name__).warning("%s: %r %s", flag, shown, warning)
+            logging.getLogger(__name__).warning(
+                "%s: %s %s", flag, shown(prompt), warning
+            )
 
 
 def warn_of_texts(

@@ -4,12 +4,14 @@ Metadata may be anyone's. Nothing that it says is run, and it opens no file but 
 of the run's folder: others are shown, and must be given by hand.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -317,13 +319,19 @@ def _reopen(settings: SamplingConfig, request: ReplayRequest) -> Pipeline:
 
     Its size is checked before anything is made of that size.
     """
-    try:
+    with _missing():
         run = open_run(settings)
-        _check_size(run.model, settings, request)
+    _check_size(run.model, settings, request)
+    with _missing():
         return make_pipeline(run, settings)
+
+
+@contextlib.contextmanager
+def _missing() -> Iterator[None]:
+    """Turn an error of opening into one of `--replay`."""
+    try:
+        yield
     except InputError as error:
-        if str(error).startswith("--replay: "):
-            raise
         hint = "; try --workdir or --weights with the place of its model"
         raise InputError(
             f"--replay: a file that the image was made with is missing ({error})"

@@ -29,7 +29,7 @@ from ldm_jax.data.tfds_writer import (
 )
 from ldm_jax.files import write_text
 from ldm_jax.latent_diffusion import LatentDiffusion
-from ldm_jax.parallel.multihost import gather_texts
+from ldm_jax.parallel.multihost import from_first
 from ldm_jax.sampling.conditions import ImageSpec
 from ldm_jax.sampling.metadata import has_metadata
 from ldm_jax.sampling.outputs import (
@@ -163,7 +163,7 @@ def class_names_of(
     num = model.num_classes
     usable = all(names) and len(set(names)) == len(names) == num
     names = names if usable else list(map(str, range(num)))
-    return tuple(json.loads(gather_texts(json.dumps(names))[0]))
+    return tuple(from_first(names))
 
 
 def class_folders(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -259,6 +259,7 @@ class CheckpointStore:
             # wait for the others for twenty minutes.
             with contextlib.suppress(Exception):
                 self._manager.close()
+            self._errors.close()
 
     def _join(self) -> None:
         if self._saving is None:

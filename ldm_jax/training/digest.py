@@ -168,16 +168,10 @@ def tree_digest(tree: PyTree) -> str:
     return total.hexdigest()
 
 
-STAGE_NAMES = ("autoencoder", "diffusion")
-
-
 def run_digest(digest_by_stage: dict[str, str]) -> str:
     """Join the digests of the stages into one sha256."""
-    text = "".join(
-        f"{name} {digest_by_stage[name]}\n"
-        for name in STAGE_NAMES
-        if name in digest_by_stage
-    )
+    lines = [f"{name} {digest}\n" for name, digest in sorted(digest_by_stage.items())]
+    text = "".join(lines)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import io
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -28,12 +27,13 @@ from ldm_jax.data.latent_cache import (
     write_note,
 )
 from ldm_jax.data.sources import Source
-from ldm_jax.files import locked
+from ldm_jax.files import file_sha256, locked, write_file
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.parallel.multihost import (
     check_same,
     first_alone,
+    from_first,
     gather_texts,
     is_first,
     together,
@@ -163,7 +163,7 @@ def keep_latents(
     out = workdir / OWN_FOLDER
     data = dataclasses.replace(config.data, latents=str(out))
     config = dataclasses.replace(config, data=data)
-    if gather_texts(str(_is_whole(out)))[0] != str(True):
+    if not from_first(_is_whole(out)):
         make_cache(
             config,
             workdir,
@@ -277,14 +277,11 @@ def _begin(
     num_shards: int | None,
 ) -> None:
     """Write the note of an unfinished cache, or check the one that exists."""
+    path = out / NULL_FILE
     if not (out / NOTE_FILE).exists():
         if encoders.conditioner:
-            embedding = encode_empty_prompt(model, encoders)
-            file = io.BytesIO()
-            np.save(file, embedding, allow_pickle=False)
-            (out / NULL_FILE).write_bytes(file.getvalue())
-            digest = hashlib.sha256(file.getvalue()).hexdigest()
-            note = dataclasses.replace(note, null_state=digest)
+            _write_null_state(path, encode_empty_prompt(model, encoders))
+            note = dataclasses.replace(note, null_state=file_sha256(path))
         write_note(out, note)
         return
     theirs, ours = read_note(out), note
@@ -295,6 +292,15 @@ def _begin(
             f"--out: {out} holds a cache of something else: {details}; try another "
             "folder"
         )
+    if theirs.null_state is None:
+        return
+    if not path.is_file() or file_sha256(path) != theirs.null_state:
+        logging.getLogger(__name__).warning("%s: damaged, and made anew", path)
+        _write_null_state(path, encode_empty_prompt(model, encoders))
+
+
+def _write_null_state(path: Path, embedding: np.ndarray) -> None:
+    write_file(path, lambda file: np.save(file, embedding, allow_pickle=False))
 
 
 def _facts(note: CacheNote) -> dict[str, Any]:

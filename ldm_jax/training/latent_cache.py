@@ -1,8 +1,6 @@
 """Open a cache of latents for a run, after a check that it belongs to the run."""
 
 import dataclasses
-import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +27,7 @@ from ldm_jax.data.latent_cache import (
 )
 from ldm_jax.data.pipeline import BatchIterator, make_iterator
 from ldm_jax.data.sources import Examples, folder_digest
-from ldm_jax.files import file_sha256
+from ldm_jax.files import file_sha256, json_digest
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout
 from ldm_jax.training.digest import tree_digest
@@ -103,7 +101,7 @@ def text_encoder_digest(
         "null_tokens": model.null_tokens,
         "tokenizer": open_tokenizer(condition).backend.to_str() if reads else "",
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return json_digest(facts)
 
 
 def check_cache(

@@ -274,7 +274,7 @@ class Trainer:
     def _init(self) -> PyTree:
         """Make the initial state while the first dispatch is traced and compiled."""
         make, layout, size = self._stage.init, self._layout, self._size(self._done)
-        if layout.process_count > 1 or not size:
+        if layout.process_count > 1:
             return layout.init(make)
         state = layout.stand_ins(jax.eval_shape(make), (), ())[0]
         with ThreadPoolExecutor(1) as threads:

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm_jax.files import naming, parse_json, write_text
-from ldm_jax.parallel.multihost import first_alone, gather_texts, is_first
+from ldm_jax.files import naming, parse_json, write_file, write_text
+from ldm_jax.parallel.multihost import first_alone, from_first, is_first
 from ldm_jax.types import InputError
 
 METRICS_FILE = "metrics.jsonl"
@@ -171,10 +170,7 @@ def plot_losses(log: Path, path: Path) -> None:
         axes.grid(visible=True, which="both", alpha=0.2)
         axes.legend()
     figure.tight_layout()
-    part = path.with_name(path.name + ".part")
-    with naming(part):
-        figure.savefig(part, format="png")
-    os.replace(part, path)
+    write_file(path, lambda file: figure.savefig(file, format="png"))
 
 
 def progress_bar(stage: str, *, num_steps: int, done: int, visible: bool) -> tqdm:
@@ -247,7 +243,7 @@ class ScoreCurve:
             SCORE in record and record["step"] == step
             for record in self._log.records(self._stage.name)
         )
-        return gather_texts(str(found))[0] == str(False)
+        return not from_first(found)
 
     def add(self, ema: Any, step: int) -> None:
         """Score averaged parameters, whole on this process; a collective."""

@@ -218,7 +218,7 @@ BAD_CLIP = {
     "no merges.txt": ({"merges.txt": None}, "merges.txt: cannot be read"),
     "neither": ({"vocab.json": None, "merges.txt": None}, "no tokenizer there, wanted"),
     "cut JSON": ({"vocab.json": '{"a": 0,'}, "vocab.json: not JSON"),
-    "a list": ({"vocab.json": ["a"]}, "got a list, wanted a JSON object"),
+    "a list": ({"vocab.json": ["a"]}, "got a JSON list, wanted an object"),
     "empty": ({"vocab.json": {}}, "wanted an id for each token"),
     "repeated id": ({"vocab.json": BAD_ID}, "got 7 as the id of .*, wanted every"),
     "id as text": ({"vocab.json": {"a": "0"}}, "got '0' as the id of 'a'"),
@@ -304,7 +304,7 @@ def test_added_tokens_that_are_not_a_list_are_refused(tmp_path):
 
 def test_merges_that_are_not_utf8_are_refused(tmp_path):
     (write_clip(tmp_path) / "merges.txt").write_bytes(b"h e\n\xff\xfe")
-    with pytest.raises(InputError, match=r"merges\.txt: not UTF-8"):
+    with pytest.raises(InputError, match=r"merges\.txt: got a file that is not UTF-8"):
         load_clip_tokenizer(tmp_path)
 
 
