@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from ldm_jax.cli.exit_codes import FAILED_RUN
@@ -49,11 +48,11 @@ class Flags:
             raise InputError(f"out: no folder {self.out.parent} to write to")
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str]) -> int:
     """Check everything, and print what was found.
 
-    Raises:
-      SystemExit: With code 1, if there are broken files.
+    Returns:
+      The exit code: 1 if there are broken files.
     """
     flags = parse_flags(Flags, args, prog="ldm check-images")
     from ldm_jax.tools.check_images.check import check_images, in_words
@@ -67,5 +66,4 @@ def main(args: list[str]) -> None:
     )
     text = json.dumps(found) if flags.json else "\n".join(in_words(found))
     print(text.encode("utf-8", "backslashreplace").decode())
-    if found["broken"]:
-        sys.exit(FAILED_RUN)
+    return FAILED_RUN if found["broken"] else 0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ldm_jax.cli.streams import give_up_stdout, open_streams
+from ldm_jax.config.flags import asks_help
 from ldm_jax.types import InputError, Preempted, RunError
 
 BAD_INPUT = 2
@@ -33,12 +34,15 @@ REMEDIES = {
 
 
 def run_main(
-    main: Callable[[list[str]], None], prog: str, args: list[str] | None = None
+    main: Callable[[list[str]], int | None],
+    prog: str,
+    args: list[str] | None = None,
 ) -> NoReturn:
     """Run a program, and exit with its code.
 
     Args:
-      main: Takes the arguments without the program's name.
+      main: Takes the arguments without the program's name; returns the exit code,
+        None for 0.
       prog: The program's name, for errors.
       args: The arguments; those of this process by default.
     """
@@ -52,15 +56,16 @@ def run_main(
     sys.exit(code)
 
 
-def _outcome(main: Callable[[list[str]], None], args: list[str]) -> tuple[int, str]:
+def _outcome(
+    main: Callable[[list[str]], int | None], args: list[str]
+) -> tuple[int, str]:
     """Run a program; return its exit code, and what to say where it is not 0."""
     try:
         try:
-            main(args)
+            code = main(args) or 0
         except SystemExit as stop:
             _check_own(stop, args)
-            sys.stdout.flush()
-            return int(stop.code or 0), ""
+            code = 0
         sys.stdout.flush()
     except Preempted as stop:
         return PREEMPTED, f"preempted: {stop}; the same command goes on"
@@ -81,17 +86,16 @@ def _outcome(main: Callable[[list[str]], None], args: list[str]) -> tuple[int, s
     except BaseException:
         _end_soon(FAILED_RUN)
         raise
-    return 0, ""
+    return code, ""
 
 
 def _check_own(stop: SystemExit, args: list[str]) -> None:
     """Raise `RunError` for an exit that is not ours: something is left undone.
 
-    The help ends with 0, and a command whose answer is no with `FAILED_RUN`. A user's
-    Python file (a data set's builder) may call `sys.exit` too.
+    The help alone ends by an exit, with 0. A user's Python file (a data set's builder)
+    may call `sys.exit` too.
     """
-    asks_help = not {"-h", "--help"}.isdisjoint(args)
-    if stop.code == FAILED_RUN or (not stop.code and asks_help):
+    if not stop.code and asks_help(args):
         return
     last = traceback.extract_tb(stop.__traceback__)[-1]
     raise RunError(

@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.cli.huge_pages import use_huge_pages
 from ldm_jax.cli.streams import check_stdout
+from ldm_jax.config.flags import asks_help
 from ldm_jax.types import InputError, choices
 
 
@@ -48,14 +49,16 @@ def main(*first: str) -> NoReturn:
     """
     args = [*first, *sys.argv[1:]]
     name = args[0] if args else ""
-    asks_help = not {"-h", "--help"}.isdisjoint(args)
-    if name in COMMANDS and COMMANDS[name].computes and not asks_help:
+    if name in COMMANDS and COMMANDS[name].computes and not asks_help(args):
         use_huge_pages()
     run_main(run, f"ldm {name}" if name in COMMANDS else "ldm", args)
 
 
-def run(args: list[str]) -> None:
+def run(args: list[str]) -> int | None:
     """Run the sub-command that comes first, with the remaining arguments.
+
+    Returns:
+      Its exit code; None is 0.
 
     Raises:
       InputError: If there is none of that name, or its arguments are wrong.
@@ -64,14 +67,15 @@ def run(args: list[str]) -> None:
     if not args:
         raise InputError("command: not given; see ldm --help")
     name, *rest = args
-    if not {"-h", "--help"}.isdisjoint(args):
+    if asks_help(args):
         check_stdout()
     if name in ("-h", "--help"):
         print(_help())
-        return
+        return None
     if name not in COMMANDS:
         raise InputError(f"command: {choices(name, COMMANDS)}")
-    importlib.import_module(f"ldm_jax.cli.{COMMANDS[name].module}").main(rest)
+    command = importlib.import_module(f"ldm_jax.cli.{COMMANDS[name].module}")
+    return command.main(rest)
 
 
 def _help() -> str:

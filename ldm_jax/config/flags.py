@@ -49,7 +49,7 @@ def parse_flags(
     for flag in given:
         _check_known(flag, known)
     _check_filled(args, known, cls)
-    wants_help = not {"-h", "--help"}.isdisjoint(args)
+    wants_help = asks_help(args)
     for flag in _required(cls) if default is None and not wants_help else ():
         if flag not in map(_dashed, given):
             raise InputError(f"{flag}: not given, and it has no default; see --help")
@@ -97,11 +97,15 @@ def parse_flags_with_config(cls: type[T], args: list[str], *, prog: str) -> T:
         flag, equals, value = arg.partition("=")
         if flag == "--config":
             named = value if equals else after
-    wants_help = not {"-h", "--help"}.isdisjoint(args)
-    if not named or wants_help:
+    if not named or asks_help(args):
         return parse_flags(cls, args, prog=prog)
     kwargs: dict[str, Any] = {"config": load_config(named)}
     return parse_flags(cls, args, prog=prog, default=cls(**kwargs))
+
+
+def asks_help(args: list[str]) -> bool:
+    """Return whether a command line asks for the help, whatever else it says."""
+    return not {"-h", "--help"}.isdisjoint(args)
 
 
 def as_flag(error: InputError) -> InputError:

@@ -223,7 +223,7 @@ def complaint(door, args, capsys):
 
 def did_it(door, args, out):
     """Return whether a command that ended with 0 left what it was asked for."""
-    if not {"-h", "--help"}.isdisjoint(args):
+    if flags.asks_help(args):
         return "usage: ldm" in out
     if door == "inspect" or "--json" in args:
         return bool(json.loads(out))

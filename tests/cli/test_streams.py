@@ -96,6 +96,7 @@ def ended(capsys, error):
         (MemoryError(), 1, "out of memory (MemoryError); try a smaller batch"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 1, "out of memory"),
         (SystemExit(0), 1, "called sys.exit(0)"),
+        (SystemExit(1), 1, "called sys.exit(1)"),
         (SystemExit("stop"), 1, "called sys.exit('stop')"),
         (KeyError("label"), 1, "unforeseen KeyError: 'label'; "),
     ],
@@ -109,6 +110,13 @@ def test_every_error_is_one_printable_line(capsys, error, code, words):
         with open(path) as file:
             assert "raise error" in file.read()
         os.remove(path)
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
+def test_a_program_ends_with_the_code_that_its_main_returns(capsys, returned, code):
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda args: returned, "ldm check-images", [])
+    assert stop.value.code == code and not capsys.readouterr().err
 
 
 def test_a_long_line_is_cut_in_its_middle(capsys):
