@@ -47,7 +47,7 @@ from ldm_jax.config.load_config import load_config
 from ldm_jax.data.pipeline import Batch, load_all
 from ldm_jax.data.sources import open_source
 from ldm_jax.files import write_json
-from ldm_jax.parallel.launch import PEER_TIMEOUT, start
+from ldm_jax.parallel.launch import start
 from ldm_jax.rng import root_key
 from ldm_jax.run import train
 from ldm_jax.sampling.request import SampleRequest
@@ -286,7 +286,7 @@ def main(args: list[str]) -> None:
     """Measure what is missing, and print all of it."""
     given = parse(args)
     launch = Launch(compilation_cache=str(given.out.absolute() / ".compiled"))
-    start(launch, peer_timeout=PEER_TIMEOUT)
+    start(launch)
     pairs = [(n, seed) for n in given.sizes for seed in range(given.num_seeds)]
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for n, seed in pairs:

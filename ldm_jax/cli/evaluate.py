@@ -15,7 +15,7 @@ from ldm_jax.evaluation.request import (
     check_network,
     check_run,
 )
-from ldm_jax.parallel.launch import PEER_TIMEOUT, start
+from ldm_jax.parallel.launch import start
 from ldm_jax.sampling.request import MAX_SEED
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError, ProtocolName, SamplerName, SpacingName
@@ -150,7 +150,7 @@ def _settings(
 def main(args: list[str]) -> None:
     """Measure, and print the scores."""
     request, launch = parse(args)
-    start(launch, beside=request.workdir, peer_timeout=PEER_TIMEOUT)
+    start(launch, beside=request.workdir)
     from ldm_jax.evaluation.evaluate import evaluate, evaluate_first_stage
 
     if request.reconstructions:

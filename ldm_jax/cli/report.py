@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
+from ldm_jax.config import read_config
 from ldm_jax.config.flags import Inline, parse_flags
 from ldm_jax.config.launch import Launch
 from ldm_jax.config.validation import checked_dataclass
 from ldm_jax.data.tfds_builders import check_builder
-from ldm_jax.parallel.launch import PEER_TIMEOUT, start
+from ldm_jax.parallel.launch import start
+from ldm_jax.types import InputError
 
 
 @checked_dataclass
@@ -33,18 +35,34 @@ class Flags:
     """Processes and compilation cache of the program."""
 
 
+def parse(args: list[str]) -> tuple[Flags, Path]:
+    """Read the command line, as far as the run's config allows without JAX.
+
+    Returns:
+      The flags, and the file to write.
+
+    Raises:
+      InputError: If it is wrong.
+      SystemExit: After printing the help.
+    """
+    flags = parse_flags(Flags, args, prog="ldm report")
+    config = read_config(flags.workdir)
+    if flags.samples:
+        check_builder(config.data.source, flags.builder)
+    out = flags.out or flags.workdir / "report.html"
+    if out.is_dir():
+        raise InputError(f"--out: {out} is a folder, wanted a file such as report.html")
+    if not out.parent.is_dir():
+        raise InputError(f"--out: {out.parent} is not a folder; try to make it first")
+    return flags, out
+
+
 def main(args: list[str]) -> None:
     """Write the report, and print its path."""
-    flags = parse_flags(Flags, args, prog="ldm report")
-    from ldm_jax.tools.report.run_summary import check_out, read_run_summary
-
-    summary = read_run_summary(flags.workdir)
-    if flags.samples:
-        check_builder(summary.config.data.source, flags.builder)
-    out = flags.out or flags.workdir / "report.html"
-    check_out(out)
-    start(flags.launch, beside=flags.workdir, peer_timeout=PEER_TIMEOUT)
+    flags, out = parse(args)
+    start(flags.launch, beside=flags.workdir)
+    from ldm_jax.tools.report.run_summary import read_run_summary
     from ldm_jax.tools.report.writing import write_report
 
-    write_report(summary, out, with_samples=flags.samples)
+    write_report(read_run_summary(flags.workdir), out, with_samples=flags.samples)
     print(out)

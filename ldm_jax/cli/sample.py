@@ -13,7 +13,7 @@ from ldm_jax.config import Config, read_config
 from ldm_jax.config.flags import Inline, as_flag, parse_flags, parse_list
 from ldm_jax.config.launch import Launch, check_local
 from ldm_jax.config.validation import Text, shown
-from ldm_jax.parallel.launch import PEER_TIMEOUT, start
+from ldm_jax.parallel.launch import start
 from ldm_jax.sampling.request import (
     MAX_SEED,
     ReplayRequest,
@@ -246,7 +246,7 @@ def main(args: list[str]) -> None:
         return
     settings, request, launch = command
     workdir = None if settings.workdir is None else Path(settings.workdir)
-    start(launch, beside=workdir, peer_timeout=PEER_TIMEOUT)
+    start(launch, beside=workdir)
     if request.as_dataset is not None:
         from ldm_jax.sampling.synthetic_dataset import write_dataset
 

@@ -11,7 +11,7 @@ import tyro
 from ldm_jax.config.flags import Positional, as_flag, parse_flags
 from ldm_jax.config.launch import MAX_PORT, Launch, check_local
 from ldm_jax.config.validation import checked_dataclass, require
-from ldm_jax.parallel.launch import PEER_TIMEOUT, start
+from ldm_jax.parallel.launch import start
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.tools.demo.controls import (
     FIRST_STEPS,
@@ -110,7 +110,7 @@ def main(args: list[str]) -> None:
 
 def _serve(request: DemoRequest, flags: Flags, port_in_use: socket.socket) -> None:
     launch = Launch(compilation_cache=flags.compilation_cache)
-    start(launch, beside=flags.workdir, peer_timeout=PEER_TIMEOUT)
+    start(launch, beside=flags.workdir)
     print("loading the run and compiling one program ...", flush=True)
     from ldm_jax.tools.demo.page import make_page
     from ldm_jax.tools.demo.renderer import make_renderer

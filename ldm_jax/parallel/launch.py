@@ -12,14 +12,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from ldm_jax.config import ParallelConfig
 from ldm_jax.config.launch import Launch
 from ldm_jax.parallel.join import meet
 from ldm_jax.types import InputError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 MIN_COMPILE_SECONDS = 0.5
-PEER_TIMEOUT = 100
-"""Seconds without a heartbeat after which a process is considered dead."""
 SECONDS_BETWEEN_NOTICES = 15
 SECONDS_OF_GRACE = 60
 """After `join_timeout`, in which this program ends before JAX ends it by a signal."""
@@ -47,8 +46,8 @@ def cpu_devices_are_given() -> bool:
 def start(
     launch: Launch,
     *,
-    peer_timeout: int,
     beside: Path | None = None,
+    peer_timeout: int = ParallelConfig.peer_timeout,
     cpu_devices: int = 1,
 ) -> None:
     """Start JAX: set its cache and its CPU devices, join the other processes.
@@ -56,9 +55,9 @@ def start(
     Args:
       beside: A run; compiled programs are cached next to its folder if the launch names
         no folder. None caches nothing then.
-      cpu_devices: CPU devices, if there are as many cores and the user set no number.
       peer_timeout: Seconds without a heartbeat after which a process is considered
         dead; the other processes then end with its name.
+      cpu_devices: CPU devices, if there are as many cores and the user set no number.
 
     Raises:
       InputError: If the cluster does not describe how to join, or processes are

@@ -1,5 +1,7 @@
+import ast
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -24,6 +26,17 @@ heavy = {{"jax", "flax", "numpy", "matplotlib", "tensorflow", "nicegui"}}
 print("imported:", sorted(heavy & sys.modules.keys()))
 print("seconds:", resource.getrusage(resource.RUSAGE_SELF).ru_utime)
 """
+REFUSED = """
+import sys
+from ldm_jax.cli.main import run
+try:
+    run({args!r})
+except ValueError as error:
+    print(error)
+print("jax" in sys.modules)
+"""
+FREE_OF_JAX = re.compile("imports no JAX|nothing here imports JAX|without JAX", re.I)
+"""What the docstring of a module says whose import does not import JAX."""
 MOST_SECONDS = 1.0
 """CPU seconds, not wall-clock seconds, for the help of a command."""
 
@@ -35,6 +48,38 @@ def test_help_of_each_command_is_fast_and_imports_no_numerics(command):
     assert f"usage: ldm {command}".strip() in text
     assert "imported: []" in text
     assert float(text.split("seconds:")[1]) < MOST_SECONDS
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["sample", "--workdir", "nowhere"],
+        ["evaluate", "--workdir", "nowhere"],
+        ["steps", "--workdir", "nowhere"],
+        ["report", "--workdir", "nowhere"],
+        ["serve", "nowhere"],
+        ["cache-latents", "--workdir", "nowhere", "--out", "latents"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_a_folder_that_is_no_run_is_refused_before_jax_is_imported(args):
+    told, imported = succeeded(run("-c", REFUSED.format(args=args))).splitlines()
+    assert "nowhere is not a run" in told and imported == "False"
+
+
+def says_free_of_jax():
+    """List the modules whose docstring says that they import no JAX."""
+    for path in sorted((ROOT / "ldm_jax").rglob("*.py")):
+        told = ast.get_docstring(ast.parse(path.read_text())) or ""
+        if FREE_OF_JAX.search(" ".join(told.split())):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(part for part in parts if part != "__init__")
+
+
+@pytest.mark.parametrize("name", list(says_free_of_jax()))
+def test_a_module_that_says_so_imports_no_jax(name):
+    code = f"import sys, {name}; print('jax' in sys.modules)"
+    assert succeeded(run("-c", code)) == "False\n"
 
 
 def test_help_lists_every_command():

@@ -73,9 +73,9 @@ def test_cpu_devices_come_from_the_config_or_the_environment(given, devices):
     program = (
         "from ldm_jax.config.launch import Launch\n"
         "from ldm_jax.parallel.launch import start\n"
-        "start(Launch(), peer_timeout=100, cpu_devices=2)\n"
+        "start(Launch(), cpu_devices=2)\n"
         "import jax; print(jax.device_count())\n"
-        "start(Launch(), peer_timeout=100, cpu_devices=2)"
+        "start(Launch(), cpu_devices=2)"
     )
     names = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
     env = {name: value for name, value in os.environ.items() if name not in names}

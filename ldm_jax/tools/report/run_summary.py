@@ -1,4 +1,4 @@
-"""Config, metrics, scores and images of a run, read from its folder. Imports no JAX."""
+"""Config, metrics, scores and images of a run, read from its folder."""
 
 import re
 from pathlib import Path
@@ -179,13 +179,3 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and kind.fullmatch(value) is not None
     numbers = not isinstance(value, list) or all(isinstance(x, Number) for x in value)
     return isinstance(value, kind) and numbers
-
-
-def check_out(path: Path) -> None:
-    """Raise `InputError` if a page cannot be written there."""
-    if path.is_dir():
-        raise InputError(
-            f"--out: {path} is a folder, wanted a file such as report.html"
-        )
-    if not path.parent.is_dir():
-        raise InputError(f"--out: {path.parent} is not a folder; try to make it first")
