@@ -5,11 +5,13 @@ from pathlib import Path
 
 from ldm_jax.config import Config, read_config
 from ldm_jax.config.flags import parse_flags
+from ldm_jax.config.launch import Launch
 from ldm_jax.config.validation import checked_dataclass, require, require_at_least
 from ldm_jax.data.tfds_builders import check_builder
 from ldm_jax.evaluation.protocols import protocol_of
 from ldm_jax.evaluation.request import check_network, check_run
 from ldm_jax.evaluation.trade_off import TOLERANCE, StepsRequest, in_words, to_table
+from ldm_jax.parallel.launch import start
 from ldm_jax.types import InputError, ProtocolName, SamplerName, SpacingName
 
 
@@ -49,6 +51,8 @@ class Flags:
     config names one: reading the data runs it."""
     out: Path | None = None
     """Folder of steps.json and steps.png; WORKDIR/steps by default."""
+    compilation_cache: str | None = None
+    """Folder of compiled programs, or none; beside the run by default."""
 
     def _check(self) -> None:
         for flag in ("samplers", "steps"):
@@ -60,7 +64,7 @@ class Flags:
         require(self, "guidance_scale", 0.0 <= scale < math.inf, "0 or more")
 
 
-def parse(args: list[str]) -> StepsRequest:
+def parse(args: list[str]) -> tuple[StepsRequest, Launch]:
     """Read the command line, as far as the run's config allows without JAX.
 
     Raises:
@@ -91,7 +95,7 @@ def parse(args: list[str]) -> StepsRequest:
         inception=flags.inception,
         limit_steps=flags.limit_steps,
         out=out,
-    )
+    ), Launch(compilation_cache=flags.compilation_cache)
 
 
 def check_settings(config: Config, flags: Flags) -> None:
@@ -109,7 +113,8 @@ def check_settings(config: Config, flags: Flags) -> None:
 
 def main(args: list[str]) -> None:
     """Measure, and print the table."""
-    request = parse(args)
+    request, launch = parse(args)
+    start(launch, beside=request.workdir)
     from ldm_jax.evaluation.step_sweep import sweep_steps, write_sweep
 
     found = sweep_steps(request)

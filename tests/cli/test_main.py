@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ldm_jax.cli import main
+from ldm_jax.cli import main, steps
 from ldm_jax.cli.exit_codes import run_main
 from ldm_jax.config import to_json
 from ldm_jax.config.load_config import shipped_configs
@@ -190,3 +190,19 @@ def test_a_file_that_a_run_names_is_run_only_if_it_is_given(
     (tmp_path / "config.json").write_text(to_json(config))
     with pytest.raises(InputError, match=r"got squares\.py, but the data"):
         main.run([*args, "--workdir", ".", "--builder", "squares.py"])
+
+
+def test_steps_keeps_its_compiled_programs_beside_the_run(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(to_json(config_with()))
+    folders = []
+
+    def start(launch, *, beside):
+        folders.append(launch.cache_folder(beside=beside))
+        raise KeyboardInterrupt  # before anything is computed
+
+    monkeypatch.setattr(steps, "start", start)
+    for given in ([], ["--compilation-cache", "none"]):
+        with pytest.raises(KeyboardInterrupt):
+            main.run(["steps", "--workdir", str(tmp_path / "run"), *given])
+    assert folders == [tmp_path / ".compiled", None]
