@@ -285,7 +285,7 @@ def parse(args: list[str]) -> Namespace:
 def main(args: list[str]) -> None:
     """Measure what is missing, and print all of it."""
     given = parse(args)
-    launch = Launch(compilation_cache=str(given.out.absolute() / ".compiled"))
+    launch = Launch(compilation_cache=given.out.absolute() / ".compiled")
     start(launch)
     pairs = [(n, seed) for n in given.sizes for seed in range(given.num_seeds)]
     found: dict[tuple[int, int], dict[str, Any]] = {}

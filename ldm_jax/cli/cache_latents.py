@@ -7,7 +7,7 @@ import tyro
 
 from ldm_jax.config import IMAGES_AT_ONCE, Config, flatten, read_config
 from ldm_jax.config.flags import Inline, parse_flags_with_config
-from ldm_jax.config.launch import Launch, check_local
+from ldm_jax.config.launch import Launch
 from ldm_jax.config.validation import checked_dataclass, require_at_least
 from ldm_jax.data.tfds_builders import check_builder
 from ldm_jax.parallel.launch import start
@@ -51,7 +51,6 @@ class Flags:
 
     def _check(self) -> None:
         require_at_least(self, 1, "shards", "batch")
-        check_local(self.out, "--out")
 
 
 def parse(args: list[str]) -> tuple[Flags, Path, Config]:

@@ -6,7 +6,7 @@ from typing import Annotated, cast
 from ldm_jax.cli.sample import read_scales
 from ldm_jax.config import read_config
 from ldm_jax.config.flags import Inline, as_flag, parse_flags
-from ldm_jax.config.launch import Launch, check_local
+from ldm_jax.config.launch import Launch
 from ldm_jax.config.validation import checked_dataclass
 from ldm_jax.data.tfds_builders import check_builder
 from ldm_jax.evaluation.protocols import protocol_of
@@ -85,7 +85,6 @@ class Flags:
         number = self.num_images
         if number is not None and not 2 <= number <= MAX_SEED:
             raise InputError(f"num_images: got {number}, wanted 2 or more")
-        check_local(self.workdir, "--workdir")
 
 
 def parse(args: list[str]) -> tuple[EvaluationRequest, Launch]:

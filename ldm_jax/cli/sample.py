@@ -11,10 +11,11 @@ import tyro
 
 from ldm_jax.config import Config, read_config
 from ldm_jax.config.flags import Inline, as_flag, parse_flags, parse_list
-from ldm_jax.config.launch import Launch, check_local
-from ldm_jax.config.validation import Text, shown
+from ldm_jax.config.launch import Launch
+from ldm_jax.config.validation import Text, require_local, shown
 from ldm_jax.parallel.launch import start
 from ldm_jax.sampling.request import (
+    FLAG_NAMES,
     MAX_SEED,
     ReplayRequest,
     SampleRequest,
@@ -30,6 +31,11 @@ BY_HAND = (
     *("image", "mask", "size", "outpaint"),
 )
 """Settings that --replay takes: what metadata alone may not choose."""
+PATHS = (
+    *("workdir", "weights", "config_file", "tokenizer", "autoguidance"),
+    *("image", "mask", "replay"),
+)
+"""Paths, most of them texts, since the metadata holds them."""
 
 
 class SampleCommand(NamedTuple):
@@ -138,6 +144,8 @@ def parse_sample(args: list[str]) -> SampleCommand | ReplayRequest:
       SystemExit: After printing the help.
     """
     given = parse_flags(SampleArguments, args, prog="ldm sample")
+    for name in PATHS:
+        require_local(f"--{FLAG_NAMES.get(name, name)}", getattr(given, name))
     if given.replay is not None:
         return _replay(given)
     if (given.workdir is None) == (given.weights is None):
@@ -168,14 +176,12 @@ def parse_sample(args: list[str]) -> SampleCommand | ReplayRequest:
         raise as_flag(error) from None
     if request.as_dataset is not None and given.out != SampleRequest.out:
         raise InputError("--out: got it beside --as-dataset, wanted one of the two")
-    check_local(request.folder, request.folder_flag)
     if request.folder.exists() and not request.folder.is_dir():
         raise InputError(
             f"{request.folder_flag}: {request.folder} is a file, wanted a folder"
         )
     workdir = None if given.workdir is None else Path(given.workdir)
     if workdir is not None:
-        check_local(workdir, "--workdir")
         _check_run(read_config(workdir), settings, request)
     if given.launch.joins and request.process[1] > 1:
         raise InputError(

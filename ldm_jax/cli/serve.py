@@ -9,7 +9,7 @@ from typing import Annotated, cast
 import tyro
 
 from ldm_jax.config.flags import Positional, as_flag, parse_flags
-from ldm_jax.config.launch import MAX_PORT, Launch, check_local
+from ldm_jax.config.launch import MAX_PORT, Launch
 from ldm_jax.config.validation import checked_dataclass, require
 from ldm_jax.parallel.launch import start
 from ldm_jax.sampling.sampling_config import SamplingConfig
@@ -53,14 +53,13 @@ class Flags:
     """Address to listen at; by default only this machine can connect."""
     port: int = PORT
     """Port to listen at; 0 for any free port."""
-    compilation_cache: str | None = None
+    compilation_cache: Path | None = None
     """Folder of compiled programs, or none; beside the run by default."""
 
     def _check(self) -> None:
         require(self, "port", 0 <= self.port <= MAX_PORT, f"0 to {MAX_PORT}")
         few = 1 <= self.max_images <= MAX_IMAGES
         require(self, "max_images", few, f"1 to {MAX_IMAGES}")
-        check_local(self.workdir, "WORKDIR")
         if self.spacing == "ldm":
             raise InputError(
                 "spacing: got 'ldm', which has not the steps asked for; wanted "

@@ -51,7 +51,7 @@ class Flags:
     config names one: reading the data runs it."""
     out: Path | None = None
     """Folder of steps.json and steps.png; WORKDIR/steps by default."""
-    compilation_cache: str | None = None
+    compilation_cache: Path | None = None
     """Folder of compiled programs, or none; beside the run by default."""
 
     def _check(self) -> None:

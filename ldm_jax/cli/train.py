@@ -10,7 +10,7 @@ import tyro
 from ldm_jax.cli.streams import check_stdout
 from ldm_jax.config import Config
 from ldm_jax.config.flags import Inline, parse_flags_with_config
-from ldm_jax.config.launch import Launch, check_local
+from ldm_jax.config.launch import Launch
 from ldm_jax.config.validation import checked_dataclass
 from ldm_jax.parallel.launch import start
 from ldm_jax.types import InputError
@@ -52,7 +52,6 @@ class Flags:
         return int(start), int(stop)
 
     def _check(self) -> None:
-        check_local(self.workdir, "--workdir")
         if self.profile is None:
             return
         span = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", self.profile)

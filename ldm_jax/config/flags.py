@@ -68,11 +68,12 @@ def parse_flags(
                 **kwargs,
             )
     except InputError as error:  # of an `Inline` part
-        raise InputError(_named_as_typed("", str(error), known)) from None
+        raise InputError(_named_as_typed("", str(error), cls)) from None
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(_explain(stop, boxed.getvalue(), args, known)) from None
+        text = _unbox(boxed.getvalue())
+        raise InputError(_explain(stop, text, args, cls)) from None
     if stray:
         raise InputError(
             f"{stray[0]}: not the value of any flag; wanted --name value pairs"
@@ -235,11 +236,9 @@ def _marks(annotation: Any) -> tuple[Any, ...]:
     return getattr(annotation, "__metadata__", ())
 
 
-def _explain(
-    stop: BaseException, boxed: str, args: list[str], known: dict[str, Any]
-) -> str:
+def _explain(stop: BaseException, text: str, args: list[str], cls: type[Any]) -> str:
     """Say in one line, under the flag's name, what tyro says in a box."""
-    text = _unbox(boxed)
+    known = dict(_flags(cls))
     error: BaseException | None = stop
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
@@ -248,7 +247,7 @@ def _explain(
         where = found[1] if found else ""
         if where in known:  # a value of this one flag
             return f"{where}: {error}"
-        return _named_as_typed(where, str(error), known)
+        return _named_as_typed(where, str(error), cls)
     if (found := re.search(r"--[a-z][\w.-]*", text)) is None:
         missing = re.search(r"argument '(\w+)'|Missing from [^:]*: (\w+)", text)
         name = missing and (missing[1] or missing[2]).upper()
@@ -267,13 +266,16 @@ def _explain(
     return f"{flag}: got {shown(' '.join(values))}, wanted {in_words(known[flag])}"
 
 
-def _named_as_typed(path: str, message: str, known: dict[str, Any]) -> str:
+def _named_as_typed(path: str, message: str, cls: type[Any]) -> str:
     """Put a flag in the place of the field that a message begins with."""
+    known = dict(_flags(cls))
     field, colon, details = message.partition(":")
     parts = [*path.split("."), *field.split(".")]
     for i in range(len(parts)):
         if (flag := f"--{_dashed('.'.join(parts[i:]))}") in known:
             return f"{flag}{colon}{details}"
+    if field.upper() == _positional(cls):
+        return f"{field.upper()}{colon}{details}"
     return message
 
 

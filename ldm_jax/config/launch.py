@@ -7,6 +7,8 @@ from ldm_jax.config.validation import checked_dataclass, require
 from ldm_jax.types import InputError
 
 CACHE_FOLDER = ".compiled"
+NO_CACHE = Path("none")
+"""Value of `compilation_cache` that keeps no compiled programs."""
 MAX_PORT = 2**16 - 1
 MAX_JOIN_TIMEOUT = 10**6
 
@@ -25,7 +27,7 @@ class Launch:
     """Which one this is, from 0."""
     join_timeout: int = 300
     """Seconds to wait for the other processes at the start."""
-    compilation_cache: str | None = None
+    compilation_cache: Path | None = None
     """Folder of compiled programs, or none; beside --workdir by default."""
 
     @property
@@ -41,7 +43,7 @@ class Launch:
         """
         if self.compilation_cache is not None:
             named = self.compilation_cache
-            return None if named == "none" else Path(named)
+            return None if named == NO_CACHE else named
         return None if beside is None else beside.absolute().parent / CACHE_FOLDER
 
     @property
@@ -70,12 +72,3 @@ class Launch:
         require(self, "num_processes", count >= 1, "1 or more")
         known = self.process_id is not None and 0 <= self.process_id < count
         require(self, "process_id", known, f"0 to {count - 1}")
-
-
-def check_local(path: Path | None, flag: str) -> None:
-    """Raise `InputError` if a path is the address of a bucket, not a folder."""
-    if path is not None and re.match(r"[a-z0-9]{2,}:/", str(path)):
-        raise InputError(
-            f"{flag}: got {path}, wanted a folder of a mounted file system; try to "
-            "mount the bucket (gcsfuse, s3fs) and give the place"
-        )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -54,6 +55,18 @@ def require_at_most(config: object, high: float, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         require(config, field, value is None or value <= high, f"at most {high}")
+
+
+def require_local(name: str, path: str | Path | None) -> None:
+    """Raise `InputError` if a path is the address of a bucket; None passes.
+
+    `as_type` asks this of every `Path`; who keeps a path as a text asks by itself.
+    """
+    if path is not None and re.match(r"[a-z0-9]{2,}:/", str(path)):
+        raise InputError(
+            f"{name}: got {path}, wanted a folder or file of a mounted file system; "
+            "try to mount the bucket (gcsfuse, s3fs) and give the place"
+        )
 
 
 def require_widths(config: Any) -> None:
@@ -139,6 +152,8 @@ def as_type(field: str, annotation: Any, value: Any) -> Any:
         if type(value) is annotation:
             return value
     elif isinstance(value, annotation) and "\0" not in str(value):
+        if annotation is Path:
+            require_local(field, value)
         return value
     wanted = in_words(annotation)
     if isinstance(value, int) and not isinstance(value, bool) and annotation is int:

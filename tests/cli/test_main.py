@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -7,10 +8,12 @@ import sys
 
 import pytest
 
-from ldm_jax.cli import main, steps
+from ldm_jax.cli import main, sample, steps
 from ldm_jax.cli.exit_codes import run_main
-from ldm_jax.config import to_json
+from ldm_jax.config import flags, to_json
 from ldm_jax.config.load_config import shipped_configs
+from ldm_jax.config.validation import in_words
+from ldm_jax.sampling.request import FLAG_NAMES
 from ldm_jax.types import InputError
 from tests.support.commands import LDM, ROOT, error_line, run, succeeded
 from tests.support.stand_ins import config_with
@@ -206,3 +209,47 @@ def test_steps_keeps_its_compiled_programs_beside_the_run(tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             main.run(["steps", "--workdir", str(tmp_path / "run"), *given])
     assert folders == [tmp_path / ".compiled", None]
+
+
+GIVEN = {
+    "train": ["--config", "digits", "--workdir", "run"],
+    "sample": ["--workdir", "run"],
+    "evaluate": ["--workdir", "run"],
+    "steps": ["--workdir", "run"],
+    "report": ["--workdir", "run"],
+    "plan": ["--config", "digits", "--topology", "local"],
+    "serve": ["run"],
+    "import": ["weights", "--out", "run"],
+    "export": ["run", "--out", "weights"],
+    "inspect": ["run"],
+    "check-images": ["pictures"],
+    "cache-latents": ["--workdir", "run", "--out", "latents"],
+}
+"""Arguments of each command that are good but for the files."""
+
+
+def paths():
+    """List the arguments that are paths: the command, the name, the words."""
+    for command, given in GIVEN.items():
+        module = importlib.import_module(f"ldm_jax.cli.{main.COMMANDS[command].module}")
+        cls = sample.SampleArguments if command == "sample" else module.Flags
+        kinds = {flag: in_words(kind) for flag, kind in flags._flags(cls)}
+        names = [flag for flag, kind in kinds.items() if kind in ("a path", "paths")]
+        if command == "sample":
+            names += [f"--{FLAG_NAMES.get(name, name)}" for name in sample.PATHS]
+        for name in dict.fromkeys(names):
+            yield command, name, [*given, name, "gs://bucket/x"]
+        if not given[0].startswith("--"):
+            yield command, flags._positional(cls), ["gs://bucket/x", *given[1:]]
+
+
+def test_every_command_has_its_arguments_here():
+    assert GIVEN.keys() == main.COMMANDS.keys()
+
+
+@pytest.mark.parametrize(("command", "name", "args"), list(paths()))
+def test_the_address_of_a_bucket_is_refused_wherever_a_path_is_given(
+    command, name, args
+):
+    with pytest.raises(InputError, match=rf"^{name}: got gs:/+bucket/x, wanted a fo"):
+        main.run([command, *args])
