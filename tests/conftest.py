@@ -1,5 +1,6 @@
 """Eight emulated CPU devices, strict promotion and caches that persist between runs."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -36,12 +37,28 @@ def clear_compiled_programs():
 @pytest.fixture
 def lowered():
     """List that grows by one for each program given to the compiler."""
-    programs = []
+    with recorded("/jax/core/compile/jaxpr_to_mlir_module_duration") as programs:
+        yield programs
+
+
+@pytest.fixture
+def compiled():
+    """List that grows by one for each program compiled, or read from JAX's cache."""
+    with recorded("/jax/core/compile/backend_compile_duration") as programs:
+        yield programs
+
+
+@contextlib.contextmanager
+def recorded(wanted):
+    """Record the keywords of JAX's events of one kind."""
+    found = []
 
     def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            programs.append(kwargs)
+        if event == wanted:
+            found.append(kwargs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield programs
-    jax.monitoring.unregister_event_duration_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -2,21 +2,19 @@
 
 import json
 import os
-import time
 
 import numpy as np
 import pytest
 
+from ldm_jax.files import locked
 from ldm_jax.images import read_png, to_uint8
+from ldm_jax.training.workdir import LOCK_FILE
 from tests.support.commands import (
-    LDM,
     ROOT,
-    TIMEOUT,
     error_line,
     ldm,
     refusal,
     sample,
-    start,
     succeeded,
     train,
 )
@@ -203,17 +201,12 @@ def test_sampling_an_unfinished_run_is_refused(finished, capsys, tmp_path):
 
 
 def test_two_trainings_in_one_workdir_are_refused(tmp_path):
-    args = ["--config", "tests/support/tiny.py", "--workdir", tmp_path / "run"]
-    first = start(*LDM, "train", *args)
-    try:
-        deadline = time.monotonic() + TIMEOUT
-        while not (tmp_path / "run/config.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert "another process" in error_line(ldm("train", *args))
-    finally:
-        first.kill()
-        first.communicate()
+    # This process holds the lock, as a training does to its end.
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with locked(workdir / LOCK_FILE, busy=""):
+        assert "another process is training" in error_line(train(workdir))
+    assert [path.name for path in workdir.iterdir()] == [LOCK_FILE]
 
 
 def test_the_python_example_of_the_readme_gives_the_images_of_the_command(

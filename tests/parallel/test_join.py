@@ -1,7 +1,9 @@
 """How processes that are started by hand find each other."""
 
+import asyncio
 import concurrent.futures
 import socket
+import threading
 import time
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from ldm_jax.config.launch import Launch
 from ldm_jax.parallel import join, launch
 from ldm_jax.types import InputError
-from tests.support.commands import LDM, error_line, run
+from tests.support.commands import LDM, TIMEOUT, error_line, run
 
 
 @pytest.fixture
@@ -50,6 +52,21 @@ def test_all_go_on_when_the_last_has_come_and_the_port_is_free_again(port):
 def test_every_process_says_who_is_missing_and_ends_in_one_line(
     port, monkeypatch, caplog
 ):
+    counted, take_in, wait = threading.Event(), join._Host._take_in, asyncio.wait
+
+    def count(self, *guest):
+        found = take_in(self, *guest)
+        counted.set()
+        return found
+
+    async def wait_from_then_on(tasks, **kwargs):
+        while not counted.is_set():
+            await asyncio.sleep(0.01)
+        return await wait(tasks, **kwargs)
+
+    # No time passes before process 2 is there, however slow the machine is.
+    monkeypatch.setattr(join._Host, "_take_in", count)
+    monkeypatch.setattr(asyncio, "wait", wait_from_then_on)
     monkeypatch.setattr(join, "SECONDS_BETWEEN_NOTICES", 1)
     # Process 0 waits less: it would miss process 2 as well after that has left.
     waits = {0: 3, 2: 20}
@@ -82,11 +99,19 @@ def test_a_number_that_is_taken_and_another_count_are_refused(port):
     assert "--num-processes is 4 there and 3 on process 0" in other
 
 
-def test_strangers_at_the_port_are_sent_away(port):
+def test_strangers_at_the_port_are_sent_away(port, monkeypatch):
+    listening, listen = threading.Event(), join._listen
+
+    def listen_and_say_so(port):
+        opened = listen(port)
+        listening.set()
+        return opened
+
+    monkeypatch.setattr(join, "_listen", listen_and_say_so)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         host = threads.submit(met, launched(port, 0, num=2))
+        assert listening.wait(TIMEOUT)
         for words in (b"GET / HTTP/1.1\r\n\r\n", b"ldm 7/2\n", b"\xff" * 2**17):
-            time.sleep(0.2)
             with socket.create_connection(("localhost", port)) as stranger:
                 try:
                     stranger.sendall(words)

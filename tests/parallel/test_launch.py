@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from ldm_jax.cli.sample import parse_sample
@@ -87,6 +88,17 @@ def test_cpu_devices_come_from_the_config_or_the_environment(given, devices):
         timeout=1800,
     )
     assert (done.stdout, done.returncode) == (f"{devices}\n", 0), done.stderr
+
+
+def test_a_process_counts_as_dead_after_the_given_seconds(monkeypatch):
+    joined = []
+    monkeypatch.setattr(launch, "meet", lambda launch: None)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: joined.append(how))
+    launch.start(parse([*TRAIN, *THREE]).launch, peer_timeout=17)
+    (how,) = joined
+    assert how["heartbeat_timeout_seconds"] == 17
+    assert (how["num_processes"], how["process_id"]) == (2, 1)
 
 
 @pytest.fixture

@@ -141,6 +141,42 @@ def test_dispatches_end_at_every_due_step(tmp_path):
 # The state is donated, sharded, and held once.
 
 
+PROGRAM = {"pmap": "jit(_fun)", "fsdp": "jit(whole)"}
+"""JAX's name of a layout's mapped step."""
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 2])
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("layout", PROGRAM)
+def test_a_fresh_run_compiles_its_step_once(
+    layout, devices, steps_per_dispatch, tmp_path, lowered, compiled
+):
+    # Compiled by shapes while the state is made, and used by the first dispatch.
+    parallel = ParallelConfig(layout=layout, steps_per_dispatch=steps_per_dispatch)
+    run_toy(tmp_path, toy_stage(), parallel=parallel, devices=DEVICES[:devices])
+    for programs in (lowered, compiled):
+        names = [program["fun_name"] for program in programs]
+        assert names.count(PROGRAM[layout]) == 1, names
+
+
+PROGRAM = {"pmap": "jit(_fun)", "fsdp": "jit(whole)"}
+"""JAX's name of a layout's mapped step."""
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 2])
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("layout", PROGRAM)
+def test_a_fresh_run_compiles_its_step_once(
+    layout, devices, steps_per_dispatch, tmp_path, lowered, compiled
+):
+    # By shapes, while the initial state is made; the first dispatch finds it compiled.
+    parallel = ParallelConfig(layout=layout, steps_per_dispatch=steps_per_dispatch)
+    run_toy(tmp_path, toy_stage(), parallel=parallel, devices=DEVICES[:devices])
+    for programs in (lowered, compiled):
+        names = [program["fun_name"] for program in programs]
+        assert names.count(PROGRAM[layout]) == 1, names
+
+
 @pytest.mark.parametrize("kind", [PmapLayout, FsdpLayout])
 def test_a_layout_holds_its_share_of_the_state_once(kind):
     layout, stage = kind(DEVICES[:4]), toy_stage()

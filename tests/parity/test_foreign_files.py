@@ -3,7 +3,6 @@
 import inspect
 import json
 import re
-import warnings
 
 import ml_dtypes
 import numpy as np
@@ -27,24 +26,11 @@ from ldm_jax.pretrained.layouts import write_tree
 from ldm_jax.pretrained.open_weights import open_weights
 from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.types import InputError
-from tests.support.pretrained import (
-    compvis_arrays,
-)
+from tests.data.test_tokenizer import write_clip
+from tests.parity.needs import THEIR_WARNINGS_IGNORED, diffusers, torch
+from tests.support.pretrained import compvis_arrays, with_condition
 
-torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
-pytest.importorskip("diffusers", reason="parity needs the extra `parity`")
-pytest.importorskip("transformers", reason="parity needs the extra `parity`")
-
-# diffusers and transformers warn of their own deprecations; none of them is ours.
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def diffusers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import diffusers
-
-    return diffusers
+pytestmark = THEIR_WARNINGS_IGNORED
 
 
 # Schedulers.
@@ -60,7 +46,6 @@ SCHEDULER_CONFIGS = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "image": {**LDM, "prediction_type": "sample"},
     "v": {**LDM, "prediction_type": "v_prediction"},
-    "other": {**LDM, "beta_schedule": "a_new_one"},
 }
 
 
@@ -68,10 +53,13 @@ def scheduler_names() -> list[str]:
     found = []
     for name in dir(diffusers()):
         if name.endswith("Scheduler") and not name.startswith("Flax"):
-            cls = getattr(diffusers(), name)
-            if "num_train_timesteps" in inspect.signature(cls.__init__).parameters:
+            if "num_train_timesteps" in fields_of(name):
                 found.append(name)
     return found
+
+
+def fields_of(name: str):
+    return inspect.signature(getattr(diffusers(), name).__init__).parameters
 
 
 def their_levels(name: str, values: dict):
@@ -106,16 +94,31 @@ def test_a_scheduler_of_any_class_gives_the_noise_levels_of_diffusers(case):
         )
         assert np.abs(ours.abar - theirs.numpy()).max() < 1e-5, name
         compared += 1
-    assert compared >= (0 if case == "other" else 15)
+    assert compared >= 15
+
+
+def test_a_schedule_that_no_scheduler_of_diffusers_knows_is_refused_by_both():
+    values, refused = {**LDM, "beta_schedule": "a_new_one"}, 0
+    for name in scheduler_names():
+        if "beta_schedule" not in fields_of(name):
+            continue
+        try:
+            getattr(diffusers(), name).from_config(values)
+        except (NotImplementedError, ValueError):
+            with pytest.raises(InputError, match=f"{name}: beta_schedule: got 'a_new"):
+                read_scheduler(name, values)
+            refused += 1
+        else:
+            raise AssertionError(f"diffusers reads it: {name}")
+    assert refused >= 15
 
 
 def test_every_scheduler_whose_defaults_are_known_is_one_of_diffusers():
     names = scheduler_names()
     for name, (start, end, schedule) in SCHEDULER_DEFAULTS.items():
-        cls = getattr(diffusers(), name)
         if name not in names:
             continue  # its class wants another package
-        fields = inspect.signature(cls.__init__).parameters
+        fields = fields_of(name)
         assert fields["beta_start"].default == start
         assert fields["beta_end"].default == end
         assert fields["beta_schedule"].default == schedule
@@ -423,14 +426,12 @@ SINGLE_FILES = {
 def sd_folder(tmp_path_factory):
     """A small Stable Diffusion as diffusers reads it, whose config files may use."""
     from ldm_jax.pretrained.diffusers_export import write_folder
-    from tests.data.test_tokenizer import write_clip
-    from tests.parity.test_pipeline import with_tokenizer
 
     root = tmp_path_factory.mktemp("sd")
     (root / "tokenizer").mkdir()
     write_clip(root / "tokenizer", "sd1")
     weights, _ = compvis_arrays("clip")
-    config = with_tokenizer(weights.config, root / "tokenizer")
+    config = with_condition(weights.config, tokenizer=str(root / "tokenizer"))
     (root / "folder").mkdir()
     write_folder(weights._replace(config=config), root / "folder")
     return root / "folder"

@@ -1,6 +1,5 @@
 """An exported model is a diffusers pipeline: the same text gives the same image."""
 
-import dataclasses
 import warnings
 
 import jax
@@ -25,15 +24,12 @@ from ldm_jax.sampling.sample_fn import make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from tests.data.test_tokenizer import write_clip
 from tests.parity.diffusers_models import from_torch, relative, to_torch
+from tests.parity.needs import THEIR_WARNINGS_IGNORED, diffusers, torch
 from tests.support import models
+from tests.support.pretrained import compvis_arrays, with_condition
 from tests.support.weights import random_tensors
 
-torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
-pytest.importorskip("diffusers", reason="parity needs the extra `parity`")
-pytest.importorskip("transformers", reason="parity needs the extra `parity`")
-
-# diffusers and transformers warn of their own deprecations; none of them is ours.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = THEIR_WARNINGS_IGNORED
 
 STEPS = 10
 SCALE = 3.0
@@ -43,9 +39,7 @@ TEXTS = ["hello cat", "at's HELLO"]
 def load_pipeline(name: str, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import diffusers
-
-        pipeline = getattr(diffusers, name).from_pretrained(folder)
+        pipeline = getattr(diffusers(), name).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -73,18 +67,12 @@ def diffusers_model(config: Config, seed: int = 0) -> ModelWeights:
     )
 
 
-def with_tokenizer(config: Config, folder) -> Config:
-    condition = dataclasses.replace(config.diffusion.condition, tokenizer=str(folder))
-    diffusion = dataclasses.replace(config.diffusion, condition=condition)
-    return dataclasses.replace(config, diffusion=diffusion)
-
-
 @pytest.mark.parametrize("kind", ["clip", "open_clip"])
 def test_a_text_to_image_pipeline_of_diffusers_gives_our_images(kind, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     write_clip(tokenizer, "sd2" if kind == "open_clip" else "sd1")
-    config = with_tokenizer(models.config_of(kind), tokenizer)
+    config = with_condition(models.config_of(kind), tokenizer=str(tokenizer))
     folder = tmp_path / "folder"
     folder.mkdir()
     write_folder(diffusers_model(config), folder)
@@ -158,11 +146,9 @@ def test_an_exported_unet_has_equal_outputs_in_diffusers(kind, tmp_path):
     config = models.config_of(kind)
     weights = models.model_of(config)
     write_folder(weights, tmp_path)
-    import diffusers
-
     crossed = kind != "label"
     name = "UNet2DConditionModel" if crossed else "UNet2DModel"
-    unet = getattr(diffusers, name).from_pretrained(tmp_path, subfolder="unet")
+    unet = getattr(diffusers(), name).from_pretrained(tmp_path, subfolder="unet")
     draw = np.random.RandomState(0)
     x = draw.normal(size=(2, *config.latent_shape)).astype(np.float32)
     from ldm_jax.build import build_model
@@ -192,7 +178,8 @@ def test_folders_saved_by_diffusers_are_read_whole_and_in_shards(shards, tmp_pat
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     write_clip(tokenizer, "sd1")
-    weights = diffusers_model(with_tokenizer(models.config_of("clip"), tokenizer))
+    config = with_condition(models.config_of("clip"), tokenizer=str(tokenizer))
+    weights = diffusers_model(config)
     folder, again = tmp_path / "folder", tmp_path / "again"
     folder.mkdir()
     write_folder(weights, folder)
@@ -208,8 +195,6 @@ def test_folders_saved_by_diffusers_are_read_whole_and_in_shards(shards, tmp_pat
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_torch_checkpoint_in_compvis_naming_is_read(zipped, tmp_path):
-    from tests.support.pretrained import compvis_arrays
-
     weights, arrays = compvis_arrays()
     state = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
     path, config_file = tmp_path / "model.ckpt", tmp_path / "recipe.py"

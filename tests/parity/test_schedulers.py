@@ -1,29 +1,20 @@
 """Exported scheduler configs give our noise levels in diffusers."""
 
-import warnings
-
 import numpy as np
 import pytest
 
 from ldm_jax.build import build_schedule
 from ldm_jax.diffusion.schedules import level_at
 from ldm_jax.pretrained.diffusers_export import scheduler_json
+from tests.parity.needs import THEIR_WARNINGS_IGNORED, diffusers
 from tests.support.models import config_of
 
-torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
-pytest.importorskip("diffusers", reason="parity needs the extra `parity`")
-
-# diffusers warns of its own deprecations; none of them is ours.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = THEIR_WARNINGS_IGNORED
 
 
 def theirs(config):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import diffusers
-
     name, values = scheduler_json(config.diffusion)
-    return getattr(diffusers, name).from_config(values)
+    return getattr(diffusers(), name).from_config(values)
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])

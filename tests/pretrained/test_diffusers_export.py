@@ -16,13 +16,7 @@ from tests.support.pretrained import (
 
 
 def test_diffusers_export_writes_the_parts_of_a_pipeline(tmp_path):
-    config = config_of("clip")
-    tokenizer = write_clip(tmp_path)
-    condition = dataclasses.replace(
-        config.diffusion.condition, tokenizer=str(tokenizer)
-    )
-    diffusion = dataclasses.replace(config.diffusion, condition=condition)
-    config = dataclasses.replace(config, diffusion=diffusion)
+    config = with_condition(config_of("clip"), tokenizer=str(write_clip(tmp_path)))
     out = tmp_path / "out"
     out.mkdir()
     write_folder(model_of(config), out)

@@ -1,6 +1,5 @@
 """Import of diffusers folders."""
 
-import dataclasses
 import re
 
 import numpy as np
@@ -16,6 +15,7 @@ from tests.support.models import config_of, model_of, same
 from tests.support.pretrained import (
     edit,
     refusal,
+    with_condition,
     without_own_config,
     written,
 )
@@ -27,11 +27,7 @@ def test_diffusers_import_without_our_config_builds_the_same_networks(kind, tmp_
     weights = model_of(config)
     if kind != "none":
         tokenizer = str(write_clip(tmp_path))
-        condition = dataclasses.replace(config.diffusion.condition, tokenizer=tokenizer)
-        diffusion = dataclasses.replace(config.diffusion, condition=condition)
-        weights = weights._replace(
-            config=dataclasses.replace(config, diffusion=diffusion)
-        )
+        weights = weights._replace(config=with_condition(config, tokenizer=tokenizer))
     out = tmp_path / "out"
     out.mkdir()
     write_folder(weights, out)

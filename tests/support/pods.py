@@ -8,6 +8,9 @@ import sys
 from tests.support.commands import ROOT, environment
 
 TIMEOUT = 1800
+MOST_STEPS = 80
+"""Made after SIGTERM, of 0.1 s each: JAX looks for the signal once a second, and asks the
+other processes then."""
 
 
 def pair(workdir, layout, num_steps, *args):
@@ -66,7 +69,8 @@ def digest_of(output):
 
 
 def wait_for_step(process, step):
+    """Wait until a process has printed a step or a later one; return which."""
     for line in process.stdout:
         if line.startswith("step ") and int(line.split()[1]) >= step:
-            return
+            return int(line.split()[1])
     raise AssertionError(process.stderr.read())

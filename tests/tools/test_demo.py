@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import dataclasses
 import importlib.util
 import io
 import json
@@ -17,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
@@ -46,8 +46,17 @@ from ldm_jax.types import InputError
 from tests.data.test_tokenizer import write_clip
 from tests.support import tiny
 from tests.support.browser import CHROMIUM, open_tab
-from tests.support.commands import LDM, ROOT, environment, error_line, ldm, write_run
+from tests.support.commands import (
+    LDM,
+    ROOT,
+    TIMEOUT,
+    environment,
+    error_line,
+    ldm,
+    write_run,
+)
 from tests.support.models import config_of
+from tests.support.pretrained import with_condition
 
 CLASSES = Limits(max_steps=9, max_images=4, num_classes=10, reads_text=False)
 TEXTS = Limits(max_steps=9, max_images=4, num_classes=0, reads_text=True)
@@ -230,24 +239,47 @@ def test_few_pages_are_open_at_once(monkeypatch):
     assert asyncio.run(count()) == ([{"type": "websocket.close", "code": 1008}], 0)
 
 
+class Answering(NamedTuple):
+    """A server that answers with a word."""
+
+    address: tuple[str, int]
+    """Where its limits are short."""
+    patient: tuple[str, int]
+    """Where a client has minutes, for those that a busy machine may not fail."""
+    asked: threading.Event
+    """Set by the first request that came whole."""
+    connections: set
+    """Those that are open."""
+
+
 @pytest.fixture
 def answering(monkeypatch):
-    """Serve a page of one word, with short limits; yield its address."""
+    """Serve a page of one word, with short limits at one of two addresses."""
     monkeypatch.setattr(server, "SECONDS_TO_ASK", 0.5)
     monkeypatch.setattr(server, "SECONDS_TO_ANSWER", 1.0)
+    bounded, asked = server._bounded_protocol(), threading.Event()
 
     async def app(scope, receive, send):
+        asked.set()
         size = 10**8 if scope["path"] == "/large" else 4
         head = {"type": "http.response.start", "status": 200, "headers": []}
         await send(head)
         await send({"type": "http.response.body", "body": b"word" * (size // 4)})
 
-    with open_socket("127.0.0.1", 0) as taken:
-        running = make_server(app, taken)
+    with open_socket("127.0.0.1", 0) as short, open_socket("127.0.0.1", 0) as long:
+        address, patient = short.getsockname(), long.getsockname()
+
+        class Bounded(bounded):
+            def set_limit(self, seconds):
+                limited = seconds is not None and self.server == patient
+                super().set_limit(TIMEOUT if limited else seconds)
+
+        monkeypatch.setattr(server, "_bounded_protocol", lambda: Bounded)
+        running = make_server(app, short)
         monkeypatch.setattr(running.config, "lifespan", "off")
-        thread = threading.Thread(target=running.run, args=([taken],))
+        thread = threading.Thread(target=running.run, args=([short, long],))
         thread.start()
-        yield taken.getsockname()[:2]
+        yield Answering(address, patient, asked, running.server_state.connections)
         running.should_exit = True
         thread.join()
 
@@ -272,10 +304,11 @@ def asks(path):
 
 @needs_nicegui
 def test_an_endless_header_is_refused_after_few_bytes(answering):
-    heard, said = spoken(answering, asks("/"), b"X: ", *[b"x" * 1024] * 100_000)
+    address = answering.address
+    heard, said = spoken(address, asks("/"), b"X: ", *[b"x" * 1024] * 100_000)
     assert said < 2**25  # what the system's own buffers take, and no more
     assert not heard or heard.startswith(b"HTTP/1.1 400 ")
-    heard, _ = spoken(answering, asks("/"), b"X: ", b"x" * MAX_HEADER)
+    heard, _ = spoken(address, asks("/"), b"X: ", b"x" * MAX_HEADER)
     assert not heard or heard.startswith(b"HTTP/1.1 400 ")
 
 
@@ -292,9 +325,9 @@ def test_an_endless_header_is_refused_after_few_bytes(answering):
     ],
 )
 def test_a_request_that_never_comes_whole_loses_its_connection(answering, words):
-    half = threading.Thread(target=spoken, args=(answering, *words))
+    half = threading.Thread(target=spoken, args=(answering.address, *words))
     half.start()
-    heard, _ = spoken(answering, asks("/"), b"Connection: close\r\n\r\n")
+    heard, _ = spoken(answering.patient, asks("/"), b"Connection: close\r\n\r\n")
     assert b"word" in heard  # others are answered meanwhile
     half.join(60)
     assert not half.is_alive()
@@ -302,9 +335,13 @@ def test_a_request_that_never_comes_whole_loses_its_connection(answering, words)
 
 @needs_nicegui
 def test_an_answer_that_nobody_reads_loses_its_connection(answering):
-    with socket.create_connection(answering, timeout=60) as wire:
+    with socket.create_connection(answering.address, timeout=60) as wire:
         wire.sendall(asks("/large") + b"\r\n")
-        time.sleep(2.0)
+        assert answering.asked.wait(TIMEOUT)
+        until = time.monotonic() + TIMEOUT
+        while answering.connections:
+            assert time.monotonic() < until, "the connection stays open"
+            time.sleep(0.01)
         heard = 0
         with contextlib.suppress(ConnectionError):
             while part := wire.recv(2**16):
@@ -487,12 +524,7 @@ def write(tab, knob, text):
 def test_page_of_a_text_model_in_a_browser(tmp_path):
     (tmp_path / "words").mkdir()
     write_clip(tmp_path / "words", "sd1")
-    config = config_of("clip")
-    condition = dataclasses.replace(
-        config.diffusion.condition, tokenizer=str(tmp_path / "words")
-    )
-    diffusion = dataclasses.replace(config.diffusion, condition=condition)
-    config = dataclasses.replace(config, diffusion=diffusion)
+    config = with_condition(config_of("clip"), tokenizer=str(tmp_path / "words"))
     with (
         page_of(config, tmp_path / "run") as (_, url),
         open_tab(tmp_path / "profile") as tab,
