@@ -138,9 +138,6 @@ def test_dispatches_end_at_every_due_step(tmp_path):
     )
 
 
-# The state is donated, sharded, and held once.
-
-
 PROGRAM = {"pmap": "jit(_fun)", "fsdp": "jit(whole)"}
 """JAX's name of a layout's mapped step."""
 
@@ -159,22 +156,7 @@ def test_a_fresh_run_compiles_its_step_once(
         assert names.count(PROGRAM[layout]) == 1, names
 
 
-PROGRAM = {"pmap": "jit(_fun)", "fsdp": "jit(whole)"}
-"""JAX's name of a layout's mapped step."""
-
-
-@pytest.mark.parametrize("steps_per_dispatch", [1, 2])
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("layout", PROGRAM)
-def test_a_fresh_run_compiles_its_step_once(
-    layout, devices, steps_per_dispatch, tmp_path, lowered, compiled
-):
-    # By shapes, while the initial state is made; the first dispatch finds it compiled.
-    parallel = ParallelConfig(layout=layout, steps_per_dispatch=steps_per_dispatch)
-    run_toy(tmp_path, toy_stage(), parallel=parallel, devices=DEVICES[:devices])
-    for programs in (lowered, compiled):
-        names = [program["fun_name"] for program in programs]
-        assert names.count(PROGRAM[layout]) == 1, names
+# The state is donated, sharded, and held once.
 
 
 @pytest.mark.parametrize("kind", [PmapLayout, FsdpLayout])

@@ -6,7 +6,7 @@ import pytest
 from ldm_jax.build import build_schedule
 from ldm_jax.diffusion.schedules import level_at
 from ldm_jax.pretrained.diffusers_export import scheduler_json
-from tests.parity.needs import THEIR_WARNINGS_IGNORED, diffusers
+from tests.parity.needs import THEIR_WARNINGS_IGNORED, diffusers, torch
 from tests.support.models import config_of
 
 pytestmark = THEIR_WARNINGS_IGNORED

@@ -9,8 +9,8 @@ from tests.support.commands import ROOT, environment
 
 TIMEOUT = 1800
 MOST_STEPS = 80
-"""Made after SIGTERM, of 0.1 s each: JAX looks for the signal once a second, and asks the
-other processes then."""
+"""Made after SIGTERM, of 0.1 s each: JAX looks for the signal once a second, and asks
+the other processes then."""
 
 
 def pair(workdir, layout, num_steps, *args):
