@@ -272,7 +272,7 @@ def answering(monkeypatch):
         class Bounded(bounded):
             def set_limit(self, seconds):
                 limited = seconds is not None and self.server == patient
-                super().set_limit(TIMEOUT if limited else seconds)
+                super().set_limit(float(TIMEOUT) if limited else seconds)
 
         monkeypatch.setattr(server, "_bounded_protocol", lambda: Bounded)
         running = make_server(app, short)
