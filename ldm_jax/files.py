@@ -234,8 +234,9 @@ def read_record(run: Path) -> dict[str, Any] | None:
     """Read the record of a run: who it is, and the digests of its files and stages.
 
     Returns:
-      `configs`, `data`, `files` and `stages`; None for weights and for the runs of
-      versions that kept no record.
+      `configs`, `data`, `files`, `stages` and, if the run was changed, `changes`: their
+      `fields` with the old and the new value, and the `steps` at which they were made;
+      None for weights and for the runs of versions that kept no record.
 
     Raises:
       InputError: If it is damaged.
@@ -248,11 +249,32 @@ def read_record(run: Path) -> dict[str, Any] | None:
         "a copy"
     )
     record = read_json(path, remedy=remedy)
-    kinds = {"configs": list, "files": dict, "stages": dict}
-    wrong = any(not isinstance(record.get(k), kind) for k, kind in kinds.items())
+    kinds = {"configs": list, "files": dict, "stages": dict, "changes": list}
+    found = {"changes": [], **record}
+    wrong = any(not isinstance(found.get(k), kind) for k, kind in kinds.items())
+    wrong = wrong or not all(map(_is_change, found["changes"]))
     if record.pop("sha256", None) != json_digest(record) or wrong:
         raise InputError(f"{path}: got another content than was written; {remedy}")
     return record
+
+
+def _is_change(value: Any) -> bool:
+    """Return whether JSON has the form of a run's change."""
+    if not isinstance(value, dict) or value.keys() != {"fields", "steps"}:
+        return False
+    if not all(isinstance(part, dict) for part in value.values()):
+        return False
+    pairs = all(isinstance(x, list) and len(x) == 2 for x in value["fields"].values())
+    return pairs and all(type(step) is int for step in value["steps"].values())
+
+
+def read_changes(run: Path) -> list[dict[str, Any]]:
+    """Read how a run was changed, from its record; [] without one.
+
+    Raises:
+      InputError: If it is damaged.
+    """
+    return (read_record(run) or {}).get("changes", [])
 
 
 def write_record(run: Path, record: Mapping[str, Any]) -> None:

@@ -2,16 +2,16 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax import config as config_lib
 from ldm_jax.build import build_model, load_split, open_iterator, open_split
-from ldm_jax.config import OWN_LATENTS, Config
+from ldm_jax.config import OWN_LATENTS, Config, read_config
 from ldm_jax.data.latent_cache import CacheNote
 from ldm_jax.evaluation.online import check_scores, make_measure
-from ldm_jax.files import ANEW, write_json
+from ldm_jax.files import ANEW, read_changes, write_json
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout, PmapLayout, make_layout
 from ldm_jax.parallel.multihost import (
@@ -30,11 +30,12 @@ from ldm_jax.pretrained.frozen import (
     read_frozen,
     save_frozen,
 )
-from ldm_jax.pretrained.load_stage import load_second_stage
+from ldm_jax.pretrained.load_stage import load_second_stage, load_stage
 from ldm_jax.rng import root_key
 from ldm_jax.sampling.pipeline import platform_text
 from ldm_jax.sampling.preview import make_preview
 from ldm_jax.training.autoencoder_stage import autoencoder_stage, latent_scale
+from ldm_jax.training.checkpoint import CHECKPOINTS, Checkpoint
 from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.digest import run_digest
@@ -49,6 +50,7 @@ from ldm_jax.training.train_tokenizer import (
 )
 from ldm_jax.training.workdir import (
     FINAL_FILE,
+    Change,
     check_files,
     check_workdir,
     facts_of,
@@ -107,15 +109,21 @@ class TrainingRun(NamedTuple):
 
 
 def train(
-    config: Config, workdir: Path, *, profile: tuple[int, int] | None = None
+    config: Config,
+    workdir: Path,
+    *,
+    changes: Collection[str] = (),
+    profile: tuple[int, int] | None = None,
 ) -> Outcome:
     """Train the stages of a run that are not finished, and write `final.json`.
 
     On several processes, each calls this with the same arguments and a shared folder.
 
     Args:
-      config: Equals the config in the folder, except `parallel`.
+      config: Equals the config in the folder, except `parallel` and `changes`.
       workdir: Folder of the run; created if it does not exist.
+      changes: Names of fields, such as diffusion.steps, whose values replace those of
+        the folder: the run goes on with them, and records the old ones.
       profile: First and last step of a trace of each stage; None traces nothing.
 
     Raises:
@@ -127,17 +135,17 @@ def train(
       OSError: If a file cannot be written.
     """
     layout = make_layout(config.parallel)
-    check_same(facts_of(config, layout))
+    check_same(facts_of(config, layout, changes))
     # Before the folder is created: a run that cannot start leaves nothing behind.
     first_alone(lambda: restore_record(workdir))
     with together():
         check_batches(config, layout)
         check_scores(config.scores, num_classes=config.data.num_classes)
-        check_workdir(config, workdir)
+        fields = check_workdir(config, workdir, changes)
         model = build_model(config)
     notes = {"config": json.loads(config_lib.to_json(config))}
     run = TrainingRun(config, model, workdir, layout, profile, notes)
-    final = _finished_before(run)
+    final = None if fields else _finished_before(run)
     if final is not None:
         return Outcome(final, trained=False)
     with together():
@@ -152,7 +160,8 @@ def train(
             conditioner=weights.conditioner,
         )
 
-    with open_workdir(config, workdir), stop_signal() as stop:
+    change = Change(fields, _steps_reached(run)) if fields else None
+    with open_workdir(config, workdir, change), stop_signal() as stop:
         first_alone(lambda: save_frozen(weights, workdir))
         first_alone(lambda: keep_tokenizer(config, workdir))
         notes |= tokenizer_notes(config, workdir)
@@ -166,6 +175,27 @@ def train(
         final = _to_final(run, first, outcomes, config_digest=named)
         first_alone(lambda: write_json(workdir / FINAL_FILE, final, run=workdir))
         return Outcome(final, trained=True)
+
+
+def _steps_reached(run: TrainingRun) -> dict[str, int]:
+    """Return the step of each stage's newest intact checkpoint, 0 without one.
+
+    Raises:
+      InputError: If a file of the run is damaged.
+      RunError: If no checkpoint is intact, or not the last one of a finished stage.
+    """
+    workdir, steps = run.workdir, {}
+    before = read_config(workdir)
+    reading: dict[str, Callable[[], Checkpoint]] = {
+        "autoencoder": lambda: load_stage(
+            autoencoder_stage(before, run.model, workdir), workdir
+        ),
+        "diffusion": lambda: load_second_stage(before, run.model, workdir),
+    }
+    for name, read in reading.items():
+        has_state = any((workdir / name / CHECKPOINTS).glob("[0-9]*"))
+        steps[name] = read().step if has_state else 0
+    return steps
 
 
 def _finished_before(run: TrainingRun) -> dict[str, Any] | None:
@@ -316,11 +346,13 @@ def _to_final(
 ) -> dict[str, Any]:
     """Return the content of `final.json`."""
     digests = {name: outcome.digest for name, outcome in outcomes.items()}
+    changes = read_changes(run.workdir)
     return {
-        "digest": run_digest(digests),
+        "digest": run_digest(digests, changes=changes),
         "digest_by_stage": digests,
         "seconds_by_stage": {k: round(v.seconds, 1) for k, v in outcomes.items()},
         "latent_scale": float(first.latent_scale),
         "config_digest": config_digest,
+        **({"changes": changes} if changes else {}),
         "trained_on": f"{run.layout.num_devices} x {platform_text(PmapLayout())}",
     }

@@ -9,9 +9,14 @@ import tyro
 
 from ldm_jax.cli.streams import check_stdout
 from ldm_jax.config import Config
-from ldm_jax.config.flags import Inline, parse_flags_with_config
+from ldm_jax.config.flags import Inline, parse_flags, parse_flags_with_config
 from ldm_jax.config.launch import Launch
-from ldm_jax.config.validation import checked_dataclass
+from ldm_jax.config.serialization import (
+    CHANGEABLE,
+    CHANGEABLE_IN_WORDS,
+    is_among,
+)
+from ldm_jax.config.validation import checked_dataclass, shown
 from ldm_jax.parallel.launch import start
 from ldm_jax.types import InputError
 
@@ -33,6 +38,9 @@ class Flags:
     get_config()."""
     workdir: Path | None = None
     """Folder of the run."""
+    change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FIELD=VALUE, such as diffusion.steps=4000: go on with a value other than that of
+    the run, which records both. Once for each field."""
     dry_run: bool = False
     """Build everything by shape only and print one line of JSON."""
     profile: str | None = None
@@ -50,6 +58,11 @@ class Flags:
             return None
         start, _, stop = self.profile.partition(":")
         return int(start), int(stop)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The fields of `change`."""
+        return tuple(change.partition("=")[0] for change in self.change)
 
     def _check(self) -> None:
         if self.profile is None:
@@ -70,6 +83,15 @@ def parse(args: list[str]) -> Flags:
       SystemExit: After printing the help.
     """
     flags = parse_flags_with_config(Flags, args, prog="ldm train")
+    for name in flags.changes:
+        if not is_among(name, CHANGEABLE):
+            raise InputError(
+                f"--change: got {shown(name)}, wanted FIELD=VALUE, with "
+                f"{CHANGEABLE_IN_WORDS}; such as --change diffusion.steps=4000"
+            )
+    if flags.change:
+        given = [f"--{change}" for change in flags.change]
+        flags = parse_flags(Flags, given, prog="ldm train", default=flags)
     if flags.config_name is None:
         raise InputError("--config: not given, wanted a config; try --config digits")
     if flags.workdir is None and not flags.dry_run:
@@ -102,7 +124,9 @@ def main(args: list[str]) -> None:
     if workdir is None:
         print(json.dumps(describe(config, make_layout(config.parallel))))
         return
-    outcome = train(config, workdir, profile=flags.profiled_steps)
+    outcome = train(
+        config, workdir, changes=flags.changes, profile=flags.profiled_steps
+    )
     if not is_first():
         return
     by_stage = outcome.final["seconds_by_stage"]

@@ -28,6 +28,25 @@ HOW_FIELDS = frozenset({"parallel", "scores", "data.latents", "data.max_broken_f
 MAY_CHANGE = "max_skipped_steps"
 """Field that may change when a run resumes: it changes no finite step."""
 
+CHANGEABLE = frozenset(
+    {"checkpoint", "log", "sampling", "data.source", "data.directory"}
+    | {"autoencoder.steps", "diffusion.steps", "diffusion.condition_dropout"}
+    | {
+        f"{part}.optim.{name}"
+        for part in ("autoencoder", "autoencoder.adversary", "diffusion")
+        for name in (
+            *("lr", "warmup_steps", "decay_steps", "b1", "b2", "weight_decay"),
+            *("clip_norm", "ema_decay"),
+        )
+    }
+)
+"""Fields that an explicit change may give another value: the state of a run keeps its
+shapes and its meaning."""
+CHANGEABLE_IN_WORDS = (
+    "steps, condition_dropout or a number of optim of a stage, the place of the data, "
+    "or a field of checkpoint, log or sampling"
+)
+
 LATER_FIELDS = frozenset(
     {
         "max_skipped_steps",
@@ -137,25 +156,30 @@ def flatten(config: Any) -> dict[str, Any]:
     return leaves
 
 
-def differences(ours: Config, theirs: Config) -> list[str]:
-    """List the fields in which two configs differ, with both values.
+def differences(before: Config, after: Config) -> dict[str, list[Any]]:
+    """Return both values of every field in which two configs differ.
 
     `HOW_FIELDS` are not compared.
     """
-    left, right = flatten(ours), flatten(theirs)
-    return [
-        f"{name} ({left[name]!r} there, {right[name]!r} here)"
-        for name in left
-        if left[name] != right[name] and not _is_how_field(name)
-    ]
+    old, new = flatten(before), flatten(after)
+    return {
+        name: [old[name], new[name]]
+        for name in old
+        if old[name] != new[name] and not is_among(name, HOW_FIELDS)
+    }
 
 
-def _is_how_field(name: str) -> bool:
-    return any(name == field or name.startswith(f"{field}.") for field in HOW_FIELDS)
+def is_among(name: str, fields: frozenset[str]) -> bool:
+    """Return whether a field is one of some fields, or in one of them."""
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
-def read_config(workdir: Path) -> Config:
+def read_config(workdir: Path, *, changing: bool = False) -> Config:
     """Read the config of a run.
+
+    Args:
+      changing: Accept the config before the last change too, which is there if the
+        change was interrupted.
 
     Raises:
       InputError: If the folder is not a run.
@@ -171,8 +195,8 @@ def read_config(workdir: Path) -> Config:
         config = _from_tree(Config, tree, "")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    record = read_record(workdir)
-    if record is not None and digest(config, of_state=True) not in record["configs"]:
+    record, named = read_record(workdir), digest(config, of_state=True)
+    if record is not None and named not in record["configs"][-2 if changing else -1 :]:
         raise InputError(
             f"{path}: got another config than {DIGESTS_FILE} names, wanted that of the "
             f"run; {ANEW}"

@@ -8,6 +8,7 @@ import jax
 from ldm_jax.build import build_model
 from ldm_jax.config import Config, read_config
 from ldm_jax.config.run import with_tokenizer
+from ldm_jax.files import read_changes
 from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams, param_shapes
 from ldm_jax.pretrained.first_stage import load_first_stage
 from ldm_jax.pretrained.frozen import load_frozen
@@ -106,7 +107,10 @@ def load_run(
         config,
         model,
         jax.device_put(sample_params(frozen, trained)),
-        run_digest({"autoencoder": first_digest, "diffusion": digest}),
+        run_digest(
+            {"autoencoder": first_digest, "diffusion": digest},
+            changes=read_changes(workdir),
+        ),
         found_step,
     )
 

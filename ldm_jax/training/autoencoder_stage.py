@@ -93,7 +93,7 @@ def autoencoder_stage(
         extra={},
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         draw=draw,
-        check=state_check(workdir),
+        check=state_check(workdir, "autoencoder"),
     )
 
 

@@ -88,7 +88,7 @@ def diffusion_stage(
         learning_rate=learning_rate_schedule(settings.optim, num_steps=settings.steps),
         write_averages=write_averages,
         average_steps=tuple(steps) if settings.average_lengths else (),
-        check=state_check(workdir),
+        check=state_check(workdir, "diffusion"),
     )
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Shaped, UInt32
 
+from ldm_jax.files import json_digest
 from ldm_jax.types import PyTree
 
 LANES = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
@@ -168,9 +169,17 @@ def tree_digest(tree: PyTree) -> str:
     return total.hexdigest()
 
 
-def run_digest(digest_by_stage: dict[str, str]) -> str:
-    """Join the digests of the stages into one sha256."""
+def run_digest(
+    digest_by_stage: dict[str, str], *, changes: list[dict[str, Any]]
+) -> str:
+    """Join the digests of the stages, and the changes of the run, into one sha256.
+
+    Args:
+      changes: As `files.read_record` gives them.
+    """
     lines = [f"{name} {digest}\n" for name, digest in sorted(digest_by_stage.items())]
+    if changes:
+        lines.append(f"changes {json_digest({'changes': changes})}\n")
     text = "".join(lines)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -15,7 +15,13 @@ from ldm_jax.config import CheckpointConfig, LogConfig, ParallelConfig
 from ldm_jax.data.pipeline import BatchIterator
 from ldm_jax.files import naming, read_record
 from ldm_jax.parallel.layout import Layout
-from ldm_jax.parallel.multihost import StopSignal, check_same, first_alone, is_first
+from ldm_jax.parallel.multihost import (
+    StopSignal,
+    check_same,
+    first_alone,
+    is_first,
+    together,
+)
 from ldm_jax.training.checkpoint import CHECKPOINTS, Check, Checkpoint, CheckpointStore
 from ldm_jax.training.dispatch import Step, several_steps, skip_nonfinite
 from ldm_jax.training.metrics import (
@@ -30,6 +36,7 @@ from ldm_jax.training.metrics_buffer import Dispatch, MetricsBuffer
 from ldm_jax.training.prefetch import Prefetch
 from ldm_jax.training.profiling import Profile, StallClock
 from ldm_jax.training.state import TrainState
+from ldm_jax.training.workdir import check_changed
 from ldm_jax.types import Preempted, PyTree
 
 
@@ -202,6 +209,9 @@ class Trainer:
             target = stage_target(stage, self._root_key)
             shardings = self._layout.restore_shardings(target)
             found = self._store.restore(target, shardings=shardings, check=stage.check)
+        with together():
+            step = 0 if found is None else found.step
+            check_changed(self._config.workdir, stage.name, step)
         if found is not None and found.step == stage.num_steps:
             return self._restored(found, whole=shardings is None)
         self._begin(found, iterator)

@@ -6,17 +6,22 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ldm_jax import config as config_lib
 from ldm_jax.config import CONFIG_FILE, Config, digest, read_config
-from ldm_jax.config.serialization import MAY_CHANGE
+from ldm_jax.config.serialization import (
+    CHANGEABLE,
+    CHANGEABLE_IN_WORDS,
+    MAY_CHANGE,
+    is_among,
+)
 from ldm_jax.data.sources import folder_digest
 from ldm_jax.data.tokenizer import TOKENIZER_FILE
 from ldm_jax.files import (
@@ -25,6 +30,7 @@ from ldm_jax.files import (
     check_file,
     locked,
     printable,
+    read_changes,
     read_json,
     read_record,
     read_text,
@@ -52,9 +58,12 @@ SCALE_FILE = "latent_scale.json"
 """Latent scale of a finished first stage, in its folder."""
 
 
-def facts_of(config: Config, layout: Layout) -> dict[str, Any]:
+def facts_of(
+    config: Config, layout: Layout, changes: Collection[str] = ()
+) -> dict[str, Any]:
     """Return what must be equal on all processes of a run."""
     return {
+        "--change": " ".join(sorted(changes)),
         **config_lib.flatten(config),
         "ldm_jax": version("ldm_jax"),
         "jax": version("jax"),
@@ -65,52 +74,161 @@ def facts_of(config: Config, layout: Layout) -> dict[str, Any]:
     }
 
 
-def check_workdir(config: Config, workdir: Path) -> None:
+class Change(NamedTuple):
+    """A change of a run's config."""
+
+    fields: dict[str, list[Any]]
+    """The old and the new value of each field."""
+    steps: dict[str, int]
+    """The step of each stage at which it is made."""
+
+
+def check_workdir(
+    config: Config, workdir: Path, changes: Collection[str] = ()
+) -> dict[str, list[Any]]:
     """Check that a folder is new or belongs to this config.
 
+    Args:
+      changes: Fields whose values may be others than in the folder's config.
+
+    Returns:
+      The old and the new value of each field that is to be changed.
+
     Raises:
-      InputError: If it was made with another config, or is a file.
+      InputError: If it was made with another config, may not be changed so, or is a
+        file.
     """
+    record, named = read_record(workdir), digest(config, of_state=True)
+    # Without a loss of power in the middle of a change, config.json says the same.
+    is_same = record is not None and record["configs"][-1:] == [named]
+    fields: dict[str, list[Any]] = {}
     if (workdir / CONFIG_FILE).exists():
-        theirs = read_config(workdir)
+        theirs = read_config(workdir, changing=is_same)
         theirs = dataclasses.replace(
             theirs, **{MAY_CHANGE: getattr(config, MAY_CHANGE)}
         )
-        if fields := config_lib.differences(theirs, config):
-            raise InputError(
-                f"--workdir: {workdir} was made with a different config: "
-                f"{', '.join(fields)}; try another --workdir or the same values"
-            )
+        fields = {} if is_same else config_lib.differences(theirs, config)
+        if not fields.keys() <= set(changes):
+            raise _other_config(workdir, fields, changes)
+    elif changes and not is_same:
+        raise InputError(
+            f"--change: {workdir} is not a run yet, wanted the folder of one"
+        )
     elif workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir: {workdir} is a file, wanted a folder")
-    record = read_record(workdir)
-    named = digest(config, of_state=True)
-    if record is not None and named not in record["configs"]:
+    if record is not None and not is_same and not fields:
         raise InputError(
             f"--workdir: {workdir} was made with a different config, of which "
             f"{DIGESTS_FILE} has the digest alone; try another --workdir or the same "
             "values"
         )
+    if fields:
+        _check_change(fields, workdir, record)
+    return fields
+
+
+def _other_config(
+    workdir: Path, fields: dict[str, list[Any]], changes: Collection[str]
+) -> InputError:
+    """Say in which fields the config of a folder is another one, and what to try."""
+    others = {name: fields[name] for name in fields if name not in changes}
+    told = ", ".join(f"{k} ({a!r} there, {b!r} here)" for k, (a, b) in others.items())
+    hint = ""
+    if all(is_among(name, CHANGEABLE) for name in others):
+        flags = " ".join(f"{name}={new}" for name, (_, new) in others.items())
+        hint = f", or --change {flags} to go on with what is new"
+    return InputError(
+        f"--workdir: {workdir} was made with a different config: {told}; try another "
+        f"--workdir or the same values{hint}"
+    )
+
+
+def _check_change(
+    fields: dict[str, list[Any]], workdir: Path, record: dict[str, Any] | None
+) -> None:
+    """Raise `InputError` if a run may not be changed so."""
+    if fixed := [name for name in fields if not is_among(name, CHANGEABLE)]:
+        raise InputError(
+            f"--change: got {fixed[0]}, wanted {CHANGEABLE_IN_WORDS}; it makes another "
+            "run: try another --workdir"
+        )
+    if record is None:
+        raise InputError(
+            f"--change: {workdir} is a run of a version that kept no {DIGESTS_FILE}, "
+            "wanted one of this version; try another --workdir, with --first-stage"
+        )
+    if "data.source" in fields and record["data"] is None:
+        raise InputError(
+            "--change: got data.source, whose data cannot be compared, wanted one of "
+            "a folder (folder:PATH); try data.directory"
+        )
+    first = [name for name in fields if name.startswith("autoencoder.")]
+    if first and any(workdir.glob(f"diffusion/{CHECKPOINTS}/[0-9]*")):
+        raise InputError(
+            f"--change: got {first[0]}, but the diffusion stage has learned on the "
+            "latents of the autoencoder as it is; try another --workdir"
+        )
 
 
 @contextlib.contextmanager
-def open_workdir(config: Config, workdir: Path) -> Iterator[None]:
+def open_workdir(
+    config: Config, workdir: Path, change: Change | None = None
+) -> Iterator[None]:
     """Create and lock the folder of a run, and write or check its config.
+
+    Args:
+      change: How the folder's config is to be changed; None for not at all.
 
     Raises:
       InputError: If it was made with another config, holds something else, or
         another process is training in it.
       OSError: If it cannot be written.
     """
+    changes = () if change is None else change.fields.keys()
     with contextlib.ExitStack() as held:
-        first_alone(lambda: check_workdir(config, workdir))
+        first_alone(lambda: check_workdir(config, workdir, changes))
         first_alone(lambda: held.enter_context(_locked(workdir)))
         named = digest(config, of_state=True)
         first_alone(lambda: begin_record(workdir, named, source=config.data.source))
-        path = workdir / CONFIG_FILE
-        text = config_lib.to_json(config)
-        first_alone(lambda: path.exists() or write_text(path, text))
+        if change is not None:
+            first_alone(lambda: _record_change(workdir, named, change))
+        first_alone(lambda: _write_config(config, workdir))
         yield
+
+
+def _record_change(workdir: Path, config_digest: str, change: Change) -> None:
+    """Write a change into the record of a run, and remove what is to be made anew."""
+    record = read_record(workdir) or {}
+    stages, gone = dict(record["stages"]), [FINAL_FILE]
+    for name, (_, new) in change.fields.items():
+        stage, _, field = name.partition(".")
+        reached = change.steps.get(stage, 0)
+        if field == "steps" and new < reached:
+            raise InputError(
+                f"--change: got {name}={new}, wanted at least the {reached} steps that "
+                "are trained"
+            )
+        stages.pop(stage, None)
+        gone += [f"autoencoder/{SCALE_FILE}"] * (stage == "autoencoder")
+    for name in gone:
+        (workdir / name).unlink(missing_ok=True)
+    record |= {
+        "configs": [*record["configs"], config_digest],
+        "files": {k: v for k, v in record["files"].items() if k not in gone},
+        "stages": stages,
+        "changes": [*record.get("changes", []), change._asdict()],
+    }
+    write_record(workdir, record)
+
+
+def _write_config(config: Config, workdir: Path) -> None:
+    """Write the config of a run that has none, or that of before a change."""
+    path, named = workdir / CONFIG_FILE, digest(config, of_state=True)
+    if path.exists():
+        theirs = read_config(workdir, changing=True)
+        if digest(theirs, of_state=True) == named:
+            return
+    write_text(path, config_lib.to_json(config))
 
 
 @contextlib.contextmanager
@@ -213,11 +331,14 @@ def read_final(workdir: Path) -> dict[str, Any] | None:
     final = read_json(path, remedy=ANEW)
     digests = final.get("digest_by_stage", {})
     seconds = final.get("seconds_by_stage", {})
+    changes = final.get("changes", [])
     good = all(isinstance(one, dict) for one in (digests, seconds))
     good = good and isinstance(final.get("digest"), str)
     good = good and all(isinstance(one, str) for one in digests.values())
     good = good and all(type(one) in (int, float) for one in seconds.values())
-    if not good or (digests and run_digest(digests) != final["digest"]):
+    if not good or (
+        digests and run_digest(digests, changes=changes) != final["digest"]
+    ):
         raise InputError(
             f"{path}: got a digest that is not that of its stages, or none; {ANEW}"
         )
@@ -270,7 +391,7 @@ def is_finished(workdir: Path, name: str, *, num_steps: int) -> bool:
     )
 
 
-def state_check(workdir: Path) -> Check:
+def state_check(workdir: Path, stage: str) -> Check:
     """Make the check that a checkpoint is of this run, of its step and of its files.
 
     Runs of versions that kept no record are checked by step, seed and config.
@@ -286,11 +407,13 @@ def state_check(workdir: Path) -> Check:
         if reason := _other_inputs(found, workdir, own_tokenizer(config, workdir)):
             return reason
         record, ours = read_record(workdir), digest(config, of_state=True)
-        known = [ours] if record is None else [ours, *record["configs"]]
-        theirs = found.notes.get("config")
-        if theirs is not None and _digest_of(theirs) not in known:
-            return "it is of a run of another config"
         try:
+            if reason := _other_changes(found, record or {}, stage):
+                return reason
+            known = [ours] if record is None else [ours, *record["configs"]]
+            theirs = found.notes.get("config")
+            if theirs is not None and _digest_of(theirs) not in known:
+                return "it is of a run of another config"
             return _other_record(found.notes.get("record"), record, workdir)
         except (KeyError, TypeError, AttributeError):
             return "its notes are not those of a run"
@@ -318,6 +441,33 @@ def _digest_of(tree: dict[str, Any]) -> str:
         return digest(config_lib.from_json(json.dumps(tree)), of_state=True)
     except InputError:
         return ""
+
+
+def _other_changes(found: Checkpoint, ours: dict[str, Any], stage: str) -> str:
+    """Say in which change of a run its checkpoint has no part, or too much of one."""
+    theirs = (found.notes.get("record") or {}).get("changes", [])
+    known = ours.get("changes", [])
+    if theirs != known[: len(theirs)]:
+        return f"it was made after a change that {DIGESTS_FILE} does not name"
+    for change in known[len(theirs) : len(theirs) + 1]:
+        if found.step > (at := change["steps"].get(stage, 0)):
+            return f"it was made without the change of {_named(change)} at step {at}"
+    return ""
+
+
+def _named(change: dict[str, Any]) -> str:
+    return ", ".join(change["fields"])
+
+
+def check_changed(workdir: Path, stage: str, step: int) -> None:
+    """Raise `RunError` if a stage cannot go on from a step, since it is too early."""
+    for change in read_changes(workdir):
+        if step < (at := change["steps"].get(stage, 0)):
+            raise RunError(
+                f"{workdir / stage / CHECKPOINTS}: got the checkpoint of step {step}, "
+                f"wanted that of step {at}, at which {_named(change)} was changed, or "
+                "a later one; try a copy of the run, or another --workdir"
+            )
 
 
 def _other_record(

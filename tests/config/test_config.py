@@ -161,5 +161,5 @@ def test_a_later_field_changes_the_digest_when_it_is_set():
 def test_differences_names_the_fields_and_both_values():
     ours = get_config()
     theirs = dataclasses.replace(ours, seed=4)
-    assert config_lib.differences(ours, theirs) == ["seed (0 there, 4 here)"]
-    assert config_lib.differences(ours, ours) == []
+    assert config_lib.differences(ours, theirs) == {"seed": [0, 4]}
+    assert config_lib.differences(ours, ours) == {}

@@ -311,7 +311,7 @@ def test_a_checkpoint_of_a_run_that_learned_its_tokenizer_is_compared_with_it(
     state = SimpleNamespace(step=np.int32(4))
     key = jax.random.key_data(root_key(config.seed))
     tree = {"state": state, "root_key": key, "extra": {}}
-    check = state_check(tmp_path)
+    check = state_check(tmp_path, "diffusion")
     assert check(Checkpoint(4, tree, notes, "")) == ""
     others = {NOTE: notes[NOTE] + " "}
     reason = check(Checkpoint(4, tree, notes | others, ""))

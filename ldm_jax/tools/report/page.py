@@ -200,11 +200,9 @@ def _steps(summary: RunSummary) -> str:
 
 
 def _making(summary: RunSummary, facts: dict[str, str]) -> str:
-    place = summary.workdir
-    again, name = f"{place}_again", shlex.quote(str(place))
+    name = shlex.quote(str(summary.workdir))
     commands = [
-        f"ldm train --config {shlex.quote(f'{place}/config.json')} --workdir "
-        f"{shlex.quote(again)}",
+        *_training_commands(summary),
         f"ldm sample --workdir {name}",
         *(_evaluation_command(summary, one) for one in summary.metrics),
         f"ldm report --workdir {name}",
@@ -213,6 +211,7 @@ def _making(summary: RunSummary, facts: dict[str, str]) -> str:
     final = {} if summary.final is None else summary.final
     rows = [["config digest", summary.config_digest]]
     rows += [["digest of the run", final["digest"]]] if "digest" in final else []
+    rows += [["changed", _change(change)] for change in summary.changes]
     rows += [[name, value] for name, value in facts.items()]
     return section(
         "Reproduction",
@@ -221,6 +220,44 @@ def _making(summary: RunSummary, facts: dict[str, str]) -> str:
         + f"<details><summary>The whole config</summary><pre>"
         f"{escaped(to_json(summary.config))}</pre></details>",
     )
+
+
+def _change(change: dict[str, Any]) -> str:
+    fields = [f"{k} from {old} to {new}" for k, (old, new) in change["fields"].items()]
+    steps = [f"step {step:,} of {name}" for name, step in change["steps"].items()]
+    return f"{', '.join(fields)}, at {' and '.join(steps)}"
+
+
+def _training_commands(summary: RunSummary) -> list[str]:
+    """Return the commands that train the run again, one more for each change."""
+    place = summary.workdir
+    command = (
+        f"ldm train --config {shlex.quote(f'{place}/config.json')} --workdir "
+        f"{shlex.quote(f'{place}_again')}"
+    )
+    values: dict[str, Any] = {}
+    for change in reversed(summary.changes):
+        values |= {name: old for name, (old, _) in change["fields"].items()}
+    flags = [f" --{_flag(name, value, ' ')}" for name, value in values.items()]
+    commands = [f"{command}{''.join(flags)}"]
+    for change in summary.changes:
+        reached = [
+            f"{step} of {name}" for name, step in change["steps"].items() if step
+        ]
+        commands[-1] += f"  # to step {reached[-1] if reached else 0}"
+        values |= {name: new for name, (_, new) in change["fields"].items()}
+        flags = [
+            f" --change {_flag(name, value, '=')}"
+            if name in change["fields"]
+            else f" --{_flag(name, value, ' ')}"
+            for name, value in values.items()
+        ]
+        commands.append(f"{command}{''.join(flags)}")
+    return commands
+
+
+def _flag(name: str, value: Any, between: str) -> str:
+    return f"{shlex.quote(name)}{between}{shlex.quote(str(value))}"
 
 
 def _evaluation_command(summary: RunSummary, one: dict[str, Any]) -> str:

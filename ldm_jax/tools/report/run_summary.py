@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax.config import Config, digest, read_config
-from ldm_jax.files import printable, read_json
+from ldm_jax.files import printable, read_changes, read_json
 from ldm_jax.training.metrics import METRICS_FILE, read_metrics
 from ldm_jax.training.workdir import read_final
 from ldm_jax.types import InputError
@@ -62,6 +62,8 @@ class RunSummary(NamedTuple):
     """Content of each evaluation's `metrics.json`."""
     reconstructions: list[dict[str, Any]]
     """Scores of the first stage, by protocol."""
+    changes: list[dict[str, Any]]
+    """How its config was changed while it trained, as its record says."""
     steps: dict[str, Any] | None
     """Content of `steps.json`; None where there is none."""
     steps_plot: Path | None
@@ -119,6 +121,7 @@ def read_run_summary(workdir: Path) -> RunSummary:
         final=final,
         metrics=metrics,
         reconstructions=reconstructions,
+        changes=read_changes(workdir),
         steps=_read(sweep, STEP_SWEEP) if sweep.exists() else None,
         steps_plot=plot if plot.exists() else None,
     )
