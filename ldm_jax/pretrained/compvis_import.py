@@ -104,8 +104,8 @@ def _latent_scale(tensors: Tensors, known: float | None) -> float | None:
     if stated is None or known is None:
         return stated
     stored = tensors.dtype(SCALE_TENSOR) if SCALE_TENSOR in tensors else ""
-    rounded = np.asarray(known, HALF_TYPES.get(stored, np.float64))
-    return known if float(rounded) == stated else stated
+    rounded = np.asarray(known, HALF_TYPES.get(stored, np.float32))
+    return known if rounded.astype(np.float32) == np.float32(stated) else stated
 
 
 def _stored_precision(values: np.ndarray) -> float:

@@ -108,7 +108,8 @@ def file_scale(tensors: Tensors) -> float | None:
         if SCALE_TENSOR not in tensors:
             return None
         where, array = SCALE_TENSOR, tensors[SCALE_TENSOR]
-        got = array.item() if array.size == 1 else array.shape
+        # The shortest decimal: a double would show the digits of float32's rounding.
+        got = str(array.ravel()[0]) if array.size == 1 else array.shape
     try:
         scale = float(got)
     except (TypeError, ValueError):

@@ -150,6 +150,22 @@ def test_a_latent_scale_in_half_precision_is_the_config_s(dtype):
     assert found.latent_scale == 0.25
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_latent_scale_is_the_shortest_decimal_of_the_stored_one(dtype):
+    weights, tensors = compvis_arrays()
+    stored = np.full((), 0.18215, dtype)
+    found = read_arrays(weights, tensors | {"scale_factor": stored})
+    assert found.latent_scale == 0.18215
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_latent_scale_in_half_precision_keeps_its_value_in_float32(dtype):
+    weights, tensors = compvis_arrays()
+    stored = np.full((), 0.18215, dtype)
+    found = read_arrays(weights, tensors | {"scale_factor": stored})
+    assert np.float32(found.latent_scale) == stored.astype(np.float32)
+
+
 COUNTERS = {"model_ema.decay": np.ones(()), "model_ema.num_updates": np.ones(())}
 AVERAGE = {"model_ema.encoderconv_inweight": np.ones((16, 3, 3, 3), np.float32)}
 
