@@ -5,8 +5,9 @@ import re
 import ml_dtypes
 import numpy as np
 
+from ldm_jax.build import build_schedule
 from ldm_jax.config import Config, DiffusionConfig
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.schedules import DiscreteSchedule
 from ldm_jax.files import printable
 from ldm_jax.pretrained import compvis_names
 from ldm_jax.pretrained.clip_import import read_text_tree
@@ -233,18 +234,12 @@ def _check_levels(tensors: Tensors, diffusion: DiffusionConfig, *, what: str) ->
     if "alphas_cumprod" not in tensors:
         return
     theirs = tensors["alphas_cumprod"]
-    if diffusion.schedule == "flow" or diffusion.schedule == "edm":
+    schedule = build_schedule(diffusion)
+    if not isinstance(schedule, DiscreteSchedule):
         raise InputError(
             f"{what}: got a table of noise levels (alphas_cumprod), wanted none with "
             f"schedule {diffusion.schedule}; try another --config"
         )
-    schedule = make_schedule(
-        diffusion.schedule,
-        num_timesteps=diffusion.num_timesteps,
-        beta_start=diffusion.beta_start,
-        beta_end=diffusion.beta_end,
-        zero_terminal_snr=diffusion.zero_terminal_snr,
-    )
     ours = schedule.abar
     if theirs.shape != ours.shape:
         raise InputError(
