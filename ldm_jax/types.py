@@ -28,6 +28,8 @@ SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
 TAKES_ETA: frozenset[SamplerName] = frozenset({"ddim"})
 SpacingName = Literal["trailing", "leading", "linspace", "karras", "ldm"]
 SPACING_NAMES: tuple[SpacingName, ...] = get_args(SpacingName)
+MIN_DECODER_TILE = 4
+"""Latents: tiles overlap by a quarter, which is at least one."""
 
 
 ProtocolName = Literal["adm", "torch-fidelity", "clean-fid", "dataset-classifier"]

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-OVERLAP_SHARE = MIN_TILE = 4  # a quarter of the smallest is one latent
+from ldm_jax.types import MIN_DECODER_TILE
+
+OVERLAP_SHARE = 4
 
 
 def decode_in_tiles(
@@ -32,8 +34,9 @@ def decode_in_tiles(
     Raises:
       ValueError: If a tile is smaller than 4.
     """
-    if tile < MIN_TILE:
-        raise ValueError(f"tile: got {tile}, wanted at least {MIN_TILE} latents")
+    if tile < MIN_DECODER_TILE:
+        wanted = f"at least {MIN_DECODER_TILE} latents"
+        raise ValueError(f"tile: got {tile}, wanted {wanted}")
     batch, height, width, channels = latents.shape
     if max(height, width) <= tile:
         return decode(latents)

@@ -22,7 +22,6 @@ from ldm_jax.latent_diffusion import (
     null_condition,
 )
 from ldm_jax.models.conditioning import ConditionInputs
-from ldm_jax.models.tiled_decoding import MIN_TILE
 from ldm_jax.parallel.pmap import PmapLayout
 from ldm_jax.sampling.editing import Edit, first_level
 from ldm_jax.sampling.program import (
@@ -34,7 +33,7 @@ from ldm_jax.sampling.program import (
     sample_chunk,
 )
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.types import InputError, SamplerName, SpacingName
+from ldm_jax.types import MIN_DECODER_TILE, InputError, SamplerName, SpacingName
 
 NUM_CACHED = 64
 """Settings whose tables are kept."""
@@ -170,8 +169,9 @@ def make_program(
         raise ValueError(
             f"num_frames: got {num_frames}, wanted 0 or 2 to {max_steps + 1}"
         )
-    if tile and tile < MIN_TILE:
-        raise ValueError(f"tile: got {tile}, wanted 0, or at least {MIN_TILE} latents")
+    if tile and tile < MIN_DECODER_TILE:
+        wanted = f"0, or at least {MIN_DECODER_TILE} latents"
+        raise ValueError(f"tile: got {tile}, wanted {wanted}")
     if weak is not None:
         check_weak(model, weak)
     return SampleProgram(model, weak, guided, max_steps, num_frames, tile)

@@ -4,10 +4,15 @@ import math
 
 from ldm_jax.config.diffusion import LONGEST_AVERAGE
 from ldm_jax.config.validation import Text, checked_dataclass, require
-from ldm_jax.types import TAKES_ETA, InputError, SamplerName, SpacingName
+from ldm_jax.types import (
+    MIN_DECODER_TILE,
+    TAKES_ETA,
+    InputError,
+    SamplerName,
+    SpacingName,
+)
 
 INVERTIBLE: tuple[SamplerName, ...] = ("ddim", "euler")
-MIN_DECODER_TILE = 4
 DEFAULT_GUIDANCE_SCALE = 2.0
 EXCLUSIVE = (
     ("mask", "outpaint"),
