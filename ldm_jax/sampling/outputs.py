@@ -32,6 +32,7 @@ from ldm_jax.sampling.pipeline import (
     sample_images,
 )
 from ldm_jax.sampling.request import SampleRequest
+from ldm_jax.sampling.sample_fn import steps_of_strength
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
 
@@ -261,8 +262,8 @@ def trajectory_grid(
 ) -> UInt8[np.ndarray, "h w c"]:
     """Sample images again, and return their denoising, a row each."""
     settings = pipeline.settings
-    steps = round(settings.steps * (settings.strength or 1.0))
-    num_frames = min(NUM_FRAMES, max(steps, 1) + 1)
+    steps = steps_of_strength(settings.strength, settings.steps)
+    num_frames = min(NUM_FRAMES, steps + 1)
     made = sample_images(pipeline, specs, num_frames=num_frames)
     frames = np.concatenate([one.frames for one in made])
     return grid(frames, columns=num_frames)
