@@ -8,8 +8,6 @@ from jaxtyping import Float
 
 from ldm_jax.types import InputError
 
-SPLITS, SEED = 10, 2020
-
 
 class InceptionScore(NamedTuple):
     """A score over splits."""
@@ -21,7 +19,7 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(
-    logits: Float[np.ndarray, "n k"], *, splits: int = SPLITS, seed: int | None = SEED
+    logits: Float[np.ndarray, "n k"], *, splits: int, seed: int | None
 ) -> InceptionScore:
     """Return `exp(E KL(p(y | x) || p(y)))`, a mean over splits, in float64.
 

@@ -7,7 +7,6 @@ from jaxtyping import Float
 
 from ldm_jax.types import InputError
 
-SUBSETS, SUBSET_SIZE = 100, 1000
 SEED = 2020
 DEGREE = 3
 CONFIDENCE = 0.95
@@ -29,9 +28,8 @@ def kernel_distance(
     made: Float[np.ndarray, "n d"],
     real: Float[np.ndarray, "m d"],
     *,
-    subsets: int = SUBSETS,
-    subset_size: int = SUBSET_SIZE,
-    seed: int = SEED,
+    subsets: int,
+    subset_size: int,
 ) -> KernelDistance:
     """Return the squared maximum mean discrepancy under a cubic kernel, unbiased.
 
@@ -44,7 +42,6 @@ def kernel_distance(
       real: Features of the other.
       subsets: Number of subsets.
       subset_size: Features in each, of either set.
-      seed: Seed of the subsets.
 
     Raises:
       InputError: If a set is smaller than a subset.
@@ -58,7 +55,7 @@ def kernel_distance(
             f"kernel distance: got {len(made)} and {len(real)} features, wanted at "
             f"least the {subset_size} of a subset; try more images, or a smaller subset"
         )
-    random = np.random.RandomState(seed)
+    random = np.random.RandomState(SEED)
     found: list[float] = []
     for _ in range(subsets):
         i = random.choice(len(made), subset_size, replace=False)

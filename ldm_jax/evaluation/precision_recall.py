@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float
 
 from ldm_jax.types import InputError
 
-NEIGHBOURS = 3
 ROWS = 1024
 """Rows whose distances to all others are held at once."""
 
@@ -37,7 +36,7 @@ def neighbourhoods(
     made: Float[np.ndarray, "n d"],
     real: Float[np.ndarray, "m d"],
     *,
-    neighbours: int = NEIGHBOURS,
+    neighbours: int,
 ) -> Neighbourhoods:
     """Compare two sets of features by their nearest neighbours.
 

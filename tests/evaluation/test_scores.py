@@ -1,5 +1,6 @@
 """Scores of features: closed forms, equal distributions, and any batch size."""
 
+import functools
 import itertools
 
 import jax
@@ -94,25 +95,27 @@ def test_kernel_distance_is_zero_on_average_for_equal_distributions():
 
 
 def test_the_interval_of_a_kernel_distance_needs_two_subsets():
-    assert kernel_distance(draw(150, 3), draw(150, 3), subset_size=100).half is None
+    distance = functools.partial(kernel_distance, subsets=10, subset_size=100)
+    assert distance(draw(150, 3), draw(150, 3)).half is None
     with pytest.raises(InputError, match="got 50 and 200 features, wanted at least"):
-        kernel_distance(draw(50, 3), draw(200, 3), subset_size=100)
+        distance(draw(50, 3), draw(200, 3))
 
 
 def test_inception_score_of_certain_predictions_is_the_number_of_classes():
     logits = 1000.0 * np.eye(8)[np.arange(80) % 8]
-    assert inception_score(logits, splits=5, seed=None).mean == pytest.approx(8.0)
-    assert inception_score(logits[::8], splits=2).mean == pytest.approx(1.0)
-    assert inception_score(np.zeros((20, 8)), splits=2).mean == pytest.approx(1.0)
+    score = functools.partial(inception_score, seed=None)
+    assert score(logits, splits=5).mean == pytest.approx(8.0)
+    assert score(logits[::8], splits=2).mean == pytest.approx(1.0)
+    assert score(np.zeros((20, 8)), splits=2).mean == pytest.approx(1.0)
     with pytest.raises(InputError, match="got 3 images, wanted at least one for each"):
-        inception_score(np.zeros((3, 8)), splits=5)
+        score(np.zeros((3, 8)), splits=5)
 
 
 def test_precision_and_recall_are_one_for_equal_and_zero_for_distant_sets():
     x = draw(200, 5)
-    same = neighbourhoods(x, x)
+    same = neighbourhoods(x, x, neighbours=3)
     assert (same.precision, same.recall, same.coverage) == (1.0, 1.0, 1.0)
-    far = neighbourhoods(x, x + 100.0)
+    far = neighbourhoods(x, x + 100.0, neighbours=3)
     assert far == (0.0, 0.0, 0.0, 0.0)
 
 
@@ -134,7 +137,7 @@ def test_density_is_one_on_average_for_equal_distributions():
 
 def test_neighbourhoods_of_too_few_features_are_refused():
     with pytest.raises(InputError, match="got 3 and 9 features, wanted more than 3"):
-        neighbourhoods(draw(3, 2), draw(9, 2))
+        neighbourhoods(draw(3, 2), draw(9, 2), neighbours=3)
 
 
 def test_psnr_and_ssim_have_their_closed_forms():
