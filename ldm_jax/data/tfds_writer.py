@@ -83,7 +83,7 @@ def data_set_folder(root: Path, name: str) -> Path:
 
 
 def write_data_set(
-    contents: Contents, root: Path, *, name: str, description: str
+    contents: Contents, root: Path, *, name: str, description: str, digest: str
 ) -> None:
     """Write a data set atomically; it replaces an existing one.
 
@@ -91,6 +91,7 @@ def write_data_set(
       root: TFDS' `data_dir`; `ROOT.part` is made beside it and removed.
       name: Name of the data set, in lower case.
       description: Description in the metadata.
+      digest: The `digest_of` the contents.
 
     Raises:
       OSError: If an image cannot be read, or a file cannot be written.
@@ -101,7 +102,7 @@ def write_data_set(
     folder, final = data_set_folder(part, name), data_set_folder(root, name)
     folder.mkdir(parents=True)
     final.parent.mkdir(parents=True, exist_ok=True)
-    _write_files(contents, folder, name=name, description=description)
+    _write_files(contents, folder, name=name, description=description, digest=digest)
     if final.exists():
         os.replace(final, part / "replaced")
     os.replace(folder, final)
@@ -109,7 +110,7 @@ def write_data_set(
 
 
 def _write_files(
-    contents: Contents, folder: Path, *, name: str, description: str
+    contents: Contents, folder: Path, *, name: str, description: str, digest: str
 ) -> None:
     import tensorflow_datasets as tfds
 
@@ -146,7 +147,7 @@ def _write_files(
         check_data=False,  # that needs TensorFlow
         description=description,
         supervised_keys=("image", "label") if contents.class_names else None,
-        metadata=tfds.core.MetadataDict({DIGEST: digest_of(contents)}),
+        metadata=tfds.core.MetadataDict({DIGEST: digest}),
         disable_shuffling=True,  # record i is image i
     )
 

@@ -137,8 +137,13 @@ def finish(
         write_text(captions_path, captions)
     write_grids(work, [record.png for record in contents.records])
     if there != wanted:
-        root = request.folder / DATA_SETS
-        write_data_set(contents, root, name=NAME, description=DESCRIPTION)
+        write_data_set(
+            contents,
+            request.folder / DATA_SETS,
+            name=NAME,
+            description=DESCRIPTION,
+            digest=wanted,
+        )
     return Outcome(written)
 
 

@@ -174,9 +174,11 @@ def test_colour_images_are_written_to_several_shards(monkeypatch, tmp_path):
     monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 2 * paths[0].stat().st_size)
     records = [writing.Record(path, None, None) for path in paths]
     contents = writing.Contents(records, (), (8, 8, 1))
+    root, digest = tmp_path / "tfds", writing.digest_of(contents)
     writing.write_data_set(
-        contents, tmp_path / "tfds", name="synthetic", description="Noise."
+        contents, root, name="synthetic", description="Noise.", digest=digest
     )
+    assert writing.written_digest(tmp_path / TFDS) == digest
     assert len(list((tmp_path / TFDS).glob("*array_record*"))) == 4
     images = [row["image"] for row in opened(tmp_path).examples]
     assert np.array_equal(images, [read_png(path) for path in paths])
