@@ -319,22 +319,22 @@ def _reopen(settings: SamplingConfig, request: ReplayRequest) -> Pipeline:
 
     Its size is checked before anything is made of that size.
     """
-    with _missing():
+    with _opening(request.image):
         run = open_run(settings)
     _check_size(run.model, settings, request)
-    with _missing():
+    with _opening(request.image):
         return make_pipeline(run, settings)
 
 
 @contextlib.contextmanager
-def _missing() -> Iterator[None]:
+def _opening(image: Path) -> Iterator[None]:
     """Turn an error of opening into one of `--replay`."""
     try:
         yield
     except InputError as error:
         hint = "; try --workdir or --weights with the place of its model"
         raise InputError(
-            f"--replay: a file that the image was made with is missing ({error})"
+            f"--replay: {image} cannot be made again ({error})"
             f"{hint if str(error).startswith(('--workdir', '--weights')) else ''}"
         ) from None
 

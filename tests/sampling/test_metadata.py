@@ -233,13 +233,19 @@ def test_replay_of_a_moved_run_takes_workdir_or_weights(
     there = tmp_path / "gone"
     rewrite(plain, **with_setting(read_texts(plain), workdir=str(there)))
     line = refusal(capsys, "--replay", plain)
-    assert "is missing" in line and str(there) in line
+    assert f"{plain} cannot be made again (--workdir: " in line and str(there) in line
     assert "try --workdir or --weights" in line
     sample_here("--replay", plain, "--workdir", inputs / "run")
     assert "is the same" in capsys.readouterr().out
     sample_here("--replay", plain, "--weights", inputs / "run")
     printed = capsys.readouterr()
     assert "is the same" in printed.out and printed.err == ""
+
+
+def test_replay_says_which_setting_has_no_meaning_for_the_model(plain, capsys):
+    rewrite(plain, **with_setting(read_texts(plain), steps=10**6))
+    line = refusal(capsys, "--replay", plain)
+    assert f"--replay: {plain} cannot be made again (--steps: got 1000000" in line
 
 
 def test_replay_of_a_moved_image_takes_image_and_mask(
