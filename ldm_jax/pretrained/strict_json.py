@@ -1,11 +1,9 @@
-"""JSON objects of other programs, of which every field must be understood."""
+"""JSON objects of other programs, read field by field."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ldm_jax.types import InputError
-
-IGNORED = ("architectures", "torch_dtype", "dtype", "transformers_version")
 
 LARGEST_NUMBER = 2.0**63
 LARGEST_COUNT = 2**20
@@ -13,7 +11,7 @@ LARGEST_COUNT = 2**20
 
 
 class Fields:
-    """Fields of one JSON object; each must be read, have one value, or be null."""
+    """Fields of one JSON object; `done` refuses those that were not read."""
 
     def __init__(self, values: Mapping[str, Any], *, what: str) -> None:
         """Wrap an object; `what` names it in errors."""
@@ -88,7 +86,7 @@ class Fields:
     def done(self) -> None:
         """Check that every unread field is null or false."""
         for name, value in self._values.items():
-            known = name in self._read or name in IGNORED or name.startswith("_")
+            known = name in self._read or name.startswith("_")
             if not known and value not in (None, False):
                 raise self.wrong(name, value, "null: this field is not known here")
 
