@@ -20,6 +20,7 @@ from ldm_jax.training.ema import (
     list_snapshots,
     mixture,
     snapshot_key,
+    snapshot_path,
 )
 from ldm_jax.types import InputError, PyTree
 
@@ -84,7 +85,7 @@ def make_average(
             f"{100 * found.error:.0f} % off, wanted at most {100 * MAX_ERROR:.0f} %; "
             "try a length nearer to those that were kept"
         )
-    files = {at: folder / f"{at:06d}.safetensors" for at in steps}
+    files = {at: snapshot_path(folder, at) for at in steps}
     if run is not None:
         for path in files.values():
             check_file(run, path, remedy=AWAY)

@@ -157,7 +157,12 @@ def write_snapshot(
         }
     digests = {key: array_digest(array) for key, array in arrays.items()}
     texts = {DIGESTS: json.dumps(digests, sort_keys=True)}
-    write_safetensors(folder / f"{step:06d}.safetensors", arrays, texts, run=run)
+    write_safetensors(snapshot_path(folder, step), arrays, texts, run=run)
+
+
+def snapshot_path(folder: Path, step: int) -> Path:
+    """Return the path of the snapshot of a step."""
+    return folder / f"{step:06d}.safetensors"
 
 
 def list_snapshots(folder: Path) -> list[int]:
