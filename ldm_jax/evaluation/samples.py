@@ -124,11 +124,15 @@ def conditions_by_seed(
     if model.condition.uses_classes:
         rows = [{"label": str(label)} for label in range(model.num_classes)]
     if model.condition.uses_tokens:
-        captions = read_captions(data.source, data.test_split, directory=data.directory)
-        chosen = list(captions)[: min(num_images, MAX_CAPTIONS)]
+        captions = read_captions(
+            data.source,
+            data.test_split,
+            directory=data.directory,
+            limit=min(num_images, MAX_CAPTIONS),
+        )
         rows = [
             {**rows[i % len(rows)], "prompt": caption}
-            for i, caption in enumerate(chosen)
+            for i, caption in enumerate(captions)
         ]
     return rows
 

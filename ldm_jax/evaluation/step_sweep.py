@@ -41,7 +41,7 @@ from ldm_jax.files import write_json
 from ldm_jax.images import to_uint8
 from ldm_jax.pretrained.load_run import Run, load_run
 from ldm_jax.rng import image_keys
-from ldm_jax.sampling.conditions import condition_inputs
+from ldm_jax.sampling.conditions import ConditionTexts, condition_inputs
 from ldm_jax.sampling.sample_fn import SampleFn, make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError
@@ -108,7 +108,10 @@ def sweep_steps(request: StepsRequest) -> Sweep:
     limit_steps = min(request.limit_steps, run.model.schedule.num_timesteps)
     # One program for all: samplers and steps are its inputs.
     sample_fn = make_sample_fn(run.model, guided=request.guidance_scale != 1.0)
-    setting_of = functools.partial(_setting, run, sample_fn, request.num_images)
+    rows_by_seed = conditions_by_seed(run.model, run.config.data, request.num_images)
+    setting_of = functools.partial(
+        _setting, run, sample_fn, rows_by_seed, request.num_images
+    )
     plain = SamplingConfig(
         spacing=request.spacing, guidance_scale=(request.guidance_scale,)
     )
@@ -222,7 +225,11 @@ def _feature_space(request: StepsRequest, dataset: Dataset) -> FeatureSpace:
 
 
 def _setting(
-    run: Run, sample_fn: SampleFn, num_images: int, settings: SamplingConfig
+    run: Run,
+    sample_fn: SampleFn,
+    rows: list[ConditionTexts],
+    num_images: int,
+    settings: SamplingConfig,
 ) -> Setting:
     """Prepare a setting.
 
@@ -232,7 +239,6 @@ def _setting(
     model = run.model
     levels = make_levels(model.schedule, settings.steps, spacing=settings.spacing)
     table = make_table(settings.sampler, levels, prediction=model.prediction)
-    rows = conditions_by_seed(model, run.config.data, num_images)
 
     def sample(start: int) -> np.ndarray:
         seeds = list(range(start, min(start + model.chunk, num_images)))
