@@ -5,15 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.evaluation.extractors import Extractor, extract_all
+from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.features import Provenance, Reference
 from ldm_jax.evaluation.fid import Moments, moments
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.types import InputError
 
 IMAGES = "arr_0"
-SIZE = 256
-"""Images that are read at once."""
 
 
 def is_batch(arrays: dict[str, Any]) -> bool:
@@ -61,7 +59,7 @@ def reference_of_batch(
             f"--reference: {path} holds {images.dtype} of shape {images.shape}, wanted "
             "8-bit images (n, height, width, 3)"
         )
-    found = extract_all(extractor, images, size=SIZE)
+    found = extractor.extract(images)
     pooled = _given(arrays, "") or moments(found.pooled)
     spatial = _given(arrays, "_s")
     if spatial is None and found.spatial is not None:

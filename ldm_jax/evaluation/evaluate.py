@@ -17,8 +17,8 @@ from jaxtyping import UInt8
 from ldm_jax.build import build_model
 from ldm_jax.evaluation.classifier import fit_classifier
 from ldm_jax.evaluation.dataset import Dataset, data_digest, dataset_of, load_images
-from ldm_jax.evaluation.dataset_statistics import ROWS, real_statistics
-from ldm_jax.evaluation.extractors import Extractor, extract_all, extractor_of
+from ldm_jax.evaluation.dataset_statistics import real_statistics
+from ldm_jax.evaluation.extractors import Extractor, extractor_of
 from ldm_jax.evaluation.features import Reference, read_arrays, write_arrays
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.evaluation.reconstruction import (
@@ -139,8 +139,7 @@ def _held_out(
 ) -> Scores | None:
     """Score held-out images as if they were samples; None where they are too few."""
     try:
-        features = extract_all(extractor, images, size=ROWS)
-        return score(protocol, features, reference)
+        return score(protocol, extractor.extract(images), reference)
     except InputError:
         return None
 

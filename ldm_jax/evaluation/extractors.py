@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from ldm_jax.evaluation.classifier import classify
-from ldm_jax.evaluation.features import FeatureSet, join
+from ldm_jax.evaluation.features import FeatureSet
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.models.inception import INCEPTION_SIDE, Features, Inception
 from ldm_jax.parallel.make_layout import PmapLayout
@@ -90,7 +90,7 @@ class Extract(Interface):
     """A function from images to features."""
 
     def __call__(self, images: UInt8[np.ndarray, "b h w c"]) -> FeatureSet:
-        """Return the features of 8-bit images, in order."""
+        """Return the features of any number of 8-bit images, in order."""
         ...
 
 
@@ -120,13 +120,11 @@ def inception_extractor(protocol: Protocol, params: PyTree) -> Extractor:
         return features
 
     def extract(images: UInt8[np.ndarray, "b h w c"]) -> FeatureSet:
-        given: Any = images
-        if on_host:
-            given = resize_cleanly(images, side=INCEPTION_SIDE)
-        found = apply(given)
+        found = apply(images)
         return FeatureSet(found.pooled, found.spatial, found.logits)
 
-    apply = _on_all_devices(features_of, params)
+    resize = functools.partial(resize_cleanly, side=INCEPTION_SIDE)
+    apply = _on_all_devices(features_of, params, resize if on_host else None)
     return Extractor(extract, tree_digest(params))
 
 
@@ -148,20 +146,14 @@ def classifier_extractor(params: PyTree, *, num_classes: int) -> Extractor:
     return Extractor(extract, tree_digest(params))
 
 
-def extract_all(
-    extractor: Extractor, images: UInt8[np.ndarray, "n h w c"], *, size: int
-) -> FeatureSet:
-    """Extract the features of any number of images, `size` at a time."""
-    parts = [
-        extractor.extract(images[i : i + size]) for i in range(0, len(images), size)
-    ]
-    return join(parts)
-
-
 def _on_all_devices(
-    features_of: Callable[[PyTree, None, Any], Any], params: PyTree
+    features_of: Callable[[PyTree, None, Any], Any],
+    params: PyTree,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any], Any]:
     """Apply a network to any number of images, in batches split over the devices.
+
+    Each batch is prepared on the host first: all of them at once may exceed its memory.
 
     Every batch has one size, the last one padded, so that one program is compiled and
     an image's features do not depend on the number of images. In full float32: GPUs and
@@ -177,6 +169,7 @@ def _on_all_devices(
         parts: list[Any] = []
         for start in range(0, len(images), size):
             part = images[start : start + size]
+            part = prepare(part) if prepare else part
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
             with jax.default_matmul_precision("highest"):
                 found = run(placed, None, filled)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, UInt8
 
 from ldm_jax.build import build_model
 from ldm_jax.config import Config, DataConfig, read_config
-from ldm_jax.evaluation.extractors import Extractor, extract_all
+from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.fid import frechet_distance, moments
 from ldm_jax.evaluation.image_quality import WINDOW, psnr, ssim
 from ldm_jax.evaluation.protocols import Protocol
@@ -91,9 +91,7 @@ def score_reconstructions(
         distance = _lpips(load_lpips(lpips_files), images, made)
     rfid = None
     if extractor is not None:
-        features = [
-            extract_all(extractor, x, size=CHUNK).pooled for x in (images, made)
-        ]
+        features = [extractor.extract(x).pooled for x in (images, made)]
         if len(images) > features[0].shape[1]:
             rfid = frechet_distance(*map(moments, features))
     return ImageQuality(

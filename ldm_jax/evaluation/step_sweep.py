@@ -25,9 +25,7 @@ from ldm_jax.evaluation.components import (
     small_images,
 )
 from ldm_jax.evaluation.dataset import Dataset, dataset_of, load_images
-from ldm_jax.evaluation.dataset_statistics import ROWS
 from ldm_jax.evaluation.evaluate import FOLDER, make_scorer
-from ldm_jax.evaluation.extractors import extract_all
 from ldm_jax.evaluation.fid import Moments, frechet_distance, moments
 from ldm_jax.evaluation.samples import conditions_by_seed
 from ldm_jax.evaluation.trade_off import (
@@ -216,7 +214,7 @@ def _feature_space(request: StepsRequest, dataset: Dataset) -> FeatureSpace:
     )
 
     def of_protocol(images: UInt8[np.ndarray, "n h w c"]) -> Moments:
-        return moments(extract_all(scorer.extractor, images, size=ROWS).pooled)
+        return moments(scorer.extractor.extract(images).pooled)
 
     held_out = None if scorer.held_out is None else scorer.held_out["fid"]
     return FeatureSpace(

@@ -33,7 +33,6 @@ from ldm_jax.evaluation.dataset_statistics import measure_real, real_statistics
 from ldm_jax.evaluation.extractors import (
     Extractor,
     classifier_extractor,
-    extract_all,
     inception_extractor,
 )
 from ldm_jax.evaluation.features import (
@@ -41,6 +40,7 @@ from ldm_jax.evaluation.features import (
     Provenance,
     Reference,
     check_comparable,
+    join,
     read_reference,
     write_reference,
 )
@@ -230,7 +230,9 @@ def test_features_do_not_depend_on_devices_or_batches():
     pixels = images(300, seed=1)
     alone = jax.jit(functools.partial(classify, num_classes=4))(params, pixels)
     for size in (300, 37):
-        found = extract_all(extractor, pixels, size=size)
+        found = join(
+            [extractor.extract(pixels[i : i + size]) for i in range(0, 300, size)]
+        )
         assert found.spatial is None
         for name in ("pooled", "logits"):
             wanted = np.asarray(getattr(alone, name))
@@ -357,12 +359,6 @@ def test_the_classifier_accepts_images_of_any_size():
         key = jax.eval_shape(lambda: jax.random.key(0))
         seen, _ = jax.eval_shape(classifier(3).init_with_output, key, pixels)
         assert seen.pooled.shape == (2, 64) and seen.logits.shape == (2, 3)
-
-
-def test_extract_all_joins_the_features_of_every_batch():
-    flat = lambda x: x.reshape(len(x), -1).astype(np.float32)  # noqa: E731
-    found = extract_all(extractor_of(flat, digest="mine"), images(10), size=4)
-    assert found.pooled.shape == (10, 256) and found.logits is None
 
 
 @pytest.mark.parametrize("name", ["adm", "clean-fid"])
