@@ -74,13 +74,17 @@ class ClipConfig:
     projection_width: int = 768
     """Width of the projected vector (`output pooled`)."""
     eos_token_id: int = 49_407
-    """Token that ends a prompt; 2: the largest token of the prompt does."""
+    """Token that ends a prompt (`output pooled`); 2: the largest token of the prompt
+    does."""
 
     def _check(self) -> None:
         counts = "vocab_size length width depth num_heads mlp_width projection_width"
         require_at_least(self, 1, *counts.split())
         divides = self.width % self.num_heads == 0
         require(self, "num_heads", divides, f"a divisor of the width, {self.width}")
+        require(self, "epsilon", self.epsilon > 0.0, "above 0")
+        known = self.output != "pooled" or 0 <= self.eos_token_id < self.vocab_size
+        require(self, "eos_token_id", known, f"0 to {self.vocab_size - 1}")
 
 
 @checked_dataclass

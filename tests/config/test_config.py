@@ -17,6 +17,7 @@ from ldm_jax.config import (
     OptimConfig,
     ParallelConfig,
 )
+from ldm_jax.config.condition import ClipConfig
 from ldm_jax.config.diffusion import PredictionName, ScheduleName
 from ldm_jax.config.serialization import LATER_FIELDS
 from ldm_jax.types import InputError
@@ -91,6 +92,11 @@ def test_the_digest_changes_with_any_field():
         (lambda: DiffusionConfig(sigma_max=0.002), ["sigma_max", "above sigma_min"]),
         (lambda: DiffusionConfig(sigma_data=0.0), ["sigma_data", "above 0"]),
         (lambda: DiffusionConfig(log_sigma_std=0.0), ["log_sigma_std", "above 0"]),
+        (lambda: ClipConfig(epsilon=0.0), ["epsilon", "0.0", "above 0"]),
+        (
+            lambda: ClipConfig(output="pooled", vocab_size=1000),
+            ["eos_token_id", "49407", "0 to 999"],
+        ),
         (lambda: Config(seed=-1), ["seed", "-1", "0 to 4294967295"]),
         (lambda: Config(data=DataConfig(image_size=30)), ["image_size", "30", "4"]),
     ],
