@@ -1,7 +1,7 @@
 """`ldm evaluate`."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 from ldm_jax.cli.sample import read_scales
 from ldm_jax.config import read_config
@@ -135,7 +135,7 @@ def _settings(
         return SamplingConfig(
             workdir=str(flags.workdir),
             step=flags.step,
-            sampler=cast(SamplerName, flags.sampler),
+            sampler=flags.sampler,
             spacing=flags.spacing,
             steps=steps,
             eta=flags.eta,

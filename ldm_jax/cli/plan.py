@@ -2,13 +2,14 @@
 
 import json
 import sys
-from typing import Annotated, cast
+from typing import Annotated
 
 import tyro
 
 from ldm_jax.cli.streams import check_stdout
 from ldm_jax.config import Config, LayoutName
 from ldm_jax.config.flags import Inline, parse_flags_with_config
+from ldm_jax.config.training import StageName
 from ldm_jax.config.validation import checked_dataclass, require_at_least
 from ldm_jax.tools.plan.request import PlanRequest, WorkName, change
 from ldm_jax.tools.plan.topology import parse_topology, prepare_environment
@@ -39,8 +40,8 @@ class Flags:
     """Parts in which a batch is computed; the config's by default."""
     batch_per_device: int | None = None
     """Images per chip; those of the config by default."""
-    stage: str | None = None
-    """autoencoder or diffusion; the last that the config trains by default."""
+    stage: StageName | None = None
+    """Stage of the step; the last that the config trains by default."""
     sample: bool = False
     """Plan a call of the sampler, not a step."""
     sampler: SamplerName = "ddim"
@@ -83,7 +84,7 @@ def parse(args: list[str]) -> tuple[PlanRequest, Flags]:
         topology=topology,
         work=work,
         batch_per_device=flags.batch_per_device,
-        sampler=cast(SamplerName, flags.sampler),
+        sampler=flags.sampler,
         num_steps=flags.steps,
         suggest=flags.suggest,
     )
@@ -95,7 +96,7 @@ def _work(flags: Flags) -> WorkName:
     if flags.stage is not None and flags.stage not in stages:
         raise InputError(f"--stage: {choices(flags.stage, stages)}")
     if not flags.sample:
-        return cast(WorkName, flags.stage or stages[-1])
+        return flags.stage or stages[-1]
     if flags.stage is not None:
         raise InputError(
             f"--stage: got {flags.stage!r} with --sample; wanted one of both"

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import socket
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import tyro
 
@@ -84,7 +84,7 @@ def parse(args: list[str]) -> tuple[DemoRequest, Flags]:
         settings = SamplingConfig(
             workdir=str(flags.workdir),
             step=flags.step,
-            sampler=cast(SamplerName, flags.sampler),
+            sampler=flags.sampler,
             spacing=flags.spacing,
             steps=min(FIRST_STEPS, most),
         )
