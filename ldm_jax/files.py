@@ -36,6 +36,7 @@ DTYPE_BY_CODE: Mapping[str, str] = {
 }
 """Names of NumPy's dtypes by safetensors' names of element types; see `dtype_of`."""
 
+LOCK_FILE = ".lock"
 DIGESTS_FILE = "digests.json"
 """The record of a run's files, in its folder."""
 ANEW = "delete it and give the same ldm train command again: it is made anew"
@@ -61,19 +62,21 @@ NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, busy: str) -> Iterator[None]:
-    """Hold the lock of a file, which is created, against other processes.
+def locked(folder: Path, *, busy: str) -> Iterator[None]:
+    """Hold the lock of a folder, which is created, against other processes.
 
     Where the file system has no locks, a warning says so, and the body runs.
 
     Args:
-      path: File of the lock.
+      folder: Folder; the lock is a file in it.
       busy: Message of the error.
 
     Raises:
       InputError: If another process holds it.
-      OSError: If the file cannot be opened or locked.
+      OSError: If the folder cannot be created or locked.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
     with path.open("a") as file:
         try:
             with naming(path):

@@ -61,7 +61,6 @@ MIN_SHARDS = 16
 """A killed command loses only the shards it was writing; as many hosts can share the
 work."""
 SHARD_BYTES = 256 * 2**20
-LOCK_FILE = ".lock"
 OWN_FOLDER = "latents"
 
 
@@ -254,18 +253,15 @@ def _fields(
     return tuple(fields)
 
 
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> contextlib.AbstractContextManager[None]:
     """Create a folder and lock it against other processes."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file, wanted a folder")
-    out.mkdir(parents=True, exist_ok=True)
     busy = (
         f"--out: another process is writing to {out}; wait for it, or --pod if they "
         "are to write together"
     )
-    with locked(out / LOCK_FILE, busy=busy):
-        yield
+    return locked(out, busy=busy)
 
 
 def _begin(

@@ -51,7 +51,6 @@ from ldm_jax.training.ema import FOLDER as AVERAGES
 from ldm_jax.training.train_tokenizer import NOTE, own_tokenizer
 from ldm_jax.types import InputError, RunError
 
-LOCK_FILE = ".lock"
 FINAL_FILE = "final.json"
 """Result of a finished run."""
 SCALE_FILE = "latent_scale.json"
@@ -184,10 +183,14 @@ def open_workdir(
         another process is training in it.
       OSError: If it cannot be written.
     """
+    busy = (
+        f"--workdir: another process is training in {workdir}; wait for it, try "
+        "another --workdir, or --pod if they are to train together"
+    )
     changes = () if change is None else change.fields.keys()
     with contextlib.ExitStack() as held:
         first_alone(lambda: check_workdir(config, workdir, changes))
-        first_alone(lambda: held.enter_context(_locked(workdir)))
+        first_alone(lambda: held.enter_context(locked(workdir, busy=busy)))
         named = digest(config, of_state=True)
         first_alone(lambda: begin_record(workdir, named, source=config.data.source))
         if change is not None:
@@ -229,17 +232,6 @@ def _write_config(config: Config, workdir: Path) -> None:
         if digest(theirs, of_state=True) == named:
             return
     write_text(path, config_lib.to_json(config))
-
-
-@contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    workdir.mkdir(parents=True, exist_ok=True)
-    busy = (
-        f"--workdir: another process is training in {workdir}; wait for it, try "
-        "another --workdir, or --pod if they are to train together"
-    )
-    with locked(workdir / LOCK_FILE, busy=busy):
-        yield
 
 
 def begin_record(workdir: Path, config_digest: str, *, source: str) -> None:

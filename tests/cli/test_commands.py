@@ -6,9 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from ldm_jax.files import locked
+from ldm_jax.files import LOCK_FILE, locked
 from ldm_jax.images import read_png, to_uint8
-from ldm_jax.training.workdir import LOCK_FILE
 from tests.support.commands import (
     ROOT,
     error_line,
@@ -204,7 +203,7 @@ def test_two_trainings_in_one_workdir_are_refused(tmp_path):
     # This process holds the lock, as a training does to its end.
     workdir = tmp_path / "run"
     workdir.mkdir()
-    with locked(workdir / LOCK_FILE, busy=""):
+    with locked(workdir, busy=""):
         assert "another process is training" in error_line(train(workdir))
     assert [path.name for path in workdir.iterdir()] == [LOCK_FILE]
 
