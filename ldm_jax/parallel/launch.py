@@ -14,12 +14,11 @@ from pathlib import Path
 
 from ldm_jax.config import ParallelConfig
 from ldm_jax.config.launch import Launch
-from ldm_jax.parallel.join import meet
+from ldm_jax.parallel.join import SECONDS_BETWEEN_NOTICES, meet
 from ldm_jax.types import InputError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 MIN_COMPILE_SECONDS = 0.5
-SECONDS_BETWEEN_NOTICES = 15
 SECONDS_OF_GRACE = 60
 """After `join_timeout`, in which this program ends before JAX ends it by a signal."""
 OBJECTS_BETWEEN_COLLECTIONS = 20_000
