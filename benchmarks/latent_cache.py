@@ -31,7 +31,7 @@ from ldm_jax.config import Config, read_config
 from ldm_jax.config.load_config import load_config
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout, make_layout
-from ldm_jax.pretrained.frozen import load_finished, open_encoders
+from ldm_jax.pretrained.frozen import first_stage_of, load_frozen, open_encoders
 from ldm_jax.rng import root_key
 from ldm_jax.tools.plan.programs import step_flops
 from ldm_jax.tools.plan.request import PlanRequest
@@ -104,7 +104,11 @@ def measure(workdir: Path, args: Namespace) -> dict[str, Any]:
     """Make a cache of a run, and train from it and from images, taking turns."""
     config = read_config(workdir)
     model = build_model(config)
-    frozen = load_finished(config, model, workdir)
+    frozen_weights = load_frozen(config, model, workdir)
+    params, scale, _ = first_stage_of(config, frozen_weights, workdir)
+    if scale is None:
+        raise InputError(f"--workdir: stage 1 of {workdir} is not finished")
+    frozen = FrozenParams(params, scale, frozen_weights.conditioner)
     layout = make_layout(config.parallel)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()

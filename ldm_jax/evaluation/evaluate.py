@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ldm_jax.build import build_model
+from ldm_jax.config import read_config
 from ldm_jax.evaluation.classifier import fit_classifier
 from ldm_jax.evaluation.dataset import Dataset, data_digest, dataset_of, load_images
 from ldm_jax.evaluation.dataset_statistics import real_statistics
@@ -23,7 +24,6 @@ from ldm_jax.evaluation.features import Reference, read_arrays, write_arrays
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.evaluation.reconstruction import (
     ImageQuality,
-    first_stage_of,
     score_reconstructions,
     write_image_quality,
 )
@@ -32,6 +32,7 @@ from ldm_jax.evaluation.samples import extract_samples, read_features
 from ldm_jax.evaluation.scores import Scores, check_enough, score
 from ldm_jax.files import json_digest, write_json
 from ldm_jax.parallel.multihost import first_alone, from_first, is_first, together
+from ldm_jax.pretrained.frozen import first_stage_of, load_frozen
 from ldm_jax.pretrained.layouts import flatten, unflatten
 from ldm_jax.pretrained.metric_networks import load_inception
 from ldm_jax.sampling.metadata import versions
@@ -210,7 +211,10 @@ def evaluate_first_stage(request: EvaluationRequest) -> Reconstructed | None:
     """
     if not is_first():
         return None
-    config, params = first_stage_of(request.workdir)
+    config = read_config(request.workdir)
+    model = build_model(config)
+    frozen_weights = load_frozen(config, model, request.workdir)
+    params = first_stage_of(config, frozen_weights, request.workdir).params
     dataset, protocol = dataset_of(config), request.protocol
     request.out.mkdir(parents=True, exist_ok=True)
     extractor, num_classes = None, config.data.num_classes
@@ -218,7 +222,7 @@ def evaluate_first_stage(request: EvaluationRequest) -> Reconstructed | None:
         network = load_network(dataset, request.inception, request.out)
         extractor = extractor_of(protocol, network.params, num_classes=num_classes)
     quality = score_reconstructions(
-        build_model(config),
+        model,
         params,
         load_images(dataset, "test", limit=request.num_images).image,
         extractor=extractor,

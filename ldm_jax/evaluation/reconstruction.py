@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from ldm_jax.build import build_model
-from ldm_jax.config import Config, DataConfig, read_config
+from ldm_jax.config import DataConfig
 from ldm_jax.evaluation.extractors import Extractor
 from ldm_jax.evaluation.fid import frechet_distance, moments
 from ldm_jax.evaluation.image_quality import WINDOW, psnr, ssim
@@ -19,8 +18,6 @@ from ldm_jax.files import write_json
 from ldm_jax.images import to_float
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.discriminator_lpips import Lpips
-from ldm_jax.pretrained.first_stage import load_first_stage
-from ldm_jax.pretrained.frozen import load_frozen
 from ldm_jax.pretrained.metric_networks import load_lpips
 from ldm_jax.sampling.metadata import versions
 from ldm_jax.training.autoencoder_stage import make_reconstruct
@@ -45,20 +42,6 @@ class ImageQuality(NamedTuple):
     """Fréchet distance of the features; None for too few images."""
     num_images: int
     """Number of images."""
-
-
-def first_stage_of(workdir: Path) -> tuple[Config, PyTree]:
-    """Load the averaged autoencoder of a run, its own or an imported one.
-
-    Raises:
-      InputError: If there is no finished checkpoint.
-      RunError: If no checkpoint is intact.
-    """
-    config = read_config(workdir)
-    frozen_weights = load_frozen(config, build_model(config), workdir)
-    if frozen_weights.first_stage is not None:
-        return config, frozen_weights.first_stage[0]
-    return config, load_first_stage(config, workdir)[0]
 
 
 def score_reconstructions(

@@ -20,13 +20,16 @@ from ldm_jax.latent_diffusion import (
     init_conditioner,
     param_shapes,
 )
-from ldm_jax.pretrained.first_stage import load_first_stage, read_first_stage
+from ldm_jax.pretrained.first_stage import (
+    TrainedFirstStage,
+    load_first_stage,
+    read_first_stage,
+)
 from ldm_jax.pretrained.layouts import own_format, read_tree, write_tree
 from ldm_jax.pretrained.metric_networks import load_perceptual
 from ldm_jax.pretrained.model_weights import LATENT_SCALE, WEIGHTS_FILE
 from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.pretrained.text_encoder import read_conditioner
-from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.digest import tree_digest
 from ldm_jax.training.latent_encoders import Encoders
 from ldm_jax.types import InputError, PyTree
@@ -97,9 +100,9 @@ def load_frozen(
     Raises:
       InputError: If the copy is missing or damaged.
     """
-    trained = config.diffusion.condition.trained
+    trains_all = config.diffusion.condition.trained or "diffusion" not in config.stages
     if config.first_stage is None and (
-        trained or not jax.tree.leaves(param_shapes(init_conditioner, model))
+        trains_all or not jax.tree.leaves(param_shapes(init_conditioner, model))
     ):
         return PretrainedWeights(None, None, {})
     return _read_copy(config, model, workdir)
@@ -122,27 +125,18 @@ def _read_copy(
     return PretrainedWeights(None, first_stage, tree.get("conditioner", {}))
 
 
-def load_finished(
-    config: Config, model: LatentDiffusion, workdir: Path
-) -> FrozenParams:
-    """Load the finished first stage and the frozen conditioner of a run.
+def first_stage_of(
+    config: Config, frozen_weights: PretrainedWeights, workdir: Path
+) -> TrainedFirstStage:
+    """Return the first stage of a run, its own or the one that it read.
 
     Raises:
-      InputError: If stage 1 is not finished.
+      InputError: If it has no finished checkpoint, or its latent scale is damaged.
       RunError: If no checkpoint is intact.
     """
-    frozen_weights = PretrainedWeights(None, None, {})
-    if "diffusion" in config.stages:
-        frozen_weights = load_frozen(config, model, workdir)
-    if frozen_weights.first_stage is not None:
-        return FrozenParams(*frozen_weights.first_stage, frozen_weights.conditioner)
-    params, scale, _ = load_first_stage(config, workdir)
-    if scale is None:
-        raise InputError(
-            f"--workdir: stage 1 of {workdir} is not finished; run ldm train there to "
-            "its end first"
-        )
-    return FrozenParams(params, scale, frozen_weights.conditioner)
+    if frozen_weights.first_stage is None:
+        return load_first_stage(config, workdir)
+    return TrainedFirstStage(*frozen_weights.first_stage, frozen_weights.digest)
 
 
 def open_encoders(
@@ -167,5 +161,11 @@ def open_encoders(
             f"--workdir: {workdir} holds weights, wanted a run of ldm train; try "
             f"--config FILE.py --first-stage {workdir}"
         )
-    frozen = load_finished(config, model, workdir)
-    return Encoders(frozen.autoencoder, frozen.conditioner if keeps else {})
+    frozen_weights = load_frozen(config, model, workdir)
+    params, scale, _ = first_stage_of(config, frozen_weights, workdir)
+    if scale is None:
+        raise InputError(
+            f"--workdir: stage 1 of {workdir} is not finished; run ldm train there to "
+            "its end first"
+        )
+    return Encoders(params, frozen_weights.conditioner if keeps else {})

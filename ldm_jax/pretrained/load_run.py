@@ -11,7 +11,7 @@ from ldm_jax.config.run import with_tokenizer
 from ldm_jax.files import read_changes
 from ldm_jax.latent_diffusion import LatentDiffusion, SampleParams, param_shapes
 from ldm_jax.pretrained.first_stage import load_first_stage
-from ldm_jax.pretrained.frozen import load_frozen
+from ldm_jax.pretrained.frozen import first_stage_of, load_frozen
 from ldm_jax.pretrained.load_stage import load_second_stage
 from ldm_jax.pretrained.model_weights import WEIGHTS_FILE, ModelWeights
 from ldm_jax.pretrained.open_weights import open_weights, to_sample_params
@@ -80,16 +80,12 @@ def load_run(
         )
     model = build_model(config)
     frozen_weights = load_frozen(config, model, workdir)
-    if frozen_weights.first_stage is None:
-        params, scale, first_digest = load_first_stage(config, workdir)
-    else:
-        params, scale = frozen_weights.first_stage
-        first_digest = frozen_weights.digest
+    first = first_stage_of(config, frozen_weights, workdir)
     # Averages are kept longer than the checkpoint of their step.
     checkpoint_step = step if ema_length is None else None
     second = load_second_stage(config, model, workdir, step=checkpoint_step)
     scale = second.tree["extra"]["latent_scale"]
-    frozen = FrozenParams(params, scale, frozen_weights.conditioner)
+    frozen = FrozenParams(first.params, scale, frozen_weights.conditioner)
     trained, digest, found_step = second.tree["state"].ema, second.digest, second.step
     if ema_length is not None:
         average = make_average(
@@ -108,7 +104,7 @@ def load_run(
         model,
         jax.device_put(sample_params(frozen, trained)),
         run_digest(
-            {"autoencoder": first_digest, "diffusion": digest},
+            {"autoencoder": first.digest, "diffusion": digest},
             changes=read_changes(workdir),
         ),
         found_step,

@@ -6,10 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ldm_jax.build import build_model
 from ldm_jax.files import write_safetensors
 from ldm_jax.pretrained.compvis_export import write_compvis
 from ldm_jax.pretrained.diffusers_export import write_folder
 from ldm_jax.pretrained.first_stage import different_autoencoder, import_first_stage
+from ldm_jax.pretrained.frozen import PretrainedWeights, load_frozen
 from tests.support.models import config_of, model_of, same
 from tests.support.pretrained import (
     compvis_arrays,
@@ -17,6 +19,13 @@ from tests.support.pretrained import (
     refusal,
     with_first,
 )
+
+
+def test_a_run_of_an_autoencoder_alone_keeps_no_frozen_text_encoder(tmp_path):
+    config = dataclasses.replace(config_of("clip"), stages=("autoencoder",))
+    found = load_frozen(config, build_model(config), tmp_path)
+    assert found == PretrainedWeights(None, None, {})
+
 
 # These keep the shapes of tensors, or are refused before a tensor is read.
 OTHER_AUTOENCODERS = [
