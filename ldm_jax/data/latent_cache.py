@@ -134,7 +134,10 @@ def read_note(folder: Path) -> CacheNote:
             f"data.latents: {folder} is no cache of latents (no {NOTE_FILE}); make one "
             f"with {MAKER}"
         )
-    tree = read_json(path, remedy="make the cache anew in another folder")
+    try:
+        tree = read_json(path, remedy="make the cache anew in another folder")
+    except InputError as error:
+        raise InputError(f"data.latents: {error}") from None
     try:
         saved = tree.pop("sha256", None)
         version = tree["format"]

@@ -309,7 +309,7 @@ def test_missing_unfinished_and_damaged_caches_are_refused(cached, tmp_path):
     (tmp_path / "cache.json").write_text(json.dumps({**to_json(note), "format": 3}))
     assert "has the format 3, wanted one of" in refused(cached, config)
     (tmp_path / "cache.json").write_text("{")
-    assert "is damaged or of another version" in refused(cached, config)
+    assert "cache.json: not JSON" in refused(cached, config)
 
 
 def test_latents_are_refused_before_the_first_stage_is_trained(cached, tmp_path):
@@ -374,8 +374,11 @@ def test_every_value_of_the_note_counts(cached, tmp_path, values):
 )
 def test_a_damaged_note_is_one_line(tmp_path, content):
     (tmp_path / "cache.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"cache\.json is damaged"):
+    with pytest.raises(InputError) as caught:
         read_note(tmp_path)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"data.latents: {tmp_path / 'cache.json'}: ")
+    assert line.endswith("; make the cache anew in another folder")
 
 
 def test_a_cache_of_an_older_version_has_no_digest_of_its_note(cached, tmp_path):
