@@ -1,5 +1,6 @@
 """The state of a run: every file and value that enters a result is compared."""
 
+import dataclasses
 import json
 import shutil
 import tarfile
@@ -13,16 +14,12 @@ from ldm_jax.pretrained.first_stage import read_first_stage
 from ldm_jax.pretrained.load_run import load_run, run_weights
 from ldm_jax.run import train
 from ldm_jax.tools.report.run_summary import read_run_summary
-from ldm_jax.training.workdir import read_scale
+from ldm_jax.training.workdir import open_workdir, read_scale
 from ldm_jax.types import InputError, RunError
+from tests.data.test_folder import write
 from tests.support.tiny import get_config
 
 OLD = Path(__file__).parents[1] / "fixtures/old_run/run.tar.xz"
-
-# Orbax closes its event loop when a read fails; see tests/faults/test_rot.py.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +33,47 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def run(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
+
+
+CHANGES = {
+    "added": lambda pictures: write(pictures / "ant/new.png"),
+    "added deep down": lambda pictures: write(pictures / "bee/one/two/new.png"),
+    "removed": lambda pictures: (pictures / "bee/3.png").unlink(),
+    "renamed": lambda pictures: (pictures / "bee/3.png").rename(
+        pictures / "bee/03.png"
+    ),
+    "changed": lambda pictures: write(pictures / "bee/3.png", 3, size=(32, 32)),
+    "caption added": lambda pictures: (pictures / "bee/3.txt").write_text("three"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_resumes_on_the_files_that_it_began_with_alone(tmp_path, change):
+    pictures, workdir = tmp_path / "pictures", tmp_path / "run"
+    for i in range(8):
+        write(pictures / ("ant", "bee")[i % 2] / f"{i}.png", i)
+    before = shutil.copytree(pictures, tmp_path / "before")
+    config = get_config()
+    data = {"source": f"folder:{pictures}", "num_classes": 2, "num_train_examples": 0}
+    data = dataclasses.replace(config.data, **data)
+    config = dataclasses.replace(config, data=data)
+    with open_workdir(config, workdir):
+        pass
+    CHANGES[change](pictures)
+    left = sorted(path.name for path in workdir.iterdir())
+    for again in (
+        open_workdir(config, workdir).__enter__,
+        lambda: train(config, workdir),
+    ):
+        with pytest.raises(
+            InputError, match=r"data\.source: .* holds other files than"
+        ):
+            again()
+    assert sorted(path.name for path in workdir.iterdir()) == left
+    shutil.rmtree(pictures)
+    before.rename(pictures)
+    with open_workdir(config, workdir):
+        pass
 
 
 def edit(path, **values):
