@@ -1,5 +1,6 @@
 """Checkpoints of a stage: written atomically, verified when they are read."""
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -7,14 +8,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from ldm_jax.files import json_digest, read_json, sync_folder
-from ldm_jax.parallel.multihost import first_alone, gather_texts, is_first, together
+from ldm_jax.parallel.multihost import first_alone, gather_texts, together
 from ldm_jax.training.digest import join_digests, leaf_digests, tree_digest
 from ldm_jax.training.orbax_errors import OrbaxErrors, reason_of
 from ldm_jax.training.state import TrainState
@@ -44,10 +45,50 @@ Check = Callable[[Checkpoint], str]
 """Returns why a checkpoint is not one of a run, or ""."""
 
 
+class SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint that is on the disk before it is valid, and before others go.
+
+    Orbax leaves that to the system: a loss of power would leave names without content.
+    """
+
+    async def finalize(self) -> None:
+        """Write the files to the disk, rename their folder, and write its name."""
+        await asyncio.to_thread(sync_tree, Path(self.get()))
+        await super().finalize()
+        final = Path(self.get_final())
+        await asyncio.to_thread(sync_tree, final)  # notes of Orbax on the renaming
+        await asyncio.to_thread(sync_folder, final.parent)
+
+
+class _AllReads:
+    """Ends the other reads of arrays before the error of one leaves the event loop.
+
+    Orbax closes the loop; tensorstore prints a traceback for a read that ends later.
+    """
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        """Read arrays, as the handler that this is mixed into."""
+        before, reader = asyncio.all_tasks(), cast(Any, super())
+        try:
+            return await reader.deserialize(infos, args)
+        except Exception:
+            while others := asyncio.all_tasks() - before:
+                await asyncio.gather(*others, return_exceptions=True)
+            raise
+
+
+class _NumpyReads(_AllReads, ocp.type_handlers.NumpyHandler):
+    """Reads arrays to the host."""
+
+
+class _DeviceReads(_AllReads, ocp.type_handlers.ArrayHandler):
+    """Reads arrays to devices."""
+
+
 class CheckpointStore:
     """The checkpoints of one stage, in one folder.
 
-    A checkpoint is valid once it is complete (Orbax renames a finished folder) and as
+    A checkpoint is valid once it is complete (`SyncedPath` renames its folder) and as
     long as its leaves and notes have the digests that were saved with them: Orbax alone
     restores flipped bits without an error. With several processes, all of them call
     every method.
@@ -75,6 +116,7 @@ class CheckpointStore:
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            temporary_path_class=SyncedPath,
             # In the background, a folder that cannot be created blocks the threads
             # that write into it, and so the process, for twenty minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -93,8 +135,15 @@ class CheckpointStore:
             active_processes={this},
             barrier_sync_key_prefix=f"process {this}",
         )
+        reads = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, _NumpyReads()), (jax.Array, _DeviceReads())
+        )
+        state = ocp.PyTreeCheckpointHandler(
+            type_handler_registry=reads, multiprocessing_options=alone
+        )
+        parts = {"state": state, "notes": ocp.JsonCheckpointHandler()}
         self._reader = ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
+            ocp.CompositeCheckpointHandler(**parts), multiprocessing_options=alone
         )
 
     def save(self, step: int, tree: PyTree, notes: dict[str, Any]) -> str:
@@ -267,9 +316,6 @@ class CheckpointStore:
         with self._reported():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-            if is_first():
-                sync_tree(self._folder(self._saving))
-                sync_folder(self.directory)
         self._saving = None
 
     def _probe(self, step: int) -> None:
@@ -386,7 +432,7 @@ def newest_notes(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def sync_tree(folder: Path) -> None:
-    """Write a folder to the disk, with all in it: Orbax leaves that to the system."""
+    """Write a folder to the disk, with all in it."""
     for place, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(place, name), "rb") as file:

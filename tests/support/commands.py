@@ -67,28 +67,14 @@ def succeeded(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout
 
 
-CLOSED_LOOP = re.compile(
-    r"(Exception ignored in: .*\n)?Traceback \(most recent call last\):\n"
-    r"(  .*\n)+RuntimeError: Event loop is closed\n"
-)
-
-
-def without_closed_loops(err: str) -> str:
-    """Remove what tensorstore prints of reads and writes that Orbax did not wait for.
-
-    Orbax raises the first error and closes its event loop; others may still be running.
-    """
-    return CLOSED_LOOP.sub("", err)
-
-
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
     """Assert that a command failed with one clear line and no traceback."""
     assert result.returncode != 0, result.stdout
-    err = without_closed_loops(result.stderr)
-    assert "Traceback" not in err, result.stderr
+    err = result.stderr
+    assert "Traceback" not in err, err
     lines = [line for line in err.splitlines() if ": error: " in line]
-    assert len(lines) == 1, result.stderr
-    assert lines[0] == err.splitlines()[-1], result.stderr
+    assert len(lines) == 1, err
+    assert lines[0] == err.splitlines()[-1], err
     return lines[0]
 
 
