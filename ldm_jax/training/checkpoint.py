@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, in its own folder."""
+NOTES = "notes/metadata"
+"""File of the notes, in the folder of a checkpoint."""
 SECONDS_BETWEEN_CHECKS = 0.005
 
 
@@ -141,9 +143,8 @@ class CheckpointStore:
         state = ocp.PyTreeCheckpointHandler(
             type_handler_registry=reads, multiprocessing_options=alone
         )
-        parts = {"state": state, "notes": ocp.JsonCheckpointHandler()}
         self._reader = ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler(**parts), multiprocessing_options=alone
+            ocp.CompositeCheckpointHandler(state=state), multiprocessing_options=alone
         )
 
     def save(self, step: int, tree: PyTree, notes: dict[str, Any]) -> str:
@@ -381,8 +382,8 @@ class CheckpointStore:
                 )
 
     def _read_notes(self, step: int) -> dict[str, Any]:
-        items = ocp.args.Composite(notes=ocp.args.JsonRestore())
-        notes = dict(self._reader.restore(self._folder(step), args=items)["notes"])
+        check_regular(self._folder(step))
+        notes = read_json(self._folder(step) / NOTES, remedy="try a copy")
         saved = notes.pop("sha256", None)  # None in early versions
         if saved is not None and saved != json_digest(notes):
             raise ValueError("its notes are not what was saved")
@@ -426,9 +427,21 @@ def newest_notes(directory: Path) -> Iterator[dict[str, Any]]:
     steps = [path for path in directory.glob("*") if path.name.isdecimal()]
     for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
         with contextlib.suppress(InputError):
-            notes = read_json(step / "notes" / "metadata")
+            notes = read_json(step / NOTES)
             if notes.pop("sha256", None) == json_digest(notes):
                 yield notes
+
+
+def check_regular(folder: Path) -> None:
+    """Raise `ValueError` if a folder holds anything but regular files and folders.
+
+    A pipe would be waited for, and a device such as /dev/zero read without end.
+    """
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            if not path.is_file():
+                raise ValueError(f"{path.relative_to(folder)} is no regular file")
 
 
 def sync_tree(folder: Path) -> None:

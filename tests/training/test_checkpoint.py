@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -183,6 +184,35 @@ def test_of_many_damaged_arrays_python_reports_none(store, on_device):
         shardings = jax.tree.map(lambda _: place, target)
     assert reopened(store).restore(target, shardings=shardings).step == 1
     gc.collect()
+
+
+ODD = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_file_in_a_checkpoint_is_not_waited_for(store, kind, caplog):
+    for step in (1, 2):
+        store.save(step, tree(step), {})
+    store.close()
+    names = [path for path in (store.directory / "2").rglob("*") if path.is_file()]
+    needed = ("metadata", "_METADATA", "manifest.ocdbt")
+    names = [path for path in names if path.name in needed or path.parent.name == "d"]
+    assert len(names) >= 4
+    whole = shutil.copytree(store.directory, store.directory.with_name("whole"))
+    for path in names:
+        shutil.rmtree(store.directory)
+        shutil.copytree(whole, store.directory)
+        path.unlink()
+        ODD[kind](path)
+        caplog.clear()
+        opened = reopened(store)
+        assert opened.restore(TARGET).step == 1, path
+        opened.close()
+        assert "damaged checkpoint: step 2: " in caplog.messages[-1]
 
 
 def test_restoring_skips_a_truncated_checkpoint(store):
