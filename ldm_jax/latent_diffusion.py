@@ -265,6 +265,45 @@ def calls_at_once(model: LatentDiffusion, platform: str) -> int:
     return max(1, min(num_cores(), MOST_MAP_BYTES // (MAPS_A_CALL * bytes_of_map)))
 
 
+def autoencoder_bytes(model: LatentDiffusion, platform: str) -> int:
+    """Return the bytes of the largest array that one image certainly is in stage 1.
+
+    Args:
+      platform: JAX's name of the platform.
+    """
+    height, width, _ = model.latent_shape
+    pixels = height * width * model.downsampling**2
+    itemsize = jnp.dtype(model.autoencoder.dtype).itemsize
+    map_bytes = pixels * model.autoencoder.channels * itemsize
+    if not model.autoencoder.mid_attention:
+        return map_bytes
+    return max(map_bytes, _attention_bytes(height * width, platform))
+
+
+def unet_bytes(model: LatentDiffusion, platform: str) -> int:
+    """Return the bytes of the largest array that one image certainly is in the UNet.
+
+    Args:
+      platform: JAX's name of the platform.
+    """
+    height, width, _ = model.latent_shape
+    itemsize = jnp.dtype(model.unet.dtype).itemsize
+    sizes = [height * width * model.unet.channels * itemsize]
+    for level in range(len(model.unet.channel_multipliers)):
+        if 2**level in model.unet.attention_downsampling:
+            tokens = height * width // 4**level
+            sizes.append(_attention_bytes(tokens, platform))
+    return max(sizes)
+
+
+def _attention_bytes(tokens: int, platform: str) -> int:
+    """Return the bytes of one head's probabilities; kernels of a GPU or TPU need none.
+
+    They are float32 in any dtype of computation.
+    """
+    return 4 * tokens**2 if platform == "cpu" else 0
+
+
 def in_chunks(
     fn: Callable[[PyTree], PyTree], inputs: PyTree, *, size: int, at_once: int = 1
 ) -> PyTree:

@@ -39,7 +39,7 @@ from ldm_jax.training.checkpoint import CHECKPOINTS, Checkpoint
 from ldm_jax.training.diffusion_stage import diffusion_stage
 from ldm_jax.training.diffusion_step import FrozenParams
 from ldm_jax.training.digest import run_digest
-from ldm_jax.training.dry_run import check_batches
+from ldm_jax.training.dry_run import check_batches, check_memory
 from ldm_jax.training.encode_latents import keep_latents
 from ldm_jax.training.latent_cache import Cache, check_cache, open_cache, open_latents
 from ldm_jax.training.loop import Finished, LoopConfig, Stage, run_stage
@@ -128,8 +128,8 @@ def train(
 
     Raises:
       InputError: If the folder belongs to another config or another process, a batch
-        does not divide by the devices, the data cannot be read, or the processes
-        differ.
+        does not divide by the devices, the networks or a batch cannot fit them, the
+        data cannot be read, or the processes differ.
       Preempted: If the process was asked to stop (SIGTERM); the state is saved.
       RunError: If a loss is not finite, or no checkpoint is intact.
       OSError: If a file cannot be written.
@@ -149,6 +149,7 @@ def train(
     if final is not None:
         return Outcome(final, trained=False)
     with together():
+        check_memory(config, model, layout)
         weights = read_frozen(config, model, workdir)
         for split in ("test", "train"):
             open_split(config, split)

@@ -13,10 +13,17 @@ from jaxtyping import Array, Float, UInt8
 
 from ldm_jax.config import digest as config_digest
 from ldm_jax.images import to_float, to_uint8
-from ldm_jax.latent_diffusion import LatentDiffusion, calls_at_once, images_per_call
+from ldm_jax.latent_diffusion import (
+    LatentDiffusion,
+    autoencoder_bytes,
+    calls_at_once,
+    images_per_call,
+    unet_bytes,
+)
 from ldm_jax.models.conditioning import ConditionInputs
 from ldm_jax.parallel.launch import num_cores
 from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.parallel.memory import check_fits
 from ldm_jax.pretrained.load_run import Run, load_run, load_weights
 from ldm_jax.rng import image_keys
 from ldm_jax.sampling.conditions import (
@@ -103,8 +110,9 @@ def make_pipeline(run: Run, settings: SamplingConfig) -> Pipeline:
     factor = run.model.downsampling
     shape = (inputs.height // factor, inputs.width // factor)
     model = run.model._replace(latent_shape=(*shape, run.model.latent_shape[-1]))
-    weak = open_weak(run, settings)
     layout = PmapLayout()
+    check_memory(model, settings, layout)
+    weak = open_weak(run, settings)
     made_with = {
         "checkpoint": run.digest,
         **({"autoguidance_checkpoint": weak.digest} if weak else {}),
@@ -120,6 +128,30 @@ def make_pipeline(run: Run, settings: SamplingConfig) -> Pipeline:
     except ValueError as error:
         raise InputError(f"--{error}") from None
     return pipeline
+
+
+def check_memory(
+    model: LatentDiffusion, settings: SamplingConfig, layout: PmapLayout
+) -> None:
+    """Raise `InputError` if an array of the images cannot fit a device.
+
+    Args:
+      model: At the size of the images to make.
+    """
+    flags = ("outpaint", "size", "image", "workdir", "weights")
+    flag = next(name for name in flags if getattr(settings, name) is not None)
+    height, width, _ = model.latent_shape
+    height, width = height * model.downsampling, width * model.downsampling
+    platform, num = layout.platform, images_per_call(model, layout.platform)
+    sizes = [unet_bytes(model, platform)]
+    if not settings.tile:
+        sizes.append(autoencoder_bytes(model, platform))
+    check_fits(
+        max(sizes) * num,
+        layout.devices[0],
+        what=f"--{flag}: got {height}x{width} pixels, of which an array is",
+        remedy="smaller images" if settings.tile else "smaller images, or --tile 64",
+    )
 
 
 def with_strength(model: LatentDiffusion, settings: SamplingConfig) -> SamplingConfig:

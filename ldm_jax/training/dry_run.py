@@ -13,13 +13,16 @@ from ldm_jax.config import Config, DataConfig
 from ldm_jax.data.pipeline import Batch, LatentBatch
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
+    autoencoder_bytes,
     blank_inputs,
     init_autoencoder,
     init_conditioner,
     param_shapes,
     reading_embeddings,
+    unet_bytes,
 )
 from ldm_jax.parallel.make_layout import Layout
+from ldm_jax.parallel.memory import check_fits
 from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.rng import root_key
 from ldm_jax.training.autoencoder_stage import autoencoder_stage
@@ -38,6 +41,36 @@ def check_batches(config: Config, layout: Layout) -> None:
     if "diffusion" in config.stages:
         size = config.diffusion.batch_size
         layout.check_batch_size(size, "diffusion.batch_size", accumulate=accumulate)
+
+
+def check_memory(config: Config, model: LatentDiffusion, layout: Layout) -> None:
+    """Raise `InputError` if a stage that would be trained cannot fit the devices.
+
+    Compared are the state with the gradients, and the largest array of a batch: all
+    that is known before anything is compiled.
+    """
+    device, platform = layout.devices[0], layout.platform
+    share = layout.num_devices if config.parallel.layout == "fsdp" else 1
+    copies = len(layout.devices) if platform == "cpu" else 1  # in one memory
+    for stage in stages_by_shape(config, model):
+        name, state = stage.name, jax.eval_shape(stage.init)
+        gradients = tree_bytes(state.params)
+        check_fits(
+            (tree_bytes(state) + gradients) * copies // share,
+            device,
+            what=f"{name}.channels: got networks whose state and gradients are",
+            remedy="smaller networks, or --parallel.layout fsdp on more devices",
+        )
+        sizes = [unet_bytes(model, platform)] if name == "diffusion" else []
+        if name != "diffusion" or config.data.latents is None:
+            sizes.append(autoencoder_bytes(model, platform))
+        parts = layout.num_devices * config.parallel.accumulate
+        check_fits(
+            max(sizes) * (stage.batch_size // parts),
+            device,
+            what=f"{name}.batch_size: got {stage.batch_size}, of which an array is",
+            remedy="a smaller batch or image, or more of --parallel.accumulate",
+        )
 
 
 def describe(config: Config, layout: Layout) -> dict[str, Any]:

@@ -28,8 +28,9 @@ from ldm_jax.data.latent_cache import (
 )
 from ldm_jax.data.sources import Source
 from ldm_jax.files import file_sha256, locked, write_file
-from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.latent_diffusion import LatentDiffusion, autoencoder_bytes
 from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.parallel.memory import check_fits
 from ldm_jax.parallel.multihost import (
     check_same,
     first_alone,
@@ -127,6 +128,12 @@ def make_cache(
     check_same({**facts_of(config, layout), **details})
     with together():
         model = build_model(config)
+        check_fits(
+            autoencoder_bytes(model, layout.platform) * batch_size,
+            layout.devices[0],
+            what=f"--batch: got {batch_size}, of which an array is",
+            remedy="a smaller one",
+        )
         encoders = open_encoders(config, model, workdir, states=states)
         source = open_split(config, "train")
         note = plan_cache(config, model, encoders, source, num_shards=num_shards)
