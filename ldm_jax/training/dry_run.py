@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ldm_jax import config as config_lib
 from ldm_jax.build import build_model, shape_of
-from ldm_jax.config import Config, DataConfig
+from ldm_jax.config import AutoencoderConfig, Config, DataConfig, DiffusionConfig
 from ldm_jax.data.pipeline import Batch, LatentBatch
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
@@ -35,12 +35,19 @@ from ldm_jax.types import PyTree
 def check_batches(config: Config, layout: Layout) -> None:
     """Raise `InputError` if a batch does not divide by devices and parts."""
     accumulate = config.parallel.accumulate
-    if config.first_stage is None:
-        size = config.autoencoder.batch_size
-        layout.check_batch_size(size, "autoencoder.batch_size", accumulate=accumulate)
-    if "diffusion" in config.stages:
-        size = config.diffusion.batch_size
-        layout.check_batch_size(size, "diffusion.batch_size", accumulate=accumulate)
+    for name in _trained(config):
+        size = getattr(config, name).batch_size
+        layout.check_batch_size(size, f"{name}.batch_size", accumulate=accumulate)
+
+
+def _trained(config: Config) -> list[str]:
+    """Return the stages that a run trains itself."""
+    first = [] if config.first_stage is not None else ["autoencoder"]
+    return [*first, *(["diffusion"] if "diffusion" in config.stages else [])]
+
+
+NARROW = 512
+"""Channels below which networks fit any machine: tracing them takes half a second."""
 
 
 def check_memory(config: Config, model: LatentDiffusion, layout: Layout) -> None:
@@ -50,27 +57,35 @@ def check_memory(config: Config, model: LatentDiffusion, layout: Layout) -> None
     that is known before anything is compiled.
     """
     device, platform = layout.devices[0], layout.platform
-    share = layout.num_devices if config.parallel.layout == "fsdp" else 1
-    copies = len(layout.devices) if platform == "cpu" else 1  # in one memory
-    for stage in stages_by_shape(config, model):
-        name, state = stage.name, jax.eval_shape(stage.init)
-        gradients = tree_bytes(state.params)
-        check_fits(
-            (tree_bytes(state) + gradients) * copies // share,
-            device,
-            what=f"{name}.channels: got networks whose state and gradients are",
-            remedy="smaller networks, or --parallel.layout fsdp on more devices",
-        )
+    names = _trained(config)
+    parts = layout.num_devices * config.parallel.accumulate
+    for name in names:
+        size = getattr(config, name).batch_size
         sizes = [unet_bytes(model, platform)] if name == "diffusion" else []
         if name != "diffusion" or config.data.latents is None:
             sizes.append(autoencoder_bytes(model, platform))
-        parts = layout.num_devices * config.parallel.accumulate
         check_fits(
-            max(sizes) * (stage.batch_size // parts),
+            max(sizes) * (size // parts),
             device,
-            what=f"{name}.batch_size: got {stage.batch_size}, of which an array is",
+            what=f"{name}.batch_size: got {size}, of which an array is",
             remedy="a smaller batch or image, or more of --parallel.accumulate",
         )
+    if all(_width(getattr(config, name)) < NARROW for name in names):
+        return
+    share = layout.num_devices if config.parallel.layout == "fsdp" else 1
+    copies = len(layout.devices) if platform == "cpu" else 1  # in one memory
+    for stage in stages_by_shape(config, model):
+        state = jax.eval_shape(stage.init)
+        check_fits(
+            (tree_bytes(state) + tree_bytes(state.params)) * copies // share,
+            device,
+            what=f"{stage.name}.channels: got networks whose state and gradients are",
+            remedy="smaller networks, or --parallel.layout fsdp on more devices",
+        )
+
+
+def _width(settings: AutoencoderConfig | DiffusionConfig) -> int:
+    return settings.channels * max(settings.channel_multipliers)
 
 
 def describe(config: Config, layout: Layout) -> dict[str, Any]:

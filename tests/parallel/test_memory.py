@@ -11,6 +11,7 @@ from ldm_jax.latent_diffusion import autoencoder_bytes, unet_bytes
 from ldm_jax.parallel import memory
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.parallel.memory import check_fits, memory_of
+from ldm_jax.training import dry_run
 from ldm_jax.training.dry_run import check_memory, describe
 from ldm_jax.types import InputError
 from tests.support.commands import TINY, error_line, ldm, refusal, train, write_run
@@ -69,6 +70,7 @@ def test_a_run_needs_its_state_and_gradients(monkeypatch):
         for stage, network in (("autoencoder", "autoencoder"), ("diffusion", "unet"))
     )
     refused = []
+    monkeypatch.setattr(dry_run, "NARROW", 0)
     for most in (needed // 2, 2 * needed):
         monkeypatch.setattr(memory, "memory_of", lambda device, most=most: most)
         try:
