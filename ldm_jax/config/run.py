@@ -51,6 +51,11 @@ class Config:
     """Devices and processes; may change when the run resumes."""
 
     @property
+    def trained_stages(self) -> tuple[StageName, ...]:
+        """The stages that the run trains itself."""
+        return self.stages if self.first_stage is None else ("diffusion",)
+
+    @property
     def latent_side(self) -> int:
         """Height and width of a latent."""
         return self.data.image_size // self.autoencoder.downsampling

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ldm_jax import config as config_lib
 from ldm_jax.build import build_model, shape_of
-from ldm_jax.config import AutoencoderConfig, Config, DataConfig, DiffusionConfig
+from ldm_jax.config import Config, DataConfig
 from ldm_jax.data.pipeline import Batch, LatentBatch
 from ldm_jax.latent_diffusion import (
     LatentDiffusion,
@@ -35,15 +35,9 @@ from ldm_jax.types import PyTree
 def check_batches(config: Config, layout: Layout) -> None:
     """Raise `InputError` if a batch does not divide by devices and parts."""
     accumulate = config.parallel.accumulate
-    for name in _trained(config):
+    for name in config.trained_stages:
         size = getattr(config, name).batch_size
         layout.check_batch_size(size, f"{name}.batch_size", accumulate=accumulate)
-
-
-def _trained(config: Config) -> list[str]:
-    """Return the stages that a run trains itself."""
-    first = [] if config.first_stage is not None else ["autoencoder"]
-    return [*first, *(["diffusion"] if "diffusion" in config.stages else [])]
 
 
 NARROW = 512
@@ -57,7 +51,7 @@ def check_memory(config: Config, model: LatentDiffusion, layout: Layout) -> None
     that is known before anything is compiled.
     """
     device, platform = layout.devices[0], layout.platform
-    names = _trained(config)
+    names = config.trained_stages
     parts = layout.num_devices * config.parallel.accumulate
     for name in names:
         size = getattr(config, name).batch_size
@@ -70,7 +64,8 @@ def check_memory(config: Config, model: LatentDiffusion, layout: Layout) -> None
             what=f"{name}.batch_size: got {size}, of which an array is",
             remedy="a smaller batch or image, or more of --parallel.accumulate",
         )
-    if all(_width(getattr(config, name)) < NARROW for name in names):
+    settings = [getattr(config, name) for name in names]
+    if all(one.channels * max(one.channel_multipliers) < NARROW for one in settings):
         return
     share = layout.num_devices if config.parallel.layout == "fsdp" else 1
     copies = len(layout.devices) if platform == "cpu" else 1  # in one memory
@@ -82,10 +77,6 @@ def check_memory(config: Config, model: LatentDiffusion, layout: Layout) -> None
             what=f"{stage.name}.channels: got networks whose state and gradients are",
             remedy="smaller networks, or --parallel.layout fsdp on more devices",
         )
-
-
-def _width(settings: AutoencoderConfig | DiffusionConfig) -> int:
-    return settings.channels * max(settings.channel_multipliers)
 
 
 def describe(config: Config, layout: Layout) -> dict[str, Any]:
