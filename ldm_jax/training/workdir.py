@@ -195,7 +195,8 @@ def open_workdir(
         first_alone(lambda: begin_record(workdir, named, source=config.data.source))
         if change is not None:
             first_alone(lambda: _record_change(workdir, named, change))
-        first_alone(lambda: _write_config(config, workdir))
+        text = config_lib.to_json(config)
+        first_alone(lambda: _write_config(workdir, text, config_digest=named))
         yield
 
 
@@ -224,14 +225,14 @@ def _record_change(workdir: Path, config_digest: str, change: Change) -> None:
     write_record(workdir, record)
 
 
-def _write_config(config: Config, workdir: Path) -> None:
+def _write_config(workdir: Path, text: str, *, config_digest: str) -> None:
     """Write the config of a run that has none, or that of before a change."""
-    path, named = workdir / CONFIG_FILE, digest(config, of_state=True)
+    path = workdir / CONFIG_FILE
     if path.exists():
         theirs = read_config(workdir, changing=True)
-        if digest(theirs, of_state=True) == named:
+        if digest(theirs, of_state=True) == config_digest:
             return
-    write_text(path, config_lib.to_json(config))
+    write_text(path, text)
 
 
 def begin_record(workdir: Path, config_digest: str, *, source: str) -> None:
