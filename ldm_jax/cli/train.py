@@ -111,6 +111,7 @@ def main(args: list[str]) -> None:
         beside=workdir,
         peer_timeout=config.parallel.peer_timeout,
         cpu_devices=config.parallel.cpu_devices,
+        cpu_threads=config.parallel.exact_shards,
     )
     import jax
 

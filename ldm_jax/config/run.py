@@ -159,6 +159,20 @@ class Config:
 
     def _check_parallel(self) -> None:
         adversary = self.autoencoder.adversary
+        parallel = self.parallel
+        if parallel.exact_shards:
+            if parallel.layout != "pmap" or parallel.accumulate > 1:
+                raise InputError(
+                    "parallel.reduction: got exact, wanted plain with layout fsdp or "
+                    "accumulate, whose sums are not ordered; try layout pmap, whose "
+                    "shards are computed one by one"
+                )
+            if adversary.enabled and "autoencoder" in self.trained_stages:
+                raise InputError(
+                    "parallel.reduction: got exact, wanted plain with an adversary, "
+                    "whose weight depends on the whole batch; try --first-stage with "
+                    "a run that has it"
+                )
         if self.first_stage is not None or not adversary.enabled:
             return
         if self.parallel.accumulate > 1:

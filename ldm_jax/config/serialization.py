@@ -22,7 +22,16 @@ T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
 
-HOW_FIELDS = frozenset({"parallel", "scores", "data.latents", "data.max_broken_files"})
+HOW_FIELDS = frozenset(
+    {"scores", "data.latents", "data.max_broken_files"}
+    | {
+        f"parallel.{name}"
+        for name in (
+            *("layout", "accumulate", "steps_per_dispatch", "cpu_devices"),
+            *("peer_timeout", "stall_timeout"),
+        )
+    }
+)
 """Fields that may change when a run resumes: they do not change its result."""
 
 MAY_CHANGE = "max_skipped_steps"
@@ -50,7 +59,10 @@ CHANGEABLE_IN_WORDS = (
 LATER_FIELDS = frozenset(
     {
         "max_skipped_steps",
+        "parallel",
         "parallel.cpu_devices",
+        "parallel.reduction",
+        "parallel.shards",
         "data.crop",
         "data.flip",
         "diffusion.condition.pooled",
@@ -137,8 +149,10 @@ def digest(config: Config, *, of_state: bool = False) -> str:
             continue  # deleted with its parent
         leaf = functools.reduce(dict.__getitem__, parents, tree)
         left_out = path in HOW_FIELDS or (of_state and path == MAY_CHANGE)
-        if left_out or leaf[name] == default[path]:
+        if left_out or leaf[name] == default.get(path):
             del leaf[name]
+    if not tree["parallel"]:
+        del tree["parallel"]
     text = json.dumps(tree, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

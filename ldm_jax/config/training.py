@@ -12,6 +12,7 @@ from ldm_jax.config.validation import (
 )
 from ldm_jax.types import ProtocolName, SamplerName
 
+ReductionName = Literal["plain", "exact"]
 LayoutName = Literal["pmap", "fsdp"]
 AlgorithmName = Literal["adamw", "muon"]
 OWN_LATENTS = "own"
@@ -188,6 +189,12 @@ class ParallelConfig:
     """Gradient accumulation: parts of a device's batch, computed one by one."""
     steps_per_dispatch: int = 1
     """Steps in one call of the training program, fewer before logs or checkpoints."""
+    reduction: ReductionName = "plain"
+    """`plain`: sums over a batch are taken in any order. `exact`: in one order, that of
+    `shards`, whatever the number of devices."""
+    shards: int = 8
+    """Parts of a batch in an exact reduction, a power of two and a multiple of the
+    devices; part of what a run is."""
     cpu_devices: int = 1
     """Devices that a CPU is split into, at most one a core; small networks then use the
     cores better. Ignored on GPUs and TPUs."""
@@ -196,8 +203,15 @@ class ParallelConfig:
     stall_timeout: int = 1800
     """Seconds of a step after which every thread's stack is printed; 0: never."""
 
+    @property
+    def exact_shards(self) -> int:
+        """The shards of an exact reduction; 0 for a plain one."""
+        return self.shards if self.reduction == "exact" else 0
+
     def _check(self) -> None:
         require_at_least(self, 1, "accumulate", "steps_per_dispatch", "cpu_devices")
+        power = 2 <= self.shards <= 2**16 and self.shards.bit_count() == 1
+        require(self, "shards", power, "a power of two from 2 to 65536")
         require_at_least(self, 10, "peer_timeout")
         require_at_least(self, 0, "stall_timeout")
         require_at_most(self, MAX_COUNT, "peer_timeout", "stall_timeout")

@@ -48,6 +48,7 @@ def start(
     beside: Path | None = None,
     peer_timeout: int = ParallelConfig.peer_timeout,
     cpu_devices: int = 1,
+    cpu_threads: int = 0,
 ) -> None:
     """Start JAX: set its cache and its CPU devices, join the other processes.
 
@@ -57,12 +58,16 @@ def start(
       peer_timeout: Seconds without a heartbeat after which a process is considered
         dead; the other processes then end with its name.
       cpu_devices: CPU devices, if there are as many cores and the user set no number.
+      cpu_threads: Threads of the CPU's programs, on which the order of some of their
+        sums depends; 0 for as many as cores, and at least the devices.
 
     Raises:
       InputError: If the cluster does not describe how to join, or processes are
         missing.
     """
     gc.set_threshold(max(gc.get_threshold()[0], OBJECTS_BETWEEN_COLLECTIONS))
+    if cpu_threads:
+        os.environ["NPROC"] = str(cpu_threads)  # XLA reads it at its start
     import jax
 
     cache = launch.cache_folder(beside=beside)

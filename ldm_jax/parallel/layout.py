@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
+from ldm_jax.parallel.exact import in_a_loop, rows_of_devices
 from ldm_jax.types import InputError, PyTree
 
 
@@ -16,6 +18,8 @@ class Layout(abc.ABC):
     """Devices of this process, in order."""
     num_devices: int
     """Devices of all processes."""
+    shards: int = 0
+    """Shards of a batch whose sums are exact; 0 for sums in any order."""
 
     @property
     def platform(self) -> str:
@@ -41,6 +45,12 @@ class Layout(abc.ABC):
         self, batch_size: int, name: str, *, accumulate: int = 1
     ) -> None:
         """Raise `InputError` if a global batch does not divide by devices and parts."""
+        if self.shards and batch_size % self.shards:
+            low = batch_size // self.shards * self.shards
+            raise InputError(
+                f"{name}: got {batch_size}, wanted a multiple of the {self.shards} "
+                f"parallel.shards; try {low + self.shards}"
+            )
         unit = self.num_devices * accumulate
         if batch_size % unit:
             low = batch_size // unit * unit
@@ -51,6 +61,15 @@ class Layout(abc.ABC):
                 f"{self.num_devices} devices{parts}; try "
                 f"{' or '.join(map(str, try_sizes))}"
             )
+
+    def in_order(self, leaf: np.ndarray, *, axis: int) -> np.ndarray:
+        """Bring this process' examples into the order of its devices and shards."""
+        if not self.shards:
+            return leaf
+        num_devices = len(self.devices)
+        here = self.shards * num_devices // self.num_devices
+        order = rows_of_devices(leaf.shape[axis], shards=here, devices=num_devices)
+        return leaf.take(order, axis=axis)
 
     @abc.abstractmethod
     def place(self, tree: PyTree) -> PyTree:
@@ -83,6 +102,10 @@ class Layout(abc.ABC):
     @abc.abstractmethod
     def restore_shardings(self, shapes: PyTree) -> PyTree | None:
         """Return the shardings of restored arrays; None restores to the host."""
+
+    def alike(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a step whose bits are those of one of several, if sums are exact."""
+        return in_a_loop(step) if self.shards else step
 
     @abc.abstractmethod
     def map_step(

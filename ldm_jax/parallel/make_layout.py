@@ -12,4 +12,6 @@ __all__ = ["FsdpLayout", "Layout", "PmapLayout", "make_layout"]
 
 def make_layout(config: ParallelConfig, devices: list[Any] | None = None) -> Layout:
     """Make the layout that a config names, over some devices or all."""
-    return FsdpLayout(devices) if config.layout == "fsdp" else PmapLayout(devices)
+    if config.layout == "fsdp":
+        return FsdpLayout(devices)
+    return PmapLayout(devices, shards=config.exact_shards)

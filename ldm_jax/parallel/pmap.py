@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from ldm_jax.parallel.exact import Shards, check_shards, reduce_exactly
 from ldm_jax.parallel.layout import Layout
 from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.types import PyTree
@@ -31,11 +32,18 @@ MappedImages = Callable[[Any, Any, Any], Any]
 class PmapLayout(Layout):
     """Replicates the state, splits the batch, averages with `pmean`."""
 
-    def __init__(self, devices: list[Any] | None = None) -> None:
-        """Use some devices of this process, or all devices of all processes."""
+    def __init__(self, devices: list[Any] | None = None, *, shards: int = 0) -> None:
+        """Use some devices of this process, or all devices of all processes.
+
+        Args:
+          shards: Shards of a batch whose sums are exact; 0 for sums by `pmean`.
+        """
+        self.shards = shards
         self.devices = devices or jax.local_devices()
         self._all_devices = devices or jax.devices()
         self.num_devices = len(self._all_devices)
+        if shards:
+            check_shards(shards, self.devices, num_devices=self.num_devices)
         mesh = Mesh(np.asarray(self.devices), (AXIS_NAME,))
         self._stacked = NamedSharding(mesh, PartitionSpec(AXIS_NAME))
 
@@ -75,6 +83,7 @@ class PmapLayout(Layout):
         """Split the axis of examples over the devices."""
 
         def cut(leaf: np.ndarray) -> Array:
+            leaf = self.in_order(leaf, axis=int(stacked))
             if stacked:
                 num_steps, _, *rest = leaf.shape
                 parts = leaf.reshape(num_steps, len(self.devices), -1, *rest)
@@ -119,6 +128,12 @@ class PmapLayout(Layout):
         reduce = functools.partial(
             reduce_over_axis, axis_name=AXIS_NAME, accumulate=accumulate
         )
+        if self.shards:
+            num_processes = self.num_devices // len(self.devices)
+            shards = Shards(self.shards, self.num_devices, num_processes)
+            reduce = functools.partial(
+                reduce_exactly, axis_name=AXIS_NAME, shards=shards
+            )
 
         def named(
             state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]

@@ -272,6 +272,7 @@ class Trainer:
         step = stage.step
         if self._config.max_skipped:
             step = skip_nonfinite(step)
+        step = layout.alike(step)
         accumulate = self._config.parallel.accumulate
         self._one = layout.map_step(step, accumulate=accumulate)
         self._several = layout.map_step(several_steps(step), accumulate=accumulate)

@@ -1,0 +1,321 @@
+"""Sums over a batch whose bits do not depend on the number of devices.
+
+A batch is V shards, V a power of two. Each device computes its shards one after
+another, by a loop whose body is the same program on any number of devices, and adds
+them along one binary tree: its own as a binary counter does, those of others by
+exchanges between pairs (IEEE addition commutes, so both partners get the same bits).
+
+Shard s holds every V-th example of the batch from the s-th on, and is computed by
+device s mod n of n. So the tree joins first the shards whose numbers differ in the
+highest bit, last those that differ in the lowest, and a process, which reads every P-th
+example, has whole shards.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.extend.core import primitives
+from jaxtyping import Array, Int64, Key
+
+from ldm_jax.parallel.launch import num_cores
+from ldm_jax.parallel.reduce import AxisName, BatchGradients, GradientFn, Reduce
+from ldm_jax.types import InputError, PyTree
+
+T = TypeVar("T")
+SPREAD = primitives.broadcast_in_dim_p
+INLINED = ("call_jaxpr",)
+"""Parameters with the program of a function that has a derivative of its own."""
+
+
+class Shards(NamedTuple):
+    """How a batch is computed in shards."""
+
+    number: int
+    """Shards of the batch, a power of two."""
+    devices: int
+    """Devices of all processes; divides `number`."""
+    processes: int
+    """Processes that the devices are spread over, in order."""
+
+
+def check_shards(shards: int, devices: list[Any], *, num_devices: int) -> None:
+    """Raise `InputError` if devices cannot compute an exact reduction.
+
+    Args:
+      devices: Those of this process.
+      num_devices: Devices of all processes.
+    """
+    if shards % num_devices:
+        raise InputError(
+            f"parallel.shards: got {shards}, wanted a multiple of the {num_devices} "
+            "devices; try fewer devices, or another --parallel.shards in a new run"
+        )
+    if devices[0].platform != "cpu":
+        return
+    given = os.environ.get("NPROC", "")
+    threads = int(given) if given.isdecimal() else num_cores()
+    threads = max(threads, jax.local_device_count())
+    if threads != shards:
+        raise InputError(
+            f"parallel.reduction: got exact with {threads} threads, on which the order "
+            f"of some sums of a CPU depends, wanted {shards}; try NPROC={shards} in "
+            "the environment, before JAX starts"
+        )
+
+
+def reduce_exactly(
+    gradient_fn: GradientFn,
+    state: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    root_key: Key[Array, ""],
+    *,
+    axis_name: AxisName,
+    shards: Shards,
+) -> BatchGradients:
+    """Average over the shards of a batch: a `Reduce`."""
+    local = sum_of_shards(gradient_fn, state, frozen, batch, root_key, shards=shards)
+    total = sum_over_devices(local, axis_name, shards=shards)
+
+    def divide(_: Array, total: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf / shards.number, total)
+
+    # In a loop, which XLA fuses with nothing: what follows is compiled alike.
+    return jax.lax.fori_loop(0, _unknown(1, root_key), divide, total)
+
+
+def in_a_loop(step: Callable[..., tuple[PyTree, Any]]) -> Callable[..., Any]:
+    """Make a step that XLA compiles alike alone and as one of several.
+
+    Its body is that of a loop of one turn, which is fused with nothing around it.
+    """
+
+    def looped(
+        state: PyTree,
+        frozen: PyTree,
+        batch: PyTree,
+        root_key: Key[Array, ""],
+        *,
+        reduce: Reduce,
+    ) -> tuple[PyTree, Any]:
+        def turn(_: Array, before: tuple[PyTree, Any]) -> tuple[PyTree, Any]:
+            return step(before[0], frozen, batch, root_key, reduce=reduce)
+
+        shapes = jax.eval_shape(lambda: turn(jnp.int32(0), (state, None)))
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
+        return jax.lax.fori_loop(0, _unknown(1, root_key), turn, (state, empty))
+
+    return looped
+
+
+def _unknown(number: int, root_key: Key[Array, ""]) -> Array:
+    """Return a number that XLA does not know: it would unroll a loop of one turn."""
+    never = (jax.random.key_data(root_key).reshape(-1)[0] | 1) == 0
+    return jnp.where(never, 0, number)
+
+
+def rows_of_devices(
+    num_rows: int, *, shards: int, devices: int
+) -> Int64[np.ndarray, " b"]:
+    """Order a process' examples so that each device's are together, shard by shard.
+
+    Args:
+      num_rows: Examples of this process, in the order of the batch.
+      shards: Shards of this process.
+      devices: Devices of this process.
+
+    Returns:
+      Indices of the examples: of the first device's first shard, of its second shard,
+      and so on in the order in which it computes them.
+    """
+    turns = shards // devices
+    order = [_reversed_bits(turn, turns) for turn in range(turns)]
+    rows = np.arange(num_rows).reshape(-1, turns, devices)  # row, turn, device
+    return rows[:, order].transpose(2, 1, 0).reshape(-1)
+
+
+def _reversed_bits(number: int, size: int) -> int:
+    """Reverse the bits of a number below a power of two."""
+    bits = size.bit_length() - 1
+    return int(f"{number:0{bits}b}"[::-1], 2) if bits else 0
+
+
+def sum_of_shards(
+    gradient_fn: GradientFn,
+    state: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    root_key: Key[Array, ""],
+    *,
+    shards: Shards,
+) -> BatchGradients:
+    """Add what a device computes of its shards, along the tree.
+
+    Args:
+      batch: This device's examples, as `rows_of_devices` orders them.
+    """
+    here = shards.number // shards.devices
+
+    def cut(leaf: Array) -> Array:
+        parts = leaf.reshape(here, -1, *leaf.shape[1:])
+        # The loop reads from arrays of one shape on any number of devices.
+        missing = [(0, shards.number - here)] + [(0, 0)] * (parts.ndim - 1)
+        return jnp.pad(parts, missing)
+
+    @with_reciprocals
+    def of(part: PyTree) -> BatchGradients:
+        return gradient_fn(state, frozen, part, root_key, axis_name=None)
+
+    cuts = jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(of, jax.tree.map(lambda leaf: leaf[0], cuts))
+    levels = shards.number.bit_length()
+
+    def add(turn: Array, sums: PyTree) -> PyTree:
+        """Add one shard: carry as long as there is a sum of the same size."""
+        total = of(jax.tree.map(lambda leaf: _at(leaf, turn), cuts))
+
+        def is_full(carried: tuple[Array, PyTree]) -> Array:
+            return (turn >> carried[0]) & 1 == 1
+
+        def carry(carried: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+            level, total = carried
+            return level + 1, jax.tree.map(
+                lambda sums, value: _at(sums, level) + value, sums, total
+            )
+
+        level, total = jax.lax.while_loop(is_full, carry, (jnp.int32(0), total))
+        return jax.tree.map(
+            lambda sums, value: jax.lax.dynamic_update_index_in_dim(
+                sums, value, level, 0
+            ),
+            sums,
+            total,
+        )
+
+    sums = jax.tree.map(lambda x: jnp.zeros((levels, *x.shape), x.dtype), shapes)
+    sums = jax.lax.fori_loop(0, _unknown(here, root_key), add, sums)
+    return jax.tree.map(lambda leaf: leaf[here.bit_length() - 1], sums)
+
+
+def with_reciprocals(fn: Callable[[PyTree], T]) -> Callable[[PyTree], T]:
+    """Make a function whose divisions by a spread array multiply by its reciprocal.
+
+    XLA rewrites these divisions (the softmax of attention has one) in the program of
+    one device, and not in that of two, which differ in the order of its passes.
+    """
+
+    def changed(part: PyTree) -> T:
+        jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(part)
+        outputs = _evaluate(jaxpr, jax.tree.leaves(part))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+    return changed
+
+
+def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    """Evaluate a program, and the programs in it, with reciprocals."""
+    jaxpr = closed.jaxpr
+    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values |= zip(jaxpr.invars, args, strict=True)
+    made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, core.Literal) else values[var]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(var) for var in eqn.invars]
+        inner = next((eqn.params[k] for k in INLINED if k in eqn.params), None)
+        if eqn.primitive is primitives.div_p and _is_spread(eqn, made_by):
+            below = made_by.get(eqn.invars[1])
+            if below is not None and below.primitive is SPREAD:
+                one = jnp.reciprocal(read(below.invars[0]))
+                one = SPREAD.bind(one, **below.params)
+            else:
+                one = jnp.reciprocal(inputs[1])
+            outputs = [jax.lax.mul(inputs[0], one)]
+        elif inner is not None:
+            outputs = _evaluate(inner, inputs)
+        else:
+            params = {name: _rewritten(value) for name, value in eqn.params.items()}
+            outputs = eqn.primitive.bind(*inputs, **params)
+            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        values |= zip(eqn.outvars, outputs, strict=True)
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _is_spread(eqn: core.JaxprEqn, made_by: Mapping[Any, core.JaxprEqn]) -> bool:
+    """Return whether a division of floats is one by a smaller array."""
+    above, below = (cast(Any, var.aval) for var in eqn.invars)
+    if isinstance(eqn.invars[1], core.Literal):
+        return False
+    maker = made_by.get(eqn.invars[1])
+    is_spread = maker is not None and maker.primitive is SPREAD
+    is_float = jnp.issubdtype(below.dtype, jnp.floating)
+    return is_float and (is_spread or above.shape != below.shape)
+
+
+def _rewritten(value: Any) -> Any:
+    """Return a parameter of an operation, the programs in it with reciprocals."""
+    if type(value) is tuple:  # a named one has no programs
+        return tuple(map(_rewritten, value))
+    if isinstance(value, core.Jaxpr):  # of a recomputed function
+        return _rewritten(core.ClosedJaxpr(value, ())).jaxpr
+    if not isinstance(value, core.ClosedJaxpr):
+        return value
+    return jax.make_jaxpr(lambda *args: _evaluate(value, args))(*value.in_avals)
+
+
+def _at(leaf: Array, index: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+
+def sum_over_devices(tree: PyTree, axis_name: AxisName, *, shards: Shards) -> PyTree:
+    """Add the sums of all devices along the tree; all get the same bits.
+
+    By recursive halving and a gather, which send what a ring sends.
+
+    Args:
+      tree: Float32 arrays, each device's own.
+    """
+    devices, processes = shards.devices, shards.processes
+    if devices == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+    flat = jnp.pad(flat, (0, -len(flat) % devices))
+    local = devices // processes
+    # A process has every P-th shard: its devices differ in the high bits.
+    distances = [*_halves(local), *(local * d for d in _halves(processes))]
+    place = jax.lax.axis_index(axis_name)
+    order = jnp.zeros((), jnp.int32)
+    for distance in distances:
+        is_upper = (place // distance) % 2 == 1
+        lower, upper = jnp.split(flat, 2)
+        kept, sent = (
+            jnp.where(is_upper, upper, lower),
+            jnp.where(is_upper, lower, upper),
+        )
+        pairs = [(i, i ^ distance) for i in range(devices)]
+        flat = kept + jax.lax.ppermute(sent, axis_name, pairs)
+        order = 2 * order + is_upper.astype(jnp.int32)
+    parts = jax.lax.all_gather(flat, axis_name)
+    places = jax.lax.all_gather(order, axis_name)
+    flat = jnp.zeros_like(parts).at[places].set(parts, unique_indices=True).reshape(-1)
+    ends = np.cumsum(sizes)
+    cuts = [
+        flat[end - size : end].reshape(leaf.shape)
+        for leaf, size, end in zip(leaves, sizes, ends, strict=True)
+    ]
+    return jax.tree.unflatten(structure, cuts)
+
+
+def _halves(number: int) -> list[int]:
+    """Return n/2, n/4 ... 1 for a power of two."""
+    return [number >> bit for bit in range(1, number.bit_length())]

@@ -1,0 +1,216 @@
+"""Sums over a batch in one order, whatever the number of devices."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.build import build_model, open_iterator
+from ldm_jax.config import Config, ParallelConfig, digest
+from ldm_jax.config.serialization import differences
+from ldm_jax.latent_diffusion import init_autoencoder
+from ldm_jax.parallel.exact import rows_of_devices, with_reciprocals
+from ldm_jax.parallel.make_layout import PmapLayout, make_layout
+from ldm_jax.parallel.reduce import BatchGradients
+from ldm_jax.rng import root_key
+from ldm_jax.training.autoencoder_stage import autoencoder_stage, latent_scale
+from ldm_jax.training.diffusion_stage import diffusion_stage
+from ldm_jax.training.diffusion_step import FrozenParams
+from ldm_jax.training.prefetch import Prefetch
+from ldm_jax.types import InputError
+from tests.support.tiny import get_config
+
+DEVICES = jax.devices()
+SHARDS = 8
+EXACT = ParallelConfig(reduction="exact")
+UNORDERED = re.compile(r"stablehlo\.(all_reduce|reduce_scatter|all_to_all)")
+
+
+def exact_layout(devices):
+    return PmapLayout(DEVICES[:devices], shards=SHARDS)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_each_device_has_whole_shards_in_the_order_of_the_tree(processes, devices):
+    if devices < processes:
+        pytest.skip("a process has a device")
+    batch, here = np.arange(32), devices // processes
+    turns, found = SHARDS // devices, {}
+    for process in range(processes):
+        own = batch[process::processes]  # as a process reads them
+        rows = rows_of_devices(len(own), shards=SHARDS // processes, devices=here)
+        for j, part in enumerate(own[rows].reshape(here, turns, -1)):
+            found[process + j * processes] = part
+    for device, shards in found.items():
+        numbers = [shard[0] for shard in shards]
+        assert {number % devices for number in numbers} == {device}
+        for number, shard in zip(numbers, shards, strict=True):
+            assert list(shard) == list(batch[number::SHARDS])
+        # Neighbours differ in the highest bit that is left, pairs in the next.
+        for size in (1, 2, 4):
+            if size < turns:
+                high = SHARDS // 2 // size
+                assert numbers[0] ^ numbers[size] == high
+
+
+def tree_sum(values):
+    """Add along the tree: the highest bit of a shard's number first."""
+    while len(values) > 1:
+        half = len(values) // 2
+        values = values[:half] + values[half:]
+    return values[0]
+
+
+def total_step(state, frozen, batch, root_key, *, reduce):
+    """Sum what only its order of addition tells apart."""
+
+    def gradients(state, frozen, batch, root_key, *, axis_name):
+        del axis_name
+        return BatchGradients({"w": batch.sum(0), "b": batch[:, :1].sum()}, batch[0, 1])
+
+    return state, reduce(gradients, state, frozen, batch, root_key)
+
+
+def test_the_sum_is_that_of_the_tree_on_any_number_of_devices():
+    drawn = np.random.RandomState(0)
+    # Odd sizes, so that halving pads; large and small numbers, so that order counts.
+    batch = drawn.normal(size=(SHARDS, 37)) * 10.0 ** drawn.randint(-4, 5, (SHARDS, 37))
+    batch = batch.astype(np.float32)
+    wanted = tree_sum(batch) / np.float32(SHARDS)
+    plain = batch.sum(0) / np.float32(SHARDS)
+    assert not np.array_equal(wanted, plain)
+    for devices in (1, 2, 4, 8):
+        layout = exact_layout(devices)
+        key = layout.place(root_key(0))
+        args = layout.place(jnp.zeros(())), None, layout.split(batch), key
+        _, found = layout.map_step(total_step)(*args)
+        gradients = jax.tree.map(np.asarray, found.gradients)
+        for i in range(devices):
+            assert np.array_equal(gradients["w"][i], wanted)
+            assert gradients["b"][i] == wanted[0]
+            assert np.asarray(found.means)[i] == wanted[1]
+
+
+def stage_of(name, config):
+    model = build_model(config)
+    if name == "autoencoder":
+        return autoencoder_stage(config, model, Path())
+    params = jax.jit(functools.partial(init_autoencoder, model))(root_key(1))
+    frozen = FrozenParams(params, jnp.float32(0.7), {})
+    return diffusion_stage(config, model, frozen, Path())
+
+
+def test_the_latent_scale_has_the_same_bits(tmp_path):
+    config = get_config()
+    model = build_model(config)
+    params = jax.jit(functools.partial(init_autoencoder, model))(root_key(1))
+    scales = set()
+    for devices in (1, 4):
+        folder = tmp_path / f"{devices}"
+        (folder / "autoencoder").mkdir(parents=True)
+        layout = exact_layout(devices)
+        scales.add(float(latent_scale(config, model, params, layout, folder)))
+    assert len(scales) == 1
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
+def test_no_sum_over_devices_is_left_to_the_compiler(name):
+    config = get_config()
+    stage = stage_of(name, config)
+    batches = open_iterator(config, batch_size=8, layout=exact_layout(1))
+    shapes = jax.eval_shape(stage.init)
+    for layout in (exact_layout(8), PmapLayout(DEVICES)):
+        batch = Prefetch(batches, exact_layout(1)).peek(1)
+        batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch
+        )
+        text = layout.lower(stage.step, shapes, stage.frozen, batch).as_text()
+        assert bool(UNORDERED.search(text)) == (layout.shards == 0)
+        assert ("stablehlo.collective_permute" in text) == (layout.shards > 0)
+    batches.close()
+
+
+def softmaxes(part):
+    """Softmaxes, plain and in what holds programs of its own, and their gradients."""
+    x, scale = part
+
+    def total(x):
+        plain = jax.nn.softmax(x)
+        again = jax.checkpoint(jax.nn.softmax)(2.0 * plain)
+        picked = jax.lax.cond(scale > 0.0, jax.nn.softmax, jnp.square, again)
+        _, each = jax.lax.scan(lambda c, y: (c, jax.nn.softmax(y)), 0.0, picked)
+        spread = jnp.broadcast_to(x.sum(1, keepdims=True), x.shape)
+        return (jax.jit(jax.nn.softmax)(each) * x / spread / scale + x / 3.0).sum()
+
+    return jax.value_and_grad(total)(x)
+
+
+def test_no_division_by_a_spread_array_is_left():
+    x = jnp.asarray(np.random.RandomState(0).normal(size=(3, 9)), jnp.float32)
+    part = x, jnp.float32(1.5)
+    for found, wanted in zip(
+        with_reciprocals(softmaxes)(part), softmaxes(part), strict=True
+    ):
+        assert np.allclose(found, wanted, rtol=2e-5, atol=1e-6)
+    large = re.compile(r"f32\[(?:3,)?9\] = div \w+ [a-z]+\b")  # not by a number
+    before, after = (
+        len(large.findall(str(jax.make_jaxpr(fn)(part))))
+        for fn in (softmaxes, with_reciprocals(softmaxes))
+    )
+    assert (before, after) == (14, 0)
+
+
+def with_parallel(**fields):
+    return dataclasses.replace(
+        get_config(), parallel=dataclasses.replace(EXACT, **fields)
+    )
+
+
+def test_an_exact_run_is_another_run_and_a_plain_one_is_what_it_was():
+    plain, exact = get_config(), with_parallel()
+    assert set(differences(plain, exact)) == {"parallel.reduction"}
+    assert set(differences(exact, with_parallel(shards=16))) == {"parallel.shards"}
+    assert differences(exact, with_parallel(steps_per_dispatch=4)) == {}
+    assert digest(exact) != digest(plain) != digest(Config())
+    assert digest(exact) == digest(with_parallel(steps_per_dispatch=4))
+    four = dataclasses.replace(plain, parallel=ParallelConfig(steps_per_dispatch=4))
+    assert digest(four) == digest(plain)
+
+
+@pytest.mark.parametrize("shards", [0, 1, 6, -8, 2**17])
+def test_shards_are_a_power_of_two(shards):
+    with pytest.raises(InputError, match=r"shards: got .*wanted a power of two"):
+        ParallelConfig(shards=shards)
+
+
+@pytest.mark.parametrize("fields", [{"layout": "fsdp"}, {"accumulate": 2}])
+def test_an_exact_reduction_needs_shards_that_are_computed_one_by_one(fields):
+    with pytest.raises(InputError, match=r"parallel\.reduction: got exact, wanted pl"):
+        with_parallel(**fields)
+
+
+def test_an_exact_reduction_is_not_for_an_adversary():
+    config = get_config()
+    adversary = dataclasses.replace(config.autoencoder.adversary, enabled=True)
+    first = dataclasses.replace(config.autoencoder, adversary=adversary)
+    with pytest.raises(InputError, match="wanted plain with an adversary"):
+        dataclasses.replace(with_parallel(), autoencoder=first)
+
+
+def test_devices_batches_and_threads_must_fit_the_shards(monkeypatch):
+    with pytest.raises(InputError, match=r"shards: got 8, wanted a multiple of the 3"):
+        exact_layout(3)
+    layout = make_layout(EXACT, DEVICES[:2])
+    layout.check_batch_size(24, "batch")
+    with pytest.raises(InputError, match=r"batch: got 12, wanted a multiple of the 8 "):
+        layout.check_batch_size(12, "batch")
+    with pytest.raises(InputError, match=r"exact with 8 threads.*wanted 16; try NP"):
+        PmapLayout(DEVICES[:8], shards=16)
+    monkeypatch.setenv("NPROC", "16")
+    assert PmapLayout(DEVICES[:2], shards=16).shards == 16
