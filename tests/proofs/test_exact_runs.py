@@ -12,7 +12,7 @@ from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.rng import root_key
 from ldm_jax.training.prefetch import Prefetch
 from tests.parallel.test_exact import exact_layout, stage_of
-from tests.support.commands import LDM, TINY, start, succeeded, train
+from tests.support.commands import LDM, TINY, ldm, start, succeeded, train
 from tests.support.tiny import get_config
 
 # Several steps a dispatch need rare logs.
@@ -58,6 +58,16 @@ def test_two_processes_have_the_digest_of_one(alone, tmp_path):
     found = [(*process.communicate(), process.returncode) for process in processes]
     assert [code for _, _, code in found] == [0, 0], found
     assert digests(tmp_path / "run") == alone
+
+
+def test_the_first_steps_of_the_digits_have_one_digest(tmp_path):
+    steps = ("--autoencoder.steps", 50, "--diffusion.steps", 50)
+    flags = ("--config", "digits", "--parallel.reduction", "exact", *steps)
+    for devices in (1, 2, 8):
+        workdir = tmp_path / f"{devices}"
+        succeeded(ldm("train", *flags, "--workdir", workdir, devices=devices))
+    one, two, eight = (digests(tmp_path / f"{devices}") for devices in (1, 2, 8))
+    assert one == two == eight
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
