@@ -29,8 +29,11 @@ from ldm_jax.types import InputError, PyTree
 
 T = TypeVar("T")
 SPREAD = primitives.broadcast_in_dim_p
-INLINED = ("call_jaxpr",)
-"""Parameters with the program of a function that has a derivative of its own."""
+INLINED = "call_jaxpr"
+"""Parameter with the program of a function that has a derivative of its own."""
+HOLDERS = frozenset({"jit", "scan", "while", "cond", "remat2"})
+"""Operations that hold programs; those of a kernel are not XLA's to rewrite."""
+PROGRAMS = (core.ClosedJaxpr, core.Jaxpr)
 
 
 class Shards(NamedTuple):
@@ -230,7 +233,6 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
 
     for eqn in jaxpr.eqns:
         inputs = [read(var) for var in eqn.invars]
-        inner = next((eqn.params[k] for k in INLINED if k in eqn.params), None)
         if eqn.primitive is primitives.div_p and _is_spread(eqn, made_by):
             below = made_by.get(eqn.invars[1])
             if below is not None and below.primitive is SPREAD:
@@ -239,10 +241,12 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
             else:
                 one = jnp.reciprocal(inputs[1])
             outputs = [jax.lax.mul(inputs[0], one)]
-        elif inner is not None:
-            outputs = _evaluate(inner, inputs)
+        elif INLINED in eqn.params:
+            outputs = _evaluate(eqn.params[INLINED], inputs)
         else:
-            params = {name: _rewritten(value) for name, value in eqn.params.items()}
+            params = eqn.params
+            if eqn.primitive.name in HOLDERS:
+                params = {name: _rewritten(value) for name, value in params.items()}
             outputs = eqn.primitive.bind(*inputs, **params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values |= zip(eqn.outvars, outputs, strict=True)
@@ -262,7 +266,7 @@ def _is_spread(eqn: core.JaxprEqn, made_by: Mapping[Any, core.JaxprEqn]) -> bool
 
 def _rewritten(value: Any) -> Any:
     """Return a parameter of an operation, the programs in it with reciprocals."""
-    if type(value) is tuple:  # a named one has no programs
+    if isinstance(value, tuple) and any(isinstance(x, PROGRAMS) for x in value):
         return tuple(map(_rewritten, value))
     if isinstance(value, core.Jaxpr):  # of a recomputed function
         return _rewritten(core.ClosedJaxpr(value, ())).jaxpr

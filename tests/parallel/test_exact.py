@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from ldm_jax.build import build_model, open_iterator
 from ldm_jax.config import Config, ParallelConfig, digest
@@ -164,6 +165,19 @@ def test_no_division_by_a_spread_array_is_left():
         for fn in (softmaxes, with_reciprocals(softmaxes))
     )
     assert (before, after) == (14, 0)
+
+
+def test_kernels_are_left_as_they_are():
+    def kernel(x_ref, out_ref):
+        x = x_ref[...]
+        out_ref[...] = x / x.sum(axis=-1, keepdims=True)
+
+    def scaled(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.nn.silu(pl.pallas_call(kernel, out_shape=shape, interpret=True)(x))
+
+    x = jnp.arange(16.0).reshape(2, 8)
+    assert np.allclose(with_reciprocals(scaled)(x), scaled(x), rtol=1e-6)
 
 
 def with_parallel(**fields):

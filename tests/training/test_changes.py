@@ -18,7 +18,13 @@ from ldm_jax.tools.report.run_summary import read_run_summary
 from ldm_jax.tools.report.writing import write_report
 from ldm_jax.training import workdir as workdir_lib
 from ldm_jax.training.digest import run_digest
-from ldm_jax.training.workdir import Change, check_workdir, facts_of, open_workdir
+from ldm_jax.training.workdir import (
+    Change,
+    check_changed,
+    check_workdir,
+    facts_of,
+    open_workdir,
+)
 from ldm_jax.types import InputError, RunError
 from tests.support.tiny import get_config
 
@@ -205,6 +211,7 @@ def test_an_interrupted_change_is_finished_by_the_same_command(call, run, monkey
 def test_a_run_does_not_go_on_from_before_its_change(run):
     with open_workdir(LONGER, run, CHANGE):
         pass
+    check_changed(run, "autoencoder", 4)  # the change is none of its own
     shutil.rmtree(run / "diffusion/checkpoints/8")
     with pytest.raises(RunError) as caught:
         train(LONGER, run)
