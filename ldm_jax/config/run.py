@@ -167,11 +167,12 @@ class Config:
                     "accumulate, whose sums are not ordered; try layout pmap, whose "
                     "shards are computed one by one"
                 )
-            if adversary.enabled and "autoencoder" in self.trained_stages:
+            trained = adversary.enabled and "autoencoder" in self.trained_stages
+            if trained and adversary.sync_batch_norm:
                 raise InputError(
-                    "parallel.reduction: got exact, wanted plain with an adversary, "
-                    "whose weight depends on the whole batch; try --first-stage with "
-                    "a run that has it"
+                    "autoencoder.adversary.sync_batch_norm: got True, wanted False "
+                    "with parallel.reduction exact, whose statistics are those of a "
+                    "shard"
                 )
         if self.first_stage is not None or not adversary.enabled:
             return

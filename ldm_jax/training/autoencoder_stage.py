@@ -58,6 +58,10 @@ def autoencoder_stage(
     settings = config.autoencoder
     optimizer = make_optimizer(settings.optim, num_steps=settings.steps)
     objective = make_objective(settings, model)
+    if objective.adversary is not None:
+        in_shards = config.parallel.exact_shards > 0
+        adversary = objective.adversary._replace(in_shards=in_shards)
+        objective = objective._replace(adversary=adversary)
     step = functools.partial(
         autoencoder_step, model=model, objective=objective, optimizer=optimizer
     )

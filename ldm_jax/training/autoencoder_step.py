@@ -14,7 +14,7 @@ from ldm_jax.images import to_float
 from ldm_jax.latent_diffusion import LatentDiffusion, encode
 from ldm_jax.models.autoencoder import Autoencoder, Reconstruction, image_layer
 from ldm_jax.models.bottleneck import Quantized, code_usage, perplexity
-from ldm_jax.parallel.reduce import AxisName, BatchGradients, Reduce
+from ldm_jax.parallel.reduce import AxisName, BatchGradients, Reduce, mean_over
 from ldm_jax.rng import Stream, example_keys, normal
 from ldm_jax.training.autoencoder_loss import (
     AutoencoderObjective,
@@ -22,8 +22,16 @@ from ldm_jax.training.autoencoder_loss import (
     reconstruction_terms,
     regularization_loss,
 )
-from ldm_jax.training.gan_loss import gan_update
+from ldm_jax.training.gan_loss import (
+    Adversary,
+    GanMeans,
+    GanUpdate,
+    gan_gradients,
+    gan_means,
+    gan_update,
+)
 from ldm_jax.training.state import (
+    CriticState,
     Optimizer,
     TrainState,
     apply_gradients,
@@ -96,7 +104,8 @@ def autoencoder_step(
       state: Holds the discriminator's state if the objective has an adversary.
       frozen: Parameters of LPIPS; None without it.
       batch: This device's examples.
-      reduce: Does not cut the batch into parts where there is a discriminator.
+      reduce: Does not cut the batch into parts where there is a discriminator, unless
+        its objective is `in_shards`.
 
     Raises:
       ValueError: If the objective has an adversary and the state has none.
@@ -109,20 +118,57 @@ def autoencoder_step(
     gradient_fn = functools.partial(_gradients, model=model, objective=objective)
     inputs = gradient_inputs(state)
     computed = reduce(gradient_fn, inputs, frozen, batch, root_key)
-    losses, gan = computed.means, computed.replicated
+    losses, gradients, update = (
+        computed.means,
+        computed.gradients,
+        computed.replicated,
+    )
+    if isinstance(gradients, SeparateGradients):
+        update, losses, gradients = _joined(gradients, losses, state, objective)
     gan_metrics: dict[str, Float[Array, ""]] = {}
-    if gan is not None:
-        critic, metrics = gan
-        state = state._replace(critic=critic)
-        gan_metrics = metrics._asdict()
+    if update is not None:
+        state = state._replace(critic=update.critic)
+        gan_metrics = update.metrics._asdict()
     metrics = AutoencoderMetrics(
         loss=losses.loss,
-        gradient_norm=optax.tree.norm(computed.gradients),
+        gradient_norm=optax.tree.norm(gradients),
         **losses.terms._asdict(),
         **_latent_metrics(losses),
         **gan_metrics,
     )
-    return apply_gradients(state, computed.gradients, optimizer), metrics
+    return apply_gradients(state, gradients, optimizer), metrics
+
+
+class SeparateGradients(NamedTuple):
+    """Gradients of a batch in shards, whose generator's term has no weight yet."""
+
+    reconstruction: PyTree
+    """Of the loss without the generator's term."""
+    generator: PyTree
+    """Of the generator loss."""
+    means: GanMeans
+    """What its weight depends on."""
+
+
+def _joined(
+    separate: SeparateGradients,
+    losses: BatchLosses,
+    state: TrainState,
+    objective: AutoencoderObjective,
+) -> tuple[GanUpdate, BatchLosses, PyTree]:
+    """Weight the generator's term over the whole batch, and add it."""
+    adversary, critic = cast(Adversary, objective.adversary), state.critic
+    update = gan_update(
+        adversary, cast(CriticState, critic), state.step, separate.means
+    )
+    strength = update.strength
+    gradients = jax.tree.map(
+        lambda first, second: first + strength * second,
+        separate.reconstruction,
+        separate.generator,
+    )
+    loss = losses.loss + strength * separate.means.generator_loss
+    return update, losses._replace(loss=loss), gradients
 
 
 def _gradients(
@@ -160,25 +206,31 @@ def _gradients(
     is_kl = autoencoder.regularizer == "kl"
     penalty_weight = objective.kl_weight if is_kl else objective.codebook_weight
     loss = loss + penalty_weight * penalty
-    gan = None
-    if objective.adversary is not None and state.critic is not None:
-        gan = gan_update(
-            objective.adversary,
-            state.critic,
-            state.step,
-            images,
-            made.images,
-            slope,
-            to_kernel=last_kernel_gradient(autoencoder, state.params, made.features),
-            axis_name=axis_name,
+    weights = jnp.full_like(penalty, penalty_weight)
+    adversary, replicated = objective.adversary, None
+    if adversary is None or state.critic is None:
+        (gradients,) = backward((slope, weights))
+    else:
+        found = gan_gradients(
+            adversary, state.critic.params, images, made.images, axis_name=axis_name
         )
-        loss, slope = loss + gan.loss, slope + gan.slope
-    (gradients,) = backward((slope, jnp.full_like(penalty, penalty_weight)))
+        to_kernel = last_kernel_gradient(autoencoder, state.params, made.features)
+        means = gan_means(adversary, found, state.step, slope, to_kernel=to_kernel)
+        if adversary.in_shards:
+            (of_generator,) = backward((found.generator_slope, 0.0 * weights))
+            (gradients,) = backward((slope, weights))
+            gradients = SeparateGradients(gradients, of_generator, means)
+        else:
+            means = mean_over(means, axis_name)
+            update = gan_update(adversary, state.critic, state.step, means)
+            loss = loss + update.strength * found.generator_loss
+            slope = slope + update.strength * found.generator_slope
+            (gradients,) = backward((slope, weights))
+            replicated = update
     usage = None
     if isinstance(made.bottleneck, Quantized):
         usage = code_usage(made.bottleneck.indices, size=autoencoder.codebook_size)
     losses = BatchLosses(loss, terms, penalty, _moments(made.latents), usage)
-    replicated = None if gan is None else (gan.critic, gan.metrics)
     return BatchGradients(gradients, losses, replicated)
 
 

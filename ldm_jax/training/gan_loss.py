@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ldm_jax.models.discriminator_lpips import PatchDiscriminator
-from ldm_jax.parallel.reduce import AxisName, mean_over
+from ldm_jax.parallel.reduce import AxisName
 from ldm_jax.training.state import CriticState, update_params
 from ldm_jax.types import PyTree
 
@@ -34,6 +34,9 @@ class Adversary(NamedTuple):
     """The loss of the discriminator."""
     sync_batch_norm: bool
     """Whether its batch norms use the statistics of all devices."""
+    in_shards: bool = False
+    """Whether a batch is computed in shards: the weight of the generator's term is then
+    known after its gradient."""
 
 
 class GanGradients(NamedTuple):
@@ -123,13 +126,55 @@ class GanMetrics(NamedTuple):
     """Global norm of the discriminator's gradient, before clipping."""
 
 
-class GanUpdate(NamedTuple):
-    """The generator's term and the updated discriminator."""
+class GanMeans(NamedTuple):
+    """What the weight of the generator's term and the discriminator's update need.
 
-    loss: Float[Array, ""]
-    """Weighted generator loss, a term of the autoencoder's loss."""
-    slope: Float[Array, "b h w c"]
-    """Gradient of that term in each reconstruction."""
+    Means over the examples of a device or shard, or over all.
+    """
+
+    critic_gradients: PyTree
+    """Gradients of the discriminator's loss times `adversary_factor`."""
+    in_kernel: tuple[Float[Array, "h w c d"], Float[Array, "h w c d"]]
+    """Gradients of the reconstruction term and of the generator loss in the decoder's
+    last kernel: their norms count, not the means of norms."""
+    generator_loss: Float[Array, ""]
+    """As in `GanGradients`, like the fields below."""
+    critic_loss: Float[Array, ""]
+    logits_real: Float[Array, ""]
+    logits_fake: Float[Array, ""]
+
+
+def gan_means(
+    adversary: Adversary,
+    found: GanGradients,
+    step: Int[Array, ""],
+    reconstruction_slope: Float[Array, "b h w c"],
+    *,
+    to_kernel: Callable[[Float[Array, "b h w c"]], Float[Array, "h w c d"]],
+) -> GanMeans:
+    """Collect what has to be averaged before the generator's term is weighted.
+
+    Args:
+      step: Updates made before.
+      reconstruction_slope: Gradient of the reconstruction term in each of them.
+      to_kernel: Function from such a gradient to that in the decoder's last kernel.
+    """
+    factor = factor_at(adversary, step)
+    return GanMeans(
+        critic_gradients=optax.tree.scale(factor, found.critic_gradients),
+        in_kernel=(to_kernel(reconstruction_slope), to_kernel(found.generator_slope)),
+        generator_loss=found.generator_loss,
+        critic_loss=found.critic_loss,
+        logits_real=found.logits_real,
+        logits_fake=found.logits_fake,
+    )
+
+
+class GanUpdate(NamedTuple):
+    """The weight of the generator's term and the updated discriminator."""
+
+    strength: Float[Array, ""]
+    """Weight of the generator loss in the autoencoder's loss."""
     critic: CriticState
     """The discriminator after its update."""
     metrics: GanMetrics
@@ -137,56 +182,29 @@ class GanUpdate(NamedTuple):
 
 
 def gan_update(
-    adversary: Adversary,
-    critic: CriticState,
-    step: Int[Array, ""],
-    images: Float[Array, "b h w c"],
-    reconstructions: Float[Array, "b h w c"],
-    reconstruction_slope: Float[Array, "b h w c"],
-    *,
-    to_kernel: Callable[[Float[Array, "b h w c"]], Float[Array, "h w c d"]],
-    axis_name: AxisName,
+    adversary: Adversary, critic: CriticState, step: Int[Array, ""], means: GanMeans
 ) -> GanUpdate:
     """Weight the generator loss and update the discriminator.
 
     Args:
       critic: The discriminator before its update.
       step: Updates made before.
-      images: In [-1, 1].
-      reconstructions: Reconstructions of these images.
-      reconstruction_slope: Gradient of the reconstruction term in each of them.
-      to_kernel: Function from such a gradient to that in the decoder's last kernel.
-      axis_name: Device axis to average over; None for a single device.
+      means: Over all examples.
 
     Source:
       Esser et al., arXiv:2012.09841, eq. 6 and 7.
     """
-    found = gan_gradients(
-        adversary, critic.params, images, reconstructions, axis_name=axis_name
-    )
-    slopes = reconstruction_slope, found.generator_slope
-    # The norms of the mean gradients, not the means of norms.
-    in_kernel = mean_over([to_kernel(slope) for slope in slopes], axis_name)
-    weight = adaptive_weight(*in_kernel)
-    factor = adversary_factor(
-        step, start_step=adversary.start_step, ramp_steps=adversary.ramp_steps
-    )
-    strength = adversary.weight * factor * weight
-    gradients = optax.tree.scale(factor, found.critic_gradients)
-    gradients = mean_over(gradients, axis_name)
-    means = (found.critic_loss, found.logits_real, found.logits_fake)
-    critic_loss, logits_real, logits_fake = mean_over(means, axis_name)
+    weight, factor = adaptive_weight(*means.in_kernel), factor_at(adversary, step)
     return GanUpdate(
-        loss=strength * found.generator_loss,
-        slope=strength * found.generator_slope,
-        critic=update_critic(adversary, critic, gradients, factor=factor),
+        strength=adversary.weight * factor * weight,
+        critic=update_critic(adversary, critic, means.critic_gradients, factor=factor),
         metrics=GanMetrics(
             adaptive_weight=weight,
             adversary_factor=factor,
-            critic_loss=critic_loss,
-            logits_real=logits_real,
-            logits_fake=logits_fake,
-            critic_gradient_norm=optax.tree.norm(gradients),
+            critic_loss=means.critic_loss,
+            logits_real=means.logits_real,
+            logits_fake=means.logits_fake,
+            critic_gradient_norm=optax.tree.norm(means.critic_gradients),
         ),
     )
 
@@ -211,6 +229,13 @@ def update_critic(
         return jnp.where(factor > 0.0, new, old)
 
     return jax.tree.map(choose, after, critic)
+
+
+def factor_at(adversary: Adversary, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Return the factor of both losses after `step` updates."""
+    return adversary_factor(
+        step, start_step=adversary.start_step, ramp_steps=adversary.ramp_steps
+    )
 
 
 def adversary_factor(

@@ -209,12 +209,19 @@ def test_an_exact_reduction_needs_shards_that_are_computed_one_by_one(fields):
         with_parallel(**fields)
 
 
-def test_an_exact_reduction_is_not_for_an_adversary():
-    config = get_config()
-    adversary = dataclasses.replace(config.autoencoder.adversary, enabled=True)
+def with_adversary(**fields):
+    config = with_parallel()
+    adversary = dataclasses.replace(
+        config.autoencoder.adversary, enabled=True, **fields
+    )
     first = dataclasses.replace(config.autoencoder, adversary=adversary)
-    with pytest.raises(InputError, match="wanted plain with an adversary"):
-        dataclasses.replace(with_parallel(), autoencoder=first)
+    return dataclasses.replace(config, autoencoder=first)
+
+
+def test_the_statistics_of_an_adversary_are_those_of_a_shard():
+    with pytest.raises(InputError, match=r"sync_batch_norm: got True, wanted False "):
+        with_adversary()
+    with_adversary(sync_batch_norm=False)
 
 
 def test_devices_batches_and_threads_must_fit_the_shards(monkeypatch):

@@ -1,5 +1,6 @@
 """A run with exact sums ends in one digest on any number of devices and processes."""
 
+import dataclasses
 import json
 import socket
 
@@ -11,7 +12,7 @@ from ldm_jax.build import open_iterator
 from ldm_jax.parallel.make_layout import PmapLayout
 from ldm_jax.rng import root_key
 from ldm_jax.training.prefetch import Prefetch
-from tests.parallel.test_exact import exact_layout, stage_of
+from tests.parallel.test_exact import exact_layout, stage_of, with_adversary
 from tests.support.commands import LDM, TINY, ldm, start, succeeded, train
 from tests.support.tiny import get_config
 
@@ -68,6 +69,29 @@ def test_the_first_steps_of_the_digits_have_one_digest(tmp_path):
         succeeded(ldm("train", *flags, "--workdir", workdir, devices=devices))
     one, two, eight = (digests(tmp_path / f"{devices}") for devices in (1, 2, 8))
     assert one == two == eight
+
+
+def test_an_adversary_has_one_state_on_any_number_of_devices():
+    config = with_adversary(
+        sync_batch_norm=False, start_step=1, ramp_steps=2, channels=8, num_layers=1
+    )
+    data = dataclasses.replace(config.data, image_size=16)
+    config, found = dataclasses.replace(config, data=data), []
+    stage = stage_of("autoencoder", config)
+    for devices in (1, 2, 8):
+        layout = exact_layout(devices)
+        batches = open_iterator(config, batch_size=stage.batch_size, layout=layout)
+        prefetch = Prefetch(batches, layout)
+        state, key = layout.init(stage.init), layout.place(root_key(0))
+        step = layout.map_step(layout.alike(stage.step))
+        for left in (3, 2, 1, 0):
+            batch, _ = prefetch.take(1, then=min(left, 1))
+            state, metrics = step(state, None, batch, key)
+        batches.close()
+        found.append(jax.tree.map(np.asarray, (layout.local(state), metrics.loss[0])))
+        assert 0.0 < metrics.adaptive_weight[0] and metrics.adversary_factor[0] == 1.0
+    for other in found[1:]:
+        assert jax.tree.all(jax.tree.map(np.array_equal, found[0], other))
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
