@@ -98,9 +98,24 @@ LATER_FIELDS = frozenset(
 added; a digest omits them while they have these values."""
 
 
+WRITTEN_IF_SET = frozenset({"parallel.reduction", "parallel.shards"})
+"""Fields that are not written with their default: earlier versions read such a file."""
+
+
 def to_json(config: Config) -> str:
     """Convert a config to strict JSON, which `from_json` reads back equal."""
-    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
+    tree, default = dataclasses.asdict(config), flatten(Config())
+    for path in WRITTEN_IF_SET:
+        part, name = _part_with(path, tree)
+        if part[name] == default[path]:
+            del part[name]
+    return json.dumps(tree, indent=2, allow_nan=False) + "\n"
+
+
+def _part_with(path: str, tree: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the part of a config that holds a field, and its name there."""
+    *parents, name = path.split(".")
+    return functools.reduce(dict.__getitem__, parents, tree), name
 
 
 def from_json(text: str) -> Config:
@@ -144,10 +159,9 @@ def digest(config: Config, *, of_state: bool = False) -> str:
     """
     tree, default = dataclasses.asdict(config), flatten(Config())
     for path in LATER_FIELDS:
-        *parents, name = path.split(".")
-        if not HOW_FIELDS.isdisjoint(parents):
+        if not HOW_FIELDS.isdisjoint(path.split(".")[:-1]):
             continue  # deleted with its parent
-        leaf = functools.reduce(dict.__getitem__, parents, tree)
+        leaf, name = _part_with(path, tree)
         left_out = path in HOW_FIELDS or (of_state and path == MAY_CHANGE)
         if left_out or leaf[name] == default.get(path):
             del leaf[name]
