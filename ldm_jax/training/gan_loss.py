@@ -156,7 +156,7 @@ def gan_means(
 
     Args:
       step: Updates made before.
-      reconstruction_slope: Gradient of the reconstruction term in each of them.
+      reconstruction_slope: Gradient of the reconstruction term in each reconstruction.
       to_kernel: Function from such a gradient to that in the decoder's last kernel.
     """
     factor = factor_at(adversary, step)

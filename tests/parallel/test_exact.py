@@ -15,8 +15,9 @@ from ldm_jax.build import build_model, open_iterator
 from ldm_jax.config import Config, ParallelConfig, digest, from_json, to_json
 from ldm_jax.config.serialization import differences
 from ldm_jax.latent_diffusion import init_autoencoder
-from ldm_jax.parallel.exact import rows_of_devices, with_reciprocals
+from ldm_jax.parallel.exact import rows_of_devices
 from ldm_jax.parallel.make_layout import PmapLayout, make_layout
+from ldm_jax.parallel.reciprocals import with_reciprocals
 from ldm_jax.parallel.reduce import BatchGradients
 from ldm_jax.rng import root_key
 from ldm_jax.training.autoencoder_stage import autoencoder_stage, latent_scale
