@@ -309,7 +309,8 @@ class CheckpointStore:
             # wait for the others for twenty minutes.
             with contextlib.suppress(Exception):
                 self._manager.close()
-            self._errors.close()
+        # Of a failed save asyncio logs the other writes when they are collected, at the
+        # end of the process at the latest: they stay filtered.
 
     def _join(self) -> None:
         if self._saving is None:

@@ -305,3 +305,22 @@ def test_a_closed_store_filters_nothing(store):
     CheckpointStore(store.directory.parent / "another", keep=1).close()
     for name, num in before.items():
         assert len(logging.getLogger(name).filters) == num
+
+
+def test_what_asyncio_logs_late_of_a_failed_save_stays_filtered(
+    tmp_path, monkeypatch, caplog
+):
+    for name in ("absl", "asyncio"):
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    shutil.rmtree(store.directory)
+    store.directory.write_text("no folder")
+    with pytest.raises(RunError, match="the checkpoint of step 1 could not be"):
+        store.save(1, tree(), {})
+    store.close()
+    logging.getLogger("asyncio").error(
+        "Task exception was never retrieved\nfuture: <Task finished "
+        "coro=<async_serialize_from_host() done, defined at orbax/checkpoint>"
+    )
+    logging.getLogger("asyncio").error("somebody else's")
+    assert caplog.messages == ["somebody else's"]
