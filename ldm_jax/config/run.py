@@ -161,11 +161,11 @@ class Config:
         adversary = self.autoencoder.adversary
         parallel = self.parallel
         if parallel.exact_shards:
-            if parallel.layout != "pmap" or parallel.accumulate > 1:
+            if parallel.accumulate > 1:
                 raise InputError(
-                    "parallel.reduction: got exact, wanted plain with layout fsdp or "
-                    "accumulate, whose sums are not ordered; try layout pmap, whose "
-                    "shards are computed one by one"
+                    f"parallel.accumulate: got {parallel.accumulate}, wanted 1 with "
+                    "parallel.reduction exact, whose shards are computed one by one; "
+                    "try more --parallel.shards"
                 )
             trained = adversary.enabled and "autoencoder" in self.trained_stages
             if trained and adversary.sync_batch_norm:
@@ -182,7 +182,8 @@ class Config:
                 "an adversary, whose weight depends on the whole batch; try a smaller "
                 "batch or more devices"
             )
-        if self.parallel.layout == "fsdp" and not adversary.sync_batch_norm:
+        of_shards = parallel.exact_shards or adversary.sync_batch_norm
+        if self.parallel.layout == "fsdp" and not of_shards:
             raise InputError(
                 "autoencoder.adversary.sync_batch_norm: got False, wanted True under "
                 "parallel.layout fsdp, which computes whole batches only"

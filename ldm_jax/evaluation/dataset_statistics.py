@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,9 @@ from ldm_jax.types import InputError
 
 ROWS = 256
 """Real images that are in memory at once."""
+LANES = 8
+"""Sums that a pass keeps apart, block by block in turn, and joins at its end. Their
+order, and so every bit, is one on 1, 2, 4 and 8 processes."""
 
 
 def real_statistics(
@@ -101,10 +105,10 @@ def _path_of_given(
 class Share(NamedTuple):
     """Statistics of the image blocks of one process."""
 
-    pooled: Sums | None
-    """Sums of features, in the order of its blocks; None if it has no block."""
-    spatial: Sums | None
-    """Sums of sFID's features; None too where the network has none."""
+    pooled: dict[int, Sums]
+    """Sums of features by lane, in the order of its blocks."""
+    spatial: dict[int, Sums]
+    """Sums of sFID's features; empty where the network has none."""
     features: Float[np.ndarray, "n d"]
     """Single features, of some of the images."""
     indices: Int[np.ndarray, " n"]
@@ -159,8 +163,8 @@ def _join(
     num: int,
 ) -> Reference:
     """Join the shares of all processes."""
-    pooled = merge_all(share.pooled for share in shares if share.pooled is not None)
-    spatial = [share.spatial for share in shares if share.spatial is not None]
+    pooled = merge_all(_in_order(share.pooled for share in shares))
+    spatial = _in_order(share.spatial for share in shares)
     check_enough(pooled.num, len(pooled.mean), what=f"{data.source}")
     # Block by block in order, whichever process read them.
     rounds = itertools.zip_longest(*(share.digests for share in shares), fillvalue=b"")
@@ -190,49 +194,64 @@ def _measure_share(data: DataConfig, examples: Examples, extractor: Extractor) -
     """Measure this process' blocks."""
     is_kept = np.zeros(len(examples), bool)
     is_kept[shuffled_order(len(examples))[:MAX_FEATURES]] = True
-    pooled: list[Sums] = []
-    spatial: list[Sums] = []
+    pooled: dict[int, Sums] = {}
+    spatial: dict[int, Sums] = {}
     features: list[np.ndarray] = []
     indices: list[np.ndarray] = [np.zeros(0, np.int64)]
     digests: list[bytes] = []
-    first, step = jax.process_index() * ROWS, jax.process_count() * ROWS
-    for start in range(first, len(examples), step):
+    processes, blocks = jax.process_count(), range(0, len(examples), ROWS)
+    lanes = LANES if LANES % processes == 0 else processes
+    for block in range(jax.process_index(), len(blocks), processes):
+        start, lane = blocks[block], block % lanes
         images = read_block(data, examples, start, start + ROWS)
         digests.append(hashlib.sha256(images.tobytes()).digest())
         found = extractor.extract(images)
-        pooled = [merge_all([*pooled, sums_of(found.pooled)])]
+        _add(pooled, lane, found.pooled)
         if found.spatial is not None:
-            spatial = [merge_all([*spatial, sums_of(found.spatial)])]
+            _add(spatial, lane, found.spatial)
         which = np.flatnonzero(is_kept[start : start + len(images)])
         features.append(found.pooled[which])
         indices.append(start + which)
     return Share(
-        pooled[0] if pooled else None,
-        spatial[0] if spatial else None,
+        pooled,
+        spatial,
         np.concatenate(features) if features else np.zeros((0, 0), np.float32),
         np.concatenate(indices),
         digests,
     )
 
 
+def _add(lanes: dict[int, Sums], lane: int, features: np.ndarray) -> None:
+    before, new = lanes.get(lane), sums_of(features)
+    lanes[lane] = new if before is None else merge_all([before, new])
+
+
+def _in_order(shares: Iterable[dict[int, Sums]]) -> list[Sums]:
+    """Return the sums of all lanes, which are of one process each."""
+    found = {lane: sums for share in shares for lane, sums in share.items()}
+    return [found[lane] for lane in sorted(found)]
+
+
 def _write_share(path: Path, share: Share) -> None:
     arrays = {"indices": share.indices, "features": share.features}
     arrays["digests"] = np.frombuffer(b"".join(share.digests), np.uint8)
-    for name, sums in (("pooled", share.pooled), ("spatial", share.spatial)):
-        if sums is not None:
+    for name, lanes in (("pooled", share.pooled), ("spatial", share.spatial)):
+        for lane, sums in lanes.items():
             found = sums._asdict().items()
-            arrays |= {f"{name}_{field}": np.asarray(value) for field, value in found}
+            arrays |= {f"{name} {lane} {field}": np.asarray(x) for field, x in found}
     write_arrays(path, arrays)
 
 
 def _read_share(path: Path) -> Share:
     arrays = read_arrays(path)
 
-    def sums(name: str) -> Sums | None:
-        if f"{name}_num" not in arrays:
-            return None
-        num, mean, scatter = (arrays[f"{name}_{field}"] for field in Sums._fields)
-        return Sums(int(num), mean, scatter)
+    def sums(name: str) -> dict[int, Sums]:
+        keys = [key.split() for key in arrays if key.startswith(f"{name} ")]
+        found = {}
+        for lane in {int(lane) for _, lane, _ in keys}:
+            num, mean, scatter = (arrays[f"{name} {lane} {f}"] for f in Sums._fields)
+            found[lane] = Sums(int(num), mean, scatter)
+        return found
 
     size = hashlib.sha256().digest_size
     digests = [row.tobytes() for row in arrays["digests"].reshape(-1, size)]

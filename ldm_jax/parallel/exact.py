@@ -76,12 +76,8 @@ def reduce_exactly(
     """Average over the shards of a batch: a `Reduce`."""
     local = sum_of_shards(gradient_fn, state, frozen, batch, root_key, shards=shards)
     total = sum_over_devices(local, axis_name, shards=shards)
-
-    def divide(_: Array, total: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf / shards.number, total)
-
-    # In a loop, which XLA fuses with nothing: what follows is compiled alike.
-    return jax.lax.fori_loop(0, _unknown(1, root_key), divide, total)
+    # Through a loop, which XLA fuses with nothing: what follows is compiled alike.
+    return jax.lax.fori_loop(0, _unknown(1, root_key), _pass_on, total)
 
 
 def in_a_loop(step: Callable[..., tuple[PyTree, Any]]) -> Callable[..., Any]:
@@ -98,11 +94,16 @@ def in_a_loop(step: Callable[..., tuple[PyTree, Any]]) -> Callable[..., Any]:
         *,
         reduce: Reduce,
     ) -> tuple[PyTree, Any]:
-        def turn(_: Array, before: tuple[PyTree, Any]) -> tuple[PyTree, Any]:
-            return step(before[0], frozen, batch, root_key, reduce=reduce)
+        @with_reciprocals
+        def after(state: PyTree) -> tuple[PyTree, Any]:
+            return step(state, frozen, batch, root_key, reduce=reduce)
 
-        shapes = jax.eval_shape(lambda: turn(jnp.int32(0), (state, None)))
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
+        def turn(_: Array, before: tuple[PyTree, Any]) -> tuple[PyTree, Any]:
+            return after(before[0])
+
+        empty = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(after, state)[1]
+        )
         return jax.lax.fori_loop(0, _unknown(1, root_key), turn, (state, empty))
 
     return looped
@@ -140,6 +141,10 @@ def _reversed_bits(number: int, size: int) -> int:
     return int(f"{number:0{bits}b}"[::-1], 2) if bits else 0
 
 
+def _pass_on(_: Array, total: PyTree) -> PyTree:
+    return jax.lax.optimization_barrier(total)  # else XLA takes it out of the loop
+
+
 def sum_of_shards(
     gradient_fn: GradientFn,
     state: PyTree,
@@ -149,7 +154,7 @@ def sum_of_shards(
     *,
     shards: Shards,
 ) -> BatchGradients:
-    """Add what a device computes of its shards, along the tree.
+    """Add a device's part of the mean over all shards, along the tree.
 
     Args:
       batch: This device's examples, as `rows_of_devices` orders them.
@@ -164,15 +169,18 @@ def sum_of_shards(
 
     @with_reciprocals
     def of(part: PyTree) -> BatchGradients:
-        return gradient_fn(state, frozen, part, root_key, axis_name=None)
+        found = gradient_fn(state, frozen, part, root_key, axis_name=None)
+        # Exact, since the number of shards is a power of two.
+        return jax.tree.map(lambda leaf: leaf / shards.number, found)
 
     cuts = jax.tree.map(cut, batch)
-    shapes = jax.eval_shape(of, jax.tree.map(lambda leaf: leaf[0], cuts))
-    levels = shards.number.bit_length()
+    levels = here.bit_length() - 1
 
-    def add(turn: Array, sums: PyTree) -> PyTree:
+    def add(turn: Array, carried: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         """Add one shard: carry as long as there is a sum of the same size."""
-        total = of(jax.tree.map(lambda leaf: _at(leaf, turn), cuts))
+        sums, total = carried[0], of(jax.tree.map(lambda leaf: _at(leaf, turn), cuts))
+        if not levels:
+            return sums, total
 
         def is_full(carried: tuple[Array, PyTree]) -> Array:
             return (turn >> carried[0]) & 1 == 1
@@ -184,17 +192,19 @@ def sum_of_shards(
             )
 
         level, total = jax.lax.while_loop(is_full, carry, (jnp.int32(0), total))
-        return jax.tree.map(
-            lambda sums, value: jax.lax.dynamic_update_index_in_dim(
-                sums, value, level, 0
-            ),
-            sums,
-            total,
-        )
 
-    sums = jax.tree.map(lambda x: jnp.zeros((levels, *x.shape), x.dtype), shapes)
-    sums = jax.lax.fori_loop(0, _unknown(here, root_key), add, sums)
-    return jax.tree.map(lambda leaf: leaf[here.bit_length() - 1], sums)
+        def store(sums: Array, value: Array) -> Array:
+            # The last shard carries to the end; what it writes is not read.
+            return jax.lax.dynamic_update_index_in_dim(sums, value, level, 0)
+
+        return jax.tree.map(store, sums, total), total
+
+    total = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(of, jax.tree.map(lambda leaf: leaf[0], cuts)),
+    )
+    sums = jax.tree.map(lambda x: jnp.zeros((levels, *x.shape), x.dtype), total)
+    return jax.lax.fori_loop(0, _unknown(here, root_key), add, (sums, total))[1]
 
 
 def _at(leaf: Array, index: Array) -> Array:
@@ -204,7 +214,7 @@ def _at(leaf: Array, index: Array) -> Array:
 def sum_over_devices(tree: PyTree, axis_name: AxisName, *, shards: Shards) -> PyTree:
     """Add the sums of all devices along the tree; all get the same bits.
 
-    By recursive halving and a gather, which send what a ring sends.
+    By halving what is exchanged and doubling it again, which send what a ring sends.
 
     Args:
       tree: Float32 arrays, each device's own.
@@ -220,26 +230,29 @@ def sum_over_devices(tree: PyTree, axis_name: AxisName, *, shards: Shards) -> Py
     # A process has every P-th shard: its devices differ in the high bits.
     distances = [*_halves(local), *(local * d for d in _halves(processes))]
     place = jax.lax.axis_index(axis_name)
-    order = jnp.zeros((), jnp.int32)
-    for distance in distances:
-        is_upper = (place // distance) % 2 == 1
-        lower, upper = jnp.split(flat, 2)
-        kept, sent = (
-            jnp.where(is_upper, upper, lower),
-            jnp.where(is_upper, lower, upper),
-        )
+
+    def swap(sent: Array, distance: int) -> Array:
         pairs = [(i, i ^ distance) for i in range(devices)]
-        flat = kept + jax.lax.ppermute(sent, axis_name, pairs)
-        order = 2 * order + is_upper.astype(jnp.int32)
-    parts = jax.lax.all_gather(flat, axis_name)
-    places = jax.lax.all_gather(order, axis_name)
-    flat = jnp.zeros_like(parts).at[places].set(parts, unique_indices=True).reshape(-1)
+        return jax.lax.ppermute(sent, axis_name, pairs)
+
+    for distance in distances:
+        lower, upper = _in_order(place, distance, *jnp.split(flat, 2))
+        flat = lower + swap(upper, distance)
+    for distance in reversed(distances):
+        flat = jnp.concatenate(_in_order(place, distance, flat, swap(flat, distance)))
     ends = np.cumsum(sizes)
     cuts = [
         flat[end - size : end].reshape(leaf.shape)
         for leaf, size, end in zip(leaves, sizes, ends, strict=True)
     ]
     return jax.tree.unflatten(structure, cuts)
+
+
+def _in_order(place: Array, distance: int, *pair: Array) -> tuple[Array, Array]:
+    """Exchange a pair on the upper device of two that are at a distance."""
+    is_upper = (place // distance) % 2 == 1
+    first, second = pair
+    return jnp.where(is_upper, second, first), jnp.where(is_upper, first, second)
 
 
 def _halves(number: int) -> list[int]:

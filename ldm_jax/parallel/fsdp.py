@@ -21,6 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from ldm_jax.parallel.exact import check_shards
 from ldm_jax.parallel.layout import Layout
 from ldm_jax.parallel.reduce import (
     BatchGradients,
@@ -31,6 +32,7 @@ from ldm_jax.parallel.reduce import (
 from ldm_jax.types import PyTree
 
 AXES = ("rows", "columns")
+NO_MESH = jax.sharding.AbstractMesh((), ())
 MIN_SIZE = 2**12
 """Smaller leaves are replicated: sharding saves less than gathering them costs."""
 
@@ -38,13 +40,20 @@ MIN_SIZE = 2**12
 class FsdpLayout(Layout):
     """Shards the state and the batch over all devices of all processes."""
 
-    def __init__(self, devices: list[Any] | None = None) -> None:
-        """Use some devices of all processes, or all."""
+    def __init__(self, devices: list[Any] | None = None, *, shards: int = 0) -> None:
+        """Use some devices of all processes, or all.
+
+        Args:
+          shards: Shards of a batch whose sums are exact; 0 for sums in any order.
+        """
         everyone = devices or jax.devices()
+        self.shards = shards
         self.num_devices = len(everyone)
         here = [d for d in everyone if d.process_index == jax.process_index()]
         self.devices = here or everyone  # a topology has no local devices
-        self.mesh = make_mesh(everyone)
+        if shards:
+            check_shards(shards, self.devices, num_devices=self.num_devices)
+        self.mesh = make_mesh(everyone, in_order=bool(shards))
         self._everywhere = NamedSharding(self.mesh, PartitionSpec())
 
     def shardings(self, shapes: PyTree) -> PyTree:
@@ -74,7 +83,7 @@ class FsdpLayout(Layout):
 
     def init(self, make: Callable[[], PyTree]) -> PyTree:
         """Make a tree in parts; no device ever holds it whole."""
-        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
+        return self.run_once(make, out_shardings=self.shardings(jax.eval_shape(make)))
 
     def split(self, batch: PyTree, *, stacked: bool = False) -> PyTree:
         """Split the axis of examples over all devices."""
@@ -82,7 +91,9 @@ class FsdpLayout(Layout):
         send = functools.partial(
             jax.make_array_from_process_local_data, NamedSharding(self.mesh, spec)
         )
-        return jax.tree.map(send, batch)
+        return jax.tree.map(
+            lambda leaf: send(self.in_order(leaf, axis=int(stacked))), batch
+        )
 
     def local(self, tree: PyTree) -> PyTree:
         """Gather a tree leaf by leaf, and return the first device's copy."""
@@ -90,6 +101,8 @@ class FsdpLayout(Layout):
         def first(leaf: Array) -> Array:
             if not leaf.is_fully_replicated:
                 leaf = _copy_to(self._everywhere)(leaf)
+                if self.emulated:  # programs that wait for each other share threads
+                    leaf.block_until_ready()
             return leaf.addressable_data(0)
 
         return jax.tree.map(first, tree)
@@ -111,7 +124,10 @@ class FsdpLayout(Layout):
         def whole(
             state: PyTree, frozen: PyTree, batch: PyTree, root_key: Key[Array, ""]
         ) -> tuple[PyTree, Any]:
-            after, metrics = step(state, frozen, batch, root_key, reduce=reduce)
+            # With a mesh in use, what has no order in parts is computed whole.
+            mesh = self.mesh.abstract_mesh if self.shards else NO_MESH
+            with jax.sharding.use_abstract_mesh(mesh):
+                after, metrics = step(state, frozen, batch, root_key, reduce=reduce)
             # The shardings of the arguments, or their buffers could not be donated.
             after = jax.lax.with_sharding_constraint(after, self.shardings(after))
             return after, jax.lax.with_sharding_constraint(metrics, self._everywhere)
@@ -140,6 +156,9 @@ class FsdpLayout(Layout):
             kept: PyTree, batch: PyTree, root_key: Key[Array, ""]
         ) -> BatchGradients:
             state, frozen = jax.tree.map(gather, kept, specs)
+            if self.shards:
+                exactly = self.exact_reduce(AXES)
+                return exactly(gradient_fn, state, frozen, batch, root_key)
 
             def of(part: PyTree) -> BatchGradients:
                 here = gradient_fn(state, frozen, part, root_key, axis_name=AXES)
@@ -150,6 +169,8 @@ class FsdpLayout(Layout):
             return total._replace(means=mean_over(total.means, AXES))
 
         replicated = PartitionSpec()
+        if self.shards:  # norms are sums over whole leaves
+            cuts = replicated
         return jax.shard_map(
             local,
             mesh=self.mesh,
@@ -203,12 +224,16 @@ def names_of(names: Any) -> tuple[str, ...]:
     return () if names is None else (names,) if isinstance(names, str) else names
 
 
-def make_mesh(devices: list[Any]) -> Mesh:
-    """Arrange devices in a rectangle that is as square as their number allows."""
+def make_mesh(devices: list[Any], *, in_order: bool = False) -> Mesh:
+    """Arrange devices in a rectangle that is as square as their number allows.
+
+    Args:
+      in_order: Whether row by row as they are given, or as suits their links.
+    """
     num = len(devices)
     columns = next(n for n in range(math.isqrt(num), 0, -1) if num % n == 0)
     shape = (num // columns, columns)
-    if devices[0].platform == "tpu":
+    if devices[0].platform == "tpu" and not in_order:
         return Mesh(mesh_utils.create_device_mesh(shape, devices=devices), AXES)
     return Mesh(np.asarray(devices).reshape(shape), AXES)
 

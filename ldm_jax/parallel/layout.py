@@ -1,14 +1,27 @@
 """The interface of layouts: where arrays are placed, how a step is mapped."""
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from ldm_jax.parallel.exact import in_a_loop, rows_of_devices
+from ldm_jax.parallel.exact import (
+    Shards,
+    in_a_loop,
+    reduce_exactly,
+    rows_of_devices,
+)
+from ldm_jax.parallel.reduce import AxisName, Reduce
 from ldm_jax.types import InputError, PyTree
+
+QUICKLY_COMPILED = {
+    "xla_backend_optimization_level": 1,
+    "xla_disable_hlo_passes": "small-while-loop-hoisting",
+}
+"""Options of a program that runs once on a CPU; its random draws keep their bits."""
 
 
 class Layout(abc.ABC):
@@ -79,6 +92,11 @@ class Layout(abc.ABC):
     def init(self, make: Callable[[], PyTree]) -> PyTree:
         """Make a tree and place it; no device holds more of it than its share."""
 
+    def run_once(self, make: Callable[[], PyTree], **options: Any) -> PyTree:
+        """Compile a program for one call, by the options of `jax.jit`."""
+        quickly: Any = QUICKLY_COMPILED if self.platform == "cpu" else None
+        return jax.jit(make, compiler_options=quickly, **options)()
+
     @abc.abstractmethod
     def split(self, batch: PyTree, *, stacked: bool = False) -> PyTree:
         """Send this process' part of a batch to its devices, without waiting.
@@ -106,6 +124,12 @@ class Layout(abc.ABC):
     def alike(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a step whose bits are those of one of several, if sums are exact."""
         return in_a_loop(step) if self.shards else step
+
+    def exact_reduce(self, axis_name: AxisName) -> Reduce:
+        """Return the exact mean over the shards of all devices of an axis."""
+        num_processes = self.num_devices // len(self.devices)
+        shards = Shards(self.shards, self.num_devices, num_processes)
+        return functools.partial(reduce_exactly, axis_name=axis_name, shards=shards)
 
     @abc.abstractmethod
     def map_step(
@@ -139,5 +163,5 @@ class Layout(abc.ABC):
           frozen: Shapes of what the step only reads.
           batch: Shapes of a global batch.
         """
-        mapped = self.map_step(step, accumulate=accumulate)
+        mapped = self.map_step(self.alike(step), accumulate=accumulate)
         return mapped.lower(*self.stand_ins(state, frozen, batch))

@@ -13,5 +13,5 @@ __all__ = ["FsdpLayout", "Layout", "PmapLayout", "make_layout"]
 def make_layout(config: ParallelConfig, devices: list[Any] | None = None) -> Layout:
     """Make the layout that a config names, over some devices or all."""
     if config.layout == "fsdp":
-        return FsdpLayout(devices)
+        return FsdpLayout(devices, shards=config.exact_shards)
     return PmapLayout(devices, shards=config.exact_shards)

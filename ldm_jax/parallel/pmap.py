@@ -14,18 +14,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
-from ldm_jax.parallel.exact import Shards, check_shards, reduce_exactly
+from ldm_jax.parallel.exact import check_shards
 from ldm_jax.parallel.layout import Layout
 from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.types import PyTree
 
 AXIS_NAME = "devices"
-QUICKLY_COMPILED = {
-    "xla_backend_optimization_level": 1,
-    "xla_disable_hlo_passes": "small-while-loop-hoisting",
-}
-"""Options of a program that runs once on a CPU; its random draws keep their bits."""
-
 MappedImages = Callable[[Any, Any, Any], Any]
 
 
@@ -64,8 +58,7 @@ class PmapLayout(Layout):
         def made() -> PyTree:
             return jax.tree.map(lambda leaf: leaf[None], jax.jit(make)())
 
-        options: Any = QUICKLY_COMPILED if self.platform == "cpu" else None
-        return self._spread(jax.jit(made, compiler_options=options)())
+        return self._spread(self.run_once(made))
 
     def _spread(self, tree: PyTree) -> PyTree:
         """Give every device a copy of a tree of arrays with a leading axis of one."""
@@ -125,14 +118,10 @@ class PmapLayout(Layout):
         self, step: Callable[..., tuple[PyTree, Any]], *, accumulate: int = 1
     ) -> Any:
         """Map a step by `jax.pmap`."""
-        reduce = functools.partial(
-            reduce_over_axis, axis_name=AXIS_NAME, accumulate=accumulate
-        )
-        if self.shards:
-            num_processes = self.num_devices // len(self.devices)
-            shards = Shards(self.shards, self.num_devices, num_processes)
+        reduce = self.exact_reduce(AXIS_NAME)
+        if not self.shards:
             reduce = functools.partial(
-                reduce_exactly, axis_name=AXIS_NAME, shards=shards
+                reduce_over_axis, axis_name=AXIS_NAME, accumulate=accumulate
             )
 
         def named(

@@ -60,6 +60,7 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
             params = eqn.params
             if eqn.primitive.name in HOLDERS:
                 params = {name: _rewritten(value) for name, value in params.items()}
+            params = eqn.primitive.get_bind_params(params)
             outputs = eqn.primitive.bind(*inputs, **params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values |= zip(eqn.outvars, outputs, strict=True)

@@ -95,12 +95,22 @@ def orthogonal_momentum() -> optax.GradientTransformation:
     ) -> tuple[PyTree, MuonState]:
         del params
         groups = group_leaves(updates)
-        stacked = state._replace(mu=stack(state.mu, groups))
-        orthogonal, after = inner.update(stack(updates, groups), stacked)
-        after = cast(MuonState, after)
+        stacked = state._replace(mu=replicated(stack(state.mu, groups)))
+        orthogonal, after = inner.update(replicated(stack(updates, groups)), stacked)
+        orthogonal, after = replicated((orthogonal, cast(MuonState, after)))
         return unstack(orthogonal, groups), after._replace(mu=unstack(after.mu, groups))
 
     return optax.GradientTransformation(inner.init, update)
+
+
+def replicated(tree: PyTree) -> PyTree:
+    """Have every device compute all of a tree, where a mesh is in use.
+
+    Products of matrices in parts would be sums in another order.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, jax.sharding.PartitionSpec())
 
 
 def group_leaves(tree: PyTree) -> LeafGroups:

@@ -16,7 +16,7 @@ from ldm_jax.config import Config, ParallelConfig, digest, from_json, to_json
 from ldm_jax.config.serialization import differences
 from ldm_jax.latent_diffusion import init_autoencoder
 from ldm_jax.parallel.exact import rows_of_devices
-from ldm_jax.parallel.make_layout import PmapLayout, make_layout
+from ldm_jax.parallel.make_layout import FsdpLayout, PmapLayout, make_layout
 from ldm_jax.parallel.reciprocals import with_reciprocals
 from ldm_jax.parallel.reduce import BatchGradients
 from ldm_jax.rng import root_key
@@ -33,8 +33,8 @@ EXACT = ParallelConfig(reduction="exact")
 UNORDERED = re.compile(r"stablehlo\.(all_reduce|reduce_scatter|all_to_all)")
 
 
-def exact_layout(devices):
-    return PmapLayout(DEVICES[:devices], shards=SHARDS)
+def exact_layout(devices, layout=PmapLayout):
+    return layout(DEVICES[:devices], shards=SHARDS)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -99,6 +99,19 @@ def test_the_sum_is_that_of_the_tree_on_any_number_of_devices():
             assert np.asarray(found.means)[i] == wanted[1]
 
 
+def test_under_fsdp_the_sum_is_that_of_the_tree_too():
+    drawn = np.random.RandomState(0)
+    batch = drawn.normal(size=(SHARDS, 37)) * 10.0 ** drawn.randint(-4, 5, (SHARDS, 37))
+    batch = batch.astype(np.float32)
+    for devices in (1, 2, 8):
+        layout = exact_layout(devices, FsdpLayout)
+        key = layout.place(root_key(0))
+        args = layout.place(jnp.zeros(())), None, layout.split(batch), key
+        _, found = layout.map_step(total_step)(*args)
+        wanted = tree_sum(batch) / np.float32(SHARDS)
+        assert np.array_equal(layout.local(found.gradients["w"]), wanted)
+
+
 def stage_of(name, config):
     model = build_model(config)
     if name == "autoencoder":
@@ -136,6 +149,32 @@ def test_no_sum_over_devices_is_left_to_the_compiler(name):
         assert bool(UNORDERED.search(text)) == (layout.shards == 0)
         assert ("stablehlo.collective_permute" in text) == (layout.shards > 0)
     batches.close()
+
+
+def test_under_fsdp_the_compiler_adds_no_sum_of_floats():
+    config = with_optimizer(get_config(), algorithm="muon")
+    wide = dataclasses.replace(config.diffusion, channels=32)  # sharded parameters
+    config = dataclasses.replace(config, diffusion=wide)
+    stage = stage_of("diffusion", config)
+    shapes = jax.eval_shape(stage.init)
+    batches = open_iterator(config, batch_size=8, layout=exact_layout(1))
+    batch = Prefetch(batches, exact_layout(1)).peek(1)
+    batches.close()
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch
+    )
+    sums = re.compile(r"^.*f32\[.* (all-reduce|reduce-scatter)(-start)?\(", re.M)
+    for layout in (exact_layout(8, FsdpLayout), FsdpLayout(DEVICES)):
+        lowered = layout.lower(stage.step, shapes, stage.frozen, batch)
+        text = lowered.compile().as_text()
+        assert bool(sums.search(text)) == (layout.shards == 0)
+        assert " all-gather" in text
+
+
+def with_optimizer(config, **fields):
+    optim = dataclasses.replace(config.diffusion.optim, **fields)
+    diffusion = dataclasses.replace(config.diffusion, optim=optim)
+    return dataclasses.replace(config, diffusion=diffusion)
 
 
 def softmaxes(part):
@@ -195,7 +234,7 @@ def test_an_exact_run_is_another_run_and_a_plain_one_is_what_it_was():
     assert digest(exact) != digest(plain) != digest(Config())
     assert from_json(to_json(exact)) == exact and from_json(to_json(plain)) == plain
     assert '"shards"' not in to_json(plain)  # earlier versions read it
-    assert digest(exact) == digest(with_parallel(steps_per_dispatch=4))
+    assert digest(exact) == digest(with_parallel(steps_per_dispatch=4, layout="fsdp"))
     four = dataclasses.replace(plain, parallel=ParallelConfig(steps_per_dispatch=4))
     assert digest(four) == digest(plain)
 
@@ -206,10 +245,9 @@ def test_shards_are_a_power_of_two(shards):
         ParallelConfig(shards=shards)
 
 
-@pytest.mark.parametrize("fields", [{"layout": "fsdp"}, {"accumulate": 2}])
-def test_an_exact_reduction_needs_shards_that_are_computed_one_by_one(fields):
-    with pytest.raises(InputError, match=r"parallel\.reduction: got exact, wanted pl"):
-        with_parallel(**fields)
+def test_an_exact_reduction_has_shards_where_a_plain_one_accumulates():
+    with pytest.raises(InputError, match=r"parallel\.accumulate: got 2, wanted 1 with"):
+        with_parallel(accumulate=2)
 
 
 def with_adversary(**fields):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import socket
 
 import jax
@@ -9,10 +10,15 @@ import numpy as np
 import pytest
 
 from ldm_jax.build import open_iterator
-from ldm_jax.parallel.make_layout import PmapLayout
+from ldm_jax.parallel.make_layout import FsdpLayout, PmapLayout
 from ldm_jax.rng import root_key
 from ldm_jax.training.prefetch import Prefetch
-from tests.parallel.test_exact import exact_layout, stage_of, with_adversary
+from tests.parallel.test_exact import (
+    exact_layout,
+    stage_of,
+    with_adversary,
+    with_optimizer,
+)
 from tests.support.commands import LDM, TINY, ldm, start, succeeded, train
 from tests.support.tiny import get_config
 
@@ -35,27 +41,61 @@ def alone(tmp_path_factory):
     return digests(workdir)
 
 
-@pytest.mark.parametrize(("devices", "steps"), [(8, 1), (2, 4)])
-def test_one_digest_on_any_number_of_devices(devices, steps, alone, tmp_path):
-    flags = (*FLAGS, "--parallel.steps-per-dispatch", steps)
-    succeeded(train(tmp_path / "run", *flags, devices=devices))
+@pytest.mark.parametrize(
+    ("devices", "flags"),
+    [
+        (8, ()),
+        (2, ("--parallel.steps-per-dispatch", 4)),
+        (4, ("--parallel.layout", "fsdp", "--parallel.steps-per-dispatch", 4)),
+        (8, ("--data.latents", "own")),
+        (2, ("--parallel.layout", "fsdp", "--data.latents", "own")),
+    ],
+)
+def test_one_digest_on_any_number_of_devices(devices, flags, alone, tmp_path):
+    succeeded(train(tmp_path / "run", *FLAGS, *flags, devices=devices))
     assert digests(tmp_path / "run") == alone
 
 
-def test_a_run_on_eight_devices_goes_on_with_two(alone, tmp_path):
-    run = tmp_path / "run"
-    succeeded(train(run, *FLAGS, "--diffusion.steps", 4, devices=8))
-    succeeded(train(run, *FLAGS, "--change", "diffusion.steps=8", devices=2))
-    assert digests(run) == alone
+KILLED = """
+import os, signal
+from ldm_jax.cli.main import main
+from ldm_jax.training.checkpoint import CheckpointStore
+
+save = CheckpointStore.save
+
+def killed(self, step, *args):
+    if step == 8:
+        self.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(self, step, *args)
+
+CheckpointStore.save = killed
+main()
+"""
 
 
-def test_two_processes_have_the_digest_of_one(alone, tmp_path):
+def test_a_run_killed_on_eight_devices_goes_on_with_two(alone, tmp_path):
+    args = ("--config", TINY, "--workdir", tmp_path / "run", *FLAGS)
+    process = start("-c", KILLED, "train", *args, devices=8)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    kept = tmp_path / "run" / "diffusion" / "checkpoints"
+    assert (kept / "4").is_dir() and not (kept / "8").exists()
+    succeeded(train(tmp_path / "run", *FLAGS, devices=2))
+    assert digests(tmp_path / "run") == alone
+
+
+@pytest.mark.parametrize(("devices", "layout"), [(1, "pmap"), (2, "fsdp"), (4, "pmap")])
+def test_two_processes_have_the_digest_of_one(devices, layout, alone, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    join = ("--coordinator", f"localhost:{port}", "--num-processes", 2)
     args = (*LDM, "train", "--config", TINY, "--workdir", tmp_path / "run", *FLAGS)
-    processes = [start(*args, *join, "--process-id", i, devices=2) for i in range(2)]
+    args = (*args, "--parallel.layout", layout)
+    join = ("--coordinator", f"localhost:{port}", "--num-processes", 2)
+    processes = [
+        start(*args, *join, "--process-id", i, devices=devices) for i in range(2)
+    ]
     found = [(*process.communicate(), process.returncode) for process in processes]
     assert [code for _, _, code in found] == [0, 0], found
     assert digests(tmp_path / "run") == alone
@@ -71,6 +111,23 @@ def test_the_first_steps_of_the_digits_have_one_digest(tmp_path):
     assert one == two == eight
 
 
+def state_after(stage, config, layout, *, steps):
+    """Return the state and the metrics after some steps, on the host."""
+    batches = open_iterator(config, batch_size=stage.batch_size, layout=layout)
+    prefetch, key = Prefetch(batches, layout), layout.place(root_key(0))
+    state, frozen = layout.init(stage.init), layout.place(stage.frozen)
+    step = layout.map_step(layout.alike(stage.step))
+    for left in reversed(range(steps)):
+        batch, _ = prefetch.take(1, then=min(left, 1))
+        state, metrics = step(state, frozen, batch, key)
+        jax.block_until_ready(state)  # emulated devices share threads
+    batches.close()
+    return jax.tree.map(np.asarray, (layout.local(state), layout.local(metrics)))
+
+
+LAYOUTS = [(1, PmapLayout), (2, PmapLayout), (8, PmapLayout), (2, FsdpLayout)]
+
+
 def test_an_adversary_has_one_state_on_any_number_of_devices():
     config = with_adversary(
         sync_batch_norm=False, start_step=1, ramp_steps=2, channels=8, num_layers=1
@@ -78,18 +135,23 @@ def test_an_adversary_has_one_state_on_any_number_of_devices():
     data = dataclasses.replace(config.data, image_size=16)
     config, found = dataclasses.replace(config, data=data), []
     stage = stage_of("autoencoder", config)
-    for devices in (1, 2, 8):
-        layout = exact_layout(devices)
-        batches = open_iterator(config, batch_size=stage.batch_size, layout=layout)
-        prefetch = Prefetch(batches, layout)
-        state, key = layout.init(stage.init), layout.place(root_key(0))
-        step = layout.map_step(layout.alike(stage.step))
-        for left in (3, 2, 1, 0):
-            batch, _ = prefetch.take(1, then=min(left, 1))
-            state, metrics = step(state, None, batch, key)
-        batches.close()
-        found.append(jax.tree.map(np.asarray, (layout.local(state), metrics.loss[0])))
-        assert 0.0 < metrics.adaptive_weight[0] and metrics.adversary_factor[0] == 1.0
+    for devices, layout in LAYOUTS:
+        layout = exact_layout(devices, layout)
+        found.append(state_after(stage, config, layout, steps=4))
+        _, metrics = found[-1]
+        assert 0.0 < metrics.adaptive_weight and metrics.adversary_factor == 1.0
+    for other in found[1:]:
+        assert jax.tree.all(jax.tree.map(np.array_equal, found[0], other))
+
+
+def test_muon_has_one_state_on_any_number_of_devices():
+    diffusion = dataclasses.replace(get_config().diffusion, channels=64, num_groups=8)
+    config = dataclasses.replace(get_config(), diffusion=diffusion)
+    config, found = with_optimizer(config, algorithm="muon", clip_norm=0.1), []
+    stage = stage_of("diffusion", config)
+    for devices, layout in LAYOUTS:
+        layout = exact_layout(devices, layout)
+        found.append(state_after(stage, config, layout, steps=3))
     for other in found[1:]:
         assert jax.tree.all(jax.tree.map(np.array_equal, found[0], other))
 
@@ -99,13 +161,8 @@ def test_an_exact_step_is_a_plain_one_but_for_its_rounding(name):
     config, found = get_config(), []
     stage = stage_of(name, config)
     for layout in (exact_layout(1), PmapLayout(jax.devices()[:1])):
-        batches = open_iterator(config, batch_size=stage.batch_size, layout=layout)
-        batch, _ = Prefetch(batches, layout).take(1, then=0)
-        batches.close()
-        state, frozen = layout.init(stage.init), layout.place(stage.frozen)
-        step = layout.map_step(layout.alike(stage.step))
-        state, metrics = step(state, frozen, batch, layout.place(root_key(0)))
-        found.append(jax.tree.map(np.asarray, (layout.local(state).opt_state, metrics)))
+        state, metrics = state_after(stage, config, layout, steps=1)
+        found.append((state.opt_state, metrics))
     # The moments of the first step are its gradient and the square.
     for exact, plain in zip(*map(jax.tree.leaves, found), strict=True):
         assert np.allclose(exact, plain, rtol=1e-3, atol=1e-5)
