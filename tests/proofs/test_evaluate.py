@@ -240,6 +240,18 @@ def test_features_do_not_depend_on_devices_or_batches():
             assert error < 1e-6 * np.abs(wanted).max(), (name, size)
 
 
+def test_features_are_the_same_bits_on_any_number_of_devices(monkeypatch):
+    params = train_classifier(images(64), np.arange(64) % 4, num_classes=4, num_steps=3)
+    pixels, found = images(300, seed=1), []
+    for devices in (1, 2, 8):
+        layout = PmapLayout(jax.devices()[:devices])
+        monkeypatch.setattr(extractors, "PmapLayout", lambda made=layout: made)
+        found.append(classifier_extractor(params, num_classes=4).extract(pixels))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.pooled, found[0].pooled)
+        np.testing.assert_array_equal(other.logits, found[0].logits)
+
+
 def test_metric_networks_multiply_in_float32_on_any_chip(monkeypatch):
     seen = []
 
