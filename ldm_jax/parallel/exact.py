@@ -236,23 +236,25 @@ def sum_over_devices(tree: PyTree, axis_name: AxisName, *, shards: Shards) -> Py
         return jax.lax.ppermute(sent, axis_name, pairs)
 
     for distance in distances:
-        lower, upper = _in_order(place, distance, *jnp.split(flat, 2))
-        flat = lower + swap(upper, distance)
+        half, is_upper = len(flat) // 2, (place // distance) % 2
+        kept, sent = (
+            jax.lax.dynamic_slice_in_dim(flat, which * half, half)
+            for which in (is_upper, 1 - is_upper)
+        )
+        flat = kept + swap(sent, distance)
     for distance in reversed(distances):
-        flat = jnp.concatenate(_in_order(place, distance, flat, swap(flat, distance)))
+        is_upper, other = (place // distance) % 2 == 1, swap(flat, distance)
+        lower, upper = (
+            jnp.where(is_upper, other, flat),
+            jnp.where(is_upper, flat, other),
+        )
+        flat = jnp.concatenate([lower, upper])
     ends = np.cumsum(sizes)
     cuts = [
         flat[end - size : end].reshape(leaf.shape)
         for leaf, size, end in zip(leaves, sizes, ends, strict=True)
     ]
     return jax.tree.unflatten(structure, cuts)
-
-
-def _in_order(place: Array, distance: int, *pair: Array) -> tuple[Array, Array]:
-    """Exchange a pair on the upper device of two that are at a distance."""
-    is_upper = (place // distance) % 2 == 1
-    first, second = pair
-    return jnp.where(is_upper, second, first), jnp.where(is_upper, first, second)
 
 
 def _halves(number: int) -> list[int]:
