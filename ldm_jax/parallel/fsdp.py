@@ -146,8 +146,9 @@ class FsdpLayout(Layout):
     ) -> BatchGradients:
         """Gather the parameters, take gradients on every device, scatter their mean.
 
-        The collectives are explicit: left alone, the compiler shards activations by
-        their width and sends all gradients to every device.
+        Exact sums stay whole on every device. The collectives are explicit: left alone,
+        the compiler shards activations by their width and sends all gradients to every
+        device.
         """
         specs = self._specs((state, frozen))
         cuts = self._specs(state.params) if hasattr(state, "params") else None

@@ -69,6 +69,13 @@ def tree_sum(values):
     return values[0]
 
 
+def uneven_rows():
+    """Of odd size, so that halving pads; large and small, so that order counts."""
+    drawn = np.random.RandomState(0)
+    rows = drawn.normal(size=(SHARDS, 37)) * 10.0 ** drawn.randint(-4, 5, (SHARDS, 37))
+    return rows.astype(np.float32)
+
+
 def total_step(state, frozen, batch, root_key, *, reduce):
     """Sum what only its order of addition tells apart."""
 
@@ -80,10 +87,7 @@ def total_step(state, frozen, batch, root_key, *, reduce):
 
 
 def test_the_sum_is_that_of_the_tree_on_any_number_of_devices():
-    drawn = np.random.RandomState(0)
-    # Odd sizes, so that halving pads; large and small numbers, so that order counts.
-    batch = drawn.normal(size=(SHARDS, 37)) * 10.0 ** drawn.randint(-4, 5, (SHARDS, 37))
-    batch = batch.astype(np.float32)
+    batch = uneven_rows()
     wanted = tree_sum(batch) / np.float32(SHARDS)
     plain = batch.sum(0) / np.float32(SHARDS)
     assert not np.array_equal(wanted, plain)
@@ -100,15 +104,13 @@ def test_the_sum_is_that_of_the_tree_on_any_number_of_devices():
 
 
 def test_under_fsdp_the_sum_is_that_of_the_tree_too():
-    drawn = np.random.RandomState(0)
-    batch = drawn.normal(size=(SHARDS, 37)) * 10.0 ** drawn.randint(-4, 5, (SHARDS, 37))
-    batch = batch.astype(np.float32)
+    batch = uneven_rows()
+    wanted = tree_sum(batch) / np.float32(SHARDS)
     for devices in (1, 2, 8):
         layout = exact_layout(devices, FsdpLayout)
         key = layout.place(root_key(0))
         args = layout.place(jnp.zeros(())), None, layout.split(batch), key
         _, found = layout.map_step(total_step)(*args)
-        wanted = tree_sum(batch) / np.float32(SHARDS)
         assert np.array_equal(layout.local(found.gradients["w"]), wanted)
 
 
@@ -134,21 +136,24 @@ def test_the_latent_scale_has_the_same_bits(tmp_path):
     assert len(scales) == 1
 
 
+def shapes_of_batch(config):
+    batches = open_iterator(config, batch_size=8, layout=exact_layout(1))
+    batch = Prefetch(batches, exact_layout(1)).peek(1)
+    batches.close()
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch
+    )
+
+
 @pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
 def test_no_sum_over_devices_is_left_to_the_compiler(name):
     config = get_config()
     stage = stage_of(name, config)
-    batches = open_iterator(config, batch_size=8, layout=exact_layout(1))
-    shapes = jax.eval_shape(stage.init)
+    shapes, batch = jax.eval_shape(stage.init), shapes_of_batch(config)
     for layout in (exact_layout(8), PmapLayout(DEVICES)):
-        batch = Prefetch(batches, exact_layout(1)).peek(1)
-        batch = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch
-        )
         text = layout.lower(stage.step, shapes, stage.frozen, batch).as_text()
         assert bool(UNORDERED.search(text)) == (layout.shards == 0)
         assert ("stablehlo.collective_permute" in text) == (layout.shards > 0)
-    batches.close()
 
 
 def test_under_fsdp_the_compiler_adds_no_sum_of_floats():
@@ -156,13 +161,7 @@ def test_under_fsdp_the_compiler_adds_no_sum_of_floats():
     wide = dataclasses.replace(config.diffusion, channels=32)  # sharded parameters
     config = dataclasses.replace(config, diffusion=wide)
     stage = stage_of("diffusion", config)
-    shapes = jax.eval_shape(stage.init)
-    batches = open_iterator(config, batch_size=8, layout=exact_layout(1))
-    batch = Prefetch(batches, exact_layout(1)).peek(1)
-    batches.close()
-    batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch
-    )
+    shapes, batch = jax.eval_shape(stage.init), shapes_of_batch(config)
     sums = re.compile(r"^.*f32\[.* (all-reduce|reduce-scatter)(-start)?\(", re.M)
     for layout in (exact_layout(8, FsdpLayout), FsdpLayout(DEVICES)):
         lowered = layout.lower(stage.step, shapes, stage.frozen, batch)
