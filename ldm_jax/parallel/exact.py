@@ -54,12 +54,14 @@ def check_shards(shards: int, devices: list[Any], *, num_devices: int) -> None:
         return
     given = os.environ.get("NPROC", "")
     threads = int(given) if given.isdecimal() else num_cores()
-    threads = max(threads, jax.local_device_count())
+    num_here = jax.local_device_count()
+    threads = max(threads, num_here)
     if threads != shards:
+        few_devices = f"at most {shards} CPU devices and " * (num_here > shards)
         raise InputError(
             f"parallel.reduction: got exact with {threads} threads, on which the order "
-            f"of some sums of a CPU depends, wanted {shards}; try NPROC={shards} in "
-            "the environment, before JAX starts"
+            f"of some sums of a CPU depends, wanted {shards}; try {few_devices}"
+            f"NPROC={shards} in the environment, before JAX starts"
         )
 
 

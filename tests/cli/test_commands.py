@@ -86,10 +86,10 @@ def test_another_seed_gives_another_digest(finished, tmp_path):
 
 
 def test_a_dry_run_ends_with_one_line_of_json_and_writes_nothing(tmp_path):
-    result = ldm("train", "--config", "digits", "--dry-run", devices=4)
+    result = ldm("train", "--config", "digits", "--dry-run", devices=2)
     report = json.loads(succeeded(result).splitlines()[-1])
     assert set(report["parameters"]) == {"autoencoder", "unet"}
-    assert report["batch_per_device"] == {"autoencoder": 4, "diffusion": 8}
+    assert report["batch_per_device"] == {"autoencoder": 8, "diffusion": 16}
     # Two moments of Adam and one EMA: four times the parameters, and counters.
     for stage, network in (("autoencoder", "autoencoder"), ("diffusion", "unet")):
         size = 16 * report["parameters"][network]

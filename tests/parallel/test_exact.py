@@ -275,3 +275,16 @@ def test_devices_batches_and_threads_must_fit_the_shards(monkeypatch):
         PmapLayout(DEVICES[:8], shards=16)
     monkeypatch.setenv("NPROC", "16")
     assert PmapLayout(DEVICES[:2], shards=16).shards == 16
+    with pytest.raises(InputError, match=r"try at most 2 CPU devices and NPROC=2 "):
+        PmapLayout(DEVICES[:2], shards=2)
+
+
+@pytest.mark.parametrize("layout", ["pmap", "fsdp"])
+def test_a_lone_process_uses_as_many_devices_as_there_are_shards(
+    layout, monkeypatch, caplog
+):
+    monkeypatch.setenv("NPROC", "2")
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)  # as chips beside a CPU
+    made = make_layout(ParallelConfig(layout=layout, reduction="exact", shards=2))
+    assert (made.num_devices, made.devices) == (2, DEVICES[:2])
+    assert caplog.messages == ["parallel.shards: 2, so 2 of the 8 devices are used"]
