@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Array, Int64, Key
 
 from ldm_jax.parallel.launch import num_cores
-from ldm_jax.parallel.reciprocals import with_reciprocals
 from ldm_jax.parallel.reduce import AxisName, BatchGradients, GradientFn, Reduce
+from ldm_jax.parallel.rewrites import with_rewrites
 from ldm_jax.types import InputError, PyTree
 
 
@@ -96,7 +96,7 @@ def in_a_loop(step: Callable[..., tuple[PyTree, Any]]) -> Callable[..., Any]:
         *,
         reduce: Reduce,
     ) -> tuple[PyTree, Any]:
-        @with_reciprocals
+        @with_rewrites
         def after(state: PyTree) -> tuple[PyTree, Any]:
             return step(state, frozen, batch, root_key, reduce=reduce)
 
@@ -169,7 +169,7 @@ def sum_of_shards(
         missing = [(0, shards.number - here)] + [(0, 0)] * (parts.ndim - 1)
         return jnp.pad(parts, missing)
 
-    @with_reciprocals
+    @with_rewrites
     def of(part: PyTree) -> BatchGradients:
         found = gradient_fn(state, frozen, part, root_key, axis_name=None)
         # Exact, since the number of shards is a power of two.

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from ldm_jax.parallel.exact import check_shards
-from ldm_jax.parallel.layout import Layout
+from ldm_jax.parallel.layout import Layout, devices_here
 from ldm_jax.parallel.reduce import (
     BatchGradients,
     GradientFn,
@@ -49,8 +49,7 @@ class FsdpLayout(Layout):
         everyone = devices or jax.devices()
         self.shards = shards
         self.num_devices = len(everyone)
-        here = [d for d in everyone if d.process_index == jax.process_index()]
-        self.devices = here or everyone  # a topology has no local devices
+        self.devices = devices_here(everyone)
         if shards:
             check_shards(shards, self.devices, num_devices=self.num_devices)
         self.mesh = make_mesh(everyone, in_order=bool(shards))

@@ -24,6 +24,12 @@ QUICKLY_COMPILED = {
 """Options of a program that runs once on a CPU; its random draws keep their bits."""
 
 
+def devices_here(everyone: list[Any]) -> list[Any]:
+    """Return those of this process; all of a topology, which has no local devices."""
+    local = set(jax.local_devices())
+    return [device for device in everyone if device in local] or everyone
+
+
 class Layout(abc.ABC):
     """Places the state, the batch and frozen parameters on devices."""
 

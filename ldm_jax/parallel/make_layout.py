@@ -14,18 +14,26 @@ __all__ = ["FsdpLayout", "Layout", "PmapLayout", "make_layout"]
 
 
 def make_layout(config: ParallelConfig, devices: list[Any] | None = None) -> Layout:
-    """Make the layout that a config names, over some devices or all.
+    """Make the layout that a config names, over some devices of all processes, or all.
 
-    A process that is alone uses as many as an exact reduction has shards, at most.
+    An exact reduction uses no more devices than it has shards.
     """
     shards = config.exact_shards
     everyone = devices or jax.devices()
-    alone = len({device.process_index for device in everyone}) == 1
-    if shards and alone and len(everyone) > shards:
+    used = _first_devices(everyone, shards) if shards else everyone
+    if len(used) < len(everyone) and jax.process_index() == 0:
         logging.getLogger(__name__).warning(
             "parallel.shards: %d, so %d of the %d devices are used",
-            *(shards, shards, len(everyone)),
+            *(shards, len(used), len(everyone)),
         )
-        devices = everyone[:shards]
     layout = FsdpLayout if config.layout == "fsdp" else PmapLayout
-    return layout(devices, shards=shards)
+    return layout(used, shards=shards)
+
+
+def _first_devices(everyone: list[Any], num: int) -> list[Any]:
+    """Return the first devices of each process, as many of all as there may be."""
+    by_process: dict[int, list[Any]] = {}
+    for device in everyone:
+        by_process.setdefault(device.process_index, []).append(device)
+    share = max(1, num // len(by_process))
+    return [device for own in by_process.values() for device in own[:share]]

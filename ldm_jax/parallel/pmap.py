@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from ldm_jax.parallel.exact import check_shards
-from ldm_jax.parallel.layout import Layout
+from ldm_jax.parallel.layout import Layout, devices_here
 from ldm_jax.parallel.reduce import reduce_over_axis
 from ldm_jax.types import PyTree
 
@@ -27,15 +27,15 @@ class PmapLayout(Layout):
     """Replicates the state, splits the batch, averages with `pmean`."""
 
     def __init__(self, devices: list[Any] | None = None, *, shards: int = 0) -> None:
-        """Use some devices of this process, or all devices of all processes.
+        """Use some devices, of this process or of all processes, or all.
 
         Args:
           shards: Shards of a batch whose sums are exact; 0 for sums by `pmean`.
         """
         self.shards = shards
-        self.devices = devices or jax.local_devices()
         self._all_devices = devices or jax.devices()
         self.num_devices = len(self._all_devices)
+        self.devices = devices_here(self._all_devices)
         if shards:
             check_shards(shards, self.devices, num_devices=self.num_devices)
         mesh = Mesh(np.asarray(self.devices), (AXIS_NAME,))

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 
-from tests.support.commands import ROOT, TIMEOUT, environment
+from tests.support.commands import ROOT, TIMEOUT, environment, ldm, succeeded
 
 
 def test_documented_commands_of_two_processes_train_and_sample(tmp_path):
@@ -18,7 +18,8 @@ def test_documented_commands_of_two_processes_train_and_sample(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         lines = lines.replace("12345", str(free.getsockname()[1]))
-    lines = lines.replace("--config digits", "--config tests/support/tiny.py")
+    few = ("--autoencoder.steps", "20", "--diffusion.steps", "20")
+    lines = lines.replace("--config digits", f"--config digits {' '.join(few)}")
     lines = lines.replace("runs/digits", str(tmp_path / "run"))
     lines = lines.replace(
         "runs/samples", f"{tmp_path / 'samples'} --steps 2 --seeds 0-1"
@@ -27,7 +28,7 @@ def test_documented_commands_of_two_processes_train_and_sample(tmp_path):
         ["bash", "-c", f"set -e\nset -x\n{lines}"],
         cwd=ROOT,
         env={
-            **environment(devices=4),
+            **environment(devices=2),
             "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
         },
         capture_output=True,
@@ -39,3 +40,6 @@ def test_documented_commands_of_two_processes_train_and_sample(tmp_path):
     digest = json.loads((tmp_path / "run/final.json").read_text())["digest"]
     assert f"digest {digest}" in done.stdout
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 20
+    # Of two devices, each process uses one: the digits have two shards.
+    alone = ("--config", "digits", *few, "--workdir", tmp_path / "alone")
+    assert f"digest {digest}" in succeeded(ldm("train", *alone))

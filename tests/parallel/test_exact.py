@@ -17,8 +17,8 @@ from ldm_jax.config.serialization import differences
 from ldm_jax.latent_diffusion import init_autoencoder
 from ldm_jax.parallel.exact import rows_of_devices
 from ldm_jax.parallel.make_layout import FsdpLayout, PmapLayout, make_layout
-from ldm_jax.parallel.reciprocals import with_reciprocals
 from ldm_jax.parallel.reduce import BatchGradients
+from ldm_jax.parallel.rewrites import with_rewrites
 from ldm_jax.rng import root_key
 from ldm_jax.training.autoencoder_stage import autoencoder_stage, latent_scale
 from ldm_jax.training.diffusion_stage import diffusion_stage
@@ -195,15 +195,37 @@ def test_no_division_by_a_spread_array_is_left():
     x = jnp.asarray(np.random.RandomState(0).normal(size=(3, 9)), jnp.float32)
     part = x, jnp.float32(1.5)
     for found, wanted in zip(
-        with_reciprocals(softmaxes)(part), softmaxes(part), strict=True
+        with_rewrites(softmaxes)(part), softmaxes(part), strict=True
     ):
         assert np.allclose(found, wanted, rtol=2e-5, atol=1e-6)
     large = re.compile(r"f32\[(?:3,)?9\] = div \w+ [a-z]+\b")  # not by a number
     before, after = (
         len(large.findall(str(jax.make_jaxpr(fn)(part))))
-        for fn in (softmaxes, with_reciprocals(softmaxes))
+        for fn in (softmaxes, with_rewrites(softmaxes))
     )
     assert (before, after) == (14, 0)
+
+
+def test_sums_of_transposed_arrays_are_sums_of_the_arrays():
+    def sums(x):
+        turned = x.transpose(2, 0, 1)  # as Muon turns stacks of tall matrices
+        return (
+            jnp.linalg.norm(x.mT, axis=(1, 2)),
+            turned.sum(axis=1),
+            (turned * turned).sum(axis=(0, 2)),
+            (turned * x.mT.mT.transpose(2, 0, 1)).sum(),
+            (x.transpose(1, 0, 2) * x.transpose(1, 0, 2)).sum(axis=2),
+        )
+
+    x = jnp.asarray(np.random.RandomState(0).normal(size=(2, 5, 3)), jnp.float32)
+    for found, wanted in zip(with_rewrites(sums)(x), sums(x), strict=True):
+        assert np.allclose(found, wanted, rtol=1e-6)
+    # Whole arrays are summed as they came, so no sum is of a turned one.
+    text = str(jax.make_jaxpr(with_rewrites(sums))(x))
+    made_by = dict(re.findall(r"(\w+):\S+ = (\w+)[\[ ]", text))
+    summed = re.findall(r"reduce_sum\[.*?\] (\w+)", text, flags=re.DOTALL)
+    assert len(summed) == 5
+    assert {made_by.get(name) for name in summed} <= {"mul", None}
 
 
 def test_kernels_are_left_as_they_are():
@@ -216,7 +238,7 @@ def test_kernels_are_left_as_they_are():
         return jax.nn.silu(pl.pallas_call(kernel, out_shape=shape, interpret=True)(x))
 
     x = jnp.arange(16.0).reshape(2, 8)
-    assert np.allclose(with_reciprocals(scaled)(x), scaled(x), rtol=1e-6)
+    assert np.allclose(with_rewrites(scaled)(x), scaled(x), rtol=1e-6)
 
 
 def with_parallel(**fields):

@@ -1,7 +1,13 @@
-"""Divisions that XLA compiles in one way only: as products with a reciprocal."""
+"""What XLA rewrites in some programs and not in others, rewritten before it.
+
+XLA's passes come in another order in the program of one device than in that of two. In
+one of them only, a division by a spread array (the softmax of attention has one)
+becomes a product with its reciprocal, and the sum of a transposed array (Muon's norm of
+a tall matrix) becomes that of the array itself.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +25,11 @@ HOLDERS = frozenset({"jit", "scan", "while", "cond", "remat2"})
 PROGRAMS = (core.ClosedJaxpr, core.Jaxpr)
 
 
-def with_reciprocals(fn: Callable[[PyTree], T]) -> Callable[[PyTree], T]:
-    """Make a function whose divisions by a spread array multiply by its reciprocal.
+def with_rewrites(fn: Callable[[PyTree], T]) -> Callable[[PyTree], T]:
+    """Make a function that XLA compiles alike for one device and for several.
 
-    XLA rewrites these divisions (the softmax of attention has one) in the program of
-    one device, and not in that of two, which differ in the order of its passes.
+    It divides by spread arrays as products with a reciprocal, and sums arrays where
+    `fn` sums their transposes: equal to `fn` up to rounding.
     """
 
     def changed(part: PyTree) -> T:
@@ -34,9 +40,28 @@ def with_reciprocals(fn: Callable[[PyTree], T]) -> Callable[[PyTree], T]:
     return changed
 
 
-def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    """Evaluate a program, and the programs in it, with reciprocals."""
+class Transposed(NamedTuple):
+    """How an array was made of another one."""
+
+    array: Any
+    """The array that it is; held, since it is found by its `id`."""
+    source: Any
+    """The array before."""
+    permutation: tuple[int, ...]
+
+
+def _evaluate(
+    closed: core.ClosedJaxpr,
+    args: Sequence[Any],
+    transposed: Mapping[int, Transposed] | None = None,
+) -> list[Any]:
+    """Evaluate a program, and the programs in it, with what is rewritten.
+
+    Args:
+      transposed: Arguments that are transposed arrays, by `id`.
+    """
     jaxpr = closed.jaxpr
+    known = dict(transposed or {})
     values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= zip(jaxpr.invars, args, strict=True)
     made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
@@ -56,6 +81,10 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
             outputs = [jax.lax.mul(inputs[0], one)]
         elif INLINED in eqn.params:
             outputs = _evaluate(eqn.params[INLINED], inputs)
+        elif eqn.primitive.name == "jit" and any(id(x) in known for x in inputs):
+            outputs = _evaluate(eqn.params["jaxpr"], inputs, known)
+        elif eqn.primitive is primitives.reduce_sum_p and id(inputs[0]) in known:
+            outputs = [_sum_of(known[id(inputs[0])], eqn)]
         else:
             params = eqn.params
             if eqn.primitive.name in HOLDERS:
@@ -64,7 +93,35 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
             outputs = eqn.primitive.bind(*inputs, **params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values |= zip(eqn.outvars, outputs, strict=True)
+        known |= _transposed(eqn, inputs, outputs, known)
     return [read(var) for var in jaxpr.outvars]
+
+
+def _transposed(
+    eqn: core.JaxprEqn,
+    inputs: list[Any],
+    outputs: list[Any],
+    known: Mapping[int, Transposed],
+) -> dict[int, Transposed]:
+    """Return what an operation made, if it is a transposed array."""
+    if eqn.primitive is primitives.transpose_p:
+        source, permutation = inputs[0], tuple(eqn.params["permutation"])
+    elif eqn.primitive is primitives.mul_p and all(id(x) in known for x in inputs):
+        first, second = (known[id(x)] for x in inputs)
+        if first.permutation != second.permutation:
+            return {}
+        source, permutation = first.source * second.source, first.permutation
+    else:
+        return {}
+    return {id(outputs[0]): Transposed(outputs[0], source, permutation)}
+
+
+def _sum_of(array: Transposed, eqn: core.JaxprEqn) -> Any:
+    """Sum a transposed array over some axes, in the order of its source."""
+    axes = [array.permutation[axis] for axis in eqn.params["axes"]]
+    kept = [axis for axis in array.permutation if axis not in axes]
+    total = jnp.sum(array.source, axis=axes)
+    return total.transpose([sorted(kept).index(axis) for axis in kept])
 
 
 def _is_spread(eqn: core.JaxprEqn, made_by: Mapping[Any, core.JaxprEqn]) -> bool:
@@ -79,7 +136,7 @@ def _is_spread(eqn: core.JaxprEqn, made_by: Mapping[Any, core.JaxprEqn]) -> bool
 
 
 def _rewritten(value: Any) -> Any:
-    """Return a parameter of an operation, the programs in it with reciprocals."""
+    """Return a parameter of an operation, the programs in it rewritten."""
     if isinstance(value, tuple) and any(isinstance(x, PROGRAMS) for x in value):
         return tuple(map(_rewritten, value))
     if isinstance(value, core.Jaxpr):  # of a recomputed function
