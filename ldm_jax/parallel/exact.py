@@ -96,9 +96,11 @@ def in_a_loop(step: Callable[..., tuple[PyTree, Any]]) -> Callable[..., Any]:
         *,
         reduce: Reduce,
     ) -> tuple[PyTree, Any]:
-        @with_rewrites
-        def after(state: PyTree) -> tuple[PyTree, Any]:
+        def stepped(state: PyTree) -> tuple[PyTree, Any]:
             return step(state, frozen, batch, root_key, reduce=reduce)
+
+        turns = _unknown(1, root_key)
+        after = with_rewrites(stepped, turns=turns)
 
         def turn(_: Array, before: tuple[PyTree, Any]) -> tuple[PyTree, Any]:
             return after(before[0])
@@ -106,7 +108,7 @@ def in_a_loop(step: Callable[..., tuple[PyTree, Any]]) -> Callable[..., Any]:
         empty = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(after, state)[1]
         )
-        return jax.lax.fori_loop(0, _unknown(1, root_key), turn, (state, empty))
+        return jax.lax.fori_loop(0, turns, turn, (state, empty))
 
     return looped
 

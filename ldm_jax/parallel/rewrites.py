@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
+from jaxtyping import Array
 
 from ldm_jax.types import PyTree
 
@@ -22,22 +23,44 @@ INLINED = "call_jaxpr"
 """Parameter with the program of a function that has a derivative of its own."""
 HOLDERS = frozenset({"jit", "scan", "while", "cond", "remat2"})
 """Operations that hold programs; those of a kernel are not XLA's to rewrite."""
+ALONE = "compiled_alone"
+"""Name of the functions that `compiled_alone` makes."""
 PROGRAMS = (core.ClosedJaxpr, core.Jaxpr)
 
 
-def with_rewrites(fn: Callable[[PyTree], T]) -> Callable[[PyTree], T]:
+def with_rewrites(
+    fn: Callable[[PyTree], T], *, turns: Array | int = 1
+) -> Callable[[PyTree], T]:
     """Make a function that XLA compiles alike for one device and for several.
 
-    It divides by spread arrays as products with a reciprocal, and sums arrays where
-    `fn` sums their transposes: equal to `fn` up to rounding.
+    It divides by spread arrays as products with a reciprocal, sums arrays where `fn`
+    sums their transposes, and has loops of one turn for what is `compiled_alone`: equal
+    to `fn` up to rounding.
+
+    Args:
+      turns: 1, which XLA must not know, or it unrolls them.
     """
 
     def changed(part: PyTree) -> T:
         jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(part)
-        outputs = _evaluate(jaxpr, jax.tree.leaves(part))
+        outputs = _evaluate(jaxpr, jax.tree.leaves(part), turns=turns)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return changed
+
+
+def compiled_alone(fn: Callable[..., T]) -> Callable[..., T]:
+    """Mark a function that `with_rewrites` has compiled without what is around it.
+
+    Where XLA fuses `a x + b y` with its surroundings, it picks the product that is
+    rounded by them.
+    """
+
+    def marked(*args: Any) -> T:
+        return fn(*args)
+
+    marked.__name__ = ALONE
+    return jax.jit(marked)
 
 
 class Transposed(NamedTuple):
@@ -54,11 +77,14 @@ def _evaluate(
     closed: core.ClosedJaxpr,
     args: Sequence[Any],
     transposed: Mapping[int, Transposed] | None = None,
+    *,
+    turns: Array | int = 1,
 ) -> list[Any]:
     """Evaluate a program, and the programs in it, with what is rewritten.
 
     Args:
       transposed: Arguments that are transposed arrays, by `id`.
+      turns: As in `with_rewrites`.
     """
     jaxpr = closed.jaxpr
     known = dict(transposed or {})
@@ -81,6 +107,8 @@ def _evaluate(
             outputs = [jax.lax.mul(inputs[0], one)]
         elif INLINED in eqn.params:
             outputs = _evaluate(eqn.params[INLINED], inputs)
+        elif eqn.params.get("name") == ALONE:
+            outputs = _in_a_loop(eqn.params["jaxpr"], inputs, turns=turns)
         elif eqn.primitive.name == "jit" and any(id(x) in known for x in inputs):
             outputs = _evaluate(eqn.params["jaxpr"], inputs, known)
         elif eqn.primitive is primitives.reduce_sum_p and id(inputs[0]) in known:
@@ -95,6 +123,20 @@ def _evaluate(
         values |= zip(eqn.outvars, outputs, strict=True)
         known |= _transposed(eqn, inputs, outputs, known)
     return [read(var) for var in jaxpr.outvars]
+
+
+def _in_a_loop(
+    closed: core.ClosedJaxpr, inputs: list[Any], *, turns: Array | int
+) -> list[Any]:
+    """Evaluate a program in a loop of one turn."""
+
+    def turn(_: Array, before: list[Any]) -> list[Any]:
+        del before
+        # Else XLA takes out of the loop what does not depend on its turn.
+        return _evaluate(closed, jax.lax.optimization_barrier(inputs))
+
+    empty = [jnp.zeros(aval.shape, aval.dtype) for aval in closed.out_avals]
+    return jax.lax.fori_loop(0, turns, turn, empty)
 
 
 def _transposed(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
+from ldm_jax.parallel.rewrites import compiled_alone
 from ldm_jax.types import PyTree
 
 Shape = tuple[int, ...]
@@ -90,14 +91,20 @@ def orthogonal_momentum() -> optax.GradientTransformation:
         )
     )
 
+    @compiled_alone
+    def step(updates: PyTree, state: Any) -> tuple[PyTree, MuonState]:
+        updates, after = inner.update(updates, state)
+        return updates, cast(MuonState, after)
+
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, MuonState]:
         del params
         groups = group_leaves(updates)
         stacked = state._replace(mu=replicated(stack(state.mu, groups)))
-        orthogonal, after = inner.update(replicated(stack(updates, groups)), stacked)
-        orthogonal, after = replicated((orthogonal, cast(MuonState, after)))
+        orthogonal, after = replicated(
+            step(replicated(stack(updates, groups)), stacked)
+        )
         return unstack(orthogonal, groups), after._replace(mu=unstack(after.mu, groups))
 
     return optax.GradientTransformation(inner.init, update)
