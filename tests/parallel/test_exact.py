@@ -18,7 +18,7 @@ from ldm_jax.latent_diffusion import init_autoencoder
 from ldm_jax.parallel.exact import rows_of_devices
 from ldm_jax.parallel.make_layout import FsdpLayout, PmapLayout, make_layout
 from ldm_jax.parallel.reduce import BatchGradients
-from ldm_jax.parallel.rewrites import with_rewrites
+from ldm_jax.parallel.rewrites import compiled_alone, with_rewrites
 from ldm_jax.rng import root_key
 from ldm_jax.training.autoencoder_stage import autoencoder_stage, latent_scale
 from ldm_jax.training.diffusion_stage import diffusion_stage
@@ -226,6 +226,24 @@ def test_sums_of_transposed_arrays_are_sums_of_the_arrays():
     summed = re.findall(r"reduce_sum\[.*?\] (\w+)", text, flags=re.DOTALL)
     assert len(summed) == 5
     assert {made_by.get(name) for name in summed} <= {"mul", None}
+
+
+def test_what_is_compiled_alone_is_a_loop_where_programs_are_to_be_alike():
+    @compiled_alone
+    def mixed(x, y):
+        return 0.95 * x + 0.05 * y, x.sum()
+
+    def around(x):
+        first, total = mixed(x[1:], x[:-1])
+        return first[::2] * total
+
+    x = jnp.asarray(np.random.RandomState(0).normal(size=9), jnp.float32)
+    assert np.allclose(with_rewrites(around)(x), around(x), rtol=1e-6)
+    plain, alone = (
+        jax.jit(fn).lower(x).as_text().count("stablehlo.while")
+        for fn in (around, lambda x: with_rewrites(around, turns=x.astype(int)[0])(x))
+    )
+    assert (plain, alone) == (0, 1)
 
 
 def test_kernels_are_left_as_they_are():
