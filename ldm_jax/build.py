@@ -80,6 +80,7 @@ def build_model(config: Config) -> LatentDiffusion:
         num_classes=data.num_classes,
         null_tokens=null_tokens(second.condition),
         chunk=config.sampling.chunk,
+        precision=config.precision,
     )
 
 

@@ -1,8 +1,9 @@
 """A latent diffusion model as one static value, and the functions of its networks."""
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,10 @@ from ldm_jax.models.tiled_decoding import decode_in_tiles
 from ldm_jax.models.unet import UNet
 from ldm_jax.parallel.launch import num_cores
 from ldm_jax.rng import Stream, root_key, stream_key
-from ldm_jax.types import PyTree
+from ldm_jax.types import PrecisionName, PyTree
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 MAPS_A_CALL = 8
 """Maps of an image's size, as wide as the autoencoder, that a call holds at once."""
@@ -65,6 +69,8 @@ class LatentDiffusion(NamedTuple):
     """Tokens of the empty prompt."""
     chunk: int
     """Images that one call of a sample program makes."""
+    precision: PrecisionName
+    """Products of float32 in every program of the model, whatever JAX's own setting."""
 
     @property
     def downsampling(self) -> int:
@@ -102,6 +108,25 @@ class SampleParams(NamedTuple):
     """Parameters of the conditioner; averaged if it was trained."""
     latent_scale: Float[Array, ""]
     """Factor of the latents in training."""
+
+
+def in_its_precision(
+    fn: Callable[Concatenate[LatentDiffusion, Arguments], Result],
+) -> Callable[Concatenate[LatentDiffusion, Arguments], Result]:
+    """Compute the products of a function of a model in the precision of the model.
+
+    The model carries the setting, because a setting of JAX around a call is not that of
+    a thread, nor of a program that was compiled before.
+    """
+
+    @functools.wraps(fn)
+    def run(
+        model: LatentDiffusion, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        with jax.default_matmul_precision(model.precision):
+            return fn(model, *args, **kwargs)
+
+    return run
 
 
 def init_autoencoder(model: LatentDiffusion, key: Key[Array, ""]) -> PyTree:
@@ -184,6 +209,7 @@ def null_condition(model: LatentDiffusion, cond: ConditionInputs) -> ConditionIn
     )
 
 
+@in_its_precision
 def prepare(
     model: LatentDiffusion, params: SampleParams, inputs: ConditionInputs
 ) -> Condition:
@@ -199,7 +225,8 @@ def denoiser_of(model: LatentDiffusion, params: SampleParams) -> Denoiser:
         x_t: Float[Array, "b h w c"], t: Real[Array, " b"], cond: PyTree
     ) -> Float[Array, "b h w c"]:
         variables = {"params": params.unet}
-        return cast(jax.Array, model.unet.apply(variables, x_t, t, cond))
+        with jax.default_matmul_precision(model.precision):
+            return cast(jax.Array, model.unet.apply(variables, x_t, t, cond))
 
     return denoise
 
@@ -208,10 +235,11 @@ def encode_images(
     model: LatentDiffusion, params: SampleParams, images: Float[Array, "b h w c"]
 ) -> Float[Array, "b h2 w2 d"]:
     """Encode images in [-1, 1] to the most likely latents, scaled as in training."""
-    latents = encode(model.autoencoder, params.autoencoder, images).mode()
+    latents = encode(model, params.autoencoder, images).mode()
     return latents * params.latent_scale
 
 
+@in_its_precision
 def decode(
     model: LatentDiffusion,
     params: SampleParams,
@@ -369,10 +397,15 @@ def _take(inputs: PyTree, row: Int[Array, " c"]) -> PyTree:
     return jax.tree.map(lambda x: jnp.take(x, row, axis=0), inputs)
 
 
+@in_its_precision
 def encode(
-    autoencoder: Autoencoder, params: PyTree, images: Float[Array, "b h w c"]
+    model: LatentDiffusion, params: PyTree, images: Float[Array, "b h w c"]
 ) -> DiagonalGaussian | Unquantized:
-    """Encode images in [-1, 1] to the posterior of unscaled latents."""
+    """Encode images in [-1, 1] to the posterior of unscaled latents.
+
+    Args:
+      params: Parameters of the autoencoder.
+    """
     variables = {"params": params}
-    encoded = autoencoder.apply(variables, images, method=Autoencoder.encode)
+    encoded = model.autoencoder.apply(variables, images, method=Autoencoder.encode)
     return cast(Any, encoded)

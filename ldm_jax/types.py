@@ -35,6 +35,10 @@ MIN_DECODER_TILE = 4
 ProtocolName = Literal["adm", "torch-fidelity", "clean-fid", "dataset-classifier"]
 PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 
+PrecisionName = Literal["default", "highest"]
+USUAL_PRECISION: PrecisionName = "default"
+"""That of runs, latent caches and images that name none."""
+
 
 def choices(got: str, names: Iterable[str]) -> str:
     """Describe the accepted names and the nearest one, for an error message."""

@@ -18,7 +18,13 @@ from ldm_jax.evaluation.request import (
 from ldm_jax.parallel.launch import start
 from ldm_jax.sampling.request import MAX_SEED
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.types import InputError, ProtocolName, SamplerName, SpacingName
+from ldm_jax.types import (
+    InputError,
+    PrecisionName,
+    ProtocolName,
+    SamplerName,
+    SpacingName,
+)
 
 
 @checked_dataclass
@@ -64,6 +70,8 @@ class Flags:
     ema_lengths: tuple[float, ...] = ()
     """Relative lengths of a post-hoc EMA, as shares of training, if the run kept
     averages; several are measured in turn."""
+    precision: PrecisionName | None = None
+    """Products of float32 on GPUs and TPUs; the run's by default."""
     reconstructions: bool = False
     """Measure the first stage on held-out images, not samples."""
     lpips: tuple[Path, ...] = ()
@@ -121,6 +129,7 @@ def parse(args: list[str]) -> tuple[EvaluationRequest, Launch]:
         workdir=flags.workdir,
         reconstructions=flags.reconstructions,
         lpips=tuple(map(str, flags.lpips)),
+        precision=flags.precision,
     ), flags.launch
 
 
@@ -141,6 +150,7 @@ def _settings(
             eta=flags.eta,
             guidance_scale=scales,
             ema_length=ema_length,
+            precision=flags.precision,
         )
     except InputError as error:
         raise as_flag(error) from None

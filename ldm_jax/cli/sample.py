@@ -28,9 +28,10 @@ from ldm_jax.types import InputError, RunError
 
 BY_HAND = (
     *("workdir", "weights", "config_file", "tokenizer", "autoguidance"),
-    *("image", "mask", "size", "outpaint"),
+    *("image", "mask", "size", "outpaint", "precision"),
 )
-"""Settings that --replay takes: what metadata alone may not choose."""
+"""Settings that --replay takes: what metadata alone may not choose, and a precision to
+compare with."""
 PATHS = (
     *("workdir", "weights", "config_file", "tokenizer", "autoguidance"),
     *("image", "mask", "replay"),

@@ -23,7 +23,7 @@ from ldm_jax.tools.demo.controls import (
     read_run,
 )
 from ldm_jax.tools.demo.server import address_of, open_socket, own_names, serve
-from ldm_jax.types import InputError, SamplerName, SpacingName
+from ldm_jax.types import InputError, PrecisionName, SamplerName, SpacingName
 
 
 @checked_dataclass
@@ -45,6 +45,8 @@ class Flags:
     """Sampler of every image; see ldm sample --help."""
     spacing: SpacingName | None = None
     """Spacing of the steps; the run's by default."""
+    precision: PrecisionName | None = None
+    """Products of float32 on GPUs and TPUs; the run's by default."""
     max_steps: int | None = None
     """Largest number of steps; by default 100, or that of the schedule if smaller."""
     max_images: int = 16
@@ -87,6 +89,7 @@ def parse(args: list[str]) -> tuple[DemoRequest, Flags]:
             sampler=flags.sampler,
             spacing=flags.spacing,
             steps=min(FIRST_STEPS, most),
+            precision=flags.precision,
         )
     except InputError as error:
         raise as_flag(error) from None

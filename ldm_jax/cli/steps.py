@@ -12,7 +12,13 @@ from ldm_jax.evaluation.protocols import protocol_of
 from ldm_jax.evaluation.request import check_network, check_run
 from ldm_jax.evaluation.trade_off import TOLERANCE, StepsRequest, in_words, to_table
 from ldm_jax.parallel.launch import start
-from ldm_jax.types import InputError, ProtocolName, SamplerName, SpacingName
+from ldm_jax.types import (
+    InputError,
+    PrecisionName,
+    ProtocolName,
+    SamplerName,
+    SpacingName,
+)
 
 
 @checked_dataclass
@@ -44,6 +50,8 @@ class Flags:
     """Protocol of the features that are compared."""
     inception: Path | None = None
     """Weights of FID's Inception network (.pth, safetensors)."""
+    precision: PrecisionName | None = None
+    """Products of float32 on GPUs and TPUs; the run's by default."""
     limit_steps: int = 200
     """Steps of dpmpp_2m for the images that count as converged."""
     builder: str | None = None
@@ -94,6 +102,7 @@ def parse(args: list[str]) -> tuple[StepsRequest, Launch]:
         protocol=protocol,
         inception=flags.inception,
         limit_steps=flags.limit_steps,
+        precision=flags.precision,
         out=out,
     ), Launch(compilation_cache=flags.compilation_cache)
 

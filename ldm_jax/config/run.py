@@ -15,7 +15,7 @@ from ldm_jax.config.training import (
     StageName,
 )
 from ldm_jax.config.validation import checked_dataclass, require, require_at_least
-from ldm_jax.types import InputError
+from ldm_jax.types import USUAL_PRECISION, InputError, PrecisionName
 
 
 @checked_dataclass
@@ -31,6 +31,9 @@ class Config:
     max_skipped_steps: int = 0
     """Steps of a stage that may be skipped for a loss or gradient that is not
     finite."""
+    precision: PrecisionName = USUAL_PRECISION
+    """Products of float32 on GPUs and TPUs: `default` is the fast one of the chip (TF32
+    on GPUs, bfloat16 on TPUs), `highest` full float32. On CPUs both are the same."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The data set."""
     autoencoder: AutoencoderConfig = dataclasses.field(

@@ -59,6 +59,7 @@ CHANGEABLE_IN_WORDS = (
 LATER_FIELDS = frozenset(
     {
         "max_skipped_steps",
+        "precision",
         "parallel",
         "parallel.cpu_devices",
         "parallel.reduction",
@@ -98,7 +99,7 @@ LATER_FIELDS = frozenset(
 added; a digest omits them while they have these values."""
 
 
-WRITTEN_IF_SET = frozenset({"parallel.reduction", "parallel.shards"})
+WRITTEN_IF_SET = frozenset({"precision", "parallel.reduction", "parallel.shards"})
 """Fields that are not written with their default: earlier versions read such a file."""
 
 

@@ -154,8 +154,9 @@ def _step(
         details = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return details.mean()
 
-    gradients = jax.grad(error)(state.params)
-    return apply_gradients(state, gradients, optimizer)
+    with jax.default_matmul_precision("highest"):  # the same classifier on any chip
+        gradients = jax.grad(error)(state.params)
+        return apply_gradients(state, gradients, optimizer)
 
 
 def accuracy(
@@ -167,11 +168,12 @@ def accuracy(
 ) -> float:
     """Return the classifier's accuracy, in [0, 1]."""
     read = jax.jit(functools.partial(classify, num_classes=num_classes))
-    right = [
-        np.asarray(read(params, images[i : i + BATCH_SIZE]).logits).argmax(axis=-1)
-        == labels[i : i + BATCH_SIZE]
-        for i in range(0, len(images), BATCH_SIZE)
-    ]
+    with jax.default_matmul_precision("highest"):
+        right = [
+            np.asarray(read(params, images[i : i + BATCH_SIZE]).logits).argmax(axis=-1)
+            == labels[i : i + BATCH_SIZE]
+            for i in range(0, len(images), BATCH_SIZE)
+        ]
     return float(np.concatenate(right).mean())
 
 

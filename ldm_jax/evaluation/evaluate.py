@@ -35,7 +35,7 @@ from ldm_jax.parallel.multihost import first_alone, from_first, is_first, togeth
 from ldm_jax.pretrained.frozen import first_stage_of, load_frozen
 from ldm_jax.pretrained.layouts import flatten, unflatten
 from ldm_jax.pretrained.metric_networks import load_inception
-from ldm_jax.sampling.metadata import versions
+from ldm_jax.sampling.metadata import PRECISION, versions
 from ldm_jax.sampling.pipeline import Pipeline, open_pipeline
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from ldm_jax.types import InputError, PyTree
@@ -213,6 +213,7 @@ def evaluate_first_stage(request: EvaluationRequest) -> Reconstructed | None:
         return None
     config = read_config(request.workdir)
     model = build_model(config)
+    model = model._replace(precision=request.precision or model.precision)
     frozen_weights = load_frozen(config, model, request.workdir)
     params = first_stage_of(config, frozen_weights, request.workdir).params
     dataset, protocol = dataset_of(config), request.protocol
@@ -229,7 +230,9 @@ def evaluate_first_stage(request: EvaluationRequest) -> Reconstructed | None:
         lpips_files=request.lpips,
     )
     path = request.out / f"reconstructions_{protocol.name}.json"
-    write_image_quality(path, quality, config.data, protocol, extractor)
+    write_image_quality(
+        path, quality, config.data, protocol, extractor, precision=model.precision
+    )
     return Reconstructed(path, quality)
 
 
@@ -255,6 +258,7 @@ def _evaluate(
         "held_out_scores": scorer.held_out,
         "num_held_out": scorer.num_held_out,
         **facts,
+        PRECISION: pipeline.model.precision,
         "real": scorer.reference.provenance._asdict(),
         "classifier_accuracy": scorer.accuracy,
         # Those of this command only, if it resumed another one.
@@ -273,7 +277,8 @@ def _facts(
     """Collect what determines the features, as strict JSON."""
     settings = dataclasses.asdict(pipeline.settings)
     given = {k: v for k, v in settings.items() if v not in (None, False, "")}
-    given.pop("workdir", None)
+    for name in ("workdir", PRECISION):  # what is in `made_with`
+        given.pop(name, None)
     return {
         "protocol": request.protocol._asdict(),
         "network": extractor.digest,

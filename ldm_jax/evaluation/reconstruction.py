@@ -21,7 +21,7 @@ from ldm_jax.models.discriminator_lpips import Lpips
 from ldm_jax.pretrained.metric_networks import load_lpips
 from ldm_jax.sampling.metadata import versions
 from ldm_jax.training.autoencoder_stage import make_reconstruct
-from ldm_jax.types import PyTree
+from ldm_jax.types import PrecisionName, PyTree
 
 CHUNK = 64
 MAX_DECIBELS = 100.0
@@ -100,10 +100,11 @@ def _lpips(
         return found
 
     params = jax.tree.map(jnp.asarray, params)
-    parts = [
-        np.asarray(distance(params, images[i : i + CHUNK], others[i : i + CHUNK]))
-        for i in range(0, len(images), CHUNK)
-    ]
+    with jax.default_matmul_precision("highest"):  # as features
+        parts = [
+            np.asarray(distance(params, images[i : i + CHUNK], others[i : i + CHUNK]))
+            for i in range(0, len(images), CHUNK)
+        ]
     return float(np.concatenate(parts).mean())
 
 
@@ -113,8 +114,13 @@ def write_image_quality(
     data: DataConfig,
     protocol: Protocol,
     extractor: Extractor | None,
+    *,
+    precision: PrecisionName,
 ) -> None:
     """Write image quality, with the data and the protocol.
+
+    Args:
+      precision: Precision of the products of the first stage.
 
     Raises:
       OSError: If it cannot be written.
@@ -125,6 +131,7 @@ def write_image_quality(
         "split": data.test_split,
         "protocol": protocol._asdict(),
         "network": None if extractor is None else extractor.digest,
+        "precision": precision,
         "versions": json.loads(versions()),
     }
     write_json(path, report)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ldm_jax.config import Config
 from ldm_jax.evaluation.protocols import Protocol
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.types import InputError
+from ldm_jax.types import InputError, PrecisionName
 
 
 class EvaluationRequest(NamedTuple):
@@ -30,6 +30,8 @@ class EvaluationRequest(NamedTuple):
     """Whether to measure the first stage instead of samples."""
     lpips: tuple[str, ...]
     """Files of LPIPS' weights."""
+    precision: PrecisionName | None
+    """Products of reconstructions, as in `SamplingConfig`."""
 
 
 def check_network(

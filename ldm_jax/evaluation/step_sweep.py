@@ -42,7 +42,7 @@ from ldm_jax.rng import image_keys
 from ldm_jax.sampling.conditions import ConditionTexts, condition_inputs
 from ldm_jax.sampling.sample_fn import SampleFn, make_sample_fn
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.types import InputError
+from ldm_jax.types import InputError, PrecisionName
 
 MAX_REAL_IMAGES = 10_000
 GREY_LEVELS = 127.5
@@ -64,6 +64,8 @@ class Sweep(NamedTuple):
     """Digest of the checkpoint."""
     platform: str
     """JAX's name of the platform."""
+    precision: PrecisionName
+    """Products of float32 on GPUs and TPUs."""
     limit_steps: int
     """Steps of the converged images."""
 
@@ -103,6 +105,8 @@ def sweep_steps(request: StepsRequest) -> Sweep:
       RunError: If no checkpoint is intact.
     """
     run = load_run(request.workdir)
+    precision = request.precision or run.model.precision
+    run = run._replace(model=run.model._replace(precision=precision))
     limit_steps = min(request.limit_steps, run.model.schedule.num_timesteps)
     # One program for all: samplers and steps are its inputs.
     sample_fn = make_sample_fn(run.model, guided=request.guidance_scale != 1.0)
@@ -150,6 +154,7 @@ def sweep_steps(request: StepsRequest) -> Sweep:
         space.num_held_out,
         run.digest,
         jax.default_backend(),
+        precision,
         limit_steps,
     )
 
@@ -167,6 +172,7 @@ def write_sweep(sweep: Sweep, request: StepsRequest) -> SweepRow:
     tree = {
         "checkpoint": sweep.digest,
         "platform": sweep.platform,
+        "precision": sweep.precision,
         "num_images": request.num_images,
         "guidance_scale": request.guidance_scale,
         "protocol": request.protocol and request.protocol.name,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldm_jax.evaluation.protocols import Protocol
-from ldm_jax.types import SamplerName, SpacingName
+from ldm_jax.types import PrecisionName, SamplerName, SpacingName
 
 TOLERANCE = 0.05
 """Relative difference to the smallest distance that counts as equal."""
@@ -36,6 +36,8 @@ class StepsRequest:
     """File of Inception's weights, if the protocol needs it."""
     limit_steps: int
     """Steps of the converged images; at most those of the schedule are used."""
+    precision: PrecisionName | None
+    """Products of float32 on GPUs and TPUs; None for the run's."""
     out: Path
     """Folder for the results."""
 

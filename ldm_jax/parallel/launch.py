@@ -70,6 +70,12 @@ def start(
         os.environ["NPROC"] = str(cpu_threads)  # XLA reads it at its start
     import jax
 
+    if (given := jax.config.jax_default_matmul_precision) is not None:
+        logging.getLogger(__name__).warning(
+            "JAX_DEFAULT_MATMUL_PRECISION: got %s, which networks do not follow; "
+            "try --precision highest",
+            given,
+        )
     cache = launch.cache_folder(beside=beside)
     if cache is not None and CACHE_VARIABLE not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache))

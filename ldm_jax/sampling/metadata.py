@@ -33,7 +33,7 @@ from ldm_jax.sampling.pipeline import (
 )
 from ldm_jax.sampling.request import FLAG_NAMES, ReplayRequest
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.types import TAKES_ETA, InputError
+from ldm_jax.types import TAKES_ETA, USUAL_PRECISION, InputError
 
 VERSIONED_PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "numpy")
 CONDITION_KEYWORDS = ("label", "prompt", "negative_prompt")
@@ -50,6 +50,9 @@ MOST_TIMES = 16
 """Largest replayed image, in images of the size that its model was trained on."""
 LATER = frozenset({"ema_length"})
 """Settings that older metadata lacks."""
+PRECISION = "precision"
+"""Setting whose keyword names what an image was made with, its run's own as well; it
+is missing where that is the usual one."""
 GUIDES = frozenset({"autoguidance", "autoguidance_step"})
 LISTED_APART = frozenset({"sampler", "steps", "eta", "guidance_scale"})
 """Settings that have a keyword of their own, for people."""
@@ -104,6 +107,7 @@ def versions() -> str:
 def settings_text(settings: SamplingConfig) -> str:
     """Write settings as JSON."""
     values = dataclasses.asdict(settings)
+    del values[PRECISION]
     for name in LATER:
         if values[name] is None:
             del values[name]  # as in metadata that is older than the setting
@@ -149,7 +153,10 @@ def read_metadata(path: Path) -> tuple[ImageSpec, SamplingConfig, dict[str, str]
             "(other programs drop the metadata when they save it)"
         )
     try:
-        return _image_spec(texts), read_settings(texts["settings"]), texts
+        settings = read_settings(texts["settings"])
+        precision: Any = texts.get(PRECISION, USUAL_PRECISION)
+        settings = dataclasses.replace(settings, precision=precision)
+        return _image_spec(texts), settings, texts
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         reason = printable(str(error))
         raise InputError(f"--replay: {path} has damaged metadata: {reason}") from None
@@ -180,6 +187,7 @@ def read_settings(text: str) -> SamplingConfig:
     if not isinstance(values, dict):
         raise ValueError("settings: wanted an object")
     wanted = {field.name for field in dataclasses.fields(SamplingConfig)}
+    wanted -= {PRECISION}
     if strange := (set(values) ^ wanted) - (LATER - set(values)):
         raise ValueError(f"settings: {sorted(strange)[0]} unknown or missing")
     for name in ("workdir", *NAMED):
@@ -216,7 +224,8 @@ def _flat(texts: dict[str, str]) -> dict[str, str]:
     hidden = PLACES | LISTED_APART
     if "autoguidance_checkpoint" in texts:
         hidden |= GUIDES
-    flat = {k: v for k, v in texts.items() if k not in ("settings", "versions")}
+    flat = {PRECISION: USUAL_PRECISION}
+    flat |= {k: v for k, v in texts.items() if k not in ("settings", "versions")}
     for keyword in ("settings", "versions"):
         try:
             parts = json.loads(texts.get(keyword, ""))
@@ -230,7 +239,7 @@ class Replay(NamedTuple):
     """An image compared with its reproduction from the metadata."""
 
     warnings: list[str]
-    """Differences of versions, platform and checkpoint."""
+    """Differences of versions, platform, checkpoint and precision."""
     num_pixels: int
     """Pixels of the image."""
     num_different: int

@@ -42,7 +42,7 @@ from ldm_jax.sampling.sample_fn import (
     make_solver_inputs,
 )
 from ldm_jax.sampling.sampling_config import SamplingConfig
-from ldm_jax.types import InputError, PyTree
+from ldm_jax.types import USUAL_PRECISION, InputError, PyTree
 
 STRENGTH_OF_IMAGE = 0.75
 INVERSION_ITERATIONS = 3
@@ -109,7 +109,10 @@ def make_pipeline(run: Run, settings: SamplingConfig) -> Pipeline:
     inputs = read_input_images(run.model, settings)
     factor = run.model.downsampling
     shape = (inputs.height // factor, inputs.width // factor)
-    model = run.model._replace(latent_shape=(*shape, run.model.latent_shape[-1]))
+    model = run.model._replace(
+        latent_shape=(*shape, run.model.latent_shape[-1]),
+        precision=settings.precision or run.model.precision,
+    )
     layout = PmapLayout()
     check_memory(model, settings, layout)
     weak = open_weak(run, settings)
@@ -120,6 +123,7 @@ def make_pipeline(run: Run, settings: SamplingConfig) -> Pipeline:
         **inputs.digests,
         "chunk": str(model.chunk),
         "platform": platform_text(layout),
+        **_named_precision(model),
     }
     pipeline = Pipeline(run, weak, model, inputs, settings, layout, made_with)
     try:
@@ -128,6 +132,12 @@ def make_pipeline(run: Run, settings: SamplingConfig) -> Pipeline:
     except ValueError as error:
         raise InputError(f"--{error}") from None
     return pipeline
+
+
+def _named_precision(model: LatentDiffusion) -> dict[str, str]:
+    """Name the precision of products, unless it is the usual one."""
+    usual = model.precision == USUAL_PRECISION
+    return {} if usual else {"precision": model.precision}
 
 
 def check_memory(

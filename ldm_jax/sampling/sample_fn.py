@@ -89,7 +89,7 @@ def make_sample_fn(
 
     Args:
       model: With another `latent_shape` it makes images of other sizes than it was
-        trained on.
+        trained on, with another `precision` it multiplies in that one.
       guided: Whether calls are guided; None leaves it to the settings of each call, and
         compiles the network twice: a call without guidance takes half the time.
       weak: A worse model to be guided away from, instead of "no condition".
@@ -174,6 +174,7 @@ def make_program(
         raise ValueError(f"tile: got {tile}, wanted {wanted}")
     if weak is not None:
         check_weak(model, weak)
+        weak = weak._replace(precision=model.precision)
     return SampleProgram(model, weak, guided, max_steps, num_frames, tile)
 
 

@@ -8,6 +8,7 @@ from ldm_jax.types import (
     MIN_DECODER_TILE,
     TAKES_ETA,
     InputError,
+    PrecisionName,
     SamplerName,
     SpacingName,
 )
@@ -83,6 +84,9 @@ class SamplingConfig:
     ema_length: float | None = None
     """Relative length of the average of the weights, where the run kept some
     (--diffusion.average-lengths); the one of optim.ema_decay by default."""
+    precision: PrecisionName | None = None
+    """Products of float32 on GPUs and TPUs: highest (full float32) or default (that of
+    the chip); the run's by default."""
 
     @property
     def guided_ratios(self) -> tuple[float, float]:

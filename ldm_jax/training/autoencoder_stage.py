@@ -281,7 +281,8 @@ def make_reconstruct(
 
         variables = {"params": params}
         x = to_float(images)
-        return cast(Array, model.autoencoder.apply(variables, x, method=through))
+        with jax.default_matmul_precision(model.precision):
+            return cast(Array, model.autoencoder.apply(variables, x, method=through))
 
     return lambda params, images: to_uint8(np.asarray(run(params, images)))
 

@@ -115,28 +115,29 @@ def autoencoder_step(
     """
     if objective.adversary is not None and state.critic is None:
         raise ValueError("objective.adversary: given, but the state has no critic")
-    gradient_fn = functools.partial(_gradients, model=model, objective=objective)
-    inputs = gradient_inputs(state)
-    computed = reduce(gradient_fn, inputs, frozen, batch, root_key)
-    losses, gradients, update = (
-        computed.means,
-        computed.gradients,
-        computed.replicated,
-    )
-    if isinstance(gradients, SeparateGradients):
-        update, losses, gradients = _joined(gradients, losses, state, objective)
-    gan_metrics: dict[str, Float[Array, ""]] = {}
-    if update is not None:
-        state = state._replace(critic=update.critic)
-        gan_metrics = update.metrics._asdict()
-    metrics = AutoencoderMetrics(
-        loss=losses.loss,
-        gradient_norm=optax.tree.norm(gradients),
-        **losses.terms._asdict(),
-        **_latent_metrics(losses),
-        **gan_metrics,
-    )
-    return apply_gradients(state, gradients, optimizer), metrics
+    with jax.default_matmul_precision(model.precision):
+        gradient_fn = functools.partial(_gradients, model=model, objective=objective)
+        inputs = gradient_inputs(state)
+        computed = reduce(gradient_fn, inputs, frozen, batch, root_key)
+        losses, gradients, update = (
+            computed.means,
+            computed.gradients,
+            computed.replicated,
+        )
+        if isinstance(gradients, SeparateGradients):
+            update, losses, gradients = _joined(gradients, losses, state, objective)
+        gan_metrics: dict[str, Float[Array, ""]] = {}
+        if update is not None:
+            state = state._replace(critic=update.critic)
+            gan_metrics = update.metrics._asdict()
+        metrics = AutoencoderMetrics(
+            loss=losses.loss,
+            gradient_norm=optax.tree.norm(gradients),
+            **losses.terms._asdict(),
+            **_latent_metrics(losses),
+            **gan_metrics,
+        )
+        return apply_gradients(state, gradients, optimizer), metrics
 
 
 class SeparateGradients(NamedTuple):
@@ -310,7 +311,7 @@ def latent_moments(
         axis_name: AxisName,
     ) -> BatchGradients:
         del frozen, axis_name
-        posterior = encode(model.autoencoder, state, to_float(batch.image))
+        posterior = encode(model, state, to_float(batch.image))
         keys = example_keys(root_key, Stream.LATENT_SCALE, 0, batch.example_index)
         latents = posterior.sample(normal(keys, model.latent_shape))
         return BatchGradients(None, _moments(latents))

@@ -87,12 +87,13 @@ def diffusion_step(
       Rombach et al., arXiv:2112.10752, eq. 2 and 3; Ho & Salimans, arXiv:2207.12598,
       algorithm 1.
     """
-    gradient_fn = functools.partial(_gradients, model=model, objective=objective)
-    inputs = gradient_inputs(state)
-    loss_gradients = reduce(gradient_fn, inputs, frozen, batch, root_key)
-    gradients = loss_gradients.gradients
-    metrics = DiffusionMetrics(loss_gradients.means, optax.tree.norm(gradients))
-    return apply_gradients(state, gradients, optimizer), metrics
+    with jax.default_matmul_precision(model.precision):
+        gradient_fn = functools.partial(_gradients, model=model, objective=objective)
+        inputs = gradient_inputs(state)
+        loss_gradients = reduce(gradient_fn, inputs, frozen, batch, root_key)
+        gradients = loss_gradients.gradients
+        metrics = DiffusionMetrics(loss_gradients.means, optax.tree.norm(gradients))
+        return apply_gradients(state, gradients, optimizer), metrics
 
 
 def _gradients(
@@ -149,7 +150,7 @@ def posterior_of(
     """
     if isinstance(batch, LatentBatch):
         return read_moments(batch.moments, regularizer=model.autoencoder.regularizer)
-    return encode(model.autoencoder, frozen.autoencoder, to_float(batch.image))
+    return encode(model, frozen.autoencoder, to_float(batch.image))
 
 
 def prediction_loss(
@@ -209,7 +210,7 @@ def inputs_of(
     elif condition.concat == "masked_image" and images is not None:
         holes = random_holes(hole_keys, height=images.shape[1], width=images.shape[2])
         masked = cut_holes(images, holes)
-        latents = encode(model.autoencoder, frozen.autoencoder, masked).mode()
+        latents = encode(model, frozen.autoencoder, masked).mode()
         image = join_masked(latents * frozen.latent_scale, holes)
     return ConditionInputs(
         label=batch.label if condition.uses_classes else None,

@@ -41,6 +41,7 @@ from ldm_jax.parallel.multihost import (
 )
 from ldm_jax.training.digest import tree_digest
 from ldm_jax.training.latent_cache import (
+    UNLESS_NAMED,
     differences,
     made_of,
     short,
@@ -309,6 +310,7 @@ def _write_null_state(path: Path, embedding: np.ndarray) -> None:
 def _facts(note: CacheNote) -> dict[str, Any]:
     """List what must be equal in two caches, by its name in messages."""
     return {
+        **UNLESS_NAMED,
         **note.made_of,
         "first stage": short(note.first_stage),
         "text encoder": short(note.text_encoder),

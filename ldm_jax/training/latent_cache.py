@@ -32,7 +32,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.parallel.make_layout import Layout
 from ldm_jax.training.digest import tree_digest
 from ldm_jax.training.workdir import SCALE_FILE
-from ldm_jax.types import InputError, PyTree
+from ldm_jax.types import USUAL_PRECISION, InputError, PyTree
 
 NUMBERS_DEPEND_ON = (
     "data.source",
@@ -44,6 +44,9 @@ NUMBERS_DEPEND_ON = (
     "autoencoder.dtype",
 )
 """Config fields that the arrays of a cache depend on, besides the parameters."""
+
+UNLESS_NAMED = {"precision": USUAL_PRECISION}
+"""Further ones, which a cache names where its value is another than this."""
 
 FILES = "images and captions"
 """Key of the digest of a folder's files where two caches are compared."""
@@ -75,6 +78,7 @@ def made_of(config: Config) -> dict[str, Any]:
     """
     flat = config_lib.flatten(config)
     facts = {name: flat[name] for name in NUMBERS_DEPEND_ON}
+    facts |= {k: flat[k] for k, usual in UNLESS_NAMED.items() if flat[k] != usual}
     if (folder := folder_digest(config.data.source)) is not None:
         facts[FILES] = short(folder)
     return facts
@@ -130,8 +134,8 @@ def check_cache(
     folder, data = Path(config.data.latents), config.data
     note = read_note(folder)
     check_files(folder, note)
-    found = {**note.made_of}
-    wanted = made_of(config)
+    found = UNLESS_NAMED | note.made_of
+    wanted = UNLESS_NAMED | made_of(config)
     if FILES not in found:  # caches of early versions
         wanted.pop(FILES, None)
     if model.condition.uses_classes:

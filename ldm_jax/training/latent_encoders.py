@@ -56,7 +56,8 @@ def encode_empty_prompt(
     tokens = jnp.asarray([model.null_tokens], jnp.int32)
     apply = jax.jit(model.conditioner.apply)
     variables = {"params": encoders.conditioner}
-    cond = cast(Condition, apply(variables, ConditionInputs(tokens=tokens)))
+    with jax.default_matmul_precision(model.precision):
+        cond = cast(Condition, apply(variables, ConditionInputs(tokens=tokens)))
     return np.asarray(cond.context, np.float32)[0]
 
 
@@ -74,12 +75,13 @@ def make_encode(
 
     def encode_some(encoders: Encoders, inputs: EncoderInputs) -> Encoded:
         images = to_float(inputs.image)
-        posterior = encode(model.autoencoder, encoders.autoencoder, images)
+        posterior = encode(model, encoders.autoencoder, images)
         embeddings = None
         if inputs.tokens is not None:
             variables = {"params": encoders.conditioner}
             text = ConditionInputs(tokens=inputs.tokens)
-            cond = cast(Condition, model.conditioner.apply(variables, text))
+            with jax.default_matmul_precision(model.precision):
+                cond = cast(Condition, model.conditioner.apply(variables, text))
             embeddings = jnp.asarray(cond.context, jnp.float32)
         return Encoded(posterior.moments(), embeddings)
 

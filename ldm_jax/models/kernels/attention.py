@@ -173,7 +173,11 @@ class _Cut:
 
 def _product(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
     contracted = (((axis_of_a,), (axis_of_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
+    # A product of 16 bits is exact; one of float32 has the precision of the model.
+    precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+        a, b, contracted, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _as_row(column: Array) -> Array:

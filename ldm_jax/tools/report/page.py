@@ -278,6 +278,7 @@ def _evaluation_command(summary: RunSummary, one: dict[str, Any]) -> str:
         "eta": settings.get("eta") or None,
         "guidance-scale": scale,
         "ema-lengths": settings.get("ema_length"),
+        "precision": one["made_with"].get("precision"),
     }
     details = (
         f"--{name} {value}" for name, value in flags.items() if value is not None
