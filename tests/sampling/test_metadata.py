@@ -17,12 +17,14 @@ from ldm_jax.pretrained.tensors import open_tensors
 from ldm_jax.sampling import metadata
 from ldm_jax.sampling.conditions import ImageSpec
 from ldm_jax.sampling.metadata import make_metadata
+from ldm_jax.sampling.pipeline import open_pipeline
 from ldm_jax.sampling.sampling_config import SamplingConfig
 from tests.support.commands import refusal, sample_here, write_run
 from tests.support.pngs import read_texts
 from tests.support.stand_ins import config_with, no_networks
 
 SIDE = 8
+PRECISIONS = ("default", "highest")
 EDITS = {
     "plain": "",
     "fresh noise": "--eta 0.7",
@@ -166,6 +168,39 @@ def test_replay_warns_of_other_versions_platform_and_checkpoint(plain, capsys):
     ]
 
 
+def test_an_image_is_replayed_in_the_precision_it_was_made_with(
+    inputs, plain, tmp_path, capsys
+):
+    config = dataclasses.replace(config_with(), precision="highest")
+    highest = write_run(config, tmp_path / "highest")
+    found = {}
+    for run, flag in itertools.product((inputs / "run", highest), ("", *PRECISIONS)):
+        out = tmp_path / f"{run.name}_{flag}"
+        asked = ["--precision", flag] if flag else []
+        args = ["--workdir", run, "--out", out, "--labels", 1, "--seeds", 3]
+        sample_here(*args, "--steps", 2, *asked)
+        found[run.name, flag] = read_texts(out / "000000.png")
+        capsys.readouterr()
+        sample_here("--replay", out / "000000.png")
+        assert capsys.readouterr().err == ""
+    usual = [("run", ""), ("run", "default"), ("highest", "default")]
+    named = {key: texts.pop("precision", None) for key, texts in found.items()}
+    assert named == {key: None if key in usual else "highest" for key in found}
+    # How the precision was asked for is no part of an image.
+    assert found["run", "highest"] == found["run", ""] == found["run", "default"]
+    sample_here("--replay", plain, "--precision", "highest")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("precision: default when it was made, here highest")
+
+
+def test_metadata_of_a_precision_makes_a_model_of_it(inputs, tmp_path):
+    args = ["--workdir", inputs / "run", "--out", tmp_path, "--labels", 1, "--steps", 2]
+    sample_here(*args, "--seeds", 3, "--precision", "highest")
+    settings = metadata.read_metadata(tmp_path / "000000.png")[1]
+    assert settings.precision == "highest"
+    assert open_pipeline(settings).model.precision == "highest"
+
+
 def test_replay_refuses_a_changed_pixel(plain, capsys):
     pixels = read_png(plain).copy()
     pixels[2, 3] ^= 4
@@ -217,6 +252,7 @@ DAMAGES = [
     (lambda t: {"label": "9" * 5000}, "label: got 999"),
     (lambda t: {"label": "10"}, "label: got 10, wanted a class, 0 to 9"),
     (lambda t: {"label": None}, "label: got none"),
+    (lambda t: {"precision": "low"}, "damaged metadata: precision: got 'low'"),
 ]
 
 

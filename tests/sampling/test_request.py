@@ -178,6 +178,7 @@ def test_labels_default_to_every_class_of_the_run(workdir):
         ({"image": "I", "outpaint": (2, 0, 0, 4)}, {"out": Path("o"), "seeds": (7,)}),
         ({"image": "I", "invert": True, "source": "3"}, {"trajectory": True}),
         ({"ema_length": 0.1, "size": (8, 12)}, {"prompts": ("a 'b'",)}),
+        ({"precision": "highest"}, {"overwrite": True}),
         ({"sampler": "unipc"}, {"negative_prompt": "-blue", "prompts": ("-x",)}),
     ],
 )
