@@ -70,7 +70,8 @@ def start(
         os.environ["NPROC"] = str(cpu_threads)  # XLA reads it at its start
     import jax
 
-    if (given := jax.config.jax_default_matmul_precision) is not None:
+    setting = "jax_default_matmul_precision"
+    if (given := getattr(jax.config, setting)) is not None:
         logging.getLogger(__name__).warning(
             "JAX_DEFAULT_MATMUL_PRECISION: got %s, which networks do not follow; "
             "try --precision highest",
