@@ -48,9 +48,9 @@ test: setup
 	$(RUN) -m pytest --ignore=tests/parity --ignore=tests/faults --ignore=tests/proofs -n 2 --dist loadfile --no-loadscope-reorder
 
 proofs: setup
-	$(RUN) -m pytest tests/proofs --ignore=tests/proofs/test_exact_runs.py -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest tests/proofs --ignore-glob='tests/proofs/test_exact_*.py' -n 2 --dist loadfile --no-loadscope-reorder
 	@# Tests of equal bits, with programs compiled as outside of the tests.
-	LDM_JAX_AS_SHIPPED=1 $(RUN) -m pytest tests/cli/test_old_run.py tests/sampling/test_sample_fn.py tests/parallel/test_layouts.py tests/proofs/test_exact_runs.py -n 2 --dist loadfile
+	LDM_JAX_AS_SHIPPED=1 $(RUN) -m pytest tests/cli/test_old_run.py tests/sampling/test_sample_fn.py tests/parallel/test_layouts.py tests/proofs/test_exact_*.py -n 2 --dist loadfile
 
 faults: setup
 	$(RUN) -m pytest tests/faults -n 2 --dist load

@@ -1,5 +1,6 @@
 """Run the commands as a user does, with a run small enough for a test."""
 
+import json
 import os
 import re
 import subprocess
@@ -65,6 +66,11 @@ def sample(workdir: Path, out: Path, *args: object):
 def succeeded(result: subprocess.CompletedProcess[str]) -> str:
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def digests(workdir: Path) -> dict[str, str]:
+    """Return the digests of a finished run's stages."""
+    return json.loads((workdir / "final.json").read_text())["digest_by_stage"]
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
