@@ -160,9 +160,9 @@ def _transposed(
 
 def _sum_of(array: Transposed, eqn: core.JaxprEqn) -> Any:
     """Sum a transposed array over some axes, in the order of its source."""
-    axes = [array.permutation[axis] for axis in eqn.params["axes"]]
+    axes = tuple(sorted(array.permutation[axis] for axis in eqn.params["axes"]))
     kept = [axis for axis in array.permutation if axis not in axes]
-    total = jnp.sum(array.source, axis=axes)
+    total = eqn.primitive.bind(array.source, **{**eqn.params, "axes": axes})
     return total.transpose([sorted(kept).index(axis) for axis in kept])
 
 
